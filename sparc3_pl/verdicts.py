@@ -1,0 +1,41 @@
+"""A check's outcome: pass, warn or fail, and why."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Check", "Status", "grade", "worst"]
+
+Status = Literal["pass", "warn", "fail"]
+_ORDER: tuple[Status, ...] = ("pass", "warn", "fail")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: What was looked at.
+        status: ``pass``; ``warn``: know this before you go on (or: it could not be checked); ``fail``: do not go on.
+        reason: The figures behind the status, and the way out where it is not ``pass``.
+    """
+
+    name: str
+    status: Status
+    reason: str
+
+
+def worst(checks: Iterable[Check]) -> Status:
+    """The worst status of ``checks``; ``pass`` if there is none."""
+    return max((check.status for check in checks), key=_ORDER.index, default="pass")
+
+
+def grade(value: float, warn: float, fail: float) -> Status:
+    """``pass`` on the near side of ``warn``, ``fail`` beyond ``fail``, ``warn`` between; a NaN fails.
+
+    With ``warn < fail`` large values are bad, with ``warn > fail`` small ones are.
+    """
+    sign = 1 if warn <= fail else -1
+    if not sign * value <= sign * fail:  # also for NaN
+        return "fail"
+    return "pass" if sign * value <= sign * warn else "warn"

@@ -1,0 +1,49 @@
+"""A small byte-level BPE tokenizer, trained in milliseconds on sentences of the tests' own."""
+
+import functools
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+SUBJECTS = ("The red fox", "A quiet child", "My old neighbour", "The last train", "Our teacher", "One small boat")
+VERBS = ("crosses", "watches", "remembers", "leaves behind", "looks for", "paints")
+OBJECTS = ("the frozen river", "a green door", "the wide field", "an empty house", "the evening star", "some bread")
+
+
+def sentences(count: int) -> list[str]:
+    """Different sentences, at most 216 of them."""
+    made = [f"{s} {v} {o}." for o in OBJECTS for v in VERBS for s in SUBJECTS]
+    return made[:count]
+
+
+def documents(count: int, length: int = 5) -> list[str]:
+    """Different documents of ``length`` sentences each."""
+    pool = sentences(216)
+    return [" ".join(pool[(7 * i + 11 * j) % 216] for j in range(length)) + f" Page {i}." for i in range(count)]
+
+
+@functools.cache
+def _backend() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(216), trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(bos: bool = True, context: int | None = None, **special: str) -> PreTrainedTokenizerFast:
+    """Ids: 0 ``<s>``, 1 ``</s>``, then bytes and merges; 320 in all. ``bos``: put ``<s>`` before every text."""
+    backend = Tokenizer.from_str(_backend())
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | special
+    options = {} if context is None else {"model_max_length": context}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
