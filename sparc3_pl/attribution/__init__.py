@@ -1,0 +1,1 @@
+"""Attribution in plain torch: AttnLRP rules, and accumulators of |W * gradient|. No Lightning here."""

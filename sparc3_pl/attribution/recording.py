@@ -1,0 +1,84 @@
+"""See the input, the output and its gradient of chosen linear layers, without touching a parameter's ``.grad``."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.families import weight_matrix
+
+__all__ = ["LayerPass", "recording"]
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """One linear layer in one forward and backward pass of a batch (B samples, T tokens, I inputs, O outputs)."""
+
+    name: str
+    x_BTI: Tensor
+    """The layer's input."""
+    z_BTO: Tensor
+    """The layer's output without its bias: the units' pre-activations as far as the weight makes them."""
+    delta_BTO: Tensor
+    """The gradient of the target at the layer's output."""
+    weight_OI: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on ``y``, which shows ``x``, ``y`` and the gradient at ``y`` to ``sink`` in the backward pass.
+
+    What is kept goes through ``save_for_backward``, so that activation checkpointing drops and recomputes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.sink = sink
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        ctx.sink(x.detach(), y.detach(), gradients[0])
+        return gradients[0], None, None
+
+
+@contextmanager
+def recording(layers: Mapping[str, nn.Module], batch_size: int, sink: Callable[[LayerPass], None]) -> Iterator[None]:
+    """Backward passes inside the block call ``sink`` once for every layer, in the order of the backward pass.
+
+    Parameters stay frozen. The graph begins at the output of the first layer that the forward pass meets, so nothing
+    below the lowest target is differentiated.
+
+    Args:
+        layers: The linear layers to watch, by name.
+        batch_size: B. Some models flatten ``[B, T]`` to ``[B*T]`` before their MLP; it is undone here.
+        sink: Receives a ``LayerPass``; whatever it keeps of it keeps the memory too.
+    """
+    with ExitStack() as hooks:
+        for name, module in layers.items():
+            handle = module.register_forward_hook(_tap_hook(name, batch_size, sink))
+            hooks.callback(handle.remove)
+        yield
+
+
+def _tap_hook(name: str, batch_size: int, sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def show(x: Tensor, y: Tensor, delta: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            z = y if bias is None else y - bias
+            sink(LayerPass(name, *(_by_sample(t, batch_size) for t in (x, z, delta)), weight_matrix(module)))
+
+        if not y.requires_grad:  # nothing below carries a gradient: the graph begins here
+            y.requires_grad_()
+        return _Tap.apply(y, args[0].detach(), show)
+
+    return hook
+
+
+def _by_sample(tensor: Tensor, batch_size: int) -> Tensor:
+    """``[B, T, D]`` from ``[B, T, D]`` or from ``[B*T, D]``."""
+    return tensor.reshape(batch_size, -1, tensor.shape[-1])

@@ -1,0 +1,234 @@
+"""AttnLRP in gradient form: rules that turn a backward pass into relevance propagation (R = value * gradient).
+
+Achtibat et al., AttnLRP, ICML 2024, arXiv 2402.05602. One rule for each operation:
+
+=========================  ===========================================================
+linear, residual, rotary   plain gradient (the epsilon rule with epsilon 0)
+normalisation              the standard deviation is a constant
+element-wise activation    dy/dx := f(x)/x
+gated product act(g) * u   gradient halved (uniform rule)
+attention                  gradient of q and k times 1/4, of v times 1/2 (uniform rule at
+                           both products, softmax by its own derivative)
+=========================  ===========================================================
+
+Rules are put on one model's own modules, chosen by what a module computes and not by its class, and are taken off
+again. Forward values do not change. The rules live in the graph: a backward pass may run after the block has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from sparc3_pl.attribution.activations import activation_kind, identity_rule
+from sparc3_pl.attribution.attention import attention_modules, scale_gradient, scaled_qkv, wrapped_attention
+from sparc3_pl.attribution.norms import NormKind, forward_slot, norm_kind, std_constant_rule
+from sparc3_pl.errors import InputError
+from sparc3_pl.families import decoder, is_linear, mlps, module_name, output_head, swapped
+
+__all__ = ["SUPPORTED", "PreparedRules", "RuleSet", "attn_lrp", "rule_table"]
+
+RuleSet = Literal["attn", "cp"]
+"""``attn``: AttnLRP. ``cp``: CP-LRP (Ali et al., arXiv 2202.07304): attention weights are constants, all relevance
+goes through the values; the input's relevance is then the logit, up to biases."""
+
+SUPPORTED = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "phi3"),
+    *("cohere2", "gemma", "glm4", "granite", "olmo2", "olmo3", "phi", "smollm3", "stablelm", "starcoder2"),
+)
+"""transformers ``model_type`` of the families whose relevance account is known to balance."""
+
+_NO_INTERFACE = "its attention does not go through transformers' attention interface"
+_REASONS = {
+    "qwen2_moe": "the sigmoid gate of its shared expert has no rule",
+    "gpt_oss": "its clamped expert gate and attention sinks have no rule",
+    "llama4": "its sigmoid-weighted experts have no rule",
+    "apertus": "its xIELU activation has no rule",
+    "qwen3_next": "its gated delta-net layers have no rule",
+    **dict.fromkeys(("gptj", "bloom", "falcon", "gpt_neo", "mpt", "codegen"), _NO_INTERFACE),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv"), "its recurrence has no rule"),
+}
+_WAY_OUT = "use method gradient or wanda, or a model of " + ", ".join(SUPPORTED)
+_FACTORS: dict[str, tuple[float, float]] = {"attn": (0.25, 0.5), "cp": (0.0, 1.0)}
+_active: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What acts on a module: a name for people, and how it is put on (None: the plain gradient is the rule)."""
+
+    name: str
+    put_on: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+def attn_lrp(model: nn.Module, *, rules: RuleSet = "attn", unlisted: bool = False) -> AbstractContextManager[nn.Module]:
+    """Backward passes of graphs built inside the block propagate relevance; forward values do not change.
+
+    Works for frozen and trainable parameters, any attention implementation, and graphs that begin at any layer.
+
+    Args:
+        model: A causal language model in eval mode. Not to be copied inside the block.
+        rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
+        unlisted: Try a family that is not in ``SUPPORTED``; run ``account.self_check`` on it before believing it.
+
+    Raises:
+        InputError: if the model is training, of a family not known good, or holds a module without a rule.
+        RuntimeError: if the rules already act on this model.
+    """
+    return PreparedRules(rules=rules, unlisted=unlisted)(model)
+
+
+class PreparedRules:
+    """``attn_lrp`` for many batches of one model, whose modules are looked at once, at the first.
+
+    Between the blocks the model must keep its modules; their weights may change.
+
+    Args:
+        rules: As in ``attn_lrp``.
+        unlisted: As in ``attn_lrp``.
+    """
+
+    def __init__(self, *, rules: RuleSet = "attn", unlisted: bool = False) -> None:
+        self._rules, self._unlisted = rules, unlisted
+        self._known: tuple[nn.Module, dict[str, _Rule]] | None = None
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
+        """A block as that of ``attn_lrp``, which says what is raised."""
+        if model in _active:
+            raise RuntimeError(f"attn_lrp already acts on this {type(model).__name__}; leave the first block before")
+        _check_eval(model)
+        if self._known is None or self._known[0] is not model:
+            _check_family(model, self._unlisted)
+            self._known = model, _plan(model, self._rules)
+        with _worn(model, self._known[1]):
+            yield model
+
+
+@contextmanager
+def _worn(model: nn.Module, plan: dict[str, _Rule]) -> Iterator[None]:
+    with ExitStack() as undo:
+        _active.add(model)
+        undo.callback(_active.discard, model)
+        for rule in plan.values():
+            if rule.put_on is not None:
+                undo.enter_context(rule.put_on())
+        yield
+
+
+def rule_table(model: nn.Module, rules: RuleSet = "attn") -> dict[str, str]:
+    """The rule that acts on each leaf module, attention and gated product of the model, by module name.
+
+    Raises:
+        InputError: if a module has no rule.
+    """
+    return {name: rule.name for name, rule in _plan(model, rules).items()}
+
+
+def _check_eval(model: nn.Module) -> None:
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise InputError(f"LRP needs eval mode, but {training or 'the model'} is training; call model.eval()")
+
+
+def _check_family(model: nn.Module, unlisted: bool) -> None:
+    family = decoder(model).config.model_type
+    if family not in SUPPORTED and not unlisted:
+        raise InputError(f"no LRP rules for model type {family!r}: {_REASONS.get(family, 'never checked')}; {_WAY_OUT}")
+    for setting in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(decoder(model).config, setting, None) is not None:
+            raise InputError(f"no LRP rule for {setting} (config of this {family} model); {_WAY_OUT}")
+
+
+def _plan(model: nn.Module, rules: RuleSet) -> dict[str, _Rule]:
+    """The rule of every module, in order of appearance. Everything is checked here, before anything is changed."""
+    inside = decoder(model)
+    prefix = module_name(model, inside)
+    plan = {**_leaf_rules(inside, prefix), **_attention_rules(inside, prefix, rules), **_product_rules(model)}
+    plan[output_head(model)[0]] = _Rule("linear: plain gradient")
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(plan.items(), key=lambda item: order.get(item[0].partition(" ")[0], len(order))))
+
+
+def _leaf_rules(inside: nn.Module, prefix: str) -> dict[str, _Rule]:
+    leaves = [(f"{prefix}.{name}", module) for name, module in inside.named_modules() if not module._modules]
+    return {name: _leaf_rule(name, module) for name, module in leaves if not isinstance(module, nn.ModuleList)}
+
+
+def _leaf_rule(name: str, module: nn.Module) -> _Rule:
+    if is_linear(module):
+        return _Rule("linear: plain gradient")
+    if isinstance(module, nn.Embedding):
+        return _Rule("embedding: where relevance arrives")
+    if isinstance(module, nn.Dropout | nn.Identity):
+        return _Rule("none needed: off in eval mode")
+    if any("inv_freq" in buffer for buffer in module._buffers):
+        return _Rule("rotary angles: constants")
+    if (norm := norm_kind(module)) is not None:
+        return _Rule(f"{norm.name}: standard deviation constant", lambda: _norm_rule(module, norm))
+    if (act := activation_kind(module)) is not None:
+        return _Rule(f"{act}: f(x)/x", lambda: _activation_rule(module, act))
+    raise InputError(f"no LRP rule for {name} ({type(module).__name__}); {_WAY_OUT}")
+
+
+def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet) -> dict[str, _Rule]:
+    modules = attention_modules(inside)
+    if not modules:
+        raise InputError(f"no LRP rules for this {type(inside).__name__}: {_NO_INTERFACE}; {_WAY_OUT}")
+    for name, module in modules.items():
+        if getattr(module, "reorder_and_upcast_attn", False) and module.config._attn_implementation == "eager":
+            raise InputError(f"{name}: reorder_and_upcast_attn with eager attention has no rule; load it with sdpa")
+    qk, v = _FACTORS[rules]
+    text = f"attention: gradient of q, k times {qk}, of v times {v}"
+    return {f"{prefix}.{name}": _Rule(text, _attention_rule(module, qk, v)) for name, module in modules.items()}
+
+
+def _product_rules(model: nn.Module) -> dict[str, _Rule]:
+    """Gated products have no module of their own: they are listed by the down-projection that reads them."""
+    gated = [mlp.down for mlp in mlps(model) if mlp.gated]
+    return {
+        f"{down} (input)": _Rule("gated product: gradient halved", _product_rule(model.get_submodule(down)))
+        for down in gated
+    }
+
+
+@contextmanager
+def _norm_rule(module: nn.Module, kind: NormKind) -> Iterator[None]:
+    slot = forward_slot(module)
+    function = getattr(module, slot)
+    with swapped(module, slot, lambda x: std_constant_rule(x, module, function, kind)):
+        yield
+
+
+@contextmanager
+def _activation_rule(module: nn.Module, kind: str) -> Iterator[None]:
+    slot = forward_slot(module)
+    function = getattr(module, slot)
+    with swapped(module, slot, lambda x: identity_rule(x, function, kind)):
+        yield
+
+
+def _attention_rule(module: nn.Module, qk: float, v: float) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: wrapped_attention(module, lambda base: scaled_qkv(base, qk, v))
+
+
+def _product_rule(down: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def put_on() -> Iterator[None]:
+        handle = down.register_forward_pre_hook(_halve_input)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return put_on
+
+
+def _halve_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The product is read by nothing but the down-projection: halving its gradient there halves both branches."""
+    return (scale_gradient(args[0], 0.5), *args[1:])

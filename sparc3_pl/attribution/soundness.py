@@ -1,0 +1,129 @@
+"""Whether the attribution of a model is right: measurements on a few samples, which the ``doctor`` command judges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.agreement import jaccard, rank_correlation
+from sparc3_pl.attribution.rules import attn_lrp
+from sparc3_pl.attribution.scorers import GradientScorer, target_logits
+from sparc3_pl.families import select_layers
+
+__all__ = [
+    "PrecisionAgreement",
+    "forward_change",
+    "neuron_scores",
+    "padded",
+    "padding_error",
+    "parameters_as",
+    "precision_agreement",
+]
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """AttnLRP scores of all MLP neurons.
+
+    Attributes:
+        scores: By layer, ``[out]`` float32.
+        nonfinite: By layer, NaN and infinite relevances (taken for 0); only layers that have any.
+    """
+
+    scores: dict[str, Tensor]
+    nonfinite: dict[str, int]
+
+    @property
+    def flat(self) -> Tensor:
+        """All layers' scores in one vector."""
+        return torch.cat(list(self.scores.values()))
+
+
+@dataclass(frozen=True)
+class PrecisionAgreement:
+    """How neuron scores of a half-precision model agree with those of the same model in float32.
+
+    Attributes:
+        rank_correlation: Spearman's, over all neurons.
+        top: Number of strongest neurons that are compared.
+        jaccard: Of the ``top`` strongest.
+        total_change: Relative change of the sum of all scores.
+    """
+
+    rank_correlation: float
+    top: int
+    jaccard: float
+    total_change: float
+
+
+def padded(samples: Sequence[Tensor], side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each ``[B, T]``, of samples ``[T_b]``; pads are token 0."""
+    longest = max(map(len, samples))
+    input_ids, mask = (torch.zeros(len(samples), longest, dtype=torch.int64) for _ in range(2))
+    for row, sample in enumerate(samples):
+        place = slice(0, len(sample)) if side == "right" else slice(longest - len(sample), None)
+        input_ids[row, place], mask[row, place] = sample, 1
+    return input_ids, mask
+
+
+def neuron_scores(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> NeuronScores:
+    """Unsigned AttnLRP scores of the up-projections' rows, the mean over one batch.
+
+    Raises:
+        InputError: if the model has no MLPs, or a module without a rule.
+    """
+    scorer = GradientScorer(select_layers(model, None), "neuron", attn_lrp, zero_nonfinite=True)
+    device = model.get_input_embeddings().weight.device
+    scorer.update(model, input_ids_BT.to(device), attention_mask_BT.to(device))
+    counts = {name: int(t["nan"] + t["inf"]) for name, t in scorer.tensors.items()}
+    scores = {name: scorer.scores(name, len(input_ids_BT)).cpu() for name in scorer.layers}
+    return NeuronScores(scores, {name: count for name, count in counts.items() if count})
+
+
+@torch.no_grad()
+def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> float:
+    """The largest change of a logit under the rules, relative to the largest logit; 0 if the rules are right."""
+    device = model.get_input_embeddings().weight.device
+    batch = input_ids_BT.to(device), attention_mask_BT.to(device)
+    plain = target_logits(model, *batch)
+    with attn_lrp(model):
+        ruled = target_logits(model, *batch)
+    return float((ruled - plain).abs().max() / plain.abs().max())
+
+
+def padding_error(model: nn.Module, samples: Sequence[Tensor], side: Literal["left", "right"]) -> float:
+    """The largest difference between a padded batch's scores and single samples', relative to the largest score."""
+    single = sum(neuron_scores(model, *padded([sample])).flat.double() for sample in samples) / len(samples)
+    batch = neuron_scores(model, *padded(samples, side)).flat.double()
+    return float((batch - single).abs().max() / single.abs().max())
+
+
+def precision_agreement(exact: Tensor, rough: Tensor, top: int = 100) -> PrecisionAgreement:
+    """Compares two score vectors ``[n]``; of fewer than ``4 * top`` neurons a quarter counts as the strongest."""
+    top = max(1, min(top, len(exact) // 4))
+    strongest = [set(scores.topk(top).indices.tolist()) for scores in (exact, rough)]
+    totals = [float(scores.double().sum()) for scores in (exact, rough)]
+    change = (totals[1] - totals[0]) / totals[0] if totals[0] else math.nan
+    return PrecisionAgreement(rank_correlation(exact, rough), top, jaccard(*strongest), change)
+
+
+@contextmanager
+def parameters_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Until the block ends, the model's parameters are of ``dtype``, as if it had been loaded so.
+
+    Buffers keep their own: rotary frequencies are float32 in a model of any precision.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in before:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
