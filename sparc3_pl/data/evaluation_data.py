@@ -1,0 +1,335 @@
+"""What an evaluation reads: windows of a running text for perplexity, and prompts to complete."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sparc3_pl.data.reference import check_positive, pad_right, rank_of, tokenizer_of
+from sparc3_pl.data.samples import SEPARATOR, context_length, special_affixes
+from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
+from sparc3_pl.data.texts import PartitionChoice, TextQuery
+from sparc3_pl.errors import InputError
+
+__all__ = ["IGNORED", "EvaluationData", "PromptBatch", "Window", "WindowBatch", "sliding_windows"]
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that is not scored here
+
+
+@dataclass
+class WindowBatch:
+    """Windows of the running text, padded on the right.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64, 1 for real tokens.
+        labels: ``[B, T]`` int64: the token at that place if this window is the one that scores it, else ``IGNORED``.
+            Its prediction stands one place to the left.
+        index: Place of each window among all windows of the text.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    index: list[int]
+
+
+@dataclass
+class PromptBatch:
+    """Prompts to complete, as text: ids (``text_id`` of the prompt) and prompts, in the same order."""
+
+    ids: list[str]
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The ``index``-th window: tokens ``start`` to ``end`` (exclusive) of the text; those from ``scored`` on count."""
+
+    index: int
+    start: int
+    end: int
+    scored: int
+
+
+def sliding_windows(num_tokens: int, max_length: int, stride: int) -> list[Window]:
+    """Windows of up to ``max_length`` tokens, ``stride`` apart; each token is scored in the first one that reaches it.
+
+    The first token of a window has nothing before it and is never scored. So the text's very first token is left out,
+    and with ``stride == max_length`` the first token of every window.
+
+    Raises:
+        InputError: If ``max_length`` is below 2, or ``stride`` not between 1 and ``max_length``.
+    """
+    if max_length < 2:
+        raise InputError(f"model.max_length={max_length}: a window needs 2 tokens or more; raise it")
+    if not 1 <= stride <= max_length:
+        raise InputError(
+            f"model.stride={stride} is not between 1 and model.max_length={max_length}: tokens would be left out"
+        )
+    windows: list[Window] = []
+    reached = 0
+    for start in range(0, num_tokens, stride):
+        end = min(start + max_length, num_tokens)
+        scored = max(reached, start + 1)
+        if scored < end:  # a last token alone in its window has no context: nothing to score
+            windows.append(Window(len(windows), start, end, scored))
+        reached = end
+    return windows
+
+
+class EvaluationData(LightningDataModule):
+    """Text for perplexity and prompts to complete; either may be null.
+
+    Args:
+        text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text; records of
+            anything else are joined by an empty line. null: no perplexity.
+        text_field: Field of the text, dots for nesting.
+        text_split: Split of a hub data set.
+        text_subset: Configuration of a hub data set.
+        text_max_bytes: Read only the first so many bytes of the text (UTF-8, whole characters).
+        prompts_source: Hub data set id, local file, or ``demo``. null: no completions.
+        prompts_field: Field of the prompt, dots for nesting.
+        prompts_filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``. A null never passes.
+        prompts_split: Split of a hub data set.
+        prompts_subset: Configuration of a hub data set.
+        num_prompts: How many prompts; null: all.
+        seed: Decides which prompts are drawn.
+        partition: ``evaluation`` or ``attribution``: only prompts of that half, told apart by content. ``all``: both.
+        partition_seed: Decides the halves; use the same one everywhere.
+        partition_share: Share of the prompts that are in the attribution half.
+        batch_size: Prompts of one batch.
+        window_batch_size: Windows of one batch.
+    """
+
+    def __init__(
+        self,
+        text_source: str | None = "demo",
+        text_field: str = "text",
+        text_split: str = "test",
+        text_subset: str | None = None,
+        text_max_bytes: int | None = None,
+        prompts_source: str | None = "demo",
+        prompts_field: str = "prompt.text",
+        prompts_filter: str | None = None,
+        prompts_split: str = "train",
+        prompts_subset: str | None = None,
+        num_prompts: int | None = None,
+        seed: int = 0,
+        partition: PartitionChoice = "all",
+        partition_seed: int = 0,
+        partition_share: float = 0.5,
+        batch_size: int = 8,
+        window_batch_size: int = 1,
+    ) -> None:
+        super().__init__()
+        # A rank may have nothing to do: three windows on four ranks.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts}
+        check_positive(batch_size=batch_size, window_batch_size=window_batch_size, **counts)
+        if text_source is None and prompts_source is None:
+            raise InputError("data.text_source and data.prompts_source are both null: nothing to evaluate; give one")
+        self.text_source = "demo:text" if text_source == "demo" else text_source
+        self.text_field, self.text_split, self.text_subset = text_field, text_split, text_subset
+        self.text_max_bytes, self.num_prompts, self.seed = text_max_bytes, num_prompts, seed
+        self.batch_size, self.window_batch_size = batch_size, window_batch_size
+        self.query = None
+        if prompts_source is not None:
+            self.query = TextQuery(
+                source="demo:prompts_heldout" if prompts_source == "demo" else prompts_source,
+                text_field=prompts_field,
+                filter=prompts_filter,
+                split=prompts_split,
+                subset=prompts_subset,
+                seed=seed,
+                half=partition,
+                partition_seed=partition_seed,
+                partition_share=partition_share,
+                prefix="data.prompts_",
+            )
+        self.tokenizer: Any = None
+        self.prompts: list[str] = []
+        self.token_ids: list[int] = []
+        self._num_bytes = 0
+        self._verbatim = False
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read text and prompts; every rank reads the same. A second call does nothing.
+
+        Raises:
+            InputError: If a source cannot be read, or gives less than asked for.
+        """
+        if self.text_source is not None and not self.token_ids:
+            self.token_ids = self._tokenise(self._read_text(self.text_source))
+        if self.query is not None and not self.prompts:
+            self.prompts = self._draw_prompts(self.query)
+            log.info("%d prompts from %s", len(self.prompts), self.query.seen())
+
+    def _read_text(self, source: str) -> str:
+        path = local_source(source, "data.text_source")
+        if path is not None and path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() == ".txt":
+            self._verbatim = True
+            return read_text(path, "data.text_source", self.text_max_bytes)
+        parts, size = [], 0
+        for text in self._documents(source):
+            parts.append(text)
+            size += len((text + SEPARATOR).encode())
+            if self.text_max_bytes is not None and size >= self.text_max_bytes:
+                break
+        joined = SEPARATOR.join(parts).encode()[: self.text_max_bytes]
+        return joined.decode(errors="ignore")  # ignores only a last character that the limit cut in two
+
+    def _documents(self, source: str) -> Iterator[str]:
+        """The records' texts in order; empty ones too, as they are part of the running text."""
+        records = read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        for number, record in enumerate(records, start=1):
+            text = get_field(record, self.text_field)
+            if not isinstance(text, str):
+                raise InputError(
+                    f"data.text_source={source!r}: {self.text_field!r} of record {number} is "
+                    f"{'null' if text is None else type(text).__name__}, not text; repair it or name another field"
+                )
+            yield text
+
+    def _tokenise(self, text: str) -> list[int]:
+        """The whole text at once, with the special tokens that the tokenizer adds by default (BOS)."""
+        self._num_bytes = len(text.encode())
+        ids = tokenizer_of(self)(text, verbose=False).input_ids
+        if len(ids) < 2:
+            raise InputError(
+                f"data.text_source={self.text_source!r}: {len(ids)} tokens are too few for a perplexity; give more text"
+            )
+        return ids
+
+    def _draw_prompts(self, query: TextQuery) -> list[str]:
+        prompts = list(itertools.islice(query.texts(), self.num_prompts))
+        if len(prompts) < (self.num_prompts or 1):
+            raise InputError(
+                f"data.num_prompts={self.num_prompts}: only {len(prompts)} prompts in {query.seen()}; lower "
+                "data.num_prompts or widen data.prompts_filter"
+            )
+        return prompts
+
+    # --- serving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Identities of the prompts, in the order drawn, over all ranks."""
+        return [text_id(prompt) for prompt in self.prompts]
+
+    def windows(self) -> list[Window]:
+        """All windows of the text over all ranks, by ``max_length`` and ``stride`` of the Trainer's module.
+
+        Raises:
+            InputError: If the window does not fit the model.
+        """
+        if not self.token_ids:
+            return []
+        assert self.trainer is not None, "windows need the module's max_length and stride"
+        module = self.trainer.lightning_module
+        context = context_length(tokenizer_of(self))
+        if context is not None and module.max_length > context:
+            raise InputError(
+                f"model.max_length={module.max_length} is longer than the model's context of {context} tokens; lower it"
+            )
+        return sliding_windows(len(self.token_ids), module.max_length, module.stride)
+
+    def test_dataloader(self) -> DataLoader:
+        """The share of this rank: batches of windows, then of prompts; nothing is on two ranks."""
+        rank, world_size = rank_of(self)
+        windows = self.windows()[rank::world_size]
+        # Prompts of similar length share a batch and need little padding; the longest come first.
+        prompts = sorted(self.prompts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size]
+        return DataLoader(_Batches(self, windows, prompts), batch_size=None, collate_fn=_unchanged)
+
+    def window_batch(self, windows: list[Window]) -> WindowBatch:
+        """Tokens and labels of some windows, ``[B, T]``."""
+        pad_id = tokenizer_of(self).pad_token_id
+        input_ids, mask = pad_right([self.token_ids[w.start : w.end] for w in windows], pad_id)
+        labels = torch.full_like(input_ids, IGNORED)
+        for row, window in enumerate(windows):
+            scored = slice(window.scored - window.start, window.end - window.start)
+            labels[row, scored] = input_ids[row, scored]
+        return WindowBatch(input_ids, mask, labels, [window.index for window in windows])
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, under the names of the configuration keys; ``text_source`` or ``prompts_source`` may be null.
+
+        ``protocol`` tells what perplexity depends on beside the window: how documents were joined, and the special
+        tokens (BOS) that stand before the text.
+        """
+        return {"text_source": self.text_source, **self._describe_text(), **self._describe_prompts()}
+
+    def _describe_text(self) -> dict[str, Any]:
+        if self.text_source is None:
+            return {"protocol": None}
+        num_special = len(special_affixes(tokenizer_of(self))[0])
+        return {
+            "text_field": None if self._verbatim else self.text_field,
+            "text_split": self.text_split,
+            "text_subset": self.text_subset,
+            "text_max_bytes": self.text_max_bytes,
+            "protocol": {
+                "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
+                "tokens_before_text": self.token_ids[:num_special],
+                "num_bytes": self._num_bytes,
+                "num_text_tokens": len(self.token_ids),
+            },
+        }
+
+    def _describe_prompts(self) -> dict[str, Any]:
+        query = self.query
+        if query is None:
+            return {"prompts_source": None}
+        return {
+            "prompts_source": query.source,
+            "prompts_field": query.text_field,
+            "prompts_filter": query.filter,
+            "prompts_split": query.split,
+            "prompts_subset": query.subset,
+            "num_prompts": len(self.prompts),
+            "seed": self.seed,
+            "partition": query.half,
+            "partition_seed": query.partition_seed,
+            "partition_share": query.partition_share,
+            **dict(query.counts),
+        }
+
+
+class _Batches(Dataset):
+    """Batches built when they are asked for: overlapping windows of a long text would fill the memory."""
+
+    def __init__(self, data: EvaluationData, windows: list[Window], prompts: list[str]) -> None:
+        self.data = data
+        self.windows = _chunks(windows, data.window_batch_size)
+        self.prompts = _chunks(prompts, data.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.windows) + len(self.prompts)
+
+    def __getitem__(self, index: int) -> WindowBatch | PromptBatch:
+        if index < len(self.windows):
+            return self.data.window_batch(self.windows[index])
+        prompts = self.prompts[index - len(self.windows)]
+        return PromptBatch([text_id(prompt) for prompt in prompts], prompts)
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _unchanged(batch: WindowBatch | PromptBatch) -> WindowBatch | PromptBatch:
+    return batch

@@ -1,0 +1,117 @@
+"""From a source to the texts that are used: filtered, of one half, each once; all that is left out is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparc3_pl.data.sources import Filter, get_field, parse_filter, partition, read_records, text_id
+from sparc3_pl.errors import InputError
+
+__all__ = ["PartitionChoice", "TextQuery"]
+
+PartitionChoice = Literal["all", "attribution", "evaluation"]
+
+
+@dataclass
+class TextQuery:
+    """Which texts to take from a source.
+
+    Attributes:
+        source: As in ``read_records``.
+        text_field: Field of the text, dots for nesting.
+        filter: ``FIELD OP VALUE [and ...]``, or None.
+        split: Split of a hub data set.
+        subset: Configuration of a hub data set.
+        seed: Of the shuffle; None keeps the source's order.
+        half: Texts of one half only, or ``all``.
+        partition_seed: Of the halves.
+        partition_share: Share of the attribution half.
+        prefix: What the configuration keys of this query start with, for messages (``data.``, ``data.prompts_``).
+        source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
+        counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
+            null (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
+    """
+
+    source: str
+    text_field: str
+    filter: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    seed: int | None = None
+    half: PartitionChoice = "all"
+    partition_seed: int = 0
+    partition_share: float = 0.5
+    prefix: str = "data."
+    source_key: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.half not in ("all", "attribution", "evaluation"):
+            raise InputError(f"data.partition={self.half!r} is not known; use all, attribution or evaluation")
+        if not 0 <= self.partition_share <= 1:
+            raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
+        self._filter: Filter | None = parse_filter(self.filter, self._key("filter")) if self.filter else None
+        self._reset()
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}{name}"
+
+    @property
+    def _field_key(self) -> str:
+        return "data.text_field" if self.prefix == "data." else self._key("field")
+
+    def _reset(self) -> None:
+        self.counts.clear()  # in place: whoever adds counts of its own holds the same object
+        self.counts.update(num_read=0, num_null=0, num_empty=0, num_duplicates=0)
+
+    def texts(self) -> Iterator[str]:
+        """The texts, each once, in the order of the shuffle; ``counts`` is filled on the way.
+
+        Raises:
+            InputError: If the source cannot be read, a field does not exist, or a text is not text.
+        """
+        self._reset()
+        seen: set[str] = set()
+        key = self.source_key or self._key("source")
+        for record in read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key):
+            text = self._text(record)
+            if text is None:
+                continue
+            identity = text_id(text)
+            if identity in seen:
+                self.counts["num_duplicates"] += 1
+                continue
+            seen.add(identity)
+            if self.half in ("all", partition(identity, self.partition_seed, self.partition_share)):
+                yield text
+
+    def _text(self, record: dict) -> str | None:
+        """The record's text if it passes, else None; the reason is counted."""
+        self.counts["num_read"] += 1
+        passes = True if self._filter is None else self._filter.passes(record)
+        text = get_field(record, self.text_field, self._field_key)
+        if passes is None or text is None:
+            self.counts["num_null"] += 1
+            return None
+        if not isinstance(text, str):
+            raise InputError(
+                f"{self._field_key}: {self.text_field!r} holds {type(text).__name__}, not text; name another field"
+            )
+        if not text.strip():
+            self.counts["num_empty"] += 1
+            return None
+        return text if passes else None
+
+    def seen(self) -> str:
+        """What has been read so far, in words, for messages."""
+        details = [f"{self.counts['num_read']} records read"]
+        if self.filter:
+            details.append(f"filter {self.filter!r}")
+        if self.half != "all":
+            details.append(f"{self.half} half")
+        words = {"num_null": "null", "num_empty": "empty", "num_duplicates": "duplicates"}
+        details += [f"{self.counts[name]} {word}" for name, word in words.items() if self.counts[name]]
+        return f"{self.source!r} ({', '.join(details)})"

@@ -1,0 +1,259 @@
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from tiny_tokenizers import documents, tiny_tokenizer
+
+from sparc3_pl.data.reference import ReferenceBatch, ReferenceData
+from sparc3_pl.data.sources import text_id
+from sparc3_pl.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(60)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    """40 prompts: every fourth score null, three records twice, one empty."""
+    rows = [{"prompt": {"text": f"The last train {i}", "toxicity": None if i % 4 == 0 else i / 40}} for i in range(40)]
+    rows += [*rows[5:8], {"prompt": {"text": "  ", "toxicity": 1.0}}]
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ready(data: ReferenceData, rank: int = 0, world_size: int = 1, **tokenizer) -> ReferenceData:
+    module = SimpleNamespace(tokenizer=tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer))
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
+    data.setup("predict")
+    return data
+
+
+def ids(data: ReferenceData) -> list[str]:
+    return [sample.id for sample in data.samples]
+
+
+def served(data: ReferenceData) -> list[str]:
+    return [sample_id for batch in data.predict_dataloader() for sample_id in batch.ids]
+
+
+PROMPTS = {"text_field": "prompt.text", "seq_len": None}
+
+
+def test_a_seed_gives_the_same_windows_and_another_seed_others(corpus):
+    one, same, other = (ids(ready(ReferenceData(corpus, seq_len=16, num_samples=8, seed=s))) for s in (0, 0, 1))
+    assert one == same
+    assert len(one) == 8
+    assert not set(one) & set(other)
+
+
+def test_a_seed_gives_other_texts(prompts):
+    one, other = (ready(ReferenceData(prompts, **PROMPTS, num_samples=10, seed=s)) for s in (0, 1))
+    assert set(ids(one)) != set(ids(other))
+
+
+def test_filter_nulls_and_duplicates(prompts):
+    data = ready(ReferenceData(prompts, **PROMPTS, filter="prompt.toxicity >= 0.1"))
+    expected = {text_id(f"The last train {i}") for i in range(40) if i % 4 and i / 40 >= 0.1}
+    assert set(ids(data)) == expected
+    assert len(ids(data)) == len(expected)
+    entry = data.describe()
+    assert (entry["num_read"], entry["num_null"], entry["num_duplicates"], entry["num_empty"]) == (44, 10, 3, 1)
+    assert entry["sample_ids"] == ids(data)
+    assert entry["filter"] == "prompt.toxicity >= 0.1"
+    json.dumps(entry)
+
+
+def test_halves_are_disjoint_and_whole(prompts, tmp_path):
+    halves = [set(ids(ready(ReferenceData(prompts, **PROMPTS, partition=p)))) for p in ("attribution", "evaluation")]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == set(ids(ready(ReferenceData(prompts, **PROMPTS))))
+    assert all(halves)
+    # The order of the file has no say in it.
+    with open(prompts) as file:
+        lines = file.readlines()
+    (tmp_path / "reversed.jsonl").write_text("".join(reversed(lines)))
+    again = ready(ReferenceData(str(tmp_path / "reversed.jsonl"), **PROMPTS, partition="attribution", seed=9))
+    assert set(ids(again)) == halves[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ranks_share_the_samples_without_repetition(prompts, world_size):
+    parts = [
+        served(ready(ReferenceData(prompts, **PROMPTS, num_samples=7, batch_size=3), rank, world_size))
+        for rank in range(world_size)
+    ]
+    everything = [sample_id for part in parts for sample_id in part]
+    assert len(everything) == 7
+    assert sorted(everything) == sorted(ids(ready(ReferenceData(prompts, **PROMPTS, num_samples=7))))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_excluded_samples_are_not_served(prompts):
+    data = ready(ReferenceData(prompts, **PROMPTS))
+    done = set(ids(data)[:11])
+    data.exclude(done)
+    assert sorted(served(data)) == sorted(set(ids(data)) - done)
+    assert done <= set(data.describe()["sample_ids"])
+
+
+def test_batches_are_padded_on_the_right_longest_first(corpus):
+    data = ready(ReferenceData(corpus, seq_len=None, batch_size=4, num_samples=10))
+    tokens = {sample.id: sample.input_ids for sample in data.samples}
+    lengths = []
+    for batch in data.predict_dataloader():
+        assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+        for row, mask, sample_id in zip(batch.input_ids, batch.attention_mask, batch.ids, strict=True):
+            length = len(tokens[sample_id])
+            assert row[:length].tolist() == tokens[sample_id]
+            assert set(row[length:].tolist()) <= {1}
+            assert mask.tolist() == [1] * length + [0] * (len(row) - length)
+            lengths.append(length)
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 10
+
+
+def test_without_a_trainer(corpus):
+    data = ReferenceData(corpus, seq_len=16, num_samples=4)
+    data.tokenizer = tiny_tokenizer(pad_token="</s>")
+    data.setup()
+    assert sorted(served(data)) == sorted(ids(data))
+
+
+def test_equal_windows_do_not_count_as_samples(tmp_path):
+    rows = [json.dumps({"text": text}) for text in ("ab " * 400, *documents(9))]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    data = ready(ReferenceData(str(tmp_path / "a.jsonl"), seq_len=17))
+    assert len(set(ids(data))) == len(ids(data))
+    assert data.describe()["num_duplicates"] > 0
+
+
+class Recorder(LightningModule):
+    """Keeps the ids it was given, as the scoring module does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = tiny_tokenizer(pad_token="</s>")
+        self.ids: list[str] = []
+
+    def predict_step(self, batch, batch_idx):
+        assert isinstance(batch, ReferenceBatch)
+        self.ids += batch.ids
+
+
+def test_in_a_real_trainer(prompts, tmp_path):
+    data, module = ReferenceData(prompts, **PROMPTS, num_samples=7, batch_size=2), Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    assert sorted(module.ids) == sorted(ids(data))
+
+
+# --- matched ----------------------------------------------------------------------------------------------------------
+
+
+def formats(data: ReferenceData) -> Counter:
+    return Counter((len(sample.input_ids), sample.ending) for sample in data.samples)
+
+
+def test_matches_a_file(corpus, prompts):
+    behaviour = ready(ReferenceData(prompts, **PROMPTS, filter="prompt.toxicity >= 0.5"))
+    match = {"match": prompts, "match_field": "prompt.text", "match_filter": "prompt.toxicity >= 0.5"}
+    general, other = (ready(ReferenceData(corpus, **match, seed=s)) for s in (0, 1))
+    assert formats(general) == formats(other) == formats(behaviour)
+    assert set(ids(general)) != set(ids(other))
+    assert ids(general) == ids(ready(ReferenceData(corpus, **match)))
+    entry = general.describe()
+    assert (entry["match"], entry["seq_len"], entry["num_unmatched_endings"]) == (prompts, None, 0)
+
+
+def test_matches_a_score_folder(corpus, tmp_path):
+    rows = [{"num_tokens": n, "ending": "cut"} for n in (6, 8, 11)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ready(ReferenceData(corpus, match=str(tmp_path)))
+    assert formats(data) == {(6, "cut"): 1, (8, "cut"): 1, (11, "cut"): 1}
+    more = ready(ReferenceData(corpus, match=str(tmp_path), num_samples=7))
+    assert len(more.samples) == 7
+    assert set(formats(more)) == set(formats(data))
+    assert min(formats(more).values()) == 2
+
+
+def test_match_that_is_not_there(corpus, tmp_path):
+    with pytest.raises(InputError, match=r"data\.match=.*no such file"):
+        ReferenceData(corpus, match=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"data\.match_field: no field"):
+        ready(ReferenceData(corpus, match=corpus, match_field="prompt"))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["seq_len", "num_samples", "batch_size", "max_tokens"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one(key, value):
+    with pytest.raises(InputError, match=rf"data\.{key}={value} is too small"):
+        ReferenceData(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "train"}, r"data\.partition='train'"),
+        ({"partition_share": 1.5}, r"data\.partition_share=1\.5"),
+        ({"filter": "toxicity"}, r"data\.filter='toxicity'"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(InputError, match=message):
+        ReferenceData(**options)
+
+
+def test_what_the_data_do_not_hold(prompts, corpus, tmp_path):
+    with pytest.raises(InputError, match=r"data\.text_field: no field 'text'; there are: prompt"):
+        ready(ReferenceData(prompts))
+    with pytest.raises(InputError, match=r"data\.text_field: 'prompt\.toxicity' holds float, not text"):
+        ready(ReferenceData(prompts, "prompt.toxicity", filter="prompt.toxicity > 0"))
+    with pytest.raises(InputError, match="gives only 0 samples"):
+        ready(ReferenceData(prompts, **PROMPTS, filter="prompt.toxicity > 2"))
+    with pytest.raises(InputError, match=r"data\.num_samples=100: .* gives only 60"):
+        ready(ReferenceData(corpus, seq_len=None, num_samples=100))
+    (tmp_path / "nulls.jsonl").write_text('{"text": "a", "score": null}\n' * 3)
+    with pytest.raises(InputError, match="gives only 0 samples"):
+        ready(ReferenceData(str(tmp_path / "nulls.jsonl"), filter="score > 0", seq_len=None))
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+def test_real_prompts_and_text_matched_to_them(real_data, smollm2):
+    from sparc3_pl.language_model import ModelSource, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelSource(str(smollm2)))
+
+    def drawn(**options) -> ReferenceData:
+        data = ReferenceData(**options)
+        data.tokenizer = tokenizer
+        data.setup()
+        return data
+
+    rtp, c4 = str(real_data / "rtp_dev.jsonl"), str(real_data / "c4_dev.jsonl")
+    behaviour = drawn(source=rtp, **PROMPTS, filter="prompt.toxicity >= 0.9")
+    assert len(behaviour.samples) + behaviour.describe()["num_duplicates"] == 101
+    assert behaviour.describe()["num_null"] > 0
+    match = {"match": rtp, "match_field": "prompt.text", "match_filter": "prompt.toxicity >= 0.9"}
+    assert formats(drawn(source=c4, **match)) == formats(behaviour)
+    windows = drawn(source=c4, seq_len=256, num_samples=16)
+    assert [len(sample.input_ids) for sample in windows.samples] == [256] * 16
