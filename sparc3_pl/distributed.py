@@ -1,0 +1,43 @@
+"""The few collectives that the passes need; with one process they do nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["barrier", "from_rank_zero", "gather_lists", "sum_over_ranks"]
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replaces ``tensor`` on every rank by the sum over ranks, in place: no second copy of a large one."""
+    if _many():
+        dist.all_reduce(tensor)
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """All ranks' items on every rank, in the order of the ranks; a rank may bring none."""
+    if not _many():
+        return list(items)
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """What ``make`` gives on rank 0, on every rank; the others do not call it."""
+    if not _many():
+        return make()
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if _many():
+        dist.barrier()

@@ -1,0 +1,143 @@
+"""The Trainer of the command line: Lightning's, with the arguments that make sense here and our two verbs."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.processes import Launcher, NoSignals
+
+__all__ = ["Trainer"]
+
+
+NOT_LIGHTNINGS = ("self", "__class__", "rank_timeout")
+
+
+class _ScoreLoop(_PredictionLoop):
+    """Runs its hooks on a rank without samples too: the sums over ranks need every rank."""
+
+    skip = False
+
+
+class _EvalLoop(_EvaluationLoop):
+    """Runs its hooks on a rank without windows and prompts too."""
+
+    skip = False
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer for passes that take gradients without training.
+
+    Gradients are allowed in ``predict`` (no inference mode), and the data modules share out the samples themselves:
+    Lightning's own sampler repeats samples to even out the ranks, which would count them twice.
+
+    Args:
+        accelerator: ``auto``, ``cpu``, ``gpu``, ...
+        strategy: ``auto``, ``ddp``, ...; each process scores its share of the samples.
+        devices: Number of devices (on the CPU: of processes), or their indices.
+        num_nodes: Number of machines.
+        precision: Keep ``32-true``: the model is loaded in the precision that ``model.dtype`` says.
+        logger: A Lightning logger; true: TensorBoard in ``lightning_logs``; false: none.
+        callbacks: Further Lightning callbacks.
+        fast_dev_run: Run one batch (or this many) to see that everything works.
+        limit_predict_batches: Score only this many batches (or this share of them) on each process.
+        limit_test_batches: Evaluate only this many batches (or this share of them) on each process.
+        log_every_n_steps: Batches between two entries in the log.
+        enable_progress_bar: Show a progress bar on stderr.
+        default_root_dir: Where ``lightning_logs`` is made; the current folder by default.
+        deterministic: Use deterministic algorithms only, or fail (true) or warn.
+        profiler: Lightning's ``simple``, ``advanced`` or ``pytorch`` profiler.
+        rank_timeout: Minutes that a process waits for a slower one before it gives up. One that has died is noticed
+            within seconds, whatever this says.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: Literal["32-true", "bf16-true", "16-true", "64-true"] = "32-true",
+        logger: Logger | list[Logger] | bool = True,
+        callbacks: list[Callback] | Callback | None = None,
+        fast_dev_run: int | bool = False,
+        limit_predict_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        log_every_n_steps: int = 1,
+        enable_progress_bar: bool = True,
+        default_root_dir: str | Path | None = None,
+        deterministic: bool | Literal["warn"] | None = None,
+        profiler: Profiler | str | None = None,
+        rank_timeout: float = 30.0,
+    ) -> None:
+        arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in NOT_LIGHTNINGS}
+        _check(rank_timeout, limit_predict_batches, limit_test_batches)
+        ours = {"inference_mode": False, "use_distributed_sampler": False, "enable_model_summary": False}
+        try:
+            super().__init__(**arguments, **ours)
+        except (MisconfigurationException, ValueError) as error:
+            given = ", ".join(f"trainer.{key}={arguments[key]!r}" for key in ("accelerator", "strategy", "devices"))
+            reason = " ".join(str(error).split())
+            raise InputError(f"{given}: {reason[:200]}; change one of them (see score --help)") from error
+        self._signal_connector = NoSignals(self)
+        self.predict_loop = _ScoreLoop(self, inference_mode=False)
+        self.test_loop = _EvalLoop(self, TrainerFn.TESTING, RunningStage.TESTING, inference_mode=False)
+        self._watch_ranks(timedelta(minutes=rank_timeout))
+
+    def _watch_ranks(self, timeout: timedelta) -> None:
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy | ModelParallelStrategy):
+            strategy._timeout = timeout
+        if type(strategy.launcher) is _SubprocessScriptLauncher:
+            theirs = strategy.launcher
+            strategy._launcher = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
+
+    def score(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
+        """Score a model's weights or neurons on reference samples."""
+        with _clean_refusal(self):
+            self.predict(model, datamodule=datamodule, return_predictions=False)
+
+    def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
+        """Measure perplexity and the toxicity of completions, of a model as it is or with a plan applied."""
+        with _clean_refusal(self):
+            self.test(model, datamodule=datamodule, verbose=False)
+
+
+@contextmanager
+def _clean_refusal(trainer: pl.Trainer) -> Iterator[None]:
+    """If wrong input ends the block before a batch is done, the log folder that the run has just made goes too."""
+    folders = [Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir is not None]
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except InputError:
+        progress = (trainer.predict_loop.batch_progress, trainer.test_loop.batch_progress)
+        if trainer.is_global_zero and not any(part.total.processed for part in progress):
+            for folder in new:
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # other runs are in it
+                    folder.parent.rmdir()
+        raise
+
+
+def _check(rank_timeout: float, limit_predict_batches: float | None, limit_test_batches: float | None) -> None:
+    if not rank_timeout > 0:
+        raise InputError(f"trainer.rank_timeout={rank_timeout}; give a positive number of minutes")
+    limits = {"limit_predict_batches": limit_predict_batches, "limit_test_batches": limit_test_batches}
+    for name, value in limits.items():
+        if value is not None and value <= 0:
+            raise InputError(f"trainer.{name}={value} leaves nothing to do; give at least 1 batch, or leave it out")
