@@ -1,0 +1,1 @@
+"""Contrast, selection, the plan, and the edit of a model."""

@@ -1,0 +1,330 @@
+"""Saving a pruned model so that plain transformers loads it, and really removing neurons."""
+
+import copy
+import logging
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.families import MLP, mlps, swapped, weight_matrix
+from sparc3_pl.files import new_folder, write_text, writing
+from sparc3_pl.pruning.edit import check_plan, pruned
+from sparc3_pl.pruning.plan import PrunePlan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SavedModel", "save_pruned", "save_shrunk", "shrink"]
+
+log = logging.getLogger(__name__)
+
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_embed_dim", "inner_dim")
+# How far logits may differ, as a share of the largest. Weights must be equal bit for bit; but a matrix product can
+# round differently at another address in memory, sums are shorter once neurons are gone, and a model cast to 16 bit in
+# memory has rotary frequencies of 16 bit, which the reloaded one has in full.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_TOLERANCE_16_BIT = 0.03
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What was written, and the proof that it is what was meant.
+
+    Attributes:
+        folder: A Hugging Face model folder.
+        max_difference: Largest difference between the logits of the reloaded model and of the pruned one in memory.
+        parameters: Number of parameters before and after.
+        bytes: Their size before and after.
+    """
+
+    folder: Path
+    max_difference: float
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+
+    def __str__(self) -> str:
+        (before, after), (old, new) = self.parameters, self.bytes
+        if before == after:
+            size = f"same size: rows zeroed ({after:,} parameters, {new / 2**20:,.1f} MiB)"
+        else:
+            size = f"smaller: {before:,} -> {after:,} parameters, {old / 2**20:,.1f} -> {new / 2**20:,.1f} MiB"
+        checked = f"reloaded and compared: largest difference of a logit {self.max_difference:.2g}"
+        return f"{self.folder}: {size}; {checked}"
+
+
+def save_pruned(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plan: PrunePlan,
+    folder: str | Path,
+    overwrite: bool = False,
+) -> SavedModel:
+    """Writes the pruned model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    The weights keep their shapes; what the plan removes is zero in them. The folder holds the tokenizer, a model
+    card and the plan besides. It is loaded again and compared, tensor by tensor and on logits, before it takes its
+    name. ``model`` is pruned only meanwhile.
+
+    Args:
+        model: The model that the plan was made for (a GGUF-loaded one too).
+        tokenizer: Its tokenizer.
+        plan: What to prune.
+        folder: Where to write.
+        overwrite: Whether an earlier pruned model there may be replaced.
+
+    Raises:
+        InputError: if the plan does not fit the model, or the folder is taken or cannot be written.
+    """
+    with pruned(model, plan):
+        size = (_parameters(model), _parameters(model))
+        return _save(model, model, tokenizer, plan, folder, overwrite, size)
+
+
+def save_shrunk(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plan: PrunePlan,
+    folder: str | Path,
+    overwrite: bool = False,
+) -> SavedModel:
+    """As ``save_pruned``, with the neurons really removed (``shrink``): a smaller model.
+
+    Sums over fewer terms round differently, so its logits are close to those of the zeroed model, not equal.
+
+    Raises:
+        InputError: as ``save_pruned`` and ``shrink``.
+    """
+    smaller = shrink(model, plan)
+    with pruned(model, plan, check_fingerprint=False):  # shrink has checked it
+        size = (_parameters(model), _parameters(smaller))
+        return _save(smaller, model, tokenizer, plan, folder, overwrite, size)
+
+
+def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
+    """A copy of ``model`` without the plan's neurons: rows of up and gate and columns of down are gone.
+
+    Architectures have one width for all layers, so the plan must remove the same number of neurons from each MLP.
+
+    Raises:
+        InputError: if the plan does not fit the model, or the architecture does not permit it.
+    """
+    check_plan(model, plan)
+    removed = _removed(model, plan)
+    width = next(mlp.width for mlp in mlps(model))
+    key = _width_key(model.config, width)
+    with pruned(model, plan, check_fingerprint=False):  # a mean that is folded into a bias stays
+        smaller = copy.deepcopy(model)
+    left = width - len(next(iter(removed.values())))
+    for mlp in mlps(smaller):
+        _cut(smaller, mlp, removed[mlp.up])
+    setattr(smaller.config, key, left)
+    return smaller
+
+
+def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
+    """Neurons to remove by up-projection; the same number everywhere."""
+    if plan.granularity != "neuron" or plan.edit == "scale":
+        raise InputError(
+            f"shrink removes whole neurons, but the plan is for {plan.granularity}s with edit={plan.edit}; "
+            "use zero or mean"
+        )
+    by_layer, blocks = plan.by_layer(), mlps(model)
+    if strange := set(by_layer) - {mlp.up for mlp in blocks}:
+        raise InputError(
+            f"shrink removes MLP neurons, but the plan names {sorted(strange)[0]}; plan up-projections only"
+        )
+    removed = {mlp.up: {i % mlp.width for i in by_layer.get(mlp.up, [])} for mlp in blocks}
+    widths = {mlp.width - len(removed[mlp.up]) for mlp in blocks}
+    if len(widths) > 1 or len({mlp.width for mlp in blocks}) > 1:
+        counts = sorted({len(gone) for gone in removed.values()})
+        raise InputError(
+            f"shrink needs the same number of neurons gone from each layer, but the plan removes {counts[0]} to "
+            f"{counts[-1]}; make the plan with --shrink"
+        )
+    if min(widths) < 1:
+        raise InputError("shrink would leave layers without neurons; lower num_neurons")
+    return removed
+
+
+def _width_key(config: "PretrainedConfig", width: int) -> str:
+    """The key of the configuration that holds the MLPs' width (GPT-2: ``n_inner``, None for 4 * hidden size)."""
+    for key in _WIDTH_KEYS:
+        if key in config.to_dict() and getattr(config, key) in (width, None):
+            return key
+    raise InputError(
+        f"shrink: no key of the {config.model_type} configuration holds the width {width} (looked for "
+        f"{', '.join(_WIDTH_KEYS)}), so the architecture does not permit it; save without shrink"
+    )
+
+
+def _cut(model: nn.Module, mlp: MLP, removed: set[int]) -> None:
+    """Removes the neurons of one MLP from its linear layers."""
+    keep = torch.tensor([i for i in range(mlp.width) if i not in removed])
+    rows = torch.cat([keep, keep + mlp.width]) if mlp.fused else keep
+    for name in (mlp.up, mlp.gate):
+        if name is not None:
+            _replace(model.get_submodule(name), rows, dim=0)
+    _replace(model.get_submodule(mlp.down), keep, dim=1)
+    owner = model.get_submodule(mlp.name)
+    for key in _WIDTH_KEYS:
+        if getattr(owner, key, None) == mlp.width:
+            setattr(owner, key, len(keep))
+
+
+def _replace(layer: nn.Module, index: Tensor, dim: int) -> None:
+    """Keeps the rows (``dim`` 0) or columns (1) ``index`` of a linear layer's ``[out, in]`` matrix."""
+    matrix = weight_matrix(layer).detach()
+    kept = matrix.index_select(dim, index.to(matrix.device))
+    is_linear = isinstance(layer, nn.Linear)
+    layer.weight = nn.Parameter((kept if is_linear else kept.T).contiguous(), layer.weight.requires_grad)
+    if dim == 0 and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach()[index.to(layer.bias.device)], layer.bias.requires_grad)
+    names = ("out_features", "in_features") if is_linear else ("nf", "nx")
+    setattr(layer, names[dim], len(index))
+
+
+# --- writing and checking ---------------------------------------------------------------------------------------------
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters and their bytes; tied ones count once."""
+    return (
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def _save(
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plan: PrunePlan,
+    folder: str | Path,
+    overwrite: bool,
+    size: tuple[tuple[int, int], tuple[int, int]],
+) -> SavedModel:
+    """Writes ``model``; its reloaded copy must do what ``reference``, the pruned model in memory, does."""
+    (before, old), (after, new) = size
+    with new_folder(folder, overwrite, marker="plan.json") as temporary:
+        with writing(Path(folder)):
+            _write_model(model, temporary)
+            tokenizer.save_pretrained(temporary)
+        plan.save(temporary / "plan.json")
+        difference = _compare(temporary, model, reference)
+        result = SavedModel(Path(folder), difference, (before, after), (old, new))
+        write_text(temporary / "README.md", _model_card(model, plan, result))
+    return result
+
+
+def _write_model(model: "PreTrainedModel", folder: Path) -> None:
+    """``save_pretrained``; a model unpacked from a GGUF file still says that it is quantised, and would be refused."""
+    config = copy.deepcopy(model.config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with ExitStack() as undo:
+        undo.enter_context(swapped(model, "config", config))
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            if name in vars(model):
+                undo.enter_context(swapped(model, name, None))
+        model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel") -> float:
+    """Loads the folder as anyone would, and returns the largest difference of a logit on two seeded token sequences."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": reference.config._attn_implementation}
+    if getattr(reference, "hf_device_map", None):
+        options["device_map"] = reference.hf_device_map
+    loaded = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    if "device_map" not in options:
+        loaded.to(reference.device)
+    wanted, found = model.state_dict(), loaded.state_dict()
+    unequal = [key for key in wanted if key not in found or not torch.equal(wanted[key], found[key])]
+    if unequal or wanted.keys() != found.keys():
+        raise RuntimeError(
+            f"{folder}: the saved model differs from the one in memory ({unequal[:3]}); nothing was kept"
+        )
+    vocabulary = reference.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    device = reference.get_input_embeddings().weight.device
+    with _in_eval_mode(reference):
+        expected, got = (m(input_ids=ids.to(device), use_cache=False).logits.float() for m in (reference, loaded))
+    difference = float((expected - got).abs().max())
+    allowed = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT) * float(expected.abs().max())
+    if not difference <= allowed:
+        raise RuntimeError(f"{folder}: logits of the saved model are off by {difference:.3g}; nothing was kept")
+    return difference
+
+
+def _in_eval_mode(model: nn.Module) -> ExitStack:
+    """Dropout off inside the block; each module is then as it was."""
+    undo = ExitStack()
+    for module in model.modules():
+        undo.enter_context(swapped(module, "training", False))
+    return undo
+
+
+def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -> str:
+    """README.md: what was removed from what, on what evidence, and how to check it."""
+    base = str(plan.model.get("pretrained"))
+    name = base if not Path(base).exists() else Path(base).name  # a path says nothing to anyone else
+    hub = f"base_model: {name}\n" if "/" in name else ""
+    unit, count = ("neurons", plan.num_neurons) if plan.granularity == "neuron" else ("weights", plan.num_weights)
+    share = f" of {plan.num_candidates:,} scored" if plan.num_candidates else ""
+    how = f"`{plan.edit}`" + (f" (alpha {plan.alpha})" if plan.edit == "scale" else "")
+    same = result.parameters[0] == result.parameters[1]
+    size = "Same size: rows zeroed." if same else "Smaller: the neurons are removed from the matrices."
+    warned = "".join(f"\n- Warning: {text}" for text in plan.warnings)
+    versions = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
+    command = re.sub(
+        r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command
+    )  # a card is published: no folders of this machine
+    layers = "\n".join(f"| `{layer}` | {number} |" for layer, number in plan.counts().items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{hub}tags:
+- pruned
+- sparc3
+---
+
+# {Path(name).stem if name.endswith(".gguf") else name.rsplit("/")[-1]}, pruned
+
+{count:,} {unit}{share} were edited ({how}) in `{name}` ({type(model).__name__}), chosen by attribution
+(SparC3, arXiv 2506.13727). {size} {result.parameters[1]:,} parameters. It loads with
+`AutoModelForCausalLM.from_pretrained`.
+
+## Provenance
+
+- Base model: `{name}`, revision `{plan.model.get("revision")}`, weights `{plan.fingerprint}`
+- Contrast: `{plan.contrast}`; control: `{plan.control}`; settings: `{plan.settings}`
+- General scores: {_told(plan, "general")}
+- Behaviour scores: {_told(plan, "behaviour")}
+- Made {plan.created} by `{command}`
+- Versions: {versions}{warned}
+
+`plan.json` lists what was edited. Loaded again, this folder gave the logits of the pruned model in memory (largest
+difference {result.max_difference:.2g}).
+
+| layer | {unit} |
+|---|---|
+{layers}
+
+The base model's licence applies. What the edit did to behaviour and quality was not measured here: evaluate before use.
+"""
+
+
+def _told(plan: PrunePlan, side: str) -> str:
+    told = [
+        f"`{s['name']}` ({s['method']}, {s['num_samples']} samples of {s['source']}, sha256 {s['sha256'][:12]})"
+        for s in plan.scores.get(side, [])
+    ]
+    return ", ".join(told) or "none"

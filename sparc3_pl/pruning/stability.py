@@ -1,0 +1,156 @@
+"""Would other samples have led to the same selection? Split halves, and a null contrast of general text with itself.
+
+Scores are means over samples, so any part of the samples gives scores of its own. *Units* are disjoint parts of a set
+of samples: the groups that a folder stores, or folders of unequal seeds. Two selections, each from one half of the
+units, show how much of a selection is of the behaviour and how much of the draw. The measure is overlap: common
+neurons over neurons chosen.
+
+The null is a contrast between two parts of the general samples, which differ in nothing. Strong neurons vary most from
+draw to draw, so null selections overlap far beyond chance; a behaviour's selection must overlap more than they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc3_pl.pruning.contrast import average_ranks
+
+__all__ = [
+    "Choice",
+    "Unit",
+    "WeighedContrast",
+    "chosen",
+    "mean_scores_of",
+    "null_against_null",
+    "null_against_selection",
+    "overlap_of",
+    "share_of_strongest",
+    "split_half_overlaps",
+]
+
+
+WeighedContrast = Literal["difference", "normalized", "rank"]
+"""Contrasts that two score vectors are enough for."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The mean scores of some samples.
+
+    Attributes:
+        scores: ``[n]``, all neurons of the model.
+        num_samples: How many samples they are the mean of.
+    """
+
+    scores: Tensor
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How neurons are chosen.
+
+    Attributes:
+        kind: The contrast.
+        num_neurons: How many.
+        protect: Share of the strongest on general text that is left alone.
+    """
+
+    kind: WeighedContrast
+    num_neurons: int
+    protect: float = 0.0
+
+
+def mean_scores_of(units: Sequence[Unit]) -> Tensor:
+    """The mean over the samples of all ``units``, ``[n]`` float64."""
+    total = sum(unit.num_samples for unit in units)
+    return torch.stack([unit.scores.double() * (unit.num_samples / total) for unit in units]).sum(0)
+
+
+def chosen(general: Tensor, behaviour: Tensor, choice: Choice) -> Tensor:
+    """Positions of the chosen neurons, ``[num_neurons]``; equal contrasts by position."""
+    if choice.kind == "rank":
+        contrast = average_ranks(general) - average_ranks(behaviour)
+    elif choice.kind == "normalized":
+        contrast = general / general.abs().sum() - behaviour / behaviour.abs().sum()
+    else:
+        contrast = general - behaviour
+    if choice.protect:
+        strongest = general.abs().argsort(descending=True, stable=True)[: max(1, round(choice.protect * len(general)))]
+        contrast = contrast.index_fill(0, strongest, torch.inf)
+    return contrast.argsort(stable=True)[: choice.num_neurons]
+
+
+def overlap_of(one: Tensor, other: Tensor) -> float:
+    """Common positions over the number chosen."""
+    return float(torch.isin(one, other).float().mean())
+
+
+def share_of_strongest(selection: Tensor, general: Tensor, share: float) -> float:
+    """How much of a selection lies in the ``share`` of neurons that are strongest on general text."""
+    strongest = general.abs().argsort(descending=True, stable=True)[: max(1, round(share * len(general)))]
+    return overlap_of(selection, strongest)
+
+
+def split_half_overlaps(
+    general: Sequence[Unit],
+    behaviour: Sequence[Unit],
+    choice: Choice,
+    size: int | None = None,
+    most: int = 20,
+    seed: int = 0,
+) -> list[float]:
+    """Overlaps of the selections from two halves, for several ways to halve; empty where a side has one unit only.
+
+    Args:
+        general: Units of general text.
+        behaviour: Units of the behaviour.
+        choice: How to choose.
+        size: Behaviour units of a half, to see what fewer samples would give; of general text the same share.
+        most: Ways to halve at most.
+        seed: Of the halving.
+    """
+    largest = len(behaviour) // 2
+    size = largest if size is None else size
+    general_size = max(1, round(len(general) // 2 * size / max(1, largest)))
+    ways = zip(_parts(general, 2, general_size, most, seed), _parts(behaviour, 2, size, most, seed + 1), strict=False)
+    return [
+        overlap_of(*(chosen(mean_scores_of(g), mean_scores_of(b), choice) for g, b in zip(*sides, strict=True)))
+        for sides in ways
+    ]
+
+
+def null_against_null(general: Sequence[Unit], choice: Choice, most: int = 20, seed: int = 0) -> list[float]:
+    """Overlaps of two null selections from four disjoint parts of general text; empty for fewer than four units."""
+    found = []
+    for parts in _parts(general, 4, len(general) // 4, most, seed):
+        a, b, c, d = map(mean_scores_of, parts)
+        found.append(overlap_of(chosen(a, b, choice), chosen(c, d, choice)))
+    return found
+
+
+def null_against_selection(
+    general: Sequence[Unit], selection: Tensor, choice: Choice, most: int = 20, seed: int = 0
+) -> list[float]:
+    """Overlaps of a selection with null selections, from halves of general text in either order."""
+    found = []
+    for parts in _parts(general, 2, len(general) // 2, most, seed):
+        a, b = map(mean_scores_of, parts)
+        found += [overlap_of(selection, chosen(*sides, choice)) for sides in ((a, b), (b, a))]
+    return found
+
+
+def _parts(units: Sequence[Unit], count: int, size: int, most: int, seed: int) -> Iterator[list[list[Unit]]]:
+    """Ways to deal shuffled units into ``count`` parts of ``size`` each; none if there are too few."""
+    if size < 1 or size * count > len(units):
+        return
+    rng = np.random.default_rng(seed)
+    for _ in range(1 if len(units) == count == 2 else most):
+        order = rng.permutation(len(units))
+        yield [[units[i] for i in order[part * size : (part + 1) * size]] for part in range(count)]
