@@ -1,0 +1,1 @@
+"""Perplexity, toxicity of completions, and the statistics that compare two evaluations."""

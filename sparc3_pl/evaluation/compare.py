@@ -1,0 +1,272 @@
+"""Compare two evaluations of the same prompts and text: what changed, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.results import Evaluation, Row
+from sparc3_pl.evaluation.statistics import (
+    NUM_RESAMPLES,
+    Floats,
+    PairedChange,
+    RatioChange,
+    paired_change,
+    ratio_change,
+)
+from sparc3_pl.evaluation.toxicity import THRESHOLD
+from sparc3_pl.files import new_file, strict_json, write_text
+from sparc3_pl.provenance import command_line, now, versions
+
+__all__ = ["Comparison", "compare", "compare_evaluations"]
+
+_OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambda s: float(np.max(s) >= THRESHOLD)}
+"""How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found.
+
+    Attributes:
+        before: Folder of the first evaluation.
+        after: Folder of the second.
+        perplexity: Change of perplexity; None if the evaluations have none.
+        toxicity: By label and figure (``mean``, ``expected_maximum``, ``probability``) the change over prompts.
+        uniqueness: Change of the response uniqueness ratio, of which more is better.
+        num_dropped: Prompts without a completion that was scored on both sides.
+        notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
+    """
+
+    before: str
+    after: str
+    perplexity: RatioChange | None
+    toxicity: dict[str, dict[str, PairedChange]]
+    uniqueness: PairedChange | None
+    num_dropped: int
+    notes: tuple[str, ...]
+
+
+def compare(
+    before: str,
+    after: str,
+    output: str | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    overwrite: bool = False,
+) -> Comparison:
+    """Compare two evaluations of the same prompts and text, before and after an edit.
+
+    Prints changes with 95 % bootstrap intervals, permutation p-values, and the number of prompts that an effect of
+    this size needs for 80 % power.
+
+    Args:
+        before: Evaluation folder of the model as it was.
+        after: Evaluation folder of the edited model.
+        output: JSON file for the result.
+        seed: Seed of the resampling.
+        num_resamples: Resamples of every interval and test.
+        overwrite: Replace an earlier file at ``output``.
+
+    Raises:
+        InputError: if a folder is damaged, or the two differ in prompts, text, settings or judge.
+    """
+    found = compare_evaluations(Evaluation.open(before), Evaluation.open(after), seed=seed, num_resamples=num_resamples)
+    if output is not None:
+        about = {"seed": seed, "num_resamples": num_resamples, "versions": versions(), "command": command_line()}
+        with new_file(output, overwrite) as path:
+            write_text(path, strict_json({**asdict(found), **about, "created": now()}, indent=2) + "\n")
+    _print(found, None if output is None else Path(output))
+    return found
+
+
+def compare_evaluations(
+    before: Evaluation, after: Evaluation, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Comparison:
+    """The same without reading, writing and printing.
+
+    Raises:
+        InputError: if the two do not measure the same.
+    """
+    if num_resamples < 100:
+        raise InputError(f"num_resamples={num_resamples}: too few for a 95 % interval; give at least 100")
+    shared = [part for part in ("perplexity", "toxicity") if before.results[part] and after.results[part]]
+    if not shared:
+        raise InputError(f"{before.path} and {after.path} have no figure in common; evaluate both on the same data")
+    options = {"seed": seed, "num_resamples": num_resamples}
+    pairs = _completion_pairs(before, after) if "toxicity" in shared else {}
+    usable = {i: rows for i, rows in pairs.items() if rows}
+    if pairs and not usable:
+        raise InputError(f"{before.path} and {after.path}: no prompt has a completion scored on both sides")
+    return Comparison(
+        before=str(before.path),
+        after=str(after.path),
+        perplexity=_perplexity_change(before, after, options) if "perplexity" in shared else None,
+        toxicity=_toxicity_changes(list(usable.values()), options) if usable else {},
+        uniqueness=_uniqueness_change(list(usable.values()), options) if usable else None,
+        num_dropped=len(pairs) - len(usable),
+        notes=tuple(_notes(before, after)),
+    )
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str, int]) -> RatioChange:
+    for key in ("max_length", "stride", "source", "protocol", "num_tokens"):
+        _same(before, after, ("perplexity", key))
+    places = [[(row["index"], row["num_tokens"]) for row in side.windows] for side in (before, after)]
+    if places[0] != places[1] or not places[0]:
+        raise InputError(f"{before.path} and {after.path}: their text windows differ; evaluate both on the same text")
+    nll = [_floats(row["nll"] for row in side.windows) for side in (before, after)]
+    return ratio_change(*nll, _floats(row["num_tokens"] for row in before.windows), **options)
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[tuple[Row, Row]]]:
+    """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
+    _same(before, after, ("generation",), besides=("eos_token_ids",))
+    _same(before, after, ("judge",))
+    sides = [{(row["id"], row["k"]): row for row in side.completions} for side in (before, after)]
+    odd = sides[0].keys() ^ sides[1].keys()
+    if odd:
+        count = len({i for i, _ in odd})
+        raise InputError(
+            f"{before.path} and {after.path}: {count} prompts are in one of them only (first id: {min(odd)[0]}); "
+            "evaluate both on the same prompts"
+        )
+    pairs: dict[str, list[tuple[Row, Row]]] = {}
+    for key, row in sides[0].items():
+        scored = row["failed"] is None and sides[1][key]["failed"] is None
+        pairs.setdefault(key[0], []).extend([(row, sides[1][key])] if scored else [])
+    return pairs
+
+
+def _toxicity_changes(
+    prompts: Sequence[list[tuple[Row, Row]]], options: dict[str, int]
+) -> dict[str, dict[str, PairedChange]]:
+
+    def values(side: int, label: str, figure: Callable[[list[float]], float]) -> Floats:
+        return _floats(figure([pair[side]["scores"][label] for pair in rows]) for rows in prompts)
+
+    labels = list(prompts[0][0][0]["scores"])
+    return {
+        label: {
+            name: paired_change(values(0, label, figure), values(1, label, figure), **options)
+            for name, figure in _OF_PROMPTS.items()
+        }
+        for label in labels
+    }
+
+
+def _uniqueness_change(prompts: Sequence[list[tuple[Row, Row]]], options: dict[str, int]) -> PairedChange:
+    sides = (_floats(np.mean([pair[side]["uniqueness"] for pair in rows]) for rows in prompts) for side in (0, 1))
+    return paired_change(*sides, lower_is_better=False, **options)
+
+
+def _floats(values: Any) -> Floats:
+    return np.array(list(values), dtype=np.float64)
+
+
+# --- what must be equal, and what should be known ---------------------------------------------------------------------
+
+
+def _same(before: Evaluation, after: Evaluation, path: tuple[str, ...], besides: tuple[str, ...] = ()) -> None:
+    """Refuse two evaluations that differ at ``path`` of their results."""
+    values = []
+    for side in (before, after):
+        value: Any = side.results
+        for key in path:
+            value = value[key]
+        values.append({k: v for k, v in value.items() if k not in besides} if isinstance(value, dict) else value)
+    if values[0] == values[1]:
+        return
+    one, two, name = *values, ".".join(path)
+    if isinstance(one, dict) and isinstance(two, dict):
+        key = next(k for k in [*one, *two] if one.get(k) != two.get(k))
+        one, two, name = one.get(key), two.get(key), f"{name}.{key}"
+    raise InputError(
+        f"{name} is {one!r} in {before.path} and {two!r} in {after.path}; evaluate both with the same settings"
+    )
+
+
+def _notes(before: Evaluation, after: Evaluation) -> list[str]:
+    notes = []
+    for part in ("perplexity", "toxicity"):
+        for side, other in ((before, after), (after, before)):
+            if side.results[part] and not other.results[part]:
+                notes.append(f"{part} is in {side.path} only and is not compared")
+    models = [side.results["model"] for side in (before, after)]
+    if models[0]["fingerprint"] != models[1]["fingerprint"]:
+        notes.append(f"the models were loaded with other weights: {models[0]['pretrained']}, {models[1]['pretrained']}")
+    elif models[0]["evaluated_fingerprint"] == models[1]["evaluated_fingerprint"]:
+        notes.append("both evaluations are of the same weights")
+    if models[0]["dtype"] != models[1]["dtype"]:
+        notes.append(f"the models differ in dtype: {models[0]['dtype']}, {models[1]['dtype']}")
+    for side in (before, after):
+        if count := side.results["num_overlapping_prompts"]:
+            notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
+    return notes
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _print(found: Comparison, path: Path | None) -> None:
+    from rich.table import Table
+
+    from sparc3_pl.evaluation.reporting import stdout_console
+
+    table = Table(title="After against before", title_justify="left")
+    for name in ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %"):
+        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
+    for row in _rows(found):
+        table.add_row(*row)
+    console = stdout_console()
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if found.num_dropped:
+        console.print(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
+    if path is not None:
+        console.print(f"comparison: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _rows(found: Comparison) -> list[tuple[str, ...]]:
+    rows = []
+    if (p := found.perplexity) is not None:
+        low, high = (f"{100 * (end - 1):+.2f} %" for end in (p.low, p.high))
+        change = f"{100 * (p.ratio - 1):+.2f} %"
+        rows.append(
+            ("perplexity", f"{p.before:.4f}", f"{p.after:.4f}", change, f"{low} .. {high}", _p(p.p_value), "", "")
+        )
+    for label, by_figure in found.toxicity.items():
+        rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
+    if found.uniqueness is not None:
+        rows.append(_row("unique tokens / tokens", found.uniqueness))
+    return rows
+
+
+def _row(name: str, c: PairedChange) -> tuple[str, ...]:
+    relative = "" if c.relative_change is None else f" ({100 * c.relative_change:+.1f} %)"
+    return (
+        name,
+        f"{c.before:.4f}",
+        f"{c.after:.4f}",
+        f"{c.change:+.4f}{relative}",
+        f"{c.low:+.4f} .. {c.high:+.4f}",
+        _p(c.p_value),
+        f"{c.improved}/{c.worsened} of {c.num_pairs}",
+        "" if c.pairs_needed is None else f"{c.pairs_needed} prompts",
+    )
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

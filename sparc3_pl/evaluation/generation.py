@@ -1,0 +1,296 @@
+"""Sampled completions, the same for every (prompt, k, seed) however the prompts are batched and shared out.
+
+Sampling is by inverse CDF: at each step one uniform number, drawn from a generator of the completion's own, picks the
+token. The numbers do not depend on the other rows of a batch, on its size or on the number of processes. Logits do, in
+their last bits, and a number that falls within that rounding of a boundary picks the neighbour: rare in float32,
+frequent in bfloat16, where completions are reproducible for one batch size only. Two models that are given the same
+seed are given the same numbers, which narrows the spread of their difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.families import swapped
+from sparc3_pl.linear_kernels import onednn_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "uniforms"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: Length at which a completion is cut.
+        temperature: Divides the logits; 0 takes the likeliest token (greedy).
+        top_p: The likeliest tokens whose probability first reaches this are sampled from (nucleus); 1: all.
+        samples_per_prompt: Completions a prompt, K.
+        seed: Together with the prompt's id and k it fixes a completion.
+    """
+
+    max_new_tokens: int = 50
+    temperature: float = 0.7
+    top_p: float = 0.9
+    samples_per_prompt: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "samples_per_prompt"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}={getattr(self, name)}; give at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"model.temperature={self.temperature}; give 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"model.top_p={self.top_p}; give a number above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion.
+
+    Attributes:
+        id: Of the prompt.
+        prompt: Its text.
+        k: Which of the prompt's completions, from 0.
+        seed: Of its random numbers, derived from the run's seed, the prompt's id and k.
+        text: New text only, without special tokens, up to the end token; None if it could not be made.
+        tokens: The new token ids before the end token.
+        failed: Why it could not be made; None if it was.
+    """
+
+    id: str
+    prompt: str
+    k: int
+    seed: int
+    text: str | None
+    tokens: tuple[int, ...] = ()
+    failed: str | None = None
+
+
+def completion_seed(seed: int, prompt_id: str, k: int) -> int:
+    """64 bits that belong to this completion alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{k}".encode()).digest()[:8], "big")
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """The first ``count`` of a completion's random numbers in [0, 1), float64; a longer row begins with a shorter."""
+    return np.random.Generator(np.random.Philox(seed)).random(count)
+
+
+def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token a row, by temperature, nucleus and inverse CDF in the order of the vocabulary.
+
+    Args:
+        logits_RV: Finite in their maximum; -inf forbids a token.
+        uniforms_R: In [0, 1), float64.
+        temperature: 0 takes the first of the likeliest tokens.
+        top_p: See ``Sampling``.
+
+    Returns:
+        Token ids ``[R]``.
+    """
+    if temperature == 0:
+        return logits_RV.argmax(-1)
+    probs_RV = (logits_RV.float() / temperature).softmax(-1)
+    cdf_RV = _nucleus(probs_RV, top_p).cumsum(-1, dtype=torch.float64)
+    want_R1 = uniforms_R[:, None] * cdf_RV[:, -1:]
+    return torch.searchsorted(cdf_RV, want_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[-1] - 1)
+
+
+def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:
+    """``probs_RV`` with 0 outside the smallest set of likeliest tokens that reaches ``top_p`` (Holtzman et al. 2020).
+
+    Tokens as likely as the last one of the set stay too. Sorting a whole vocabulary costs more than a small model's
+    forward pass, so the head of the order is looked at first and widened only if it does not reach.
+    """
+    if top_p >= 1:
+        return probs_RV
+    vocabulary, width = probs_RV.shape[-1], 64
+    while True:
+        top_RW = probs_RV.topk(min(width, vocabulary)).values
+        mass_RW = top_RW.cumsum(-1, dtype=torch.float64)
+        if width >= vocabulary or bool((mass_RW[:, -1] >= top_p).all()):
+            break
+        width *= 8
+    last_R1 = (mass_RW < top_p).sum(-1, keepdim=True).clamp_(max=top_RW.shape[-1] - 1)
+    return probs_RV.where(probs_RV >= top_RW.gather(-1, last_R1), 0)
+
+
+class _Picker:
+    """Stands last in ``generate``'s chain of logits processors: leaves each row one token to choose.
+
+    Attributes:
+        broken_at: By row the step at which its logits were first not finite; -1 if never.
+    """
+
+    def __init__(self, uniforms_RS: Tensor, sampling: Sampling) -> None:
+        self.uniforms_RS, self.sampling, self.step = uniforms_RS, sampling, 0
+        self.broken_at = torch.full((len(uniforms_RS),), -1, device=uniforms_RS.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite_R = scores.amax(-1).isfinite()  # NaN and +inf reach the maximum; all -inf is it
+        self.broken_at = self.broken_at.where(finite_R | (self.broken_at >= 0), self.step)
+        logits = scores.where(finite_R[:, None], 0.0)
+        picked_R = choose_tokens(logits, self.uniforms_RS[:, self.step], self.sampling.temperature, self.sampling.top_p)
+        self.step += 1
+        return torch.full_like(scores, -math.inf).scatter_(1, picked_R[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A completion to be made."""
+
+    id: str
+    prompt: str
+    k: int
+    seed: int
+    ids: tuple[int, ...]
+
+
+class Generator:
+    """Draws completions in batches, padded on the left, with the KV cache.
+
+    A model's own generation settings (sampling, repetition penalty, forced tokens, ...) are not used: what
+    ``sampling`` says is all there is. Its end tokens are.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer; the special tokens that it puts before a text (BOS) are kept.
+        sampling: How to draw.
+        rows_per_batch: Completions made at once. When they do not fit into the GPU's memory, half as many are tried.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        rows_per_batch: int = 64,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.rows_per_batch = model, tokenizer, sampling, rows_per_batch
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, for the record of a result."""
+        return {**asdict(self.sampling), "eos_token_ids": self.end_tokens}
+
+    def __call__(self, ids: Sequence[str], prompts: Sequence[str]) -> list[Completion]:
+        """K completions of each prompt, in the order of the prompts, k rising.
+
+        A prompt that has no token, or leaves no room for ``max_new_tokens`` in the model's context, gives K failed
+        completions with the reason.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        reasons = [self._refusal(e) for e in encoded]
+        rows = [
+            _Row(i, p, k, completion_seed(self.sampling.seed, i, k), e)
+            for i, p, e in zip(ids, prompts, encoded, strict=True)
+            for k in range(self.sampling.samples_per_prompt)
+        ]
+        why = {i: reason for i, reason in zip(ids, reasons, strict=True) if reason}
+        made = [Completion(r.id, r.prompt, r.k, r.seed, None, failed=why[r.id]) for r in rows if r.id in why]
+        for batch in self._batches([r for r in rows if r.id not in why]):
+            made += self._complete(batch)
+        place = {i: n for n, i in enumerate(ids)}
+        return sorted(made, key=lambda c: (place[c.id], c.k))
+
+    def _encode(self, prompt: str) -> tuple[int, ...]:
+        ids = tuple(self.tokenizer(prompt)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return ids if ids or bos is None else (bos,)
+
+    def _refusal(self, ids: tuple[int, ...]) -> str | None:
+        if not ids:
+            return "the prompt has no tokens"
+        new = self.sampling.max_new_tokens
+        if self.context is not None and len(ids) + new > self.context:
+            return f"the prompt's {len(ids)} tokens and {new} new ones exceed the model's context of {self.context}"
+        return None
+
+    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Longest first, so that little is padded and the largest batch is met at once."""
+        rows = sorted(rows, key=lambda r: (-len(r.ids), r.id, r.k))
+        for start in range(0, len(rows), self.rows_per_batch):
+            yield rows[start : start + self.rows_per_batch]
+
+    def _complete(self, rows: list[_Row]) -> list[Completion]:
+        try:
+            new_RS, broken_at = self._generate(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            half = len(rows) // 2
+            log.warning("%d completions at once do not fit into memory: trying %d", len(rows), half)
+            self.rows_per_batch = max(1, min(self.rows_per_batch, half))
+        else:
+            return [self._finish(*item) for item in zip(rows, new_RS, broken_at, strict=True)]
+        torch.cuda.empty_cache()
+        return self._complete(rows[:half]) + self._complete(rows[half:])
+
+    @torch.inference_mode()
+    def _generate(self, rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
+        """New token ids of every row (padded after its end), and the step at which its logits broke, or -1."""
+        from transformers import LogitsProcessorList
+
+        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device if device.type == "meta" else device
+        length = max(len(r.ids) for r in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        input_ids = torch.tensor([[pad] * (length - len(r.ids)) + list(r.ids) for r in rows], device=device)
+        mask = torch.tensor([[0] * (length - len(r.ids)) + [1] * len(r.ids) for r in rows], device=device)
+        numbers = np.stack([uniforms(r.seed, self.sampling.max_new_tokens) for r in rows])
+        picker = _Picker(torch.from_numpy(numbers).to(device), self.sampling)
+        config = self._config(pad)
+        # Settings left unset would be taken from the model's own.
+        with swapped(self.model, "generation_config", config), onednn_linears(self.model):
+            out = self.model.generate(
+                input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([picker])
+            )
+        return out[:, length:].tolist(), picker.broken_at.tolist()
+
+    def _config(self, pad: int) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=self.sampling.max_new_tokens,
+            do_sample=False,  # the picker has sampled already: what it leaves is the only token to take
+            eos_token_id=self.end_tokens or None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+
+    def _finish(self, row: _Row, new: list[int], broken_at: int) -> Completion:
+        end = next((n for n, token in enumerate(new) if token in self.end_tokens), len(new))
+        if 0 <= broken_at <= min(end, len(new) - 1):
+            reason = f"the model's logits are not finite at new token {broken_at}"
+            return Completion(row.id, row.prompt, row.k, row.seed, None, failed=reason)
+        tokens = tuple(new[:end])
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(row.id, row.prompt, row.k, row.seed, text, tokens)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: those of the model's generation settings (chat models have several) and the
+    tokenizer's.
+    """
+    config = getattr(model, "generation_config", None)
+    found = [getattr(c, "eos_token_id", None) for c in (config, model.config.get_text_config(), tokenizer)]
+    flat = [token for item in found if item is not None for token in (item if isinstance(item, list) else [item])]
+    return sorted({int(token) for token in flat})

@@ -1,0 +1,200 @@
+"""The evaluation folder: ``results.json``, ``completions.jsonl``, ``windows.jsonl``, ``config.yaml``.
+
+``results.json`` holds the figures, where they come from, the sha256 of the other files, and its own
+(``sha256``: of the rest of its content). A folder appears whole or not at all, and is verified when it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.files import inside, new_folder, read_json, sha256_of_file, strict_json, write_text, writing
+from sparc3_pl.provenance import command_line, hardware, now, redacted_values, versions
+
+__all__ = ["FORMAT_VERSION", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MARKER = "results.json"
+_REQUIRED = ("perplexity", "toxicity", "model", "data", "files")
+
+Row = dict[str, Any]
+
+
+def write_evaluation(
+    folder: str | Path,
+    results: Mapping[str, Any],
+    *,
+    completions: Sequence[Row],
+    windows: Sequence[Row],
+    config: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an evaluation folder, whole or not at all.
+
+    Args:
+        folder: Where.
+        results: ``perplexity``, ``toxicity``, ``model``, ``data`` and whatever else is to be told.
+        completions: One a completion; none for an evaluation without prompts.
+        windows: One a text window: ``index``, ``nll`` (nats), ``num_tokens``.
+        config: The resolved configuration as YAML.
+        overwrite: Replace an earlier evaluation there.
+
+    Raises:
+        InputError: if the place is taken or cannot be written.
+    """
+    with new_folder(folder, overwrite, MARKER) as temporary:
+        write_text(temporary / "completions.jsonl", _lines(completions))
+        write_text(temporary / "windows.jsonl", _lines(windows))
+        if config is not None:
+            write_text(temporary / "config.yaml", config)
+        files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
+        about = {"versions": versions(), "hardware": hardware(), "command": command_line(), "created": now()}
+        content = {"format_version": FORMAT_VERSION, **results, "files": files, **about}
+        content = json.loads(strict_json(redacted_values(content)))  # as it will be read back
+        write_text(temporary / MARKER, strict_json({**content, "sha256": _digest(content)}, indent=2) + "\n")
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation folder that has been read and verified.
+
+    Attributes:
+        path: The folder.
+        results: The content of ``results.json``.
+        completions: One a completion: ``id``, ``prompt``, ``k``, ``completion``, ``scores``, ``seed``, ``num_tokens``,
+            ``uniqueness``, ``failed``.
+        windows: One a text window: ``index``, ``nll``, ``num_tokens``.
+    """
+
+    path: Path
+    results: dict[str, Any]
+    completions: list[Row]
+    windows: list[Row]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Evaluation:
+        """Read an evaluation folder.
+
+        Raises:
+            InputError: if it is not one, is of another format version, or any of its files was changed or cut.
+        """
+        path = Path(path)
+        if not (path / MARKER).is_file():
+            raise InputError(f"{path}: holds no {MARKER}; give a folder that `eval` has written")
+        results = read_json(path / MARKER)
+        _check_results(results, path)
+        for name, digest in results["files"].items():
+            _check_file(inside(path, name), digest)
+        rows = {name: _read_lines(path / f"{name}.jsonl") for name in ("completions", "windows")}
+        return cls(path, results, **rows)
+
+
+def _check_results(results: dict[str, Any], path: Path) -> None:
+    version = results.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; evaluate again with `eval`"
+        )
+    content = {key: value for key, value in results.items() if key != "sha256"}
+    lacking = [key for key in _REQUIRED if key not in content]
+    if lacking or _digest(content) != results.get("sha256"):
+        detail = f"{lacking[0]!r} is missing" if lacking else "its content does not fit its sha256"
+        raise InputError(f"{path / MARKER}: {detail}; the file was changed or is damaged, evaluate again with `eval`")
+
+
+def _check_file(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; the folder is not complete, evaluate again with `eval`")
+    if sha256_of_file(path) != digest:
+        raise InputError(f"{path}: does not fit its sha256; it was changed or cut, evaluate again with `eval`")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(strict_json(row) + "\n" for row in rows)
+
+
+def _read_lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+class CompletionStore:
+    """Completions that are done, kept beside the output while a run goes on, so that none is made twice.
+
+    Each process appends to a file of its own, flushed to the disk after every batch; any number of processes may
+    continue. Rows are found again only under the same ``key``: model, edit, settings and judge.
+
+    Args:
+        output: The evaluation folder to be; the store is a hidden sibling of it.
+        key: What the completions depend on besides prompt and k.
+        rank: Of this process.
+    """
+
+    def __init__(self, output: str | Path, key: Mapping[str, Any], rank: int) -> None:
+        output = Path(output).absolute()
+        self.folder = output.with_name(f".{output.name}.completions.partial")
+        self._name = hashlib.sha256(strict_json(key).encode()).hexdigest()[:16]
+        self._path = self.folder / f"{self._name}-{rank}.jsonl"
+        self._stream: TextIO | None = None
+
+    def load(self) -> dict[str, list[Row]]:
+        """Finished completions by prompt id, of all processes of earlier runs."""
+        found: dict[str, list[Row]] = {}
+        for path in sorted(self.folder.glob(f"{self._name}-*.jsonl")):
+            for row in _whole_rows(path):
+                found.setdefault(row["id"], []).append(row)
+        return found
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append finished completions and wait until they are on the disk.
+
+        Raises:
+            InputError: if they cannot be written.
+        """
+        with writing(self._path):
+            if self._stream is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._stream = self._path.open("a", encoding="utf-8")
+                self._stream.write("\n")  # an interrupted run may have left half a line
+            self._stream.write(_lines(rows))
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close this process's file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def remove(self) -> None:
+        """Delete the store: the results are written."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _whole_rows(path: Path) -> list[Row]:
+    """The rows that were written whole; a torn one (the process was killed) is made again."""
+    rows, torn = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            torn += 1
+    if torn:
+        log.warning("%s: %d half-written completion(s) of an interrupted run will be made again", path.name, torn)
+    return rows

@@ -1,0 +1,107 @@
+"""Comparison of two evaluation folders with known contents."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import compare
+from sparc3_pl.evaluation.results import write_evaluation
+
+RNG = np.random.default_rng(3)
+SCORES = np.round(RNG.random((40, 2)), 6)
+NLL = 100 + RNG.random(30)
+
+
+def write(path, scores=SCORES, nll=NLL, failed=(), drop=(), **changes):
+    rows = [
+        {
+            "id": f"p{i:02}", "prompt": f"prompt {i}", "k": k, "completion": "x", "seed": 1, "num_tokens": 4,
+            "scores": {} if (i, k) in failed else {"toxicity": float(scores[i, k])},
+            "uniqueness": None if (i, k) in failed else 0.5, "failed": "why" if (i, k) in failed else None,
+        }
+        for i in range(len(scores)) for k in range(2) if i not in drop
+    ]  # fmt: skip
+    windows = [{"index": i, "nll": float(v), "num_tokens": 50} for i, v in enumerate(nll)]
+    results = {
+        "perplexity": {
+            "value": 1,
+            "max_length": 64,
+            "stride": 64,
+            "source": "t",
+            "protocol": {"bos": 1},
+            "num_tokens": 1500,
+        },
+        "toxicity": {"mean": 0.5},
+        "generation": {"seed": 0, "top_p": 0.9, "eos_token_ids": [2]},
+        "judge": {"class": "J"},
+        "model": {"pretrained": "m", "dtype": "float32", "fingerprint": "f", "evaluated_fingerprint": path.name},
+        "data": {},
+        "num_overlapping_prompts": 0,
+    }
+    write_evaluation(path, {**results, **changes}, completions=rows, windows=windows)
+    return str(path)
+
+
+def test_changes_of_known_size(tmp_path, capsys):
+    after = np.clip(SCORES - 0.1, 0, 1)
+    found = compare(write(tmp_path / "a"), write(tmp_path / "b", after, NLL + 0.5), str(tmp_path / "c.json"))
+    mean = found.toxicity["toxicity"]["mean"]
+    assert mean.change == pytest.approx(after.mean() - SCORES.mean())
+    assert found.toxicity["toxicity"]["expected_maximum"].after == pytest.approx(after.max(1).mean())
+    assert found.toxicity["toxicity"]["probability"].before == pytest.approx((SCORES.max(1) >= 0.5).mean())
+    assert (mean.improved + mean.unchanged, mean.num_pairs) == (40, 40)
+    assert mean.p_value < 0.001
+    assert found.perplexity.ratio == pytest.approx(math.exp(0.5 / 50))
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert saved["toxicity"]["toxicity"]["mean"]["change"] == pytest.approx(mean.change)
+    assert {"seed", "num_resamples", "versions", "command", "created"} <= saved.keys()
+    printed = capsys.readouterr().out
+    assert "toxicity: mean" in printed
+    assert f"{mean.change:+.4f}" in printed
+    assert "+1.01 %" in printed
+
+
+def test_failed_completions_are_left_out_on_both_sides(tmp_path):
+    after = SCORES.copy()
+    after[3, 1] = 0.0
+    found = compare(write(tmp_path / "a"), write(tmp_path / "b", after, failed={(3, 1), (5, 0), (5, 1)}))
+    assert found.toxicity["toxicity"]["mean"].change == 0
+    assert (found.toxicity["toxicity"]["mean"].num_pairs, found.num_dropped) == (39, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation": {"seed": 1, "top_p": 0.9}}, r"generation\.seed is 0 in .*a and 1 in .*b"),
+        ({"judge": {"class": "K"}}, r"judge\.class is 'J'"),
+        ({"drop": {4, 7}}, r"2 prompts are in one of them only \(first id: p04\)"),
+        ({"nll": NLL[:-1]}, "text windows differ"),
+        ({"perplexity": {"max_length": 32, "stride": 64}}, r"perplexity\.max_length is 64"),
+        ({"perplexity": None, "toxicity": None}, "no figure in common"),
+    ],
+)
+def test_evaluations_that_measure_something_else_are_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        compare(write(tmp_path / "a"), write(tmp_path / "b", **changes))
+
+
+def test_a_figure_on_one_side_only_is_told(tmp_path, capsys):
+    found = compare(write(tmp_path / "a"), write(tmp_path / "b", perplexity=None))
+    assert found.perplexity is None
+    assert "perplexity is in" in found.notes[0]
+    assert "note: perplexity is in" in capsys.readouterr().out
+
+
+def test_same_weights_and_prompts_not_held_out_are_told(tmp_path):
+    model = {"pretrained": "m", "dtype": "float32", "fingerprint": "f", "evaluated_fingerprint": "a"}
+    found = compare(write(tmp_path / "a"), write(tmp_path / "b", model=model, num_overlapping_prompts=3))
+    assert "both evaluations are of the same weights" in found.notes
+    assert any("3 prompts were used to make the plan" in note for note in found.notes)
+
+
+def test_something_else_than_a_folder(tmp_path):
+    with pytest.raises(InputError, match=r"holds no results\.json"):
+        compare(str(tmp_path), str(tmp_path))

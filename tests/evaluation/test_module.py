@@ -1,0 +1,253 @@
+"""The evaluation pass on a tiny model: real data module, real files, a toy judge."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny
+from word_tokenizer import word_tokenizer
+
+from sparc3_pl.data.evaluation_data import EvaluationData
+from sparc3_pl.data.sources import text_id
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation import module as module_under_test
+from sparc3_pl.evaluation.generation import Generator
+from sparc3_pl.evaluation.module import EvaluationModule
+from sparc3_pl.evaluation.results import CompletionStore, Evaluation
+from sparc3_pl.trainer import Trainer
+
+PROMPTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(4, 18, 2)]
+
+
+class CountingJudge:
+    """Share of a text's words that are odd; remembers what it was asked."""
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, texts):
+        self.seen += texts
+        words = [[int(w[1:]) for w in t.split() if w[1:].isdigit()] for t in texts]
+        odd = torch.tensor([sum(n % 2 for n in w) / max(1, len(w)) for w in words])
+        return {"odd": odd, "toxicity": 1 - odd}
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    """A model folder, a text and prompts."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + (7 * i) % 47}" for i in range(90)))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return tmp_path
+
+
+def module_of(files: Path, name: str = "evaluation", **kwargs) -> EvaluationModule:
+    settings = {"max_length": 32, "stride": 8, "max_new_tokens": 10, "samples_per_prompt": 2, "judge": CountingJudge()}
+    return EvaluationModule(str(files / "model"), output=str(files / name), **{**settings, **kwargs})
+
+
+def data_of(files: Path, **kwargs) -> EvaluationData:
+    sources = {"text_source": str(files / "text.txt"), "prompts_source": str(files / "prompts.jsonl")}
+    return EvaluationData(**{**sources, "prompts_field": "prompt", "batch_size": 3, "window_batch_size": 2, **kwargs})
+
+
+def trainer_of(files: Path, **kwargs) -> Trainer:
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    return Trainer(default_root_dir=files, **{**quiet, **kwargs})
+
+
+def run(files: Path, module: EvaluationModule, data: EvaluationData | None = None, **kwargs) -> Evaluation:
+    trainer_of(files, **kwargs).eval(module, data or data_of(files))
+    return Evaluation.open(module.output)
+
+
+def test_figures_equal_those_of_the_rows(files, capsys):
+    found = run(files, module_of(files))
+    rows, windows, results = found.completions, found.windows, found.results
+    assert len(rows) == 2 * len(PROMPTS)
+    assert sorted({row["prompt"] for row in rows}) == sorted(PROMPTS)
+    by_prompt: dict[str, list[float]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["id"], []).append(row["scores"]["toxicity"])
+        numbers = [int(w[1:]) for w in row["completion"].split()]
+        share = sum(n % 2 for n in numbers) / max(1, len(numbers))
+        assert row["scores"] == pytest.approx({"odd": share, "toxicity": 1 - share}, abs=1e-6)
+    toxicity = results["toxicity"]
+    assert toxicity["mean"] == pytest.approx(sum(map(sum, by_prompt.values())) / len(rows))
+    assert toxicity["expected_maximum"] == pytest.approx(sum(map(max, by_prompt.values())) / len(by_prompt))
+    assert toxicity["probability"] == sum(max(v) >= 0.5 for v in by_prompt.values()) / len(by_prompt)
+    assert (toxicity["num_prompts"], toxicity["num_completions"], toxicity["num_failed"]) == (7, 14, 0)
+    assert list(toxicity["labels"]) == ["odd", "toxicity"]
+    perplexity = results["perplexity"]
+    assert perplexity["nll"] == pytest.approx(math.fsum(row["nll"] for row in windows))
+    assert perplexity["num_tokens"] == 89 == sum(row["num_tokens"] for row in windows)
+    assert perplexity["value"] == pytest.approx(math.exp(perplexity["nll"] / 89))
+    assert (perplexity["max_length"], perplexity["stride"]) == (32, 8)
+    printed = capsys.readouterr().out
+    assert f"{perplexity['value']:.4f}" in printed
+    assert str(files / "evaluation") in printed
+
+
+def test_the_record_says_where_it_comes_from(files):
+    module = module_of(files)
+    module.resolved_config = "seed: 0\n"
+    results = run(files, module).results
+    assert results["model"]["fingerprint"] == results["model"]["evaluated_fingerprint"]
+    assert results["generation"]["eos_token_ids"] == [2]
+    assert results["judge"]["class"].endswith("CountingJudge")
+    assert (results["overlap"], results["plan"]) == ("none", None)
+    assert (files / "evaluation" / "config.yaml").read_text() == "seed: 0\n"
+    assert {"versions", "command", "created", "sha256", "files"} <= results.keys()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_batch_sizes_change_nothing(files, batch_size):
+    want = run(files, module_of(files, "one"))
+    module = module_of(files, "other", generation_batch_size=batch_size + 1)
+    found = run(files, module, data_of(files, batch_size=batch_size, window_batch_size=batch_size))
+    assert found.completions == want.completions
+    for label, figures in want.results["toxicity"]["labels"].items():
+        assert found.results["toxicity"]["labels"][label] == pytest.approx(figures, rel=1e-12)
+    assert found.results["perplexity"]["value"] == pytest.approx(want.results["perplexity"]["value"], rel=1e-6)
+
+
+def test_judge_and_metrics_stay_out_of_the_state_dict(files):
+    module = module_of(files, judge=torch.nn.Linear(2, 2))
+    module.configure_model()
+    assert {name.split(".")[0] for name in module.state_dict()} == {"model"}
+    before = module.model
+    module.configure_model()
+    assert module.model is before
+
+
+def test_an_interrupted_run_goes_on(files, monkeypatch):
+    want = run(files, module_of(files, "whole"))
+    calls = []
+    inner = Generator.__call__
+
+    def dies_in_the_second_batch(self, ids, prompts):
+        calls.append(list(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(self, ids, prompts)
+
+    monkeypatch.setattr(Generator, "__call__", dies_in_the_second_batch)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(files, module_of(files))
+    assert not (files / "evaluation").exists()
+    (store,) = files.glob(".evaluation.*")
+    with next(store.glob("*.jsonl")).open("a") as stream:
+        stream.write('{"id": "torn')  # as a kill in the middle of a write leaves it
+    calls.append([])  # the third call and those after it work
+    found = run(files, module_of(files))
+    again = [p for batch in calls[3:] for p in batch]
+    assert len(again) == len(PROMPTS) - 3
+    assert not set(again) & set(calls[0])
+    assert found.completions == want.completions
+    assert found.results["toxicity"] == want.results["toxicity"]
+    assert found.results["repetition"] == want.results["repetition"]
+    assert not list(files.glob(".evaluation*"))
+
+
+def test_other_settings_do_not_find_the_store(files):
+    store = CompletionStore(files / "evaluation", {"seed": 0}, rank=0)
+    store.add([{"id": "a", "k": 0}])
+    store.close()
+    assert CompletionStore(files / "evaluation", {"seed": 0}, rank=3).load() == {"a": [{"id": "a", "k": 0}]}
+    assert CompletionStore(files / "evaluation", {"seed": 1}, rank=0).load() == {}
+
+
+def test_prompts_of_the_plan_are_refused_unless_allowed(files):
+    known = frozenset({text_id(PROMPTS[2]), "elsewhere"})
+    module = module_of(files)
+    module.forbidden_ids = known
+    with pytest.raises(InputError, match="1 of 7 prompts were used to make the plan"):
+        run(files, module)
+    assert not (files / "evaluation").exists()
+    module = module_of(files, allow_overlap=True)
+    module.forbidden_ids = known
+    results = run(files, module).results
+    assert (results["overlap"], results["num_overlapping_prompts"]) == ("allowed", 1)
+
+
+def test_failed_completions_are_told(files):
+    (files / "prompts.jsonl").write_text(
+        json.dumps({"prompt": " ".join(["w5"] * 60)}) + "\n" + json.dumps({"prompt": "w4"})
+    )
+    found = run(files, module_of(files))
+    assert found.results["toxicity"]["num_failed"] == 2
+    failed = [row for row in found.completions if row["failed"]]
+    assert [row["completion"] for row in failed] == [None, None]
+    assert [row["scores"] for row in failed] == [{}, {}]
+
+
+def test_text_only_and_prompts_only(files):
+    judge = CountingJudge()
+    found = run(files, module_of(files, "text", judge=judge), data_of(files, prompts_source=None))
+    assert (found.results["toxicity"], found.completions) == (None, [])
+    assert not judge.seen  # nor loaded, where a judge has something to load
+    found = run(files, module_of(files, "prompts"), data_of(files, text_source=None))
+    assert (found.results["perplexity"], found.windows) == (None, [])
+
+
+def test_a_judge_that_fails_does_so_before_anything_is_generated(files, monkeypatch):
+    judge = CountingJudge()
+    judge.score = lambda texts: {"toxicity": torch.full((len(texts),), 2.0)}
+    monkeypatch.setattr(Generator, "__call__", lambda *_: pytest.fail("generated"))
+    with pytest.raises(InputError, match=r"scores must lie in \[0, 1\]"):
+        run(files, module_of(files, judge=judge))
+
+
+def test_an_existing_result_is_refused_at_the_start(files, monkeypatch):
+    run(files, module_of(files))
+    monkeypatch.setattr(Generator, "__call__", lambda *_: pytest.fail("generated"))
+    with pytest.raises(InputError, match="already exists"):
+        run(files, module_of(files))
+    monkeypatch.undo()
+    run(files, module_of(files, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_length": 1}, {"stride": 0}, {"max_length": 8, "stride": 9}, {"generation_batch_size": 0}]
+)
+def test_impossible_sizes_are_refused_when_the_module_is_made(files, wrong):
+    with pytest.raises(InputError, match=list(wrong)[-1]):
+        module_of(files, **{"stride": None, **wrong})
+
+
+def test_a_window_longer_than_the_context_is_refused(files):
+    with pytest.raises(InputError, match="give at most 64"):
+        run(files, module_of(files, max_length=128))
+
+
+def test_unset_window_is_the_models_context(files):
+    module = module_of(files, max_length=None, stride=None)
+    assert (module.max_length, module.stride) == (64, 64)
+
+
+def test_fast_dev_run_writes_nothing(files, capsys):
+    module = EvaluationModule(str(files / "model"), max_length=32, max_new_tokens=3, judge=CountingJudge())
+    trainer_of(files, fast_dev_run=True, logger=True).eval(module, data_of(files))
+    assert module.written_to is None
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_figures_and_completions_reach_tensorboard(files):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module = module_of(files)
+    module.output = None
+    trainer_of(files, logger=True).eval(module, data_of(files))
+    assert module.written_to == Path(module.trainer.log_dir) / "evaluation"
+    events = EventAccumulator(module.trainer.log_dir).Reload()
+    assert "eval/perplexity/value" in events.Tags()["scalars"]
+    assert events.Scalars("eval/toxicity/mean")[0].value == pytest.approx(module.results["toxicity"]["mean"])
+    assert any(tag.startswith("eval/completions") for tag in events.Tags()["tensors"])
+
+
+def test_default_judges():
+    assert module_under_test.EvaluationModule().judge.variant == "demo"
+    assert module_under_test.EvaluationModule("some/model").judge.variant == "original"

@@ -1,0 +1,76 @@
+"""The evaluation folder: whole or not at all, and every change to it is noticed."""
+
+import json
+import math
+
+import pytest
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.results import Evaluation, _digest, write_evaluation
+
+RESULTS = {"perplexity": {"value": 9.5}, "toxicity": {"mean": math.nan}, "model": {}, "data": {}}
+ROWS = [{"id": "a", "k": 0, "completion": "line one\nline\u2028two"}, {"id": "b", "k": 0, "completion": ""}]
+WINDOWS = [{"index": 0, "nll": 1.25, "num_tokens": 3}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_evaluation(tmp_path / "e", RESULTS, completions=ROWS, windows=WINDOWS, config="a: 1\n")
+
+
+def test_reads_what_was_written(folder):
+    found = Evaluation.open(folder)
+    assert found.completions == ROWS
+    assert found.windows == WINDOWS
+    assert found.results["toxicity"] == {"mean": None}  # NaN is no JSON
+    assert found.results["format_version"] == 1
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "completions.jsonl",
+        "config.yaml",
+        "results.json",
+        "windows.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("name", ["completions.jsonl", "windows.jsonl", "config.yaml", "results.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_damage_is_noticed(folder, name, damage):
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        place = (
+            content.find(b"9.5") if name == "results.json" else next(i for i, c in enumerate(content) if c in b"ab:")
+        )
+        content[place] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-3])
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=name):
+        Evaluation.open(folder)
+
+
+def test_an_old_format_and_a_foreign_path_are_refused(folder):
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "format_version": 0}))
+    with pytest.raises(InputError, match="format_version is 0, this program reads 1"):
+        Evaluation.open(folder)
+    outside = {k: v for k, v in results.items() if k != "sha256"} | {"files": {"../secret": "0"}}
+    (folder / "results.json").write_text(json.dumps({**outside, "sha256": _digest(outside)}))
+    with pytest.raises(InputError, match="outside the folder"):
+        Evaluation.open(folder)
+
+
+def test_an_existing_folder_stays_unless_overwritten(folder):
+    with pytest.raises(InputError, match="already exists"):
+        write_evaluation(folder, RESULTS, completions=[], windows=[])
+    assert Evaluation.open(folder).completions == ROWS
+    write_evaluation(folder, RESULTS, completions=[], windows=[], overwrite=True)
+    assert Evaluation.open(folder).completions == []
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_evaluation(tmp_path / "e", RESULTS, completions=[{"bad": object()}], windows=[])
+    assert list(tmp_path.iterdir()) == []
