@@ -1,0 +1,43 @@
+"""A document as one self-contained HTML page: no script, no network, light and dark."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparc3_pl.report.document import Section
+from sparc3_pl.verdicts import Status
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+__all__ = ["page"]
+
+_HERE = Path(__file__).parent
+
+
+def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: Status | None = None) -> str:
+    """The page's text. Everything but the figures is escaped; the figures are ours.
+
+    Args:
+        title: Of the page.
+        sections: Its content.
+        subtitle: A line under the title.
+        verdict: Shown beside the title.
+    """
+    template = _environment().get_template("page.html")
+    css = (_HERE / "page.css").read_text(encoding="utf-8")
+    return template.render(title=title, subtitle=subtitle, sections=sections, css=css, verdict=verdict)
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters["kind"] = lambda block: type(block).__name__
+    return made

@@ -1,0 +1,232 @@
+"""The report: from made-up folders to a page that a browser opens without complaint."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from pruning.score_folders import LAYERS, write
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import compare
+from sparc3_pl.evaluation.results import write_evaluation
+from sparc3_pl.pruning.choose import make_plan
+from sparc3_pl.report.collect import collect
+from sparc3_pl.report.command import make_report, report
+from sparc3_pl.report.effects import effects, headline
+
+MODEL = {
+    "pretrained": "demo",
+    "revision": None,
+    "fingerprint": "sha256:00",
+    "architecture": "LlamaForCausalLM",
+    "dtype": "float32",
+}
+EVIL = '<script>console.error("owned")</script><img src=x onerror=alert(1)> $x$ `` & |'
+
+
+def score(folder, seed, source):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(300, generator=generator) for name in LAYERS}
+    total = sum(float(values.double().sum()) for values in scores.values())
+    rows = [
+        {"id": f"{source}{seed}{i}", "num_tokens": 9, "ending": "cut", "relevance": total * f, "first_token_share": 0.1}
+        for i, f in enumerate((0.9, 1.1))
+    ]
+    data = {"source": source, "seed": seed, "sample_ids": [row["id"] for row in rows]}
+    return write(folder, scores, samples=rows, data=data, num_samples=2, num_tokens=18, model=MODEL)
+
+
+def evaluation(folder, plan, factor, perplexity):
+    rows = [
+        {
+            "id": f"p{i}",
+            "prompt": f"prompt {i} {EVIL}",
+            "k": 0,
+            "completion": f"answer {i} {EVIL}",
+            "scores": {"toxicity": min(1.0, factor * (i + 1) / 12)},
+            "seed": i,
+            "num_tokens": 5,
+            "uniqueness": 0.9,
+            "failed": None,
+        }
+        for i in range(10)
+    ]
+    figures = {"mean": sum(r["scores"]["toxicity"] for r in rows) / 10, "expected_maximum": 0.5, "probability": 0.5}
+    results = {
+        "perplexity": {
+            "value": perplexity, "nll": 100.0, "num_tokens": 40, "max_length": 8, "stride": 8, "source": "text.txt",
+            "protocol": {"bos": True},
+        },
+        "toxicity": {**figures, "label": "toxicity", "num_prompts": 10, "num_completions": 10, "num_failed": 0,
+                     "labels": {"toxicity": figures}},
+        "repetition": {"uniqueness": 0.9},
+        "generation": {"max_new_tokens": 5, "temperature": 0.7},
+        "judge": {"class": "DetoxifyJudge"},
+        "overlap": "none",
+        "num_overlapping_prompts": 0,
+        "model": MODEL | {"evaluated_fingerprint": f"sha256:{folder.name}"},
+        "plan": plan,
+        "data": {},
+    }  # fmt: skip
+    windows = [{"index": i, "nll": 10.0 * (perplexity / 12) + i, "num_tokens": 4} for i in range(10)]
+    write_evaluation(folder, results, completions=rows, windows=windows, config="model: {pretrained: demo}\n")
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Two seeds, a behaviour, three plans and a control, evaluated."""
+    folder = tmp_path / "experiment"
+    general = [score(folder / "scores" / f"general-{seed}", seed, "c4") for seed in range(2)]
+    behaviour = score(folder / "scores" / "behaviour", 7, "rtp")
+    evaluation(folder / "evaluations" / "before", None, 1.0, 12.0)
+    made = {f"prune-{n}": make_plan(general, [behaviour], num_neurons=n) for n in (5, 10, 20)}
+    made["control-random_matched"] = make_plan(general, [behaviour], num_neurons=10, control="random_matched")
+    worse = {"prune-5": (0.9, 12.01), "prune-10": (0.6, 12.03), "prune-20": (0.4, 14.0)}
+    for name, plan in made.items():
+        plan.save(folder / "plans" / f"{name}.json")
+        evaluation(folder / "evaluations" / name, plan.summary(), *worse.get(name, (1.0, 12.02)))
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_everything_is_found_and_told(experiment):
+    found = collect([experiment])
+    assert set(found.scores) == {"general-0", "general-1", "behaviour"}
+    assert set(found.plans) == {"prune-5", "prune-10", "prune-20", "control-random_matched"}
+    assert set(found.evaluations) == {"before", *found.plans}
+    assert all(entry.is_complete for entry in found.plans.values() if not entry.plan.control)
+    measured, notes = effects(found)
+    assert [effect.name for effect in measured] == ["prune-5", "prune-10", "prune-20", "control-random_matched"]
+    assert notes == []
+    assert headline(measured).name == "prune-10"  # the largest within one per cent
+    page = make_report([experiment]).html
+    text = " ".join(Page(page).texts)
+    for words in (
+        "In short",
+        "What the edit did",
+        "Agreement of seeds",
+        "the largest edit that raises",
+        "random_matched",
+    ):
+        assert words in text
+    assert (
+        len(re.findall("<svg", page)) == 4
+    )  # dose-response, contrast, layers, relevance (one unit a side: no stability)
+
+
+def test_the_page_needs_nothing_from_outside_and_runs_nothing(experiment):
+    page = Page(make_report([experiment]).html)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "iframe", "object", "embed", "form", "base"}
+    links = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
+    assert any(EVIL in text for text in page.texts)  # shown as it is, as text
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    pictures = [attrs for tag, attrs in page.tags if attrs.get("role") == "img"]
+    assert pictures
+    assert all(len(attrs["aria-label"]) > 30 for attrs in pictures)
+
+
+def test_completions_are_behind_a_click_with_a_warning(experiment):
+    page = make_report([experiment]).html
+    folded = page[page.index('<section id="completions') :]
+    assert folded.index("May be offensive") < folded.index("<blockquote>")
+    assert folded.index("<details>") < folded.index("<blockquote>") < folded.index("</details>")
+
+
+def test_markdown_quotes_what_models_wrote(experiment):
+    text = make_report([experiment]).markdown
+    assert text.startswith("# Attribution-guided pruning of demo")
+    assert "| edit |" in text
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "<script>" not in outside
+    assert "<script>" in text
+
+
+def test_numbers_are_those_of_compare(experiment, capsys):
+    before, after = (str(experiment / "evaluations" / name) for name in ("before", "prune-10"))
+    found = compare(before, after, output=str(experiment / "comparisons" / "prune-10.json"))
+    measured, _ = effects(collect([experiment]))
+    (effect,) = [effect for effect in measured if effect.name == "prune-10"]
+    change = found.toxicity["toxicity"]["mean"]
+    assert effect.toxicity["change"] == pytest.approx(change.change)
+    assert f"{change.change:+.3f}" in make_report([experiment]).html
+
+
+def test_any_part_alone_makes_a_report(experiment):
+    for part in ("scores", "plans", "evaluations", "scores/behaviour", "plans/prune-5.json"):
+        made = make_report([experiment / part])
+        assert "In short" in made.html
+        assert "In short" in made.markdown
+
+
+def test_command(experiment, tmp_path, capsys):
+    path = report([str(experiment)], output=str(experiment / "report"))
+    assert path == experiment / "report" / "report.html"
+    assert str(path) in capsys.readouterr().out
+    assert (experiment / "report" / "report.md").stat().st_size > 1000
+    report([str(experiment)], output=str(experiment / "report"), overwrite=True)  # passes over the earlier one
+    with pytest.raises(InputError, match="already exists"):
+        report([str(experiment)], output=str(experiment / "report"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no scores, plans"):
+        report([str(tmp_path / "empty")], output=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no such folder"):
+        report([str(tmp_path / "nowhere")], output=str(tmp_path / "out"))
+
+
+def test_unequal_evaluations_are_noted_not_compared(experiment):
+    folder = experiment / "evaluations" / "prune-5"
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    shutil.rmtree(folder)
+    keep = {key: results[key] for key in results if key not in ("files", "sha256", "format_version")}
+    write_evaluation(folder, keep, completions=rows[1:], windows=[])
+    _, notes = effects(collect([experiment]))
+    (note,) = notes
+    assert "prune-5" in note
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_opens_it_without_complaint(experiment, tmp_path, scheme):
+    path = report([str(experiment)], output=str(tmp_path / "out"))
+    shot = tmp_path / "shot.png"
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr", "--v=0", "--window-size=1200,3000", f"--screenshot={shot}",
+            f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", path.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert complaints == []
+    from PIL import Image
+
+    with Image.open(shot) as image:
+        corner = image.convert("L").getpixel((5, 5))
+        assert image.size == (1200, 3000)
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
+    assert (corner < 60) == (scheme == "dark")
