@@ -1,0 +1,43 @@
+"""The scoring benchmark at toy size: it compares before it times, and prints and keeps what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import bench_scoring
+
+TOY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "60"]
+TOY += ["--seq-len", "12", "--prompts", "5", "--prompt-min", "2", "--prompt-max", "6", "--batch-size", "3"]
+TOY += ["--repeats", "2"]
+
+
+def test_figures_are_printed_and_kept(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    bench_scoring.main([*TOY, "--json", str(path), "--samples", "2"])
+    out, err = capsys.readouterr()
+    assert err.count("scores differ by") == len(bench_scoring.WORKS)
+    figures = json.loads(path.read_text())
+    assert figures.keys() >= {"hardware", "threads", "versions", "commit", "command", "date", "matmul_flops"}
+    assert [result["samples"] for result in figures["results"]] == [2, 2, 2, 5, 2]
+    for result in figures["results"]:
+        assert result["difference"] <= 1e-5
+        assert len(result["seconds_plain"]) == len(result["seconds_ours"]) == 2
+        assert all(result[key] > 0 for key in ("ratio", "flops", "share_ours", "tokens_per_second_ours"))
+        assert f"{result['ratio']:.2f}" in out
+
+
+def test_the_plain_procedure_may_keep_to_the_targets(capsys):
+    bench_scoring.main([*TOY, "--work", "signed", "--plain-layers", "targets"])
+    assert capsys.readouterr().err.count("scores differ by") == 1
+
+
+def test_scores_that_differ_are_not_timed(monkeypatch, capsys):
+    right = bench_scoring.PlainGradients.scores
+    monkeypatch.setattr(bench_scoring.PlainGradients, "scores", lambda self, name: 1.001 * right(self, name))
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        bench_scoring.main([*TOY, "--work", "unsigned"])
+    assert "1/2: plain" not in capsys.readouterr().err

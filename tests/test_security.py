@@ -1,0 +1,137 @@
+"""Secrets stay out of everything that is written; nothing that is read can run code or reach outside its folder."""
+
+import json
+import pickle
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny
+from tiny_tokenizers import sentences, tiny_tokenizer
+
+import sparc3_pl
+from sparc3_pl.cli import main
+from sparc3_pl.provenance import redacted, redacted_values
+
+PLANTED = "hf_PlantedInTheEnvironment123"
+IN_PATH = "hf_PlantedInAPath4567890"
+QUIET = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """A model and texts in a folder whose name is a token."""
+    folder = tmp_path / IN_PATH
+    folder.mkdir()
+    tiny("llama", vocab_size=320, max_position_embeddings=64, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(6)))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+def test_planted_tokens_are_nowhere(files, monkeypatch, capfd):
+    """Environment, paths and the command line, through score, shards, prune and eval with TensorBoard on."""
+    monkeypatch.setenv("HF_TOKEN", PLANTED)
+    monkeypatch.setenv("MY_API_KEY", "sesame-open-1234")
+    monkeypatch.setattr(sys, "argv", ["sparc3", "score", f"--x={PLANTED}", "https://me:sesame-open-1234@host/a"])
+    data = [f"--data.source={files / 'texts.jsonl'}", "--data.seq_len=16", "--data.num_samples=2"]
+    score = ["score", f"--model.pretrained={files}", *data, *QUIET]
+    assert main([*score, "--output=general"]) == 0
+    assert main([*score, "--output=behaviour", "--data.seed=1", "--checkpoint_every=1"]) == 0
+    assert main([*score, "--output=shard", "--shard=1/1"]) == 0
+    prune = ["prune", "--general=general", "--behaviour=behaviour", "--num_neurons=2"]
+    assert main([*prune, "--output=plan.json"]) == 0
+    evaluation = [f"--model.pretrained={files}", "--model.judge=DetoxifyJudge", "--model.judge.variant=demo"]
+    prompts = [f"--data.prompts_source={files / 'texts.jsonl'}", "--data.prompts_field=text", "--data.text_source=null"]
+    made = ["--plan=plan.json", "--model.max_new_tokens=2", "--output=after", "--allow_overlap"]
+    assert main(["eval", *evaluation, *prompts, *made, *QUIET]) == 0
+    assert main([*score, f"--data.text_field={PLANTED}", "--output=wrong"]) == 2
+    screen = "".join(capfd.readouterr())
+    names = [str(path) for path in Path().rglob("*")]
+    assert any("events.out.tfevents" in name for name in names)
+    assert any(name.endswith("config.yaml") for name in names)
+    for secret in (PLANTED, IN_PATH, "sesame-open-1234"):
+        assert secret not in screen
+        assert not [name for name in names if secret in name]
+        assert not [path for path in Path().rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://user:pass@host/data", "https://***@host/data"),
+        ("https://host/data?token=abc123&split=train", "https://host/data?token=***&split=train"),
+        ("--token abc", "--token ***"),
+        ("/data/hf_models/llama", "/data/hf_models/llama"),
+        ("not finite at new token 3", "not finite at new token 3"),
+        ("data.max_tokens=3", "data.max_tokens=3"),
+        ("me@host.org", "me@host.org"),
+    ],
+)
+def test_what_counts_as_a_secret(text, kept):
+    assert redacted(text) == kept
+    assert redacted_values({"a": [text, 1, None]}) == {"a": [kept, 1, None]}
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "judge.ckpt"])
+def test_a_pickle_is_never_run(files, tmp_path, capfd, name):
+    bomb = tmp_path / "it-ran"
+    words = ["--model.max_new_tokens=1", f"--data.prompts_source={files / 'texts.jsonl'}", "--data.prompts_field=text"]
+    if name == "judge.ckpt":
+        (files / name).write_bytes(pickle.dumps(Bomb(bomb)))
+        words += ["--model.judge=DetoxifyJudge", f"--model.judge.checkpoint={files / name}"]
+    else:
+        (files / "model.safetensors").unlink()
+        (files / name).write_bytes(pickle.dumps(Bomb(bomb)))
+    assert main(["eval", f"--model.pretrained={files}", *words, *QUIET, "--data.text_source=null", "--output=out"]) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert not bomb.exists()
+
+
+def test_no_source_unpickles():
+    """torch.load only with weights_only=True; no other way to run what a file says."""
+    forbidden = re.compile(
+        r"\b(pickle\.loads?|np\.load|joblib|yaml\.load\(|eval\(|exec\(|weights_only=False|cloudpickle)"
+    )
+    for path in Path(sparc3_pl.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        assert not [m[0] for m in forbidden.finditer(text) if m[0] not in ("eval(", "exec(")], path
+        assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^)]*weights_only=True", text)), path
+
+
+def test_no_network_for_local_names(files, monkeypatch):
+    """Any attempt to connect would fail the run."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"connected to {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    data = [f"--data.source={files / 'texts.jsonl'}", "--data.seq_len=16", "--data.num_samples=2"]
+    assert main(["score", f"--model.pretrained={files}", *data, *QUIET, "--output=out"]) == 0
+
+
+def test_code_of_a_checkpoint_is_not_run_unasked(files, tmp_path, capfd):
+    ran = tmp_path / "it-ran"
+    config = json.loads((files / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (files / "config.json").write_text(json.dumps(config))
+    (files / "code.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
+    data = [f"--data.source={files / 'texts.jsonl'}", "--data.seq_len=16"]
+    assert main(["score", f"--model.pretrained={files}", *data, *QUIET, "--output=out"]) == 2
+    assert "trust_remote_code" in capfd.readouterr().err
+    assert not ran.exists()
