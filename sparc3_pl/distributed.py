@@ -5,8 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-__all__ = ["barrier", "from_rank_zero", "gather_lists", "sum_over_ranks"]
+__all__ = ["barrier", "from_rank_zero", "gather_lists", "sum_over_ranks", "whole"]
 
 
 def _many() -> bool:
@@ -14,9 +15,17 @@ def _many() -> bool:
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
-    """Replaces ``tensor`` on every rank by the sum over ranks, in place: no second copy of a large one."""
-    if _many():
+    """Replaces ``tensor`` on every rank by the sum over ranks, in place: no second copy of a large one.
+
+    A sharded tensor (``DTensor``) is that sum already: it is one tensor, of which every rank holds a part.
+    """
+    if _many() and not isinstance(tensor, DTensor):
         dist.all_reduce(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank, which all must ask for; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_lists(items: list[Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from sparc3_pl.errors import InputError
 __all__ = [
     "MLP",
     "decoder",
+    "decoder_layers",
     "features",
     "is_activation",
     "is_linear",
@@ -150,6 +151,22 @@ def decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no decoder apart from an output head; use a causal language model"
         )
     return found
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that the decoder runs one after the other: the members of its first list of modules.
+
+    Raises:
+        InputError: if it has none.
+    """
+    lists = (module for module in decoder(model).modules() if isinstance(module, nn.ModuleList))
+    layers = next((part for part in lists if any(map(is_linear, part.modules()))), None)
+    if layers is None:
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder layers to share out over processes; spread it over the "
+            "devices of one process instead (model.device_map: auto)"
+        )
+    return list(layers)
 
 
 def output_head(model: nn.Module) -> tuple[str, nn.Module]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.distributed import whole
 from sparc3_pl.errors import InputError
 from sparc3_pl.hub import first_line, hub_available, hub_name, local_path, offline
 
@@ -404,7 +405,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Rounding makes the fingerprint of a bfloat16 checkpoint, and of a float32 one loaded as float32 or bfloat16, the
     same. (float16 cannot hold all of a bfloat16's range, so a model loaded as float16 may differ.) Tied weights count
-    once; one tensor at a time is brought to the CPU. About 1 s per gigabyte of bfloat16 weights.
+    once; one tensor at a time is brought to the CPU. About 1 s per gigabyte of bfloat16 weights. Of a model that is
+    sharded over ranks, each tensor is gathered: every rank must call this.
     """
     digest = hashlib.sha256()
     for name, value in _named_values(model):
@@ -418,7 +420,7 @@ def _named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter once, by name; a value offloaded to CPU or disk is fetched while it is used."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            yield name, parameter
+            yield name, whole(parameter)
             continue
         from accelerate.utils import align_module_device
 

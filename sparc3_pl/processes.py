@@ -57,6 +57,9 @@ class Stop(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.code = 128 + signum
 
+    def __reduce__(self) -> tuple[type[Stop], tuple[int]]:
+        return Stop, (self.code - 128,)  # so that ranks can tell each other
+
 
 class PeerFailed(BaseException):
     """Another rank has failed; there is nothing left to do here."""

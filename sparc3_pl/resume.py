@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparc3_pl.distributed import whole
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import fsync, read_json, strict_json, write_text, writing
 from sparc3_pl.provenance import redacted_values
@@ -139,9 +140,10 @@ def write_sums(
 
 
 def sums_of(tensors: LayerTensors) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Callable[[str], Tensor]]:
-    """The first two arguments of ``write_sums`` for a scorer's tensors."""
+    """``shapes`` and ``load`` of ``write_sums`` for a scorer's tensors; a sharded one is gathered when it is loaded."""
     flat = {f"{layer}/{key}": tensor for layer, entry in tensors.items() for key, tensor in entry.items()}
-    return {name: (_KINDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.items()}, flat.__getitem__
+    shapes = {name: (_KINDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.items()}
+    return shapes, lambda name: whole(flat[name])
 
 
 def added(files: Sequence[SumsFile]) -> Callable[[str], Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from sparc3_pl.attribution.rules import PreparedRules
@@ -23,9 +24,10 @@ from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, lo
 from sparc3_pl.merge import MARKER as SHARD_MARKER
 from sparc3_pl.merge import parse_shard, write_shard
 from sparc3_pl.processes import deferring_stop, stop_requested
-from sparc3_pl.resume import PartialSums
+from sparc3_pl.resume import PartialSums, sums_of
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.scores import Manifest, ScoreWriter
+from sparc3_pl.sharding import shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ Method = Literal["lrp", "gradient", "wanda", "magnitude", "random"]
 Granularity = Literal["neuron", "weight"]
 WITH_SAMPLES = ("lrp", "gradient", "wanda")
 """Methods whose scores depend on samples."""
+Rules = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 def build_scorer(
@@ -54,19 +57,22 @@ def build_scorer(
     seed: int = 0,
     sums_on_host: bool = False,
     gradient_checkpointing: bool = False,
+    rules: Rules | None = None,
 ) -> Scorer:
-    """The scorer of ``method`` for the target ``layers``; the arguments are those of ``ScoringModule``."""
+    """The scorer of ``method`` for the target ``layers``; the arguments are those of ``ScoringModule``.
+
+    ``rules``: those of ``rules_of``, if they have looked at the model already.
+    """
     if method == "wanda":
         return WandaScorer(layers, granularity, zero_nonfinite=zero_nonfinite)
     if method == "magnitude":
         return MagnitudeScorer(layers, granularity)
     if method == "random":
         return RandomScorer(layers, granularity, seed=seed)
-    rules = PreparedRules() if method == "lrp" else nullcontext
     return GradientScorer(
         layers,
         granularity,
-        rules,
+        rules or rules_of(method),
         signed=signed,
         squares=squares,
         groups=groups,
@@ -76,11 +82,17 @@ def build_scorer(
     )
 
 
+def rules_of(method: Method) -> Rules:
+    """What makes the context of a pass: the rules of LRP, or none."""
+    return PreparedRules() if method == "lrp" else nullcontext
+
+
 class ScoringModule(pl.LightningModule):
     """Scores the weights or neurons of a causal language model on reference samples.
 
     ``predict_step`` accumulates and returns nothing. At the end the ranks' sums are added up, and rank 0 writes the
-    mean over samples as a score folder (or the sums as a shard).
+    mean over samples as a score folder (or the sums as a shard). Under Lightning's ``ModelParallelStrategy`` the model
+    is sharded over the ranks (FSDP2), and the sums of weight scores with it.
 
     Args:
         pretrained: Hub id, local folder, ``FILE.gguf``, or ``demo``, the model that comes with the package.
@@ -151,6 +163,9 @@ class ScoringModule(pl.LightningModule):
         """On rank 0, once the scores are written."""
         self.written_to: Path | None = None
         self.shard_written_to: Path | None = None
+        self._description: dict[str, Any] = {}
+        """On rank 0, the model's entry in the manifest."""
+        self._rules = rules_of(method)
         self._partial: PartialSums | None = None
         self._unsaved = False
         self._loop = ExitStack()
@@ -164,8 +179,10 @@ class ScoringModule(pl.LightningModule):
         """Checks what would otherwise fail after the model was loaded, or hours later.
 
         Raises:
-            InputError: if the output cannot be written.
+            InputError: if the output cannot be written, or an argument does not go with a sharded model.
         """
+        if self.is_sharded:
+            self._check_sharded()
         log_dir = self.trainer.log_dir  # on every rank: Lightning agrees on it by a broadcast
         if self.output is None and log_dir is not None:
             self.output = str(Path(log_dir) / "scores")
@@ -182,11 +199,43 @@ class ScoringModule(pl.LightningModule):
         if self.model is None:
             model = load_model(self.source)
             check_vocabulary(model, self.tokenizer)
+            if self.trainer.is_global_zero:
+                self._description = describe(model, self.source)
+            if self.is_sharded:
+                self._shard(model)
             if self.source.device_map is None:
                 self.model = model
             else:  # outside the module tree: nothing may move a model that is spread over devices
                 self.__dict__["model"] = model
             self._drop_samples()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of every weight, so that all must take part in every pass."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _check_sharded(self) -> None:
+        if self.source.device_map is not None:
+            raise InputError(
+                f"model.device_map={self.source.device_map!r}: trainer.strategy=ModelParallelStrategy places the model "
+                "itself; leave out one of the two"
+            )
+        if self.sums_on_host:
+            raise InputError(
+                "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy each device keeps its part of "
+                "the sums; leave it out"
+            )
+        if self.checkpoint_every is not None and self.granularity == "weight" and self.method in ("lrp", "gradient"):
+            raise InputError(
+                f"model.checkpoint_every={self.checkpoint_every}: weight scores whose sums ModelParallelStrategy "
+                "shares out cannot be saved in between; leave it out, and score parts by --shard i/n, which merge joins"
+            )
+
+    def _shard(self, model: PreTrainedModel) -> None:
+        with self._rules(model):  # they look at the modules once: now, while the weights are whole
+            pass
+        shard(model, self.device_mesh["data_parallel"])
+        self.trainer.datamodule.equal_passes = True  # type: ignore[attr-defined]
 
     def _drop_samples(self) -> None:
         """Those of other shards, and those whose sums an interrupted run has left."""
@@ -202,12 +251,6 @@ class ScoringModule(pl.LightningModule):
             data.exclude(self._partial.ids)
             if self._partial.ids and self.trainer.is_global_zero:
                 log.info("going on: %d samples are scored already", len(self._partial.ids))
-
-    @cached_property
-    def _description(self) -> dict[str, Any]:
-        """The model's entry in the manifest; its fingerprint reads every weight, so it is made once."""
-        assert self.model is not None
-        return describe(self.model, self.source)
 
     def _settings(self) -> dict[str, Any]:
         """What sums must have in common to be added up."""
@@ -241,15 +284,15 @@ class ScoringModule(pl.LightningModule):
         self.scorer = build_scorer(
             layers, self.method, self.granularity,
             signed=self.signed, squares=self.squares, groups=self.groups, zero_nonfinite=zero, seed=self.seed,
-            sums_on_host=self.sums_on_host, gradient_checkpointing=self.gradient_checkpointing,
+            sums_on_host=self.sums_on_host, gradient_checkpointing=self.gradient_checkpointing, rules=self._rules,
         )  # fmt: skip
         if self._partial is not None:
             self._loop.enter_context(deferring_stop())  # until the sums hold whole batches
 
     def predict_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
-        """Takes in one batch; ``records`` grows by its samples."""
+        """Takes in one batch; ``records`` grows by its samples (a stand-in has none)."""
         assert self.scorer is not None and self.model is not None
-        num_tokens = batch.attention_mask.sum(1).tolist()
+        num_tokens = batch.attention_mask.sum(1)[: len(batch.ids)].tolist()
         statistics = None
         if self.scorer.needs_samples:
             device = self.model.get_input_embeddings().weight.device
@@ -270,7 +313,12 @@ class ScoringModule(pl.LightningModule):
             self._unsaved = False
 
     def _stop_if_asked(self) -> None:
-        if self._partial is not None and (stop := stop_requested()) is not None:
+        if self._partial is None:
+            return
+        stop = stop_requested()
+        if self.is_sharded:  # after the same pass: a rank that goes on would wait for the others' weights in the next
+            stop = next((other for other in gather_lists([stop]) if other is not None), None)
+        if stop is not None:
             self._save()
             raise stop
 
@@ -287,6 +335,8 @@ class ScoringModule(pl.LightningModule):
         if self.trainer.is_global_zero:
             records += self._add_base()
             self._write(sorted(records, key=lambda record: record["id"]))
+        elif self.is_sharded and self.output is not None:
+            self._give_parts()
         barrier()  # if rank 0 fails to write, the others fail too
 
     def _add_base(self) -> list[dict[str, Any]]:
@@ -299,6 +349,17 @@ class ScoringModule(pl.LightningModule):
             for key, tensor in tensors.items():
                 tensor += base.load(f"{name}/{key}").to(tensor.device)
         return base.records
+
+    def _give_parts(self) -> None:
+        """While rank 0 writes: takes part in the gathering of what it writes, one tensor after the other."""
+        assert self.scorer is not None
+        if self.shard is not None:
+            shapes, load = sums_of(self.scorer.tensors)
+            for name in shapes:
+                load(name)
+        else:
+            for name in self.scorer.layers:
+                self.scorer.scores(name, 1)
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         assert len({record["id"] for record in records}) == len(records), "a sample was counted twice"

@@ -97,6 +97,8 @@ class Trainer(pl.Trainer):
         self.predict_loop = _ScoreLoop(self, inference_mode=False)
         self.test_loop = _EvalLoop(self, TrainerFn.TESTING, RunningStage.TESTING, inference_mode=False)
         self._watch_ranks(timedelta(minutes=rank_timeout))
+        if isinstance(self.strategy, ModelParallelStrategy):
+            _share_samples(self.strategy)
 
     def _watch_ranks(self, timeout: timedelta) -> None:
         strategy = self.strategy
@@ -113,8 +115,25 @@ class Trainer(pl.Trainer):
 
     def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure perplexity and the toxicity of completions, of a model as it is or with a plan applied."""
+        if isinstance(self.strategy, ModelParallelStrategy):
+            raise InputError(
+                "trainer.strategy=ModelParallelStrategy is for score; eval of a model larger than one GPU runs in one "
+                "process: give model.device_map: auto and trainer.devices: 1 instead"
+            )
         with _clean_refusal(self):
             self.test(model, datamodule=datamodule, verbose=False)
+
+
+def _share_samples(strategy: ModelParallelStrategy) -> None:
+    """Every process gets samples of its own; Lightning's ``auto`` would split each matrix within a machine."""
+    processes = strategy.num_processes * strategy.num_nodes
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    if data not in ("auto", processes) or tensor not in ("auto", 1):
+        raise InputError(
+            f"trainer.strategy: data_parallel_size={data}, tensor_parallel_size={tensor}, but the samples are shared "
+            f"out over all {processes} processes; give data_parallel_size: auto and tensor_parallel_size: 1"
+        )
+    strategy._data_parallel_size, strategy._tensor_parallel_size = processes, 1
 
 
 @contextmanager

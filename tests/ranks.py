@@ -86,6 +86,15 @@ class Rank:
         return self.out.read_text(errors="replace")
 
 
+def wait_until(reached: Callable[[], bool], running: Sequence[Rank]) -> None:
+    """Waits for something that ``running`` ranks do; fails as soon as one of them has ended without it."""
+    deadline = time.monotonic() + SECONDS
+    while not reached():
+        assert all(rank.poll() is None for rank in running), f"ended too early:\n{running[0].text()}"
+        assert time.monotonic() < deadline, f"not reached after {SECONDS} s:\n{running[0].text()}"
+        time.sleep(0.01)
+
+
 class Ranks:
     """The process that forks; use it as a context manager."""
 
@@ -241,13 +250,14 @@ def fork_ranks(launcher: "Launcher", task: dict) -> None:
 
 
 def inject(fault: str) -> None:
-    """``slow S``: every batch takes S seconds more. ``kill N TARGET``: SIGKILL instead of the N-th call of TARGET
-    (``module:function`` or ``module:Class.method``); ``stop``, ``raise``, ``refuse``: SIGSTOP, an exception, an
-    InputError instead.
+    """``slow S TARGET``: every call of TARGET (``module:function`` or ``module:Class.method``; without one every batch
+    of a scoring pass) takes S seconds more. ``kill N TARGET``: SIGKILL instead of the N-th call of TARGET; ``stop``,
+    ``raise``, ``refuse``: SIGSTOP, an exception, an InputError instead.
     """
     kind, _, rest = fault.partition(" ")
     if kind == "slow":
-        wrap("sparc3_pl.scoring:ScoringModule.predict_step", lambda count: time.sleep(float(rest)))
+        seconds, _, target = rest.partition(" ")
+        wrap(target or "sparc3_pl.scoring:ScoringModule.predict_step", lambda count: time.sleep(float(seconds)))
     elif kind:
         number, target = rest.split()
         wrap(target, lambda count: FAULTS[kind]() if count == int(number) else None)

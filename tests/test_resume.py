@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Rank, Ranks
+from ranks import Rank, Ranks, wait_until
 from score_checks import assert_same_scores
 from tiny_models import tiny
 from tiny_tokenizers import sentences, tiny_tokenizer
@@ -66,10 +66,7 @@ def test_killed_at_random_points_on_changing_numbers_of_processes(ranks, files, 
     output, chance = tmp_path / "scores", random.Random(4)
     for kills, world in enumerate((1, 3, 2, 4, 1, 2)):
         running = start(ranks, files, output, world, 0.3)
-        deadline = time.monotonic() + 120
-        while not partial_folder(output).exists() or scored(output) < 2 * kills:
-            assert time.monotonic() < deadline, running[0].text()
-            time.sleep(0.02)
+        wait_until(lambda least=2 * kills: partial_folder(output).exists() and scored(output) >= least, running)
         time.sleep(chance.uniform(0, 0.5))
         for rank in chance.sample(running, len(running)):
             rank.kill()
@@ -94,8 +91,7 @@ def test_killed_at_random_points_on_changing_numbers_of_processes(ranks, files, 
 def test_killed_at_the_worst_points(ranks, files, whole, tmp_path, fault):
     output = tmp_path / "scores"
     running = start(ranks, files, output, 2, 0.1)
-    while not partial_folder(output).exists() or scored(output) < 4:
-        time.sleep(0.01)
+    wait_until(lambda: scored(output) >= 4, running)
     for rank in running:
         rank.kill()
         rank.wait()
@@ -115,8 +111,7 @@ def test_sigterm_saves_and_asks_for_a_requeue(ranks, files, whole, tmp_path, wor
     output = tmp_path / "scores"
     words = score(files, output, "--checkpoint_every", 1000, "--trainer.devices", world)
     (rank,) = ranks.start(words, world, faults=dict.fromkeys(range(world), "slow 0.3"), launcher=True)
-    while not (partial_folder(output) / "settings.json").exists():
-        time.sleep(0.01)
+    wait_until((partial_folder(output) / "settings.json").exists, [rank])
     time.sleep(1.0)
     rank.kill(signal.SIGTERM)
     assert rank.wait() == 143, rank.text()
@@ -179,7 +174,7 @@ def test_a_damaged_file_of_sums_is_named(tmp_path):
 
 
 def test_finished_completions_are_not_made_again(ranks, files, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"p": s[:-6]}) + "\n" for s in sentences(9)))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"p": s[:-6]}) + "\n" for s in sentences(NUM_SAMPLES)))
     words = ["eval", "--model.pretrained", files, "--model.judge.class_path", "DetoxifyJudge", *QUIET]
     words += ["--model.judge.init_args.variant", "demo", "--data.prompts_source", tmp_path / "prompts.jsonl"]
     words += ["--data.text_source", "null", "--data.prompts_field", "p", "--model.max_new_tokens", 4]
@@ -188,17 +183,17 @@ def test_finished_completions_are_not_made_again(ranks, files, tmp_path):
     step, output, chance = "sparc3_pl.evaluation.results:CompletionStore.add", tmp_path / "out", random.Random(1)
     store = tmp_path / ".out.completions.partial"
     for world in (2, 1, 3):
-        made = ranks.start([*words, "--output", output, "--trainer.devices", world], world)
+        slow = dict.fromkeys(range(world), f"slow 0.5 {step}")  # a rank must not be done before it is killed
+        made = ranks.start([*words, "--output", output, "--trainer.devices", world], world, faults=slow)
         before = rows(store)
-        while rows(store) < before + 2:
-            time.sleep(0.01)
+        wait_until(lambda least=before + 2: rows(store) >= least, made)
         time.sleep(chance.uniform(0, 0.05))
         for rank in made:
             rank.kill()
             rank.wait()
     kept = rows(store)
     assert kept >= 6
-    faults = {0: f"raise {9 - kept + 1} {step}"}  # one more than is missing
+    faults = {0: f"raise {NUM_SAMPLES - kept + 1} {step}"}  # one more than is missing
     succeed(ranks.run([*words, "--output", output], faults=faults))
     assert Evaluation.open(output).completions == Evaluation.open(tmp_path / "whole").completions
     assert not store.exists()

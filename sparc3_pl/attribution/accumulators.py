@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from sparc3_pl.attribution.fused import fused_relevance, fusible
 from sparc3_pl.attribution.recording import LayerPass
 
 __all__ = [
@@ -145,7 +146,12 @@ class WeightScores(Accumulator):
         self.tensors["sum"] = torch.zeros(weight_OI.shape, device=weight_OI.device if device is None else device)
 
     def add(self, layer: LayerPass, groups_B: Tensor | None = None) -> Tensor:
-        total, device = self.tensors["sum"], layer.weight_OI.device
+        return self._add_to(self.tensors["sum"], layer)
+
+    def _add_to(self, total: Tensor, layer: LayerPass) -> Tensor:
+        if not self._zero_nonfinite and fusible(layer, total):
+            return fused_relevance(layer, total).sum(1)
+        device = layer.weight_OI.device
         relevance_B = torch.zeros(len(layer.x_BTI), dtype=torch.float64, device=device)
         for rows, products in weight_relevance(layer):
             here = total.device == device and isinstance(rows, slice)
@@ -190,6 +196,8 @@ class NeuronScores(Accumulator):
 
     def _scores(self, layer: LayerPass) -> Tensor:
         """Each sample's neuron scores, ``[B, O]`` float64."""
+        if not self._zero_nonfinite and fusible(layer):
+            return fused_relevance(layer)
         shape = len(layer.x_BTI), len(layer.weight_OI)
         scores_BO = torch.zeros(shape, dtype=torch.float64, device=layer.weight_OI.device)
         for rows, products in weight_relevance(layer):

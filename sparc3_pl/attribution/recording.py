@@ -1,5 +1,7 @@
 """See the input, the output and its gradient of chosen linear layers, without touching a parameter's ``.grad``."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ class LayerPass:
     delta_BTO: Tensor
     """The gradient of the target at the layer's output."""
     weight_OI: Tensor
+
+    def first(self, num_samples: int) -> LayerPass:
+        """The pass of the first so many samples of the batch: views."""
+        x, z, delta = (tensor[:num_samples] for tensor in (self.x_BTI, self.z_BTO, self.delta_BTO))
+        return LayerPass(self.name, x, z, delta, self.weight_OI)
 
 
 class _Tap(torch.autograd.Function):

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparc3_pl.attribution.accumulators import (
     Accumulator,
@@ -23,8 +25,10 @@ from sparc3_pl.attribution.accumulators import (
 )
 from sparc3_pl.attribution.checkpointing import checkpointed
 from sparc3_pl.attribution.recording import LayerPass, recording
+from sparc3_pl.attribution.sharded import ShardedWeightScores
+from sparc3_pl.distributed import whole
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, output_head, weight_matrix
+from sparc3_pl.families import decoder, output_head, swapped, weight_matrix
 from sparc3_pl.linear_kernels import onednn_linears
 
 __all__ = ["BatchStatistics", "GradientScorer", "MagnitudeScorer", "RandomScorer", "Scorer", "WandaScorer"]
@@ -72,13 +76,19 @@ class Scorer(ABC):
     def update(self, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> BatchStatistics | None:
         """Takes in a batch of samples.
 
+        Rows without a real token, after all others, are stand-ins: they run, and count for nothing. A rank that has
+        no sample left takes part by them in the passes of a sharded model.
+
         Raises:
             InputError: if a layer's statistics are not finite, or a layer takes no part in the model's forward pass.
         """
 
     @abstractmethod
     def scores(self, name: str, num_samples: int) -> Tensor:
-        """The layer's scores, ``[O, I]`` or ``[O]`` float32, once ``tensors`` holds ``num_samples`` samples."""
+        """The layer's scores, ``[O, I]`` or ``[O]`` float32, once ``tensors`` holds ``num_samples`` samples.
+
+        Of a sharded model they are gathered: every rank must ask for them, layer by layer in the same order.
+        """
 
     def squares(self, name: str, num_samples: int) -> Tensor | None:
         """Mean over samples of the squared neuron scores, ``[O]`` float32, where they were asked for."""
@@ -123,7 +133,7 @@ class GradientScorer(Scorer):
         super().__init__(layers, granularity)
         self._rules, self._num_groups = rules, groups
         self._checkpointing = checkpointed if checkpointing else nullcontext
-        make: Callable[[Tensor, bool], Accumulator] = partial(WeightScores, device=device)
+        make: Callable[[Tensor, bool], Accumulator] = partial(_weight_scores, device=device)
         if granularity == "neuron":
             make = partial(SignedNeuronScores if signed else NeuronScores, squares=squares, groups=groups)
         self._accumulators = {name: make(weight_matrix(module), zero_nonfinite) for name, module in layers.items()}
@@ -132,29 +142,32 @@ class GradientScorer(Scorer):
     def update(self, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> BatchStatistics:
         relevance: dict[str, Tensor] = {}
         by_token: dict[str, Tensor] = {}
-        groups_B = group_of(input_ids_BT, attention_mask_BT, self._num_groups) if self._num_groups else None
+        num_samples = int(attention_mask_BT.any(1).sum())
+        samples = input_ids_BT[:num_samples], attention_mask_BT[:num_samples]
+        groups_B = group_of(*samples, self._num_groups) if self._num_groups else None
 
         def take(layer: LayerPass) -> None:
             if layer.name in relevance:
                 raise InputError(f"layer {layer.name} runs twice in one pass: leave it out of model.targets")
+            layer = layer.first(num_samples)
             relevance[layer.name] = self._accumulators[layer.name].add(layer, groups_B)
             by_token[layer.name] = token_relevance(layer)
 
         recorded = recording(self.layers, len(input_ids_BT), take)
         with torch.enable_grad(), self._rules(model), self._checkpointing(model), recorded:
-            logit_B, target_B = target_logits(model, input_ids_BT, attention_mask_BT).max(1)
+            logit_B, target_B = as_forward(predicted, model, input_ids_BT, attention_mask_BT)
             logit_B.sum().backward()
         _require_all(self.layers, relevance)
         _require_finite(relevance)
         return BatchStatistics(
             relevance=_sum_of_layers(relevance),
-            first_token_share=_first_token_share(by_token, attention_mask_BT),
-            logit=logit_B.detach().double(),
-            target=target_B,
+            first_token_share=_first_token_share(by_token, samples[1]),
+            logit=logit_B[:num_samples].detach().double(),
+            target=target_B[:num_samples],
         )
 
     def scores(self, name: str, num_samples: int) -> Tensor:
-        return (self.tensors[name]["sum"] / num_samples).float()
+        return (whole(self.tensors[name]["sum"]) / num_samples).float()
 
     def groups(self, name: str) -> tuple[Tensor, list[int]] | None:
         return group_means(self.tensors[name])
@@ -184,7 +197,7 @@ class WandaScorer(Scorer):
             for name, module in self.layers.items():
                 hook = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
                 hooks.callback(hook.remove)
-            hidden_BTH = last_hidden_state(model, input_ids_BT, attention_mask_BT)
+            hidden_BTH = as_forward(last_hidden_state, model, input_ids_BT, attention_mask_BT)
         if head_name in self.layers:  # the norm of what the head reads needs no logits
             add(head_name, hidden_BTH)
         _require_all(self.layers, energy)
@@ -199,7 +212,7 @@ class WandaScorer(Scorer):
         energy[name] = squares_I.sum()
 
     def scores(self, name: str, num_samples: int) -> Tensor:
-        weight_OI = weight_matrix(self.layers[name]).detach().float()
+        weight_OI = whole(weight_matrix(self.layers[name]).detach()).float()
         return self._granular(weight_OI.abs() * self.tensors[name]["sum"].sqrt().float())
 
 
@@ -236,7 +249,7 @@ class MagnitudeScorer(Scorer):
         """Magnitudes do not depend on samples."""
 
     def scores(self, name: str, num_samples: int) -> Tensor:
-        return self._granular(weight_matrix(self.layers[name]).detach().float().abs())
+        return self._granular(whole(weight_matrix(self.layers[name]).detach()).float().abs())
 
 
 class RandomScorer(Scorer):
@@ -262,7 +275,7 @@ def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -
     """The group of each sample, ``[B]`` int64: told by its tokens alone, so the same however the work is split."""
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
     digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
-    return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests])
+    return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
 
 
 def group_means(tensors: LayerTensors) -> tuple[Tensor, list[int]] | None:
@@ -271,6 +284,15 @@ def group_means(tensors: LayerTensors) -> tuple[Tensor, list[int]] | None:
         return None
     sizes_G = tensors["group_sizes"]
     return (tensors["groups"] / sizes_G.clamp(min=1)[:, None]).float(), sizes_G.tolist()
+
+
+def as_forward(function: Callable[..., Any], model: nn.Module, *args: Tensor) -> Any:
+    """``function(model, *args)``, called as the model's own forward pass, with whatever hooks the model has.
+
+    The hooks of a sharded model put together the weights outside its decoder layers.
+    """
+    with swapped(model, "forward", partial(function, model)):
+        return model(*args)
 
 
 def last_hidden_state(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -292,6 +314,18 @@ def target_logits(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Ten
     batch = torch.arange(len(last_B), device=hidden_BTH.device)
     _, head = output_head(model)
     return head(hidden_BTH[batch, last_B.to(hidden_BTH.device), None])[:, 0]
+
+
+def predicted(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit at each sample's last real token, ``[B]``, and its token, ``[B]`` int64."""
+    logit_B, target_B = target_logits(model, input_ids_BT, attention_mask_BT).max(1)
+    return logit_B, target_B
+
+
+def _weight_scores(weight_OI: Tensor, zero_nonfinite: bool, device: torch.device | str | None) -> WeightScores:
+    if isinstance(weight_OI, DTensor):
+        return ShardedWeightScores(weight_OI, zero_nonfinite)
+    return WeightScores(weight_OI, zero_nonfinite, device)
 
 
 def _wanda_tensors(weight_OI: Tensor) -> LayerTensors:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from sparc3_pl.data.samples import Sample, Target, matched_samples, pack_windows, read_targets, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
+from sparc3_pl.distributed import gather_lists
 from sparc3_pl.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class ReferenceBatch:
     """Samples padded on the right to the longest of them.
+
+    Without any sample it is a stand-in, one row without a real token: something to run where every rank must.
 
     Attributes:
         input_ids: ``[B, T]`` int64.
@@ -100,6 +103,8 @@ class ReferenceData(LightningDataModule):
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.samples: list[Sample] = []
+        self.equal_passes = False
+        """Whether all ranks get as many batches as the one with the most, the last of them stand-ins."""
         self._excluded: set[str] = set()
         self._match_counts: dict[str, int] = {}
 
@@ -162,8 +167,12 @@ class ReferenceData(LightningDataModule):
         todo = [sample for sample in self.samples if sample.id not in self._excluded]
         # Longest first over all ranks: the shares cost about the same, and too long a sample fails at once.
         todo.sort(key=lambda sample: (-len(sample.input_ids), sample.id))
+        own = todo[rank::world_size]
+        batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
+        if self.equal_passes:
+            batches += [[]] * (max(gather_lists([len(batches)])) - len(batches))
         collate = partial(pad_samples, pad_id=tokenizer_of(self).pad_token_id)
-        return DataLoader(todo[rank::world_size], batch_size=self.batch_size, collate_fn=collate)
+        return DataLoader(batches, batch_size=None, collate_fn=collate)
 
     def describe(self) -> dict[str, Any]:
         """The manifest's ``data`` entry: where the samples come from, which they are, and what was left out."""
@@ -201,14 +210,14 @@ def _match_query(
 
 
 def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
-    """Pad on the right to the longest sample. ``[B, T]``."""
-    input_ids, mask = pad_right([sample.input_ids for sample in samples], pad_id)
+    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]``."""
+    input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
     return ReferenceBatch(input_ids, mask, [s.id for s in samples], [s.ending for s in samples])
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each ``[B, T]`` int64, padded on the right to the longest row."""
-    length = max(len(row) for row in rows)
+    length = max(1, *map(len, rows))
     input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     return input_ids, mask

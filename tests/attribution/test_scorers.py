@@ -125,6 +125,23 @@ def test_statistics_of_a_sample(tiny_model, samples):
         assert 0 <= record["first_token_share"] < 1, row  # 0 where a sliding window hides the first token
 
 
+@pytest.mark.parametrize("settings", [("lrp", "weight"), ("lrp", "neuron"), ("wanda", "weight")], ids=" ".join)
+def test_a_row_without_a_real_token_counts_for_nothing(tiny_llama, settings):
+    tiny_llama.requires_grad_(False)
+    layers, samples = linear_layers(tiny_llama), [torch.arange(3, 3 + length) for length in LENGTHS]
+    plain, more, nothing = (build_scorer(layers, *settings, zero_nonfinite=True) for _ in range(3))
+    input_ids, mask = padded(samples)
+    plain.update(tiny_llama, input_ids, mask)
+    statistics = more.update(tiny_llama, *padded([*samples, samples[0][:0]]))
+    assert statistics is None or len(statistics.records()) == len(samples)
+    statistics = nothing.update(tiny_llama, input_ids, torch.zeros_like(mask))
+    assert statistics is None or statistics.records() == []
+    for name in layers:
+        for key, tensor in plain.tensors[name].items():
+            close(more.tensors[name][key], tensor)
+            assert not nothing.tensors[name][key].any()
+
+
 def test_parameters_stay_frozen_and_hooks_go(tiny_model, samples):
     build_scorer(linear_layers(tiny_model), "lrp", "weight").update(tiny_model, *padded(samples))
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())

@@ -120,6 +120,16 @@ def test_batches_are_padded_on_the_right_longest_first(corpus):
     assert len(lengths) == 10
 
 
+def test_equal_passes_end_in_stand_ins(corpus, monkeypatch):
+    data = ready(ReferenceData(corpus, seq_len=16, batch_size=2, num_samples=5), rank=1, world_size=2)
+    data.equal_passes = True
+    monkeypatch.setattr("sparc3_pl.data.reference.gather_lists", lambda own: [3, *own])  # rank 0 has three batches
+    *_, last = batches = list(data.predict_dataloader())
+    assert [len(batch.ids) for batch in batches] == [2, 0, 0]
+    assert last.input_ids.shape == last.attention_mask.shape == (1, 1)
+    assert not last.attention_mask.any()
+
+
 def test_without_a_trainer(corpus):
     data = ReferenceData(corpus, seq_len=16, num_samples=4)
     data.tokenizer = tiny_tokenizer(pad_token="</s>")
