@@ -91,14 +91,12 @@ def measure(ranks: Ranks, fault: Fault, folder: Path, whole: Path, samples: int)
         while not (partial_folder(output) / "settings.json").exists() or (fault.every == 1 and saved(output) < 6):
             time.sleep(0.005)
         time.sleep(1.0)
+        start = time.time()
         fault.strike(rank)
-    else:
-        rank.wait()
-    start = time.monotonic()
     rank.wait()
     while any(alive(pid) for pid in rank.family()):
         time.sleep(0.005)
-    ended = time.monotonic() - start
+    ended = time.time() - (start if fault.strike else rank.out.with_suffix(".fault").stat().st_mtime)
     assert not output.exists()
     kept, start = saved(output), time.monotonic()
     (again,) = ranks.run(words(output, fault, samples), 1)

@@ -4,9 +4,9 @@ What is attributed is the logit of the token that the model predicts after a sam
 harmless one, and its attribution is not about toxicity. This script makes samples after which it is not harmless: it
 looks in each text for the first word that the judge scores high, alone and at the end of the text so far, and that the
 model itself predicts (its likeliest next token begins the word), and cuts the text before it. A judge that makes
-nothing of single words needs ``--criterion text``. Beside each of
-these it puts the same texts cut before harmless words that the model predicts as well, of like length: the general
-samples. One field tells the two apart, so that one file serves both sides:
+nothing of single words needs ``--criterion text``. Beside these it puts the same texts cut before harmless words that
+the model predicts as well, of like length: the general samples. One field tells the two apart, so that one file serves
+both sides:
 
     python scripts/cut_before_behaviour.py --source texts.jsonl --text_field text --pretrained MODEL \
         --checkpoint JUDGE.ckpt --output cuts.jsonl

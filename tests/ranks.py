@@ -197,7 +197,7 @@ def work(task: dict) -> None:
     os.environ.update(task["env"])
     for name in os.environ.keys() & set(RANK_VARIABLES) - task["env"].keys():
         del os.environ[name]
-    inject(task["faults"].get(os.environ.get("LOCAL_RANK", "0"), ""))
+    inject(task["faults"].get(os.environ.get("LOCAL_RANK", "0"), ""), Path(task["out"]).with_suffix(".fault"))
     Launcher._call_children_scripts = lambda launcher: fork_ranks(launcher, task)
     sys.argv = ["sparc3", *task["words"]]
     code = 1
@@ -249,10 +249,10 @@ def fork_ranks(launcher: "Launcher", task: dict) -> None:
         launcher.procs.append(Forked(pid))
 
 
-def inject(fault: str) -> None:
+def inject(fault: str, moment: Path) -> None:
     """``slow S TARGET``: every call of TARGET (``module:function`` or ``module:Class.method``; without one every batch
     of a scoring pass) takes S seconds more. ``kill N TARGET``: SIGKILL instead of the N-th call of TARGET; ``stop``,
-    ``raise``, ``refuse``: SIGSTOP, an exception, an InputError instead.
+    ``raise``, ``refuse``: SIGSTOP, an exception, an InputError instead. The file ``moment`` appears when that happens.
     """
     kind, _, rest = fault.partition(" ")
     if kind == "slow":
@@ -260,7 +260,12 @@ def inject(fault: str) -> None:
         wrap(target or "sparc3_pl.scoring:ScoringModule.predict_step", lambda count: time.sleep(float(seconds)))
     elif kind:
         number, target = rest.split()
-        wrap(target, lambda count: FAULTS[kind]() if count == int(number) else None)
+        wrap(target, lambda count: strike(kind, moment) if count == int(number) else None)
+
+
+def strike(kind: str, moment: Path) -> None:
+    moment.touch()
+    FAULTS[kind]()
 
 
 def wrap(target: str, before: Callable[[int], None]) -> None:

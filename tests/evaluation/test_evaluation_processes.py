@@ -1,19 +1,15 @@
 """``eval`` with real processes: the same figures and completions however the work is split."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from judge_folder import judge_folder
+from ranks import Ranks
 from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
 from sparc3_pl.evaluation.results import Evaluation
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(files: Path, processes: int) -> Evaluation:
+def evaluate(ranks: Ranks, files: Path, processes: int) -> Evaluation:
     options = {
         "model.pretrained": files / "model", "model.max_length": 32, "model.stride": 16, "model.max_new_tokens": 8,
         "model.samples_per_prompt": 2, "model.judge": "DetoxifyJudge",
@@ -39,18 +35,16 @@ def evaluate(files: Path, processes: int) -> Evaluation:
         "output": files / f"on_{processes}",
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in options.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    call = [sys.executable, "-m", "sparc3_pl.cli", "eval", *words]
-    done = subprocess.run(call, cwd=files, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    (rank,) = ranks.start(["eval", *words], processes, launcher=True)
+    assert rank.wait() == 0, rank.text()
     return Evaluation.open(files / f"on_{processes}")
 
 
-def test_one_two_and_four_processes_agree(files):
-    want = evaluate(files, 1)
+def test_one_two_and_four_processes_agree(ranks, files):
+    want = evaluate(ranks, files, 1)
     assert len(want.completions) == 6
     for processes in (2, 4):  # the fourth has no prompt
-        found = evaluate(files, processes)
+        found = evaluate(ranks, files, processes)
         assert found.completions == want.completions
         assert [w["index"] for w in found.windows] == [w["index"] for w in want.windows]
         one, other = want.results, found.results
