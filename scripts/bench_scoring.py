@@ -7,6 +7,8 @@ hook on every linear layer. Both must give the same scores before anything is ti
     python scripts/bench_scoring.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf
     python scripts/bench_scoring.py --work unsigned --hidden 4096 --intermediate 14336 --layers 32 --heads 32 \
         --kv-heads 8 --vocab 128256 --dtype bfloat16 --device cuda --seq-len 2048
+
+Where the plain procedure would take hours, ``--alone 128`` times ours by itself on 128 samples more.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from bench_common import (
     median_ratio,
     peak_of,
     show,
+    timed,
     weight_bytes,
     write_json,
 )
@@ -161,13 +164,13 @@ def _padded(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 
-def make_samples(work: Work, args: argparse.Namespace, vocab: int) -> list[Tensor]:
+def make_samples(work: Work, args: argparse.Namespace, vocab: int, count: int) -> list[Tensor]:
     """Random token ids: what they say makes no difference to the arithmetic."""
     generator = torch.Generator().manual_seed(args.seed)
     if not work.short:
-        lengths = [args.seq_len] * args.samples
+        lengths = [args.seq_len] * count
     else:
-        lengths = torch.randint(args.prompt_min, args.prompt_max + 1, (args.prompts,), generator=generator).tolist()
+        lengths = torch.randint(args.prompt_min, args.prompt_max + 1, (count,), generator=generator).tolist()
     return [torch.randint(3, vocab, (length,), generator=generator).to(args.device) for length in lengths]
 
 
@@ -175,7 +178,8 @@ def difference(plain: Any, ours: Ours) -> float:
     """The largest relative difference (of norms) between two procedures' scores of one layer."""
     worst = 0.0
     for name in ours.layers:
-        want, got = plain.scores(name).double(), ours.scores(name).cpu().double()
+        got = ours.scores(name).double()
+        want = plain.scores(name).to(got.device).double()
         worst = max(worst, float((want - got).norm() / want.norm()))
     return worst
 
@@ -207,37 +211,70 @@ def flops(model: nn.Module, work: Work, samples: list[Tensor]) -> float:
 def compare(model: nn.Module, work: Work, args: argparse.Namespace, rate: float) -> dict[str, Any]:
     """One row: agreement and memory of the first pass of both, then ``--repeats`` timed passes of each."""
     log(work.title)
-    samples = make_samples(work, args, model.config.vocab_size)
-    batch_size = args.batch_size if work.short else args.window_batch_size
+    samples = make_samples(work, args, model.config.vocab_size, args.prompts if work.short else args.samples)
     make_plain = PlainWanda if work.method == "wanda" else PlainGradients
-    ours, plain = Ours(model, work, batch_size), make_plain(model, work, args.plain_layers == "targets")
-    weights = weight_bytes(model)
-    _, peak_ours = peak_of(lambda: ours.add(samples), args.device)
-    _, peak_plain = peak_of(lambda: plain.add(samples), args.device)
+    ours, peak_ours = first_pass(lambda: make_ours(model, work, args), samples, args.device)
+    plain, peak_plain = first_pass(
+        lambda: make_plain(model, work, args.plain_layers == "targets"), samples, args.device
+    )
     worst = difference(plain, ours)
     tolerance = TOLERANCE[DTYPES[args.dtype]]
     log(f"  scores differ by {worst:.1e} at most (tolerance {tolerance:.0e})")
     if not worst <= tolerance:
         sys.exit(f"error: {work.title}: the scores differ by {worst:.2e}, more than {tolerance:.0e}: nothing is timed")
     seconds = alternate(lambda: plain.add(samples), lambda: ours.add(samples), args.repeats, args.device)
-    _, peak_later = peak_of(lambda: ours.add(samples), args.device)
-    tokens, needed = sum(map(len, samples)), flops(model, work, samples)
-    median = [statistics.median(side) for side in seconds]
+    sides = {"plain": (seconds[0], peak_plain), "ours": (seconds[1], peak_ours)}
     return {
-        "work": work.title,
-        "samples": len(samples),
-        "tokens": tokens,
+        **row(model, work, samples, rate, sides),
         "difference": worst,
         "ratio": median_ratio(*seconds),
-        **{f"seconds_{side}": part for side, part in zip(("plain", "ours"), seconds, strict=True)},
-        **{f"tokens_per_second_{side}": tokens / part for side, part in zip(("plain", "ours"), median, strict=True)},
-        "flops": needed,
-        **{f"share_{side}": needed / part / rate for side, part in zip(("plain", "ours"), median, strict=True)},
-        "peak_bytes_plain": weights + peak_plain,
-        "peak_bytes_ours": weights + peak_ours,
-        "peak_bytes_ours_again": weights + peak_later,
-        "samples_ours_again": (args.repeats + 2) * len(samples),
     }
+
+
+def alone(model: nn.Module, work: Work, args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """A row without the plain procedure: ours, once, over ``--alone`` samples."""
+    log(f"{work.title}: ours alone, {args.alone} samples")
+    samples = make_samples(work, args, model.config.vocab_size, args.alone)
+    make_ours(model, work, args).add(samples[:1])  # what a first pass compiles and looks up is not timed
+    seconds: list[float] = []
+
+    def run(ours: Ours) -> None:
+        seconds.append(timed(lambda: ours.add(samples), args.device))
+
+    _, peak = peak_of(lambda: run(make_ours(model, work, args)), args.device)
+    return row(model, work, samples, rate, {"ours": (seconds, peak)})
+
+
+def make_ours(model: nn.Module, work: Work, args: argparse.Namespace) -> Ours:
+    return Ours(model, work, args.batch_size if work.short else args.window_batch_size)
+
+
+def first_pass(make: Callable[[], Any], samples: list[Tensor], device: str) -> tuple[Any, int]:
+    """One side after its first pass over the samples, and the most bytes that it held, its sums included."""
+
+    def run() -> Any:
+        side = make()
+        side.add(samples)
+        return side
+
+    return peak_of(run, device)
+
+
+def row(
+    model: nn.Module, work: Work, samples: list[Tensor], rate: float, sides: dict[str, tuple[list[float], int]]
+) -> dict[str, Any]:
+    """The figures of a row; ``sides``: the seconds of the passes and the peak of the memory of each procedure."""
+    tokens, needed, weights = sum(map(len, samples)), flops(model, work, samples), weight_bytes(model)
+    result: dict[str, Any] = {"work": work.title, "samples": len(samples), "tokens": tokens, "flops": needed}
+    for side, (seconds, peak) in sides.items():
+        median = statistics.median(seconds)
+        result |= {
+            f"seconds_{side}": seconds,
+            f"tokens_per_second_{side}": tokens / median,
+            f"share_{side}": needed / median / rate,
+            f"peak_bytes_{side}": weights + peak,
+        }
+    return result
 
 
 COLUMNS = ["work", "samples", "ratio", "s plain", "s ours", "tokens/s", "share plain", "share ours"]
@@ -245,19 +282,23 @@ COLUMNS += ["GB plain", "GB ours", "difference"]
 
 
 def as_row(result: dict[str, Any]) -> list[str]:
-    plain, ours = (statistics.median(result[f"seconds_{side}"]) for side in ("plain", "ours"))
+    """The table's line; a figure that was not measured is a dash."""
+
+    def cell(key: str, show: Callable[[Any], str]) -> str:
+        return show(result[key]) if key in result else "-"
+
+    def pair(key: str, show: Callable[[Any], str]) -> list[str]:
+        return [cell(f"{key}_{side}", show) for side in ("plain", "ours")]
+
     return [
         result["work"],
         f"{result['samples']} ({result['tokens']} tokens)",
-        f"{result['ratio']:.2f}",
-        f"{plain:.3f}",
-        f"{ours:.3f}",
-        f"{result['tokens_per_second_plain']:.0f} -> {result['tokens_per_second_ours']:.0f}",
-        f"{result['share_plain']:.0%}",
-        f"{result['share_ours']:.0%}",
-        f"{result['peak_bytes_plain'] / 1e9:.2f}",
-        f"{result['peak_bytes_ours'] / 1e9:.2f}",
-        f"{result['difference']:.0e}",
+        cell("ratio", "{:.2f}".format),
+        *pair("seconds", lambda seconds: f"{statistics.median(seconds):.3f}"),
+        " -> ".join(pair("tokens_per_second", "{:.0f}".format)),
+        *pair("share", "{:.0%}".format),
+        *pair("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
+        cell("difference", "{:.0e}".format),
     ]
 
 
@@ -273,6 +314,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-max", type=int, default=40, help="tokens of the longest prompt")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts in one batch of ours")
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each procedure")
+    parser.add_argument("--alone", type=int, default=0, help="then time ours by itself, once, on so many samples")
     parser.add_argument(
         "--plain-layers", choices=["all", "targets"], default="all",
         help="layers whose |weight * gradient| the plain procedure makes: all linear ones, or only those scored",
@@ -292,7 +334,11 @@ def main(arguments: list[str] | None = None) -> None:
         "matmul_rate": f"{rate / 1e9:.0f} GFLOP/s measured",
         **environment(args),
     }
-    results = [compare(model, WORKS[work], args, rate) for work in args.work]
+    results = []
+    for work in args.work:
+        results.append(compare(model, WORKS[work], args, rate))
+        if args.alone:
+            results.append(alone(model, WORKS[work], args, rate))
     show("scoring: the plain procedure and ours", COLUMNS, [as_row(r) for r in results], facts)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     write_json(args.json, {"settings": settings, "matmul_flops": rate, **facts, "results": results})

@@ -41,3 +41,15 @@ def test_scores_that_differ_are_not_timed(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench_scoring.main([*TOY, "--work", "unsigned"])
     assert "1/2: plain" not in capsys.readouterr().err
+
+
+def test_ours_alone_has_a_row_without_the_plain_procedure(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    bench_scoring.main([*TOY, "--work", "weights", "--alone", "7", "--json", str(path)])
+    compared, alone = json.loads(path.read_text())["results"]
+    assert (compared["samples"], alone["samples"]) == (1, 7)
+    assert alone["flops"] == 7 * compared["flops"]
+    assert len(alone["seconds_ours"]) == 1
+    assert alone["peak_bytes_ours"] > 0
+    assert not any("plain" in key or key in ("ratio", "difference") for key in alone)
+    assert "- -> " in capsys.readouterr().out

@@ -88,8 +88,7 @@ def token_relevance(layer: LayerPass) -> Tensor:
 
 def _unit_products(layer: LayerPass) -> Tensor:
     """Pre-activation times gradient, z * dz, ``[B, T, O]``."""
-    dtype = _exact(layer.z_BTO.dtype)
-    return layer.z_BTO.to(dtype) * layer.delta_BTO.to(dtype)
+    return layer.z_BTO * layer.delta_BTO.to(_exact(layer.z_BTO.dtype))
 
 
 def drop_nonfinite(values: Tensor, counts: dict[str, Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ class _IdentityRule(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         exact = torch.promote_types(x.dtype, torch.float32)  # half precision cannot hold the closed forms
-        return (gradients[0].to(exact) * ctx.ratio(x.to(exact))).to(x.dtype), None, None
+        return (gradients[0] * ctx.ratio(x.to(exact))).to(x.dtype), None, None
 
 
 def identity_rule(x: Tensor, function: Callable[[Tensor], Tensor], kind: str) -> Tensor:
