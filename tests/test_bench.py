@@ -53,3 +53,15 @@ def test_ours_alone_has_a_row_without_the_plain_procedure(tmp_path, capsys):
     assert alone["peak_bytes_ours"] > 0
     assert not any("plain" in key or key in ("ratio", "difference") for key in alone)
     assert "- -> " in capsys.readouterr().out
+
+
+def test_both_explain_the_same_token_and_it_must_be_the_largest(monkeypatch, capsys):
+    right = bench_scoring.Ours.add
+
+    def add(self, samples):
+        right(self, samples)
+        self.targets[2] += 1
+
+    monkeypatch.setattr(bench_scoring.Ours, "add", add)
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        bench_scoring.main([*TOY, "--work", "prompts"])
