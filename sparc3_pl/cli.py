@@ -198,11 +198,14 @@ class CLI(LightningCLI):
         for name, function in COMMANDS.items():
             description = (function.__doc__ or "").partition("\n")[0]
             command = self.init_parser(description=description)
-            add_function(command, function)
+            if _is_asked_for(name):
+                add_function(command, function)
             self._subcommand_parsers[name] = command
             parser._subcommands_action.add_subcommand(name, command, help=description)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if not _is_asked_for(subcommand):
+            return self.init_parser(**kwargs)
         self._use(PASSES[subcommand])
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
@@ -270,6 +273,12 @@ class CLI(LightningCLI):
             print_summary(self.model.manifest, self.model.written_to)
         elif self.model.shard_written_to is not None:
             print(self.model.shard_written_to)
+
+
+def _is_asked_for(command: str) -> bool:
+    """Whether the command line needs the options of ``command``; to look up those of all commands takes its time."""
+    first = next(iter(Parser.words), None)
+    return first == command or first not in {*PASSES, *COMMANDS}
 
 
 def execute(args: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ for, and Lightning's launcher forks the others instead of starting Python again.
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
@@ -160,8 +161,11 @@ def serve() -> None:
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import sparc3_pl.cli  # noqa: F401
+    from sparc3_pl.cli import main
 
+    for name in ("score", "eval"):  # what the parsers look up, they look up once for all ranks
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main([name, "--print_config"])
     running: dict[int, Path] = {}
     while True:
         ready, _, _ = select.select([0], [], [], 0.02)

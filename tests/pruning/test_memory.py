@@ -1,35 +1,54 @@
-"""Weight scores of any size are chosen from in the memory of a few blocks."""
+"""Contrast and selection over weight scores of a gigabyte work in the memory of two layers."""
 
-import subprocess
+import json
 import sys
-
-PROGRAM = """
-import resource, sys, torch
 from pathlib import Path
-from sparc3_pl.scores import ScoreFolder, ScoreWriter
-from sparc3_pl.pruning.choose import make_plan
 
-GENERATED_MB = 0
-root = Path(sys.argv[1])
-for seed in range(2):
-    with ScoreWriter(root / str(seed)) as writer:
-        for i in range(8):
-            scores = torch.rand(1536, 4096, generator=torch.Generator().manual_seed(8 * seed + i))
-            writer.add_layer(f"layers.{i}.up_proj", scores)
-            GENERATED_MB += scores.nbytes / 2**20
-        writer.finish(method="lrp", num_samples=2, num_tokens=2, model={"fingerprint": "sha256:0"}, data={})
-del scores
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-folders = [ScoreFolder.open(root / str(seed)) for seed in range(2)]
-plan = make_plan(folders[:1], folders[1:], num_weights=10000, contrast="normalized")
-plan.save(root / "plan.json")
-print(plan.num_weights, GENERATED_MB, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
-"""
+import pytest
+import torch
+
+from sparc3_pl.cli import main
+from sparc3_pl.scores import ScoreWriter
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from bench_common import peak_of
+
+LAYERS, SHAPE = 8, (4096, 4096)
+LAYER_BYTES = 4 * SHAPE[0] * SHAPE[1]
 
 
-def test_choice_from_weight_scores_takes_little_memory(tmp_path):
-    run = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=True)
-    chosen, generated, growth = map(float, run.stdout.split())
-    assert chosen == 10000
-    assert generated == 384  # megabytes, two folders of 8 layers
-    assert growth < 48  # two layers; the mark that writing one layer left is not far exceeded
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """Two folders of half a GiB: nearly all of their scores are one small number, so that they are made in seconds."""
+    made = []
+    for seed, name in enumerate(("general", "behaviour")):
+        generator = torch.Generator().manual_seed(seed)
+        path = tmp_path_factory.mktemp("scores") / name
+        with ScoreWriter(path) as writer:
+            for layer in range(LAYERS):
+                scores = torch.full(SHAPE, 1e-4)
+                scores[layer] = torch.rand(SHAPE[1], generator=generator)
+                writer.add_layer(f"model.layers.{layer}.mlp.up_proj", scores)
+            writer.finish(
+                method="lrp",
+                num_samples=2,
+                num_tokens=4,
+                model={"pretrained": "demo", "revision": None, "fingerprint": "sha256:00", "dtype": "float32"},
+                data={"source": "demo", "seed": seed, "sample_ids": [f"{seed}a", f"{seed}b"]},
+            )
+        made.append(path)
+    return made
+
+
+@pytest.mark.parametrize("contrast", ["difference", "normalized"])
+def test_pruning_by_weight_scores_stays_small(folders, tmp_path, contrast):
+    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+    assert size >= 2 * LAYERS * LAYER_BYTES == 2**30
+    words = ["prune", f"--general={folders[0]}", f"--behaviour={folders[1]}", "--num_weights=1000"]
+    words += [f"--contrast={contrast}", f"--output={tmp_path / 'plan.json'}"]
+    code, peak = peak_of(lambda: main(words), "cpu")
+    assert code == 0
+    print(f"peak: {peak / 2**20:.0f} MiB")
+    assert peak < 2 * LAYER_BYTES
+    assert json.loads((tmp_path / "plan.json").read_text())["num_weights"] == 1000
