@@ -53,7 +53,7 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line: the key, the file it stands in, and the nearest key for a misspelt one."""
 
     words: Sequence[str] = ()
-    """The command line; set before it is parsed."""
+    """The command line, while it is read and done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # half a key must not pass for a whole one
@@ -289,14 +289,17 @@ def execute(args: Sequence[str] | None = None) -> None:
         SystemExit: If the arguments cannot be parsed, or ask for ``--help``.
     """
     Parser.words = list(sys.argv[1:] if args is None else args)
-    CLI(
-        trainer_class=Trainer,
-        parser_class=Parser,
-        parser_kwargs={"description": "Attribution-guided pruning of language models.", "prog": "sparc3"},
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    try:
+        CLI(
+            trainer_class=Trainer,
+            parser_class=Parser,
+            parser_kwargs={"description": "Attribution-guided pruning of language models.", "prog": "sparc3"},
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    finally:
+        Parser.words = ()
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -80,18 +80,21 @@ def test_evaluation_does_not_depend_on_processes_and_batches(ranks, files, tmp_p
     words = ["eval", "--model.pretrained", files, "--model.judge.class_path", "DetoxifyJudge"]
     words += ["--model.judge.init_args.variant", "demo", *data, *made, "--data.prompts_field", "p", *QUIET]
     found = {}
-    for world, batch in [(1, 1), (1, 8), (2, 3), (4, 1), (4, 8)]:
+    for world, batch in [(1, 1), (1, 8), (2, 3), (4, 1), (6, 8)]:  # on the last a rank has no prompt
         output = tmp_path / f"{world}-{batch}"
         sizes = ["--data.batch_size", batch, "--data.window_batch_size", batch, "--output", output]
         succeed(ranks.run([*words, *sizes], world))
         found[world, batch] = Evaluation.open(output)
     want = found[1, 1]
+    assert len(want.completions) == 10
     for other in found.values():
         assert other.completions == want.completions
+        assert [window["index"] for window in other.windows] == [window["index"] for window in want.windows]
         assert other.results["perplexity"]["num_tokens"] == want.results["perplexity"]["num_tokens"]
         assert other.results["perplexity"]["value"] == pytest.approx(want.results["perplexity"]["value"], rel=1e-6)
-        assert other.results["toxicity"]["num_completions"] == 10
-        assert other.results["toxicity"]["mean"] == pytest.approx(want.results["toxicity"]["mean"], abs=1e-6)
+        assert [other.results["toxicity"][n] for n in ("num_prompts", "num_completions", "num_failed")] == [5, 10, 0]
+        for label, figures in want.results["toxicity"]["labels"].items():
+            assert other.results["toxicity"]["labels"][label] == pytest.approx(figures, abs=1e-6)
 
 
 # --- failing fast -----------------------------------------------------------------------------------------------------
