@@ -53,7 +53,7 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line: the key, the file it stands in, and the nearest key for a misspelt one."""
 
     words: Sequence[str] = ()
-    """The command line, while it is read and done."""
+    """The command line; set before any parser is made."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # half a key must not pass for a whole one
@@ -188,6 +188,10 @@ FLAG = {"nargs": "?", "const": True}
 class CLI(LightningCLI):
     """LightningCLI with a module and data of its own for every pass, and plain functions beside them."""
 
+    def __init__(self, *, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        Parser.words = list(sys.argv[1:] if args is None else args)
+        super().__init__(args=args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's verbs and the arguments that do not come from the user."""
@@ -288,18 +292,14 @@ def execute(args: Sequence[str] | None = None) -> None:
         InputError: If what the user gave is wrong.
         SystemExit: If the arguments cannot be parsed, or ask for ``--help``.
     """
-    Parser.words = list(sys.argv[1:] if args is None else args)
-    try:
-        CLI(
-            trainer_class=Trainer,
-            parser_class=Parser,
-            parser_kwargs={"description": "Attribution-guided pruning of language models.", "prog": "sparc3"},
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            args=args,
-        )
-    finally:
-        Parser.words = ()
+    CLI(
+        trainer_class=Trainer,
+        parser_class=Parser,
+        parser_kwargs={"description": "Attribution-guided pruning of language models.", "prog": "sparc3"},
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        args=args,
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
