@@ -210,11 +210,52 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(title: str, columns: list[str], rows: list[list[str]], facts: dict[str, Any]) -> None:
-    """A table, and below it the facts that it needs to be believed."""
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def figures(
+    model: torch.nn.Module, tokens: int, flops: float, rate: float, sides: dict[str, tuple[list[float], int]]
+) -> dict[str, Any]:
+    """A row's figures; ``sides``: for ``plain``, ``ours`` or both, the seconds of the passes and the peak of memory."""
+    result: dict[str, Any] = {"tokens": tokens, "flops": flops}
+    for side, (seconds, peak) in sides.items():
+        median = statistics.median(seconds)
+        result |= {
+            f"seconds_{side}": seconds,
+            f"tokens_per_second_{side}": tokens / median,
+            f"share_{side}": flops / median / rate,
+            f"peak_bytes_{side}": weight_bytes(model) + peak,
+        }
+    return result
+
+
+def as_row(result: dict[str, Any], amount: str) -> list[str]:
+    """The table's line; a figure that was not measured is a dash."""
+
+    def cell(key: str, show: Callable[[Any], str]) -> str:
+        return show(result[key]) if key in result else "-"
+
+    def pair(key: str, show: Callable[[Any], str]) -> list[str]:
+        return [cell(f"{key}_{side}", show) for side in ("plain", "ours")]
+
+    return [
+        result["work"],
+        f"{result[amount]} ({result['tokens']} tokens)",
+        cell("ratio", "{:.2f}".format),
+        *pair("seconds", lambda seconds: f"{statistics.median(seconds):.3f}"),
+        " -> ".join(pair("tokens_per_second", "{:.0f}".format)),
+        *pair("share", "{:.0%}".format),
+        *pair("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
+        cell("difference", "{:.0e}".format),
+    ]
+
+
+def show(title: str, amount: str, results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """A table, and below it the facts that it needs to be believed; ``amount``: the key that says how much was done."""
+    columns = ["work", amount, "ratio", "s plain", "s ours", "tokens/s", "share plain", "share ours"]
+    table = Table(*columns, "GB plain", "GB ours", "difference", title=title, title_justify="left")
+    for result in results:
+        table.add_row(*as_row(result, amount))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for name, value in facts.items():

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +33,12 @@ from bench_common import (
     alternate,
     build_model,
     environment,
+    figures,
     log,
     matmul_rate,
     median_ratio,
     peak_of,
     show,
-    weight_bytes,
     write_json,
 )
 from torch import Tensor, nn
@@ -150,8 +149,9 @@ def compare_perplexity(model: nn.Module, tokenizer: Any, args: argparse.Namespac
         sys.exit(f"error: {title}: {found} differs from {want} by {difference:.1e}: nothing is timed")
     scored = sum(int((labels[1:] != IGNORED).sum()) for _, labels in windows)
     needed = forward_flops(model, [len(ids) for ids, _ in windows]) + head_flops(model, scored)
-    units = {"work": title, "amount": f"{len(windows)} windows", "tokens": sum(len(ids) for ids, _ in windows)}
-    return {**units, "value": found, **timing(model, runs, needed, rate, args, difference, (peak_plain, peak_ours))}
+    tokens, peaks = sum(len(ids) for ids, _ in windows), (peak_plain, peak_ours)
+    timed = timing(model, runs, tokens, needed, rate, args, difference, peaks)
+    return {"work": title, "amount": f"{len(windows)} windows", "value": found, **timed}
 
 
 # --- toxicity ---------------------------------------------------------------------------------------------------------
@@ -206,8 +206,9 @@ def compare_toxicity(model: nn.Module, tokenizer: Any, args: argparse.Namespace,
         peaks = tuple(peak_of(run, args.device)[1] for run in runs)
         lengths = [len(tokenizer(prompt)["input_ids"]) + args.max_new_tokens for prompt in prompts]
         needed = forward_flops(model, lengths) + head_flops(model, len(prompts) * args.max_new_tokens)
-        units = {"work": title, "amount": f"{len(prompts)} prompts", "tokens": len(prompts) * args.max_new_tokens}
-        return {**units, **agreement, **timing(model, runs, needed, rate, args, agreement["difference"], peaks)}
+        tokens = len(prompts) * args.max_new_tokens
+        timed = timing(model, runs, tokens, needed, rate, args, agreement["difference"], peaks)
+        return {"work": title, "amount": f"{len(prompts)} prompts", **agreement, **timed}
 
 
 def check_toxicity(
@@ -242,6 +243,7 @@ def head_flops(model: nn.Module, tokens: int) -> float:
 def timing(
     model: nn.Module,
     runs: tuple[Any, Any],
+    tokens: int,
     needed: float,
     rate: float,
     args: argparse.Namespace,
@@ -249,48 +251,9 @@ def timing(
     peaks: tuple[int, ...],
 ) -> dict[str, Any]:
     seconds = alternate(*runs, args.repeats, args.device)
-    sides = ("plain", "ours")
-    median = {side: statistics.median(part) for side, part in zip(sides, seconds, strict=True)}
-    return {
-        "difference": difference,
-        "ratio": median_ratio(*seconds),
-        **{f"seconds_{side}": part for side, part in zip(sides, seconds, strict=True)},
-        "flops": needed,
-        **{f"share_{side}": needed / median[side] / rate for side in sides},
-        **{f"peak_bytes_{side}": weight_bytes(model) + peak for side, peak in zip(sides, peaks, strict=True)},
-    }
-
-
-COLUMNS = [
-    "work",
-    "amount",
-    "ratio",
-    "s plain",
-    "s ours",
-    "tokens/s",
-    "share plain",
-    "share ours",
-    "GB plain",
-    "GB ours",
-]
-COLUMNS += ["difference"]
-
-
-def as_row(result: dict[str, Any]) -> list[str]:
-    plain, ours = (statistics.median(result[f"seconds_{side}"]) for side in ("plain", "ours"))
-    return [
-        result["work"],
-        f"{result['amount']} ({result['tokens']} tokens)",
-        f"{result['ratio']:.2f}",
-        f"{plain:.3f}",
-        f"{ours:.3f}",
-        f"{result['tokens'] / plain:.0f} -> {result['tokens'] / ours:.0f}",
-        f"{result['share_plain']:.0%}",
-        f"{result['share_ours']:.0%}",
-        f"{result['peak_bytes_plain'] / 1e9:.2f}",
-        f"{result['peak_bytes_ours'] / 1e9:.2f}",
-        f"{result['difference']:.0e}",
-    ]
+    sides = dict(zip(("plain", "ours"), zip(seconds, peaks, strict=True), strict=True))
+    measured = figures(model, tokens, needed, rate, sides)
+    return {"difference": difference, "ratio": median_ratio(*seconds), **measured}
 
 
 WORKS = {"perplexity": compare_perplexity, "toxicity": compare_toxicity}
@@ -338,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         **environment(args),
     }
     results = [WORKS[work](model, tokenizer, args, rate) for work in args.work]
-    show("evaluation: the plain procedure and ours", COLUMNS, [as_row(r) for r in results], facts)
+    show("evaluation: the plain procedure and ours", "amount", results, facts)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     write_json(args.json, {"settings": settings, "matmul_flops": rate, **facts, "results": results})
 

@@ -14,7 +14,6 @@ Where the plain procedure would take hours, ``--alone 128`` times ours by itself
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,13 +28,13 @@ from bench_common import (
     alternate,
     build_model,
     environment,
+    figures,
     log,
     matmul_rate,
     median_ratio,
     peak_of,
     show,
     timed,
-    weight_bytes,
     write_json,
 )
 from torch import Tensor, nn
@@ -239,11 +238,7 @@ def compare(model: nn.Module, work: Work, args: argparse.Namespace, rate: float)
         sys.exit(f"error: {work.title}: the scores differ by {worst:.2e}, more than {tolerance:.0e}: nothing is timed")
     seconds = alternate(lambda: plain.add(samples), lambda: ours.add(samples), args.repeats, args.device)
     sides = {"plain": (seconds[0], peak_plain), "ours": (seconds[1], peak_ours)}
-    return {
-        **row(model, work, samples, rate, sides),
-        "difference": worst,
-        "ratio": median_ratio(*seconds),
-    }
+    return {**row(model, work, samples, rate, sides), "difference": worst, "ratio": median_ratio(*seconds)}
 
 
 def alone(model: nn.Module, work: Work, args: argparse.Namespace, rate: float) -> dict[str, Any]:
@@ -260,6 +255,13 @@ def alone(model: nn.Module, work: Work, args: argparse.Namespace, rate: float) -
     return row(model, work, samples, rate, {"ours": (seconds, peak)})
 
 
+def row(
+    model: nn.Module, work: Work, samples: list[Tensor], rate: float, sides: dict[str, tuple[list[float], int]]
+) -> dict[str, Any]:
+    needed = flops(model, work, samples)
+    return {"work": work.title, "samples": len(samples), **figures(model, sum(map(len, samples)), needed, rate, sides)}
+
+
 def make_ours(model: nn.Module, work: Work, args: argparse.Namespace) -> Ours:
     return Ours(model, work, args.batch_size if work.short else args.window_batch_size)
 
@@ -273,48 +275,6 @@ def first_pass(make: Callable[[], Any], device: str, *what: Any) -> tuple[Any, i
         return side
 
     return peak_of(run, device)
-
-
-def row(
-    model: nn.Module, work: Work, samples: list[Tensor], rate: float, sides: dict[str, tuple[list[float], int]]
-) -> dict[str, Any]:
-    """The figures of a row; ``sides``: the seconds of the passes and the peak of the memory of each procedure."""
-    tokens, needed, weights = sum(map(len, samples)), flops(model, work, samples), weight_bytes(model)
-    result: dict[str, Any] = {"work": work.title, "samples": len(samples), "tokens": tokens, "flops": needed}
-    for side, (seconds, peak) in sides.items():
-        median = statistics.median(seconds)
-        result |= {
-            f"seconds_{side}": seconds,
-            f"tokens_per_second_{side}": tokens / median,
-            f"share_{side}": needed / median / rate,
-            f"peak_bytes_{side}": weights + peak,
-        }
-    return result
-
-
-COLUMNS = ["work", "samples", "ratio", "s plain", "s ours", "tokens/s", "share plain", "share ours"]
-COLUMNS += ["GB plain", "GB ours", "difference"]
-
-
-def as_row(result: dict[str, Any]) -> list[str]:
-    """The table's line; a figure that was not measured is a dash."""
-
-    def cell(key: str, show: Callable[[Any], str]) -> str:
-        return show(result[key]) if key in result else "-"
-
-    def pair(key: str, show: Callable[[Any], str]) -> list[str]:
-        return [cell(f"{key}_{side}", show) for side in ("plain", "ours")]
-
-    return [
-        result["work"],
-        f"{result['samples']} ({result['tokens']} tokens)",
-        cell("ratio", "{:.2f}".format),
-        *pair("seconds", lambda seconds: f"{statistics.median(seconds):.3f}"),
-        " -> ".join(pair("tokens_per_second", "{:.0f}".format)),
-        *pair("share", "{:.0%}".format),
-        *pair("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
-        cell("difference", "{:.0e}".format),
-    ]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -354,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(compare(model, WORKS[work], args, rate))
         if args.alone:
             results.append(alone(model, WORKS[work], args, rate))
-    show("scoring: the plain procedure and ours", COLUMNS, [as_row(r) for r in results], facts)
+    show("scoring: the plain procedure and ours", "samples", results, facts)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     write_json(args.json, {"settings": settings, "matmul_flops": rate, **facts, "results": results})
 
