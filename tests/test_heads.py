@@ -26,6 +26,19 @@ def without_head(block, head):
     return wrap
 
 
+def keeping(given):
+    """Attention functions that keep the query, key and value that they are given."""
+
+    def wrap(base):
+        def attend(module, *args, **kwargs):
+            given.append(args[:3])
+            return base(module, *args, **kwargs)
+
+        return attend
+
+    return wrap
+
+
 @pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_columns_of_the_output_map_read_the_head(family):
     model, ids = variant(family), tokens(2, 5)
@@ -46,18 +59,10 @@ def test_rows_of_query_key_and_value_write_the_head(family):
     rows = {"query": (block.query, head), "key": (block.key, kv), "value": (block.value, kv)}
     for position, (part, ((layer, of_heads), index)) in enumerate(rows.items()):
         given = []
-
-        def wrap(base, given=given):
-            def attend(module, *args, **kwargs):
-                given.append(args[:3])
-                return base(module, *args, **kwargs)
-
-            return attend
-
         module = model.get_submodule(layer)
         kept = {name: value.clone() for name, value in module.state_dict().items()}
         with torch.no_grad(), ExitStack() as undo:
-            undo.enter_context(wrapped_attention(model.get_submodule(block.name), wrap))
+            undo.enter_context(wrapped_attention(model.get_submodule(block.name), keeping(given)))
             weight_matrix(module)[of_heads[index]] = 0
             if module.bias is not None:
                 module.bias[of_heads[index]] = 0
