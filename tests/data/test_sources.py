@@ -93,7 +93,7 @@ BROKEN = {
     "no object": (broken_line('"hello"'), "line 7 is JSON but not an object"),
     "array": (raw("data.json", b'[\n {"text": "a"},\n {"text" "b"}\n]'), "line 3 is not JSON"),
     "encoding": (raw("data.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'), "line 2 is not UTF-8"),
-    "text encoding": (raw("data.txt", b"caf\xe9\n"), "utf-8"),
+    "text encoding": (raw("data.txt", b"caf\xe9\n"), "line 1 is not UTF-8"),
     "empty": (raw("data.jsonl", b""), "empty"),
     "blank": (raw("data.jsonl", b"\n\n"), "no records"),
     "half a gzip": (raw("data.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:30]), "breaks off or is damaged"),
@@ -180,7 +180,7 @@ def test_text_is_verbatim(tmp_path):
     assert read_text(tmp_path / "a.txt", "data.text_source") == " = Title = \r\n\n  x\t"
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9 au lait", "not UTF-8 at byte 3"), (b" \n", "empty")])
+@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9 au lait", "byte 3 is not UTF-8"), (b" \n", "empty")])
 @pytest.mark.parametrize("limit", [None, 100])
 def test_text_is_refused(content, message, limit, tmp_path):
     (tmp_path / "a.txt").write_bytes(content)
