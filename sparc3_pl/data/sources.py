@@ -232,10 +232,10 @@ def _streamed(builder: Any, split: str, seed: int | None, name: str) -> Records:
         dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         drawn_from = f"a stream: its files shuffled, then its records in a buffer of {SHUFFLE_BUFFER:,}"
     commit = re.fullmatch(r"[0-9a-f]{40}", str(builder.hash or ""))
-    return Records(_stream_rows(dataset, name), _origin(commit and commit[0], drawn_from), True, name)
+    return Records(_stream_rows(dataset), _origin(commit and commit[0], drawn_from), True, name)
 
 
-def _stream_rows(dataset: Any, name: str) -> Iterator[Row]:
+def _stream_rows(dataset: Any) -> Iterator[Row]:
     import pyarrow
 
     with _quiet_datasets():
@@ -245,7 +245,7 @@ def _stream_rows(dataset: Any, name: str) -> Iterator[Row]:
         except OSError as error:
             raise BadFile(f"reading broke off ({first_line(error)}); try again, or give a local file") from error
         except (ValueError, KeyError, IndexError, TypeError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-            raise BadFile(f"{first_line(error)}; its files cannot be parsed, give a repaired local copy") from error
+            raise BadFile(f"{first_line(error)}; its files cannot be parsed; give a repaired local copy") from error
 
 
 def read_text(path: Path, key: str, max_bytes: int | None = None) -> str:
