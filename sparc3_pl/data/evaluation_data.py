@@ -93,8 +93,9 @@ class EvaluationData(LightningDataModule):
     """Text for perplexity and prompts to complete; either may be null.
 
     Args:
-        text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text; records of
-            anything else are joined by an empty line. null: no perplexity.
+        text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text, but for a byte
+            order mark and with line ends as on Unix; records of anything else are joined by an empty line. null: no
+            perplexity.
         text_field: Field of the text, dots for nesting.
         text_split: Split of a hub data set.
         text_subset: Configuration of a hub data set.
@@ -157,12 +158,14 @@ class EvaluationData(LightningDataModule):
                 partition_seed=partition_seed,
                 partition_share=partition_share,
                 prefix="data.prompts_",
+                token_ids=False,  # prompts are completed, and judged, as text
             )
         self.tokenizer: Any = None
         self.prompts: list[str] = []
         self.token_ids: list[int] = []
         self._num_bytes = 0
         self._verbatim = False
+        self._text_revision: str | None = None
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -195,6 +198,7 @@ class EvaluationData(LightningDataModule):
     def _documents(self, source: str) -> Iterator[str]:
         """The records' texts in order; empty ones too, as they are part of the running text."""
         records = read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        self._text_revision = records.origin["revision"]
         for number, record in enumerate(records, start=1):
             text = get_field(record, self.text_field)
             if not isinstance(text, str):
@@ -281,6 +285,7 @@ class EvaluationData(LightningDataModule):
             "text_field": None if self._verbatim else self.text_field,
             "text_split": self.text_split,
             "text_subset": self.text_subset,
+            "text_revision": self._text_revision,
             "text_max_bytes": self.text_max_bytes,
             "protocol": {
                 "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
@@ -300,6 +305,7 @@ class EvaluationData(LightningDataModule):
             "prompts_filter": query.filter,
             "prompts_split": query.split,
             "prompts_subset": query.subset,
+            **{f"prompts_{name}": value for name, value in query.origin.items()},
             "num_prompts": len(self.prompts),
             "seed": self.seed,
             "partition": query.half,
