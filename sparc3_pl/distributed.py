@@ -7,11 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["barrier", "from_rank_zero", "gather_lists", "sum_over_ranks", "whole"]
+__all__ = ["barrier", "from_rank_zero", "gather_lists", "is_rank_zero", "sum_over_ranks", "whole"]
 
 
 def _many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes what all ranks have made."""
+    return not _many() or dist.get_rank() == 0
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
