@@ -196,7 +196,7 @@ class ScoreRun:
                 sum_over_ranks(tensor)
         if is_rank_zero():
             self._write(samples + self._add_earlier_sums())
-        elif self.destination is not None and self.scorer.is_shared_out:
+        elif self.destination is not None and self.scorer.is_sharded:
             self._take_part_in_writing()
         barrier()  # if rank 0 fails to write, the others fail too
 

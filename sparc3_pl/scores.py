@@ -197,7 +197,7 @@ class Manifest:
         target_args: Arguments of the target, likewise.
         targets: Globs of the scored layers; null: the component's own choice.
         nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
-        seed: Of random scores.
+        seed: Seed of random scores; null for other methods.
         neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
             of those that do.
         hardware: The machine that wrote the scores.

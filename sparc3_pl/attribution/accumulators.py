@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
 from sparc3_pl.attribution.fused import fused_relevance, fusible
 from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.components import Group
+from sparc3_pl.distributed import is_sharded
 
 __all__ = [
     "Counts",
@@ -115,7 +115,9 @@ def add_weight_scores(total_OI: Tensor, layer: LayerPass, counts: Counts | None 
     Returns:
         Each sample's total, ``[B]`` float64.
     """
-    if isinstance(total_OI, DTensor):
+    if is_sharded(total_OI):
+        from torch.distributed.tensor import DTensor, Partial
+
         batch_sum = torch.zeros(layer.weight_OI.shape, dtype=total_OI.dtype, device=layer.weight_OI.device)
         relevance_B = add_weight_scores(batch_sum, layer, counts)
         parts = DTensor.from_local(batch_sum, total_OI.device_mesh, [Partial()], run_check=False)

@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sparc3_pl.attribution.accumulators import (
     add_weight_scores,
@@ -30,6 +29,7 @@ from sparc3_pl.attribution.rules import PreparedRules, RuleSet
 from sparc3_pl.attribution.targets import Attributed, Target, as_forward, attribute, last_hidden_state
 from sparc3_pl.components import Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.distributed import is_sharded
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import output_head
 from sparc3_pl.linear_kernels import onednn_linears
@@ -178,7 +178,7 @@ class Gradient(Method):
         if group.axis == "both":
             sums["sum"] = (
                 torch.zeros_like(weight_OI, dtype=torch.float32)
-                if isinstance(weight_OI, DTensor)
+                if is_sharded(weight_OI)
                 else (torch.zeros(weight_OI.shape, device="cpu" if options.sums_on_host else device))
             )
             return sums

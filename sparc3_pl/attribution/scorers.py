@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sparc3_pl.attribution.methods import METHODS, BatchFigures, Layer, Method, Options, Sums
 from sparc3_pl.attribution.targets import TARGETS, Predicted, Target
 from sparc3_pl.components import COMPONENTS, Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.distributed import whole
+from sparc3_pl.distributed import is_sharded, whole
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import weight_matrix
 from sparc3_pl.registry import Spec
@@ -80,9 +79,9 @@ class Scorer:
         return {name: layer.sums for name, layer in self.layers.items()}
 
     @property
-    def is_shared_out(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether every rank holds a part of each weight, so that all must take part in every pass."""
-        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        return any(map(is_sharded, self.model.parameters()))
 
     def update(self, batch: ReferenceBatch) -> BatchFigures | None:
         """Takes in a batch of samples; a method without samples leaves it.
