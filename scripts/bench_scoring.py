@@ -39,9 +39,11 @@ from bench_common import (
 )
 from torch import Tensor, nn
 
+from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.rules import attn_lrp
+from sparc3_pl.attribution.scorers import Scorer
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.families import linear_layers, output_head, select_layers
-from sparc3_pl.scoring import build_scorer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Largest difference of a layer's scores, relative to their norm. In half precision the plain procedure rounds its
@@ -148,7 +150,8 @@ class Ours:
     def __init__(self, model: nn.Module, work: Work, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self.layers = select_layers(model, work.targets)
-        self.scorer = build_scorer(self.layers, work.method, work.granularity, signed=work.signed)
+        options = Options(signed=work.signed)
+        self.scorer = Scorer(model, work.method, work.granularity, work.targets, options=options)
         self.count = 0
         self.targets: list[int] | None = None
         """The tokens explained in the last pass."""
@@ -158,14 +161,14 @@ class Ours:
         targets = {}
         for start in range(0, len(samples), self.batch_size):
             batch = longest_first[start : start + self.batch_size]
-            statistics = self.scorer.update(self.model, *_padded([samples[i] for i in batch]))
-            if statistics is not None:
-                targets |= dict(zip(batch, statistics.target.tolist(), strict=True))
+            figures = self.scorer.update(ReferenceBatch(*_padded([samples[i] for i in batch])))
+            if figures is not None:
+                targets |= dict(zip(batch, figures.target["target"].tolist(), strict=True))
         self.targets = [targets[i] for i in range(len(samples))] if targets else None
         self.count += len(samples)
 
     def scores(self, name: str) -> Tensor:
-        return self.scorer.scores(name, self.count)
+        return self.scorer.scores(name, self.count).scores
 
 
 def _padded(samples: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ from sparc3_pl.report.doctor import doctor
 from sparc3_pl.report.evidence import evidence
 from sparc3_pl.report.overlap import overlap
 from sparc3_pl.report.terminal import print_summary
+from sparc3_pl.run_config import RunConfig
 from sparc3_pl.scoring import ScoringModule
 from sparc3_pl.trainer import Trainer
 
@@ -131,7 +132,7 @@ PASSES = {
         ScoringModule,
         ReferenceData,
         (ProgressBar, ScoringMonitor),
-        ("output", "overwrite", "checkpoint_every", "shard"),
+        ("output", "overwrite", "checkpoint_every", "part", "shard"),
     ),
     "eval": Pass(EvaluationModule, EvaluationData, (ProgressBar,), ("output", "overwrite", "allow_overlap"), plan=True),
 }
@@ -254,11 +255,11 @@ class CLI(LightningCLI):
         plan = None if path is None else PrunePlan.load(path)
         if plan is not None:
             self.trainer_defaults["callbacks"].append(PruningCallback(plan))
+        config = redacted(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        self.trainer_defaults["callbacks"].append(RunConfig(config))
         super().instantiate_classes()
         if plan is not None:
             self.model.plan, self.model.forbidden_ids = plan.summary(), frozenset(plan.behaviour_samples)
-        parser = self._parser(self.subcommand)
-        self.model.resolved_config = redacted(parser.dump(self.config[self.subcommand], skip_unset=False))
 
     def _wants_bar(self) -> bool:
         return self.config[self.subcommand].trainer.enable_progress_bar
@@ -274,9 +275,9 @@ class CLI(LightningCLI):
     def after_score(self) -> None:
         """Says on stdout where the scores are, and what they look like."""
         if self.model.manifest is not None:
-            print_summary(self.model.manifest, self.model.written_to)
-        elif self.model.shard_written_to is not None:
-            print(self.model.shard_written_to)
+            print_summary(self.model.manifest, Path(self.model.output))
+        elif self.model.part is not None and self.model.output is not None:
+            print(self.model.output)
 
 
 def _is_asked_for(command: str) -> bool:

@@ -40,6 +40,30 @@ class Group:
     width: int = 1
     first: int = 0
 
+    @property
+    def own(self) -> slice:
+        """The scores along the first axis that belong to a component; what lies outside counts for nothing."""
+        return slice(0, self.shape[0]) if self.axis == "both" else slice(self.first, self.first + self.count)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the layer's matrix that belong to a component."""
+        own = self.own
+        return slice(own.start * self.width, own.stop * self.width) if self.axis == "out" else slice(None)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Sums over the rows (or columns) of each component: ``[..., n]`` of one value for each, ``[..., n * width]``.
+
+        The gates' rows of a fused map have their sums too, though nobody counts them.
+        """
+        return values if self.width == 1 else values.unflatten(-1, (-1, self.width)).sum(-1)
+
+    def reduced(self, matrix_OI: Tensor) -> Tensor:
+        """The sum over each component of a matrix ``[out, in]`` that has a value for every weight: of ``shape``."""
+        if self.axis == "both":
+            return matrix_OI
+        return self.gathered(matrix_OI.sum(1 if self.axis == "out" else 0))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -91,6 +115,8 @@ class Component(ABC):
 
     unit: str
     """The word for several of them in tables and messages: ``neurons``."""
+    dims: int = 1
+    """Dimensions of a layer's scores: 1, or 2 where every weight has a score of its own."""
 
     @abstractmethod
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
@@ -153,6 +179,7 @@ class Weight(Component):
     """One entry of a linear layer's matrix."""
 
     unit = "weights"
+    dims = 2
 
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
         return [
@@ -168,7 +195,7 @@ class Weight(Component):
 
 
 COMPONENTS: Registry[Component] = Registry(
-    "granularity",
+    "model.granularity",
     Component,
     {"neuron": f"{__name__}.Neuron", "weight": f"{__name__}.Weight"},
 )

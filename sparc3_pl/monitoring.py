@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from sparc3_pl.run_config import resolved_config
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -112,11 +114,11 @@ class ScoringMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Takes in the samples of the batch."""
-        for record in pl_module.records[self._seen :]:
-            self._tokens += record["num_tokens"]
-            if "relevance" in record:
-                self._relevance.add(record["relevance"])
-        self._seen = len(pl_module.records)
+        for sample in pl_module.samples[self._seen :]:
+            self._tokens += sample.num_tokens
+            if sample.relevance is not None:
+                self._relevance.add(sample.relevance)
+        self._seen = len(pl_module.samples)
         status = self._status()
         if (bar := trainer.progress_bar_callback) is not None and isinstance(bar, TQDMProgressBar):
             bar.predict_progress_bar.set_postfix({name: f"{value:.4g}" for name, value in status.items()})
@@ -140,9 +142,9 @@ class ScoringMonitor(Callback):
         from sparc3_pl.scores import ScoreFolder
 
         writer = tensorboard(trainer)
-        if writer is None or pl_module.written_to is None:
+        if writer is None or pl_module.manifest is None:
             return
-        folder = ScoreFolder.open(pl_module.written_to)
+        folder = ScoreFolder.open(pl_module.output)
         for name in folder.layers:
             writer.add_histogram(
                 f"score/{name}", _at_most(folder.load(name).flatten(), MAX_HISTOGRAM_VALUES), self._seen
@@ -150,7 +152,7 @@ class ScoringMonitor(Callback):
         sums = {name: layer.sum for name, layer in folder.manifest.layers.items()}
         writer.add_figure("score/relevance_by_layer", relevance_by_layer(sums), self._seen)
         figures = {"score/final_total_relevance": folder.manifest.total_relevance}
-        hyperparameters(trainer, pl_module.resolved_config, figures)
+        hyperparameters(trainer, resolved_config(trainer), figures)
 
 
 def _at_most(values: Tensor, count: int) -> Tensor:

@@ -13,11 +13,12 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from sparc3_pl.errors import InputError
 
-__all__ = ["PLUGINS", "Registry", "Spec"]
+__all__ = ["PLUGINS", "Choice", "Registry", "Spec"]
 
 T = TypeVar("T")
 Spec = str | dict[str, Any]
@@ -25,6 +26,21 @@ Spec = str | dict[str, Any]
 
 PLUGINS = "SPARC3_PLUGINS"
 """Environment variable: modules, separated by commas, whose classes a file may name."""
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """An implementation that the user chose.
+
+    Attributes:
+        made: The object.
+        name: How files name it: the short name of a built-in class, the class path of any other.
+        arguments: The arguments it was made with.
+    """
+
+    made: T
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class Registry(Generic[T]):
@@ -50,12 +66,21 @@ class Registry(Generic[T]):
         """
         if isinstance(spec, self.base):
             return spec
-        path, arguments = (spec, {}) if isinstance(spec, str) else _split(self.kind, spec)
+        path, arguments = _split(self.kind, spec)
         kind = self._class(path)
         try:
             return kind(**arguments)
         except TypeError as error:
             raise InputError(f"{self.kind}={path}: its arguments do not fit ({error}); see its documentation") from None
+
+    def choose(self, spec: Spec | T) -> Choice[T]:
+        """The implementation that ``spec`` names, with what files say of it.
+
+        Raises:
+            InputError: as ``make``.
+        """
+        made = self.make(spec)
+        return Choice(made, self.name_of(made), {} if isinstance(spec, self.base) else _split(self.kind, spec)[1])
 
     def from_file(self, name: str, arguments: Mapping[str, Any] | None = None) -> T:
         """The implementation that a score folder, plan or result names.
@@ -97,8 +122,11 @@ class Registry(Generic[T]):
         return kind
 
 
-def _split(kind: str, spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    path, arguments = spec.get("class_path"), spec.get("init_args") or {}
-    if not isinstance(path, str) or not isinstance(arguments, Mapping) or set(spec) - {"class_path", "init_args"}:
-        raise InputError(f"{kind}={dict(spec)!r}: give a name, or class_path with init_args")
+def _split(kind: str, spec: Spec) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    given = dict(spec) if isinstance(spec, Mapping) else {}
+    path, arguments = given.get("class_path"), given.get("init_args") or {}
+    if not isinstance(path, str) or not isinstance(arguments, Mapping) or set(given) - {"class_path", "init_args"}:
+        raise InputError(f"{kind}={spec!r}: give a name, or class_path with init_args")
     return path, dict(arguments)

@@ -23,13 +23,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import TracebackType, UnionType
+from typing import Any, Self, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from sparc3_pl import provenance
+from sparc3_pl.attribution.methods import METHODS
+from sparc3_pl.attribution.scorers import LayerScores
+from sparc3_pl.components import COMPONENTS, Component
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import (
     inside,
@@ -46,13 +49,16 @@ __all__ = [
     "BLOCK",
     "FORMAT_VERSION",
     "MARKER",
+    "About",
     "LayerStats",
     "Manifest",
     "ScoreFolder",
     "ScoreWriter",
+    "ScoredSample",
     "mean_blocks",
     "mean_scores",
     "require_comparable",
+    "write_scores",
 ]
 
 FORMAT_VERSION = 1
@@ -61,7 +67,73 @@ MARKER = "manifest.json"
 """The file by which a score folder is known."""
 _MANIFEST, _SAMPLES, _SCORES, _SQUARES = "manifest.json", "samples.jsonl", "scores.safetensors", "squares.safetensors"
 _GROUPS = "groups.safetensors"
-_METHODS = ("lrp", "gradient", "wanda", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """What is kept of a sample: a line of ``samples.jsonl``.
+
+    Attributes:
+        id: Identity by content.
+        num_tokens: Its real tokens.
+        ending: ``stop`` or ``cut``.
+        relevance: The sum of its scores over the components of all layers; None for a method without a target.
+        first_token_share: Share of the first position in the relevance.
+        more: Whatever else is known, such as what the target records: its ``logit`` and token.
+    """
+
+    id: str
+    num_tokens: int
+    ending: str | None = None
+    relevance: float | None = None
+    first_token_share: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what is not known is left out."""
+        own = {name: value for name, value in vars(self).items() if name != "more" and value is not None}
+        return own | self.more
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what ``to_json`` has made."""
+        names = {item.name for item in fields(cls)} - {"more"}
+        own = {name: value for name, value in data.items() if name in names}
+        return cls(**own, more={name: value for name, value in data.items() if name not in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a manifest says before any sample is scored; its attributes are those of ``Manifest``."""
+
+    method: str
+    granularity: str
+    signed: bool
+    model: dict[str, Any]
+    data: dict[str, Any]
+    method_args: dict[str, Any] = field(default_factory=dict)
+    granularity_args: dict[str, Any] = field(default_factory=dict)
+    target: str = "predicted"
+    target_args: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] | None = None
+    nonfinite: str | None = None
+    seed: int | None = None
+
+    def components(self) -> list[Component]:
+        """The kinds of component that are scored.
+
+        Raises:
+            InputError: as ``Registry.from_file``.
+        """
+        names = self.granularity.split("+")
+        arguments = self.granularity_args if len(names) > 1 else {names[0]: self.granularity_args}
+        return [COMPONENTS.from_file(name, arguments.get(name)) for name in names]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the JSON object of ``dataclasses.asdict``; keys that are unknown are passed over."""
+        names = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -77,6 +149,8 @@ class LayerStats:
         negative: Number of scores below zero.
         zero: Number of scores equal to zero.
         sha256: Of the tensor's bytes, in hex.
+        rows: First and last + 1 of the scores that ``sum``, ``negative`` and ``zero`` are of; null: all of them. The
+            gates' rows of a fused map are no neurons, and count for nothing.
     """
 
     shape: list[int]
@@ -87,6 +161,12 @@ class LayerStats:
     negative: int
     zero: int
     sha256: str
+    rows: list[int] | None = None
+
+    @property
+    def counted(self) -> slice:
+        """The scores, flattened, that the figures are of."""
+        return slice(0, math.prod(self.shape)) if self.rows is None else slice(*self.rows)
 
 
 @dataclass(frozen=True)
@@ -94,8 +174,8 @@ class Manifest:
     """What a score folder says of itself; the keys of ``manifest.json``.
 
     Attributes:
-        method: ``lrp``, ``gradient``, ``wanda``, ``magnitude`` or ``random``.
-        granularity: ``neuron`` or ``weight``.
+        method: ``lrp``, ``gradient``, ``wanda``, ``magnitude``, ``random``, or the class path of a user's own.
+        granularity: ``neuron`` or ``weight``, or the class path of a user's own component; several joined by ``+``.
         signed: Whether neuron scores keep their sign.
         num_samples: Samples in the mean.
         num_tokens: Real tokens of those samples.
@@ -111,6 +191,17 @@ class Manifest:
         groups: sha256 of the groups' scores by module name; empty if they were not asked for.
         group_sizes: Samples of each group.
         samples_sha256: sha256 of ``samples.jsonl``.
+        method_args: Arguments of the method, where it was given any.
+        granularity_args: Arguments of the component, likewise; of several components, by their names.
+        target: What is attributed: ``predicted``, or the class path of a user's own target.
+        target_args: Arguments of the target, likewise.
+        targets: Globs of the scored layers; null: the component's own choice.
+        nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
+        seed: Seed of random scores; null for other methods.
+        neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
+            of those that do.
+        hardware: The machine that wrote the scores.
+        shards: Commands of the parts that were merged.
         extra: Any further top-level keys, kept as they were.
     """
 
@@ -131,12 +222,34 @@ class Manifest:
     groups: dict[str, str] = field(default_factory=dict)
     group_sizes: list[int] = field(default_factory=list)
     samples_sha256: str | None = None
+    method_args: dict[str, Any] = field(default_factory=dict)
+    granularity_args: dict[str, Any] = field(default_factory=dict)
+    target: str = "predicted"
+    target_args: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] | None = None
+    nonfinite: str | None = None
+    seed: int | None = None
+    neuron_rows: dict[str, list[int]] = field(default_factory=dict)
+    hardware: str | None = None
+    shards: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_scores(self) -> int:
+        """Number of components that are scored."""
+        counted = (layer.counted for layer in self.layers.values())
+        return sum(part.stop - part.start for part in counted)
 
     def to_json(self) -> dict[str, Any]:
         """As the JSON object, ``extra`` spread out, with its own sha256 as the last key."""
         data = {"format_version": self.format_version} | asdict(self)
         extra = data.pop("extra")
+        for name in _ONLY_WHERE_GIVEN:
+            if not data[name]:
+                del data[name]
+        for layer in data["layers"].values():
+            if layer["rows"] is None:
+                del layer["rows"]
         data = json.loads(strict_json(data | extra))
         return data | {"sha256": json_digest(data)}
 
@@ -163,24 +276,38 @@ class Manifest:
         return manifest
 
     def _check(self, where: str | Path) -> None:
-        if self.granularity not in ("neuron", "weight"):
-            raise InputError(f"{where}: granularity={self.granularity!r} is unknown; it must be neuron or weight")
-        if self.method not in _METHODS:
-            raise InputError(f"{where}: method={self.method!r} is unknown; known are {', '.join(_METHODS)}")
+        for kind, names, known in (
+            ("granularity", self.granularity.split("+"), COMPONENTS),
+            ("method", [self.method], METHODS),
+        ):
+            for name in names:
+                if name not in known and "." not in name:
+                    raise InputError(
+                        f"{where}: {kind}={name!r} is unknown; known are {', '.join(known)}; update sparc3_pl"
+                    )
         if not self.layers:
             raise InputError(f"{where}: no layer is scored; score again with other model.targets")
         if not isinstance(self.model.get("fingerprint"), str):
             raise InputError(f"{where}: the model's fingerprint is missing; score again")
-        dims = 1 if self.granularity == "neuron" else 2
+        dims = {len(layer.shape) for layer in self.layers.values()}
+        if self.granularity in COMPONENTS:  # what a class of the user's own scores, its shapes say
+            dims = {COMPONENTS.make(self.granularity).dims}
         for name, layer in self.layers.items():
-            if len(layer.shape) != dims or not all(type(size) is int and size > 0 for size in layer.shape):
+            sizes_are_right = all(type(size) is int and size > 0 for size in layer.shape)
+            if {len(layer.shape)} != dims or not dims <= {1, 2} or not sizes_are_right:
                 raise InputError(
                     f"{where}: layer {name} has shape {layer.shape}, which no {self.granularity} score has"
                 )
-        for name, span in (self.extra.get("neuron_rows") or {}).items():
+        spans = [("neuron_rows", name, span) for name, span in self.neuron_rows.items()]
+        spans += [("rows", name, layer.rows) for name, layer in self.layers.items() if layer.rows is not None]
+        for key, name, span in spans:
             whole = range(self.layers[name].shape[0] + 1) if name in self.layers else ()
             if not (isinstance(span, list) and len(span) == 2 and all(i in whole for i in span) and span[0] < span[1]):
-                raise InputError(f"{where}: neuron_rows of layer {name} are {span!r}; the file is damaged, score again")
+                raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
+
+
+_ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "shards")
+"""Keys that most manifests do not have."""
 
 
 def _required(item: Any) -> bool:
@@ -202,22 +329,23 @@ def _is_older(version: Any) -> bool:
 
 def _typed(name: str, value: Any, kind: Any, where: str | Path) -> Any:
     """``value`` if it is of the annotated type; an int passes for a float, and ``null`` for a float that overflowed."""
-    base = getattr(kind, "__origin__", kind)
-    if base is float and type(value) in (int, float, type(None)):
+    allowed = tuple(get_origin(part) or part for part in get_args(kind) if get_origin(kind) is UnionType)
+    allowed = allowed or (get_origin(kind) or kind,)
+    if float in allowed and type(value) in (int, float, type(None)):
         return float("nan") if value is None else float(value)
-    wanted = base if isinstance(base, type) else (str, type(None))
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise InputError(f"{where}: {name}={value!r} is not of type {kind}; the file is damaged, score again")
-    if wanted is int and value < 0:
+    if isinstance(value, int) and value < 0 and name != "seed":
         raise InputError(f"{where}: {name}={value} is negative; the file is damaged, score again")
     return value
 
 
 def _layer(name: str, entry: Any, where: str | Path) -> LayerStats:
-    wanted = {item.name: item.type for item in fields(LayerStats)}
-    if not isinstance(entry, dict) or set(wanted) - set(entry):
+    known = {item.name: item for item in fields(LayerStats)}
+    if not isinstance(entry, dict) or {key for key, item in known.items() if _required(item)} - set(entry):
         raise InputError(f"{where}: the entry of layer {name} is incomplete; the file is damaged, score again")
-    return LayerStats(**{key: _typed(f"layers.{name}.{key}", entry[key], kind, where) for key, kind in wanted.items()})
+    there = {key: item for key, item in known.items() if key in entry}
+    return LayerStats(**{k: _typed(f"layers.{name}.{k}", entry[k], item.type, where) for k, item in there.items()})
 
 
 class ScoreWriter:
@@ -274,6 +402,7 @@ class ScoreWriter:
         *,
         nan: int = 0,
         inf: int = 0,
+        rows: slice | None = None,
     ) -> None:
         """Adds a layer; the folder keeps the order of the calls.
 
@@ -284,6 +413,7 @@ class ScoreWriter:
             groups: ``[groups, out]``: mean scores of disjoint groups of the samples, and the groups' sizes.
             nan: NaNs that were put to zero while scoring, counted beside those still in ``scores``.
             inf: Infinities, likewise.
+            rows: The scores that belong to a component, if not all do: only they stand in sums, counts and shares.
         """
         assert scores.dim() == (self._dims or scores.dim()) in (1, 2), f"{name}: scores of unlike granularity"
         assert name not in self._layers, f"{name} was added twice"
@@ -291,7 +421,7 @@ class ScoreWriter:
         self._dims = scores.dim()
         scores = scores.detach().to("cpu", torch.float32).contiguous()
         file = _SCORES if self._dims == 1 else f"{name}.safetensors"
-        self._layers[name] = _statistics(scores, file, nan, inf)
+        self._layers[name] = _statistics(scores, file, nan, inf, rows)
         if self._dims == 1:
             self._neurons[name] = scores.clone()
         else:
@@ -311,33 +441,34 @@ class ScoreWriter:
     def finish(
         self,
         *,
-        method: str,
         num_samples: int,
         num_tokens: int,
-        model: dict[str, Any],
-        data: dict[str, Any],
-        signed: bool = False,
+        samples: Iterable[Mapping[str, Any]] = (),
         granularity: str | None = None,
         total_relevance: float | None = None,
-        samples: Iterable[Mapping[str, Any]] = (),
-        **extra: Any,
+        versions: dict[str, str] | None = None,
+        command: str | None = None,
+        created: str | None = None,
+        shards: Sequence[str] = (),
+        signed: bool = False,
+        **about: Any,
     ) -> Manifest:
         """Writes manifest and samples; the folder takes its name when the ``with`` block ends.
 
         Args:
-            method: As the manifest's key; so are the others that are not explained here.
             num_samples: Samples in the mean.
             num_tokens: Real tokens in them.
-            model: ``language_model.describe(model, source)``.
-            data: ``ReferenceData.describe()``.
-            signed: Whether neuron scores keep their sign.
-            granularity: ``neuron`` or ``weight``; read off the layers if not given.
+            samples: A dictionary for each sample, as ``ScoredSample.to_json`` makes it.
+            granularity: Name of the component; by default ``neuron`` or ``weight``, read off the layers.
             total_relevance: Sum of all layers' sums if not given.
-            samples: A dict a sample: ``id``, ``num_tokens``, ``ending``, ``relevance``, ...
-            extra: ``versions``, ``command``, ``created`` in place of this process's own, and any further keys.
+            versions: In place of this process's own; so are ``command`` and ``created``.
+            command: See ``versions``.
+            created: See ``versions``.
+            shards: Commands of the parts that were merged.
+            signed: Whether scores keep their sign.
+            about: The other fields of ``About``.
         """
-        seen = {1: "neuron", 2: "weight"}[self._dims] if self._dims else granularity
-        assert granularity in (None, seen), f"granularity={granularity}, but the scores added are {seen} scores"
+        known = About(granularity=granularity or {2: "weight"}.get(self._dims, "neuron"), signed=signed, **about)
         assert not self._squares or self._squares.keys() == self._layers.keys(), "squares for some layers only"
         if self._neurons:
             save_tensors(self._path / _SCORES, self._neurons)
@@ -348,23 +479,21 @@ class ScoreWriter:
         write_text(self._path / _SAMPLES, "".join(strict_json(dict(sample)) + "\n" for sample in samples))
         total = math.fsum(layer.sum for layer in self._layers.values())
         manifest = Manifest(
-            method=method,
-            granularity=seen or "neuron",
-            signed=signed,
+            **provenance.redacted_values(vars(known)),
             num_samples=num_samples,
             num_tokens=num_tokens,
-            model=provenance.redacted_values(model),
-            data=provenance.redacted_values(data),
             layers=self._layers,
             total_relevance=total if total_relevance is None else total_relevance,
-            versions=extra.pop("versions", None) or provenance.versions(),
-            command=extra.pop("command", None) or provenance.command_line(),
-            created=extra.pop("created", None) or provenance.now(),
+            versions=versions or provenance.versions(),
+            command=command or provenance.command_line(),
+            created=created or provenance.now(),
             squares={name: _sha256(squares) for name, squares in self._squares.items()},
             groups={name: _sha256(means) for name, means in self._groups.items()},
             group_sizes=self._group_sizes,
             samples_sha256=sha256_of_file(self._path / _SAMPLES),
-            extra={"hardware": provenance.hardware()} | provenance.redacted_values(extra),
+            neuron_rows={name: layer.rows for name, layer in self._layers.items() if layer.rows is not None},
+            hardware=provenance.hardware(),
+            shards=provenance.redacted_values(list(shards)),
         )
         manifest._check(self.folder)
         write_text(self._path / _MANIFEST, json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
@@ -376,16 +505,61 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(memoryview(tensor.numpy()).cast("B")).hexdigest()
 
 
-def _statistics(scores: Tensor, file: str, nan: int, inf: int) -> LayerStats:
+def _statistics(scores: Tensor, file: str, nan: int, inf: int, rows: slice | None) -> LayerStats:
     """Counts and the float64 sum of a layer, block by block: no second copy of a large one."""
     sums, negative, zero = [], 0, 0
     for block in scores.flatten().split(BLOCK):
         nan += int(block.isnan().sum())
         inf += int(block.isinf().sum())
+    for block in scores.flatten()[slice(None) if rows is None else rows].split(BLOCK):
         negative += int((block < 0).sum())
         zero += int((block == 0).sum())
         sums.append(float(torch.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0).double().sum()))
-    return LayerStats(list(scores.shape), file, math.fsum(sums), nan, inf, negative, zero, _sha256(scores))
+    own = None if rows is None or rows == slice(0, len(scores)) else [rows.start, rows.stop]
+    return LayerStats(list(scores.shape), file, math.fsum(sums), nan, inf, negative, zero, _sha256(scores), own)
+
+
+def write_scores(
+    folder: str | Path,
+    overwrite: bool,
+    layers: Iterable[LayerScores],
+    about: About,
+    samples: Sequence[ScoredSample],
+    *,
+    config: str | None = None,
+    shards: Sequence[str] = (),
+) -> Manifest:
+    """Writes the scores of a whole run, in one process or merged, as a score folder.
+
+    Args:
+        folder: Where the scores go.
+        overwrite: Whether an earlier score folder there may be replaced.
+        layers: The scores, layer by layer: one at a time is in memory.
+        about: What was scored, on what, how.
+        samples: Those in the mean; of a method that needs none, none.
+        config: The resolved configuration as YAML.
+        shards: Commands of the parts that were merged.
+
+    Raises:
+        InputError: if the place is taken, cannot be written, or the disk is full.
+    """
+    samples = sorted(samples, key=lambda sample: sample.id)
+    with ScoreWriter(folder, overwrite) as writer:
+        for layer in layers:
+            name, rows = layer.group.layer, layer.group.own
+            writer.add_layer(
+                name, layer.scores, layer.squares, layer.groups, nan=layer.nan, inf=layer.inf,
+                rows=None if layer.scores.dim() == 2 else rows,
+            )  # fmt: skip
+        if config is not None:
+            writer.add_text("config.yaml", config)
+        return writer.finish(
+            **vars(about) | {"data": about.data | {"sample_ids": [sample.id for sample in samples]}},
+            num_samples=len(samples),
+            num_tokens=sum(sample.num_tokens for sample in samples),
+            samples=[sample.to_json() for sample in samples],
+            shards=shards,
+        )
 
 
 class ScoreFolder:
@@ -419,7 +593,7 @@ class ScoreFolder:
         if not path.exists():
             raise InputError(f"{path}: there is no such score folder; check the path, or score first")
         if (path / "shard.json").is_file():
-            raise InputError(f"{path}: is one shard of a scoring run; join all of them with merge first")
+            raise InputError(f"{path}: is one part of a scoring run; join all of them with merge first")
         if not (path / _MANIFEST).is_file():
             raise InputError(f"{path}: not a score folder (no {_MANIFEST}); give the folder that score wrote")
         return cls(path, Manifest.from_json(read_json(path / _MANIFEST), path / _MANIFEST))
@@ -467,6 +641,15 @@ class ScoreFolder:
         known = self._verified.get(name) == state  # a selection reads several times; hashing costs more than reading
         yield from _read(path, name, offset, math.prod(shape), size, None if known else stats.sha256)
         self._verified[name] = state
+
+    def counted_blocks(self, name: str, size: int = BLOCK) -> Iterator[Tensor]:
+        """As ``blocks``, of the scores that the layer's figures in the manifest are of."""
+        counted, start = self._stats(name).counted, 0
+        for block in self.blocks(name, size):
+            own = block[max(0, counted.start - start) : max(0, counted.stop - start)]
+            start += len(block)
+            if len(own):
+                yield own
 
     def load(self, name: str) -> Tensor:
         """A layer's scores, ``[out]`` or ``[out, in]`` float32.
@@ -602,7 +785,7 @@ def require_comparable(folders: Sequence[ScoreFolder]) -> None:
 
     Raises:
         InputError: naming every key that differs, with both values and folders: model fingerprint, method,
-            granularity, signed, layers, shapes.
+            granularity, target, signed, layers, shapes.
     """
     if not folders:
         raise InputError("no score folder was given; name at least one")
@@ -620,7 +803,7 @@ def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
     found = []
     if one.model["fingerprint"] != two.model["fingerprint"]:
         found.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
-    for key in ("method", "granularity", "signed"):
+    for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed"):
         if getattr(one, key) != getattr(two, key):
             found.append(told(key, getattr(one, key), getattr(two, key)))
     if first.layers != other.layers:

@@ -122,8 +122,8 @@ def root(tmp_path_factory) -> Path:
         assert main(good.score(f"--output={folder / name}", f"--data.seed={seed}", "--trainer.logger=false")) == 0
     assert main(good.prune(f"--output={folder / 'plan.json'}")) == 0
     assert main(good.eval(f"--output={folder / 'before'}", "--trainer.logger=false")) == 0
-    shard = [f"--output={folder / 'shard'}", "--shard=1/2", "--trainer.logger=false"]
-    assert main(good.score(*shard)) == 0
+    part = [f"--output={folder / 'part'}", "--part=1/2", "--trainer.logger=false"]
+    assert main(good.score(*part)) == 0
     return folder
 
 
@@ -713,9 +713,9 @@ def auditing_nothing(w: World):
     return ["audit", "nowhere"]
 
 
-@case("2/2 is missing|shard 2/2")
+@case("part 2/2 is missing")
 def merging_half(w: World):
-    return ["merge", str(w.root / "shard"), "--output=out"]
+    return ["merge", str(w.root / "part"), "--output=out"]
 
 
 @case("nowhere", "shard.json")

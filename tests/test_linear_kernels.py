@@ -1,16 +1,30 @@
 import pytest
 import torch
 from tiny_models import tiny, tokens
+from torch.profiler import ProfilerActivity, profile
 
 from sparc3_pl.linear_kernels import onednn_linears
+
+FAST = "mkldnn::_linear_pointwise"
+
+
+def operators(function):
+    """What ``function`` returns, and the names of the operators that it ran."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        result = function()
+    return result, {event.key for event in record.key_averages()}
 
 
 @torch.no_grad()
 def test_same_values_and_nothing_left_behind(tiny_model):
-    ids = tokens(3, 20)
-    want = tiny_model(input_ids=ids).logits
+    def logits():
+        return tiny_model(input_ids=tokens(3, 20)).logits
+
+    want, plain = operators(logits)
     with onednn_linears(tiny_model):
-        found = tiny_model(input_ids=ids).logits
+        found, fast = operators(logits)
+    assert FAST not in plain
+    assert (FAST in fast) == torch.backends.mkldnn.is_available()
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert not any("forward" in vars(m) for m in tiny_model.modules())
 
@@ -30,7 +44,8 @@ def test_gradients_and_other_types_take_the_usual_way(tiny_llama):
     ids = tokens(2, 20)
     tiny_llama.requires_grad_(True)
     with onednn_linears(tiny_llama):
-        tiny_llama(input_ids=ids).logits.sum().backward()
+        _, ran = operators(lambda: tiny_llama(input_ids=ids).logits.sum().backward())
+    assert FAST not in ran
     assert all(p.grad is not None for p in tiny_llama.parameters())
     double = tiny("llama", dtype=torch.float64)
     with torch.no_grad():

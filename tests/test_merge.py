@@ -1,4 +1,4 @@
-"""Shards of a scoring run, merged, are the run."""
+"""Parts of a scoring run, merged, are the run."""
 
 import json
 import shutil
@@ -38,21 +38,21 @@ def score(files: Path, output: Path, *words: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def shards(files) -> list[str]:
-    """Three shards of the neurons' run."""
+def parts(files) -> list[str]:
+    """Three parts of the neurons' run."""
     for number in (1, 2, 3):
-        assert score(files, files / f"shard-{number}", f"--shard={number}/3", *METHODS["neurons"]) == 0
-    return [str(files / f"shard-{number}") for number in (1, 2, 3)]
+        assert score(files, files / f"part-{number}", f"--part={number}/3", *METHODS["neurons"]) == 0
+    return [str(files / f"part-{number}") for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_merged_shards_are_the_whole_run(files, tmp_path, method, capsys):
+def test_merged_parts_are_the_whole_run(files, tmp_path, method, capsys):
     options = METHODS[method]
     assert score(files, tmp_path / "whole", *options) == 0
     parts = []
     for number in (2, 1):
         parts.append(str(tmp_path / f"part-{number}"))
-        assert score(files, Path(parts[-1]), f"--shard={number}/2", *options) == 0
+        assert score(files, Path(parts[-1]), f"--part={number}/2", *options) == 0
     capsys.readouterr()
     assert main(["merge", *parts, f"--output={tmp_path / 'merged'}"]) == 0
     assert "7 samples" in capsys.readouterr().out
@@ -64,11 +64,11 @@ def test_merged_shards_are_the_whole_run(files, tmp_path, method, capsys):
     assert bool(one.squares) == (method == "neurons")
 
 
-def test_a_shard_may_hold_no_sample(files, tmp_path):
+def test_a_part_may_hold_no_sample(files, tmp_path):
     words = ["--data.num_samples=2"]
     assert score(files, tmp_path / "whole", *words) == 0
     for number in (1, 2, 3):
-        assert score(files, tmp_path / f"part-{number}", f"--shard={number}/3", *words) == 0
+        assert score(files, tmp_path / f"part-{number}", f"--part={number}/3", *words) == 0
     parts = [str(tmp_path / f"part-{number}") for number in (1, 2, 3)]
     assert main(["merge", *parts, f"--output={tmp_path / 'merged'}"]) == 0
     assert_same_scores(tmp_path / "merged", tmp_path / "whole", num_samples=2)
@@ -83,72 +83,72 @@ def refused(capsys, *words: str) -> str:
     return error
 
 
-def test_a_shard_given_twice_is_refused(shards, tmp_path, capsys):
-    error = refused(capsys, "merge", *shards[:2], shards[0], f"--output={tmp_path / 'out'}")
+def test_a_part_given_twice_is_refused(parts, tmp_path, capsys):
+    error = refused(capsys, "merge", *parts[:2], parts[0], f"--output={tmp_path / 'out'}")
     assert "would count twice" in error
-    assert shards[0] in error
+    assert parts[0] in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_shard_is_refused(shards, tmp_path, capsys):
-    assert "shard 2/3 is missing" in refused(capsys, "merge", shards[0], shards[2], f"--output={tmp_path / 'out'}")
+def test_a_missing_part_is_refused(parts, tmp_path, capsys):
+    assert "part 2/3 is missing" in refused(capsys, "merge", parts[0], parts[2], f"--output={tmp_path / 'out'}")
 
 
-def test_shards_of_other_settings_are_refused(files, shards, tmp_path, capsys):
+def test_parts_of_other_settings_are_refused(files, parts, tmp_path, capsys):
     other = tmp_path / "other"
-    assert score(files, other, "--shard=3/3") == 0  # without squares
-    error = refused(capsys, "merge", *shards[:2], str(other), f"--output={tmp_path / 'out'}")
+    assert score(files, other, "--part=3/3") == 0  # without squares
+    error = refused(capsys, "merge", *parts[:2], str(other), f"--output={tmp_path / 'out'}")
     assert "squares (True, here False)" in error
     assert str(other) in error
 
 
-def test_shards_of_another_number_are_refused(files, shards, tmp_path, capsys):
-    assert score(files, tmp_path / "other", "--shard=4/4", *METHODS["neurons"]) == 0
-    error = refused(capsys, "merge", *shards, str(tmp_path / "other"), f"--output={tmp_path / 'out'}")
+def test_parts_of_another_number_are_refused(files, parts, tmp_path, capsys):
+    assert score(files, tmp_path / "other", "--part=4/4", *METHODS["neurons"]) == 0
+    error = refused(capsys, "merge", *parts, str(tmp_path / "other"), f"--output={tmp_path / 'out'}")
     assert "shard (3, here 4)" in error
 
 
 @pytest.mark.parametrize("name", ["shard.json", "sums.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_shard_is_refused(shards, tmp_path, capsys, name, damage):
-    broken = Path(shutil.copytree(shards[0], tmp_path / "broken"))
+def test_a_damaged_part_is_refused(parts, tmp_path, capsys, name, damage):
+    broken = Path(shutil.copytree(parts[0], tmp_path / "broken"))
     data = (broken / name).read_bytes()
     changed = {"flip": data[:-20] + bytes([data[-20] ^ 1]) + data[-19:], "cut": data[: len(data) // 2]}
     (broken / name).write_bytes(changed[damage]) if damage in changed else (broken / name).unlink()
-    error = refused(capsys, "merge", str(broken), *shards[1:], f"--output={tmp_path / 'out'}")
+    error = refused(capsys, "merge", str(broken), *parts[1:], f"--output={tmp_path / 'out'}")
     assert str(broken) in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shard_of_another_version_is_refused(shards, tmp_path, capsys):
-    old = Path(shutil.copytree(shards[0], tmp_path / "old"))
+def test_a_part_of_another_version_is_refused(parts, tmp_path, capsys):
+    old = Path(shutil.copytree(parts[0], tmp_path / "old"))
     content = json.loads((old / "shard.json").read_text()) | {"format_version": 0}
     (old / "shard.json").write_text(json.dumps(content))
-    error = refused(capsys, "merge", str(old), *shards[1:], f"--output={tmp_path / 'out'}")
+    error = refused(capsys, "merge", str(old), *parts[1:], f"--output={tmp_path / 'out'}")
     assert "format_version=0" in error
 
 
 def test_wanda_needs_the_same_model(files, tmp_path, capsys):
-    assert score(files, tmp_path / "part", "--shard=1/1", *METHODS["wanda neurons"]) == 0
+    assert score(files, tmp_path / "part", "--part=1/1", *METHODS["wanda neurons"]) == 0
     tiny("llama", vocab_size=320, seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     words = ["merge", str(tmp_path / "part"), f"--output={tmp_path / 'out'}", f"--pretrained={tmp_path / 'other'}"]
     assert "is another model" in refused(capsys, *words)
 
 
-def test_a_shard_is_no_score_folder_and_a_score_folder_no_shard(files, shards, tmp_path, capsys):
+def test_a_part_is_no_score_folder_and_a_score_folder_no_part(files, parts, tmp_path, capsys):
     words = ["--num_neurons=1", f"--output={tmp_path / 'plan.json'}"]
-    error = refused(capsys, "prune", f"--general={shards[0]}", f"--behaviour={shards[1]}", *words)
+    error = refused(capsys, "prune", f"--general={parts[0]}", f"--behaviour={parts[1]}", *words)
     assert "join all of them with merge first" in error
     assert score(files, tmp_path / "whole") == 0
     assert "holds no shard.json" in refused(capsys, "merge", str(tmp_path / "whole"), f"--output={tmp_path / 'out'}")
 
 
-def test_a_method_without_samples_has_no_shards(files, tmp_path, capsys):
+def test_a_method_without_samples_has_no_parts(files, tmp_path, capsys):
     data = [f"--model.pretrained={files}", "--model.method=magnitude", f"--output={tmp_path / 'out'}"]
-    assert "needs no sample" in refused(capsys, "score", *data, "--shard=1/2", *QUIET)
+    assert "needs no sample" in refused(capsys, "score", *data, "--part=1/2", *QUIET)
 
 
-@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "one/two", "1/2/3", "-1/2"])
-def test_shards_are_counted_from_one(files, tmp_path, capsys, shard):
-    assert "i from 1 to n" in refused(capsys, "score", f"--output={tmp_path / 'out'}", f"--shard={shard}", *QUIET)
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "one/two", "1/2/3", "-1/2"])
+def test_parts_are_counted_from_one(files, tmp_path, capsys, part):
+    assert "i from 1 to n" in refused(capsys, "score", f"--output={tmp_path / 'out'}", f"--part={part}", *QUIET)

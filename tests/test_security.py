@@ -42,7 +42,7 @@ def test_planted_tokens_are_nowhere(files, monkeypatch, capfd):
     score = ["score", f"--model.pretrained={files}", *data, *QUIET]
     assert main([*score, "--output=general"]) == 0
     assert main([*score, "--output=behaviour", "--data.seed=1", "--checkpoint_every=1"]) == 0
-    assert main([*score, "--output=shard", "--shard=1/1"]) == 0
+    assert main([*score, "--output=part", "--part=1/1"]) == 0
     prune = ["prune", "--general=general", "--behaviour=behaviour", "--num_neurons=2"]
     assert main([*prune, "--output=plan.json"]) == 0
     evaluation = [f"--model.pretrained={files}", "--model.judge=DetoxifyJudge", "--model.judge.variant=demo"]

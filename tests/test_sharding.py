@@ -19,12 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from sparc3_pl.attribution.methods import Lrp
+from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.cli import main
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.families import linear_layers
 from sparc3_pl.language_model import fingerprint
 from sparc3_pl.resume import SumsFile, partial_folder
 from sparc3_pl.scores import ScoreFolder
-from sparc3_pl.scoring import build_scorer, rules_of
 from sparc3_pl.sharding import shard
 
 CONFIG = Path(__file__).parents[1] / "configs" / "trainer" / "fsdp2.yaml"
@@ -88,11 +90,11 @@ def test_ranks_without_any_sample_take_part(ranks, files, tmp_path):
     assert_same_scores(tmp_path / "four", tmp_path / "one", num_samples=2)
 
 
-def test_shards_of_the_samples_are_merged(ranks, files, tmp_path):
+def test_parts_of_the_samples_are_merged(ranks, files, tmp_path):
     succeed(ranks.run(score(files, "tied", tmp_path / "one", *ALL_WEIGHTS, *ONE_PROCESS)))
     parts = [tmp_path / "1", tmp_path / "2"]
     for number, part in enumerate(parts, start=1):
-        succeed(ranks.run(score(files, "tied", part, *ALL_WEIGHTS, "--shard", f"{number}/2"), number))
+        succeed(ranks.run(score(files, "tied", part, *ALL_WEIGHTS, "--part", f"{number}/2"), number))
     assert main(["merge", *map(str, parts), "--output", str(tmp_path / "both")]) == 0
     assert_same_scores(tmp_path / "both", tmp_path / "one", num_samples=7)
 
@@ -130,7 +132,10 @@ def test_a_failure_on_one_rank_ends_all(ranks, files, tmp_path):
     ("words", "message"),
     [
         (["--model.device_map", "auto"], "model.device_map='auto': trainer.strategy=ModelParallelStrategy places"),
-        (["--model.sums_on_host", "true"], "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy"),
+        (
+            [*ALL_WEIGHTS, "--model.sums_on_host", "true"],
+            "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy",
+        ),
         ([*ALL_WEIGHTS, "--checkpoint_every", 2], "model.checkpoint_every=2: weight scores whose sums"),
         (["--trainer.strategy.init_args.tensor_parallel_size", 2], "data_parallel_size=auto, tensor_parallel_size=2"),
         (["--trainer.strategy.init_args.data_parallel_size", 3], "data_parallel_size=3, tensor_parallel_size=1, but"),
@@ -165,23 +170,21 @@ def ranks_of(world: int, backend: str, store: dist.Store) -> Iterator[DeviceMesh
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_sharded(family):
     ids = tokens(3, 9)
-    batch, rules = (ids, torch.ones_like(ids)), rules_of("lrp")
+    batch, method = ReferenceBatch(ids, torch.ones_like(ids)), Lrp()
     alone, shared = tiny(family), tiny(family)
-    layers = linear_layers(alone)
-    want = build_scorer(layers, "lrp", "weight")
-    want.update(alone, *batch)
+    want = Scorer(alone, "lrp", "weight", ["*"])
+    want.update(batch)
     with ranks_of(1, "gloo", dist.HashStore()) as mesh, warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # OPT, in cli.NOISE
-        with rules(shared):
-            pass
+        method.prepare(shared)
         shard(shared.requires_grad_(False), mesh)
-        found = build_scorer(linear_layers(shared), "lrp", "weight", rules=rules)
-        found.update(shared, *batch)
+        found = Scorer(shared, method, "weight", ["*"])
+        found.update(batch)
         assert all(isinstance(parameter, DTensor) for parameter in shared.parameters())
         assert fingerprint(shared) == fingerprint(alone)
-        for name in layers:
-            torch.testing.assert_close(found.scores(name, 3), want.scores(name, 3))
+        for name in linear_layers(alone):
+            torch.testing.assert_close(found.scores(name, 3).scores, want.scores(name, 3).scores)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -191,9 +194,9 @@ def test_a_rank_holds_its_part_of_weights_and_sums(family):
         model = tiny(family).requires_grad_(False)
         shard(model, mesh)
         layers = linear_layers(model)
-        scorer = build_scorer(layers, "gradient", "weight")
+        scorer = Scorer(model, "gradient", "weight", ["*"])
         for name, layer in layers.items():
-            weight, total = layer.weight, scorer.tensors[name]["sum"]
+            weight, total = layer.weight, scorer.sums[name]["sum"]
             assert total.shape == (
                 layer.weight.shape if family == "llama" or name == "lm_head" else layer.weight.T.shape
             )

@@ -6,7 +6,6 @@ sums here are over samples, never over tokens or batches first: the absolute val
 absolute values.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from sparc3_pl.attribution.fused import fused_relevance, fusible
 from sparc3_pl.attribution.recording import LayerPass
+from sparc3_pl.components import Group
+from sparc3_pl.distributed import is_sharded
 
 __all__ = [
-    "Accumulator",
-    "NeuronScores",
-    "SignedNeuronScores",
-    "WeightScores",
+    "Counts",
+    "add_weight_scores",
+    "component_scores",
     "drop_nonfinite",
+    "no_counts",
     "token_relevance",
     "weight_relevance",
 ]
@@ -28,6 +29,9 @@ __all__ = [
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Elements of W * G that are made at a time. On a CPU 2 MiB of float32, so that a block stays in the cache; on a GPU
 256 MiB, so that a kernel's start costs nothing."""
+
+Counts = dict[str, Tensor]
+"""Numbers of NaN and infinite values by ``nan`` and ``inf``, int64 scalars; it may hold other sums beside them."""
 
 Rows = slice | Tensor
 Products = Iterable[tuple[int, Tensor]]
@@ -81,135 +85,98 @@ def _as_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) else tensor.to(dtype)
 
 
-def token_relevance(layer: LayerPass) -> Tensor:
-    """Sum over the units of |z * dz| at every token, ``[B, T]`` float32 (float64 for a float64 model)."""
-    return _unit_products(layer).abs_().sum(2)
+def no_counts(device: torch.device) -> Counts:
+    """Counts of 0 on ``device``."""
+    return {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("nan", "inf")}
 
 
-def _unit_products(layer: LayerPass) -> Tensor:
-    """Pre-activation times gradient, z * dz, ``[B, T, O]``."""
-    return layer.z_BTO * layer.delta_BTO.to(_exact(layer.z_BTO.dtype))
-
-
-def drop_nonfinite(values: Tensor, counts: dict[str, Tensor]) -> Tensor:
-    """Sets NaN and infinite ``values`` to 0 in place and adds their numbers to ``counts["nan"]`` and ``["inf"]``."""
+def drop_nonfinite(values: Tensor, counts: Counts) -> Tensor:
+    """Sets NaN and infinite ``values`` to 0 in place and adds their numbers to ``counts``."""
     counts["nan"] += values.isnan().sum()
     counts["inf"] += values.isinf().sum()
     return values.nan_to_num_(0.0, 0.0, 0.0)
 
 
-class Accumulator(ABC):
-    """A layer's running sums; ``tensors`` holds what ranks and shards add up.
+def _absolute(products: Products, counts: Counts | None) -> Products:
+    return ((b, (product if counts is None else drop_nonfinite(product, counts)).abs_()) for b, product in products)
+
+
+def add_weight_scores(total_OI: Tensor, layer: LayerPass, counts: Counts | None = None) -> Tensor:
+    """Adds a batch's sum over samples of |W * G| to ``total_OI``, in place.
 
     Args:
-        weight_OI: The layer's weight, for its shape and device.
-        zero_nonfinite: Count NaN and infinite relevances and take them for 0, instead of letting them through (the
-            scorer stops at them).
+        total_OI: ``[O, I]`` float32. It may lie on another device than the layer: a batch's sum is then sent over
+            block by block, so the larger the batch, the fewer the transfers. It may be shared out over the ranks as
+            the weight is (a ``DTensor``): then the sum is over the samples of all ranks, and every rank must call this
+            for every pass; it takes one reduce-scatter, and memory for the batch's sum of this one layer, whole.
+        layer: The batch's pass through the layer.
+        counts: Where NaN and infinite relevances are counted, to be taken for 0. None: they pass.
+
+    Returns:
+        Each sample's total, ``[B]`` float64.
     """
+    if is_sharded(total_OI):
+        from torch.distributed.tensor import DTensor, Partial
 
-    def __init__(self, weight_OI: Tensor, zero_nonfinite: bool = False) -> None:
-        self._zero_nonfinite = zero_nonfinite
-        device = weight_OI.device
-        self.tensors = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("nan", "inf")}
-
-    @abstractmethod
-    def add(self, layer: LayerPass, groups_B: Tensor | None = None) -> Tensor:
-        """Adds a batch; returns each sample's total relevance in this layer, ``[B]`` float64.
-
-        Args:
-            layer: The batch's pass through the layer.
-            groups_B: The group of each sample, where sums of groups are kept.
-        """
-
-    def _finite(self, values: Tensor) -> Tensor:
-        return drop_nonfinite(values, self.tensors) if self._zero_nonfinite else values
-
-    def _absolute(self, products: Products) -> Products:
-        return ((b, self._finite(product).abs_()) for b, product in products)
-
-
-class WeightScores(Accumulator):
-    """Sum over samples of |W * G|: ``[O, I]`` float32.
-
-    Args:
-        weight_OI: See ``Accumulator``.
-        zero_nonfinite: See ``Accumulator``.
-        device: Where the sum is kept; by default with the weight. Elsewhere, a batch's sum is sent over block by
-            block: the larger the batch, the fewer the transfers.
-    """
-
-    def __init__(
-        self, weight_OI: Tensor, zero_nonfinite: bool = False, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(weight_OI, zero_nonfinite)
-        self.tensors["sum"] = torch.zeros(weight_OI.shape, device=weight_OI.device if device is None else device)
-
-    def add(self, layer: LayerPass, groups_B: Tensor | None = None) -> Tensor:
-        return self._add_to(self.tensors["sum"], layer)
-
-    def _add_to(self, total: Tensor, layer: LayerPass) -> Tensor:
-        if not self._zero_nonfinite and fusible(layer, total):
-            return fused_relevance(layer, total).sum(1)
-        device = layer.weight_OI.device
-        relevance_B = torch.zeros(len(layer.x_BTI), dtype=torch.float64, device=device)
-        for rows, products in weight_relevance(layer):
-            here = total.device == device and isinstance(rows, slice)
-            part = total[rows] if here else torch.zeros_like(layer.weight_OI[rows], dtype=total.dtype)
-            for b, product in self._absolute(products):
-                part += product
-                relevance_B[b] += product.sum()
-            if not here:
-                total[rows.to(total.device) if isinstance(rows, Tensor) else rows] += part.to(total.device)
+        batch_sum = torch.zeros(layer.weight_OI.shape, dtype=total_OI.dtype, device=layer.weight_OI.device)
+        relevance_B = add_weight_scores(batch_sum, layer, counts)
+        parts = DTensor.from_local(batch_sum, total_OI.device_mesh, [Partial()], run_check=False)
+        total_OI += parts.redistribute(placements=total_OI.placements)
         return relevance_B
+    if counts is None and fusible(layer, total_OI):
+        return fused_relevance(layer, total_OI).sum(1)
+    device = layer.weight_OI.device
+    relevance_B = torch.zeros(len(layer.x_BTI), dtype=torch.float64, device=device)
+    for rows, products in weight_relevance(layer):
+        here = total_OI.device == device and isinstance(rows, slice)
+        part = total_OI[rows] if here else torch.zeros_like(layer.weight_OI[rows], dtype=total_OI.dtype)
+        for b, product in _absolute(products, counts):
+            part += product
+            relevance_B[b] += product.sum()
+        if not here:
+            total_OI[rows.to(total_OI.device) if isinstance(rows, Tensor) else rows] += part.to(total_OI.device)
+    return relevance_B
 
 
-class NeuronScores(Accumulator):
-    """Sum over samples of the row sums of |W * G|: ``[O]`` float64.
+def component_scores(layer: LayerPass, group: Group, *, signed: bool = False, counts: Counts | None = None) -> Tensor:
+    """Each sample's sums of |W * G| over the rows (or columns) of every component, ``[B, n]`` float64.
+
+    Signed, they are sums of W * G. By the chain rule the sum of a row is the sum over tokens of z * dz, z = W x
+    (SparC3, App. B), and that of a column the sum over tokens of x * dx: no weight gradient is needed.
 
     Args:
-        weight_OI: See ``Accumulator``.
-        zero_nonfinite: See ``Accumulator``.
-        squares: Sum their squares too, ``[O]``.
-        groups: G > 0: sum them by group of samples too, ``[G, O]``, and count the samples of each group, ``[G]``.
+        layer: The batch's pass through the layer.
+        group: The layer's components; n is the length of their scores.
+        signed: Keep the sign.
+        counts: Where NaN and infinite relevances are counted, to be taken for 0. None: they pass.
     """
-
-    def __init__(self, weight_OI: Tensor, zero_nonfinite: bool = False, squares: bool = False, groups: int = 0) -> None:
-        super().__init__(weight_OI, zero_nonfinite)
-        device = weight_OI.device
-        for name in ("sum", "squares") if squares else ("sum",):
-            self.tensors[name] = torch.zeros(len(weight_OI), dtype=torch.float64, device=device)
-        if groups:
-            self.tensors["groups"] = torch.zeros(groups, len(weight_OI), dtype=torch.float64, device=device)
-            self.tensors["group_sizes"] = torch.zeros(groups, dtype=torch.int64, device=device)
-
-    def add(self, layer: LayerPass, groups_B: Tensor | None = None) -> Tensor:
-        scores_BO = self._scores(layer)
-        if groups_B is not None:
-            groups_B = groups_B.to(scores_BO.device)
-            self.tensors["groups"].index_add_(0, groups_B, scores_BO)
-            self.tensors["group_sizes"].index_add_(0, groups_B, torch.ones_like(groups_B))
-        self.tensors["sum"] += scores_BO.sum(0)
-        if "squares" in self.tensors:
-            self.tensors["squares"] += scores_BO.square().sum(0)
-        return scores_BO.sum(1)
-
-    def _scores(self, layer: LayerPass) -> Tensor:
-        """Each sample's neuron scores, ``[B, O]`` float64."""
-        if not self._zero_nonfinite and fusible(layer):
-            return fused_relevance(layer)
-        shape = len(layer.x_BTI), len(layer.weight_OI)
-        scores_BO = torch.zeros(shape, dtype=torch.float64, device=layer.weight_OI.device)
-        for rows, products in weight_relevance(layer):
-            for b, product in self._absolute(products):
-                scores_BO[b, rows] = product.sum(1).double()
-        return scores_BO
+    assert group.axis != "both", f"{group.layer}: single weights are summed by add_weight_scores"
+    along = layer if group.axis == "out" else layer.transposed()
+    return group.gathered(_signed_rows(along, counts) if signed else _absolute_rows(along, counts))
 
 
-class SignedNeuronScores(NeuronScores):
-    """Sum over samples of the signed row sums of W * G: ``[O]`` float64.
+def _signed_rows(layer: LayerPass, counts: Counts | None) -> Tensor:
+    rows_BO = _unit_products(layer).sum(1).double()
+    return rows_BO if counts is None else drop_nonfinite(rows_BO, counts)
 
-    By the chain rule the row sum is the sum over tokens of z * dz, z = W x (SparC3, App. B): no weight gradient.
-    """
 
-    def _scores(self, layer: LayerPass) -> Tensor:
-        return self._finite(_unit_products(layer).sum(1).double())
+def _absolute_rows(layer: LayerPass, counts: Counts | None) -> Tensor:
+    if counts is None and fusible(layer):
+        return fused_relevance(layer)
+    shape = len(layer.x_BTI), len(layer.weight_OI)
+    rows_BO = torch.zeros(shape, dtype=torch.float64, device=layer.weight_OI.device)
+    for rows, products in weight_relevance(layer):
+        for b, product in _absolute(products, counts):
+            rows_BO[b, rows] = product.sum(1).double()
+    return rows_BO
+
+
+def token_relevance(layer: LayerPass, group: Group) -> Tensor:
+    """Sum over the components' units of |z * dz| at every token, ``[B, T]`` float32 (float64 for a float64 model)."""
+    return _unit_products(layer)[..., group.rows].abs_().sum(2)
+
+
+def _unit_products(layer: LayerPass) -> Tensor:
+    """Pre-activation times gradient, z * dz, ``[B, T, O]``."""
+    units_BTO = layer.units_BTO
+    return units_BTO * layer.delta_BTO.to(_exact(units_BTO.dtype))

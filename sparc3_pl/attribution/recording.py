@@ -22,16 +22,29 @@ class LayerPass:
     name: str
     x_BTI: Tensor
     """The layer's input."""
-    z_BTO: Tensor
-    """The layer's output without its bias: the units' pre-activations as far as the weight makes them."""
+    z_BTO: Tensor | None
+    """The layer's output without its bias; None: it is made from ``x_BTI`` where ``units_BTO`` is asked for."""
     delta_BTO: Tensor
     """The gradient of the target at the layer's output."""
     weight_OI: Tensor
 
+    @property
+    def units_BTO(self) -> Tensor:
+        """The units' pre-activations as far as the weight makes them, x W^T."""
+        return self.x_BTI @ self.weight_OI.mT if self.z_BTO is None else self.z_BTO
+
     def first(self, num_samples: int) -> LayerPass:
         """The pass of the first so many samples of the batch: views."""
-        x, z, delta = (tensor[:num_samples] for tensor in (self.x_BTI, self.z_BTO, self.delta_BTO))
+        x, z, delta = (None if t is None else t[:num_samples] for t in (self.x_BTI, self.z_BTO, self.delta_BTO))
         return LayerPass(self.name, x, z, delta, self.weight_OI)
+
+    def transposed(self) -> LayerPass:
+        """The pass with inputs and outputs exchanged: what holds of rows of W here, holds of its columns there.
+
+        W^T reads delta, and x stands where the gradient did. The gradient of W^T is x^T delta = G^T, so row sums of
+        W^T * G^T are column sums of W * G; and its units are delta W, the gradient at the layer's input.
+        """
+        return LayerPass(self.name, self.delta_BTO, None, self.x_BTI, self.weight_OI.mT)
 
 
 class _Tap(torch.autograd.Function):

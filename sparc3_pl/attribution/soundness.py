@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.agreement import jaccard, rank_correlation
+from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.rules import attn_lrp
-from sparc3_pl.attribution.scorers import GradientScorer, target_logits
-from sparc3_pl.families import select_layers
+from sparc3_pl.attribution.scorers import Scorer
+from sparc3_pl.attribution.targets import last_hidden_state, last_logits
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.families import output_head
 
 __all__ = [
     "PrecisionAgreement",
@@ -32,7 +35,7 @@ class NeuronScores:
     """AttnLRP scores of all MLP neurons.
 
     Attributes:
-        scores: By layer, ``[out]`` float32.
+        scores: By layer, ``[width]`` float32.
         nonfinite: By layer, NaN and infinite relevances (taken for 0); only layers that have any.
     """
 
@@ -78,22 +81,26 @@ def neuron_scores(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Ten
     Raises:
         InputError: if the model has no MLPs, or a module without a rule.
     """
-    scorer = GradientScorer(select_layers(model, None), "neuron", attn_lrp, zero_nonfinite=True)
-    device = model.get_input_embeddings().weight.device
-    scorer.update(model, input_ids_BT.to(device), attention_mask_BT.to(device))
-    counts = {name: int(t["nan"] + t["inf"]) for name, t in scorer.tensors.items()}
-    scores = {name: scorer.scores(name, len(input_ids_BT)).cpu() for name in scorer.layers}
+    scorer = Scorer(model, "lrp", "neuron", options=Options(nonfinite="zero"))
+    scorer.update(ReferenceBatch(input_ids_BT, attention_mask_BT))
+    layers = {name: scorer.scores(name, len(input_ids_BT)) for name in scorer.layers}
+    counts = {name: layer.nan + layer.inf for name, layer in layers.items()}
+    scores = {name: layer.scores[layer.group.own].cpu() for name, layer in layers.items()}
     return NeuronScores(scores, {name: count for name, count in counts.items() if count})
 
 
 @torch.no_grad()
 def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> float:
     """The largest change of a logit under the rules, relative to the largest logit; 0 if the rules are right."""
-    device = model.get_input_embeddings().weight.device
-    batch = input_ids_BT.to(device), attention_mask_BT.to(device)
-    plain = target_logits(model, *batch)
+    device, (_, head) = model.get_input_embeddings().weight.device, output_head(model)
+    input_ids_BT, attention_mask_BT = input_ids_BT.to(device), attention_mask_BT.to(device)
+
+    def logits() -> Tensor:
+        return last_logits(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, attention_mask_BT)
+
+    plain = logits()
     with attn_lrp(model):
-        ruled = target_logits(model, *batch)
+        ruled = logits()
     return float((ruled - plain).abs().max() / plain.abs().max())
 
 

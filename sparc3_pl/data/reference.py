@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.samples import Sample, Target, matched_samples, pack_windows, read_targets, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
@@ -26,25 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceBatch", "ReferenceData"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ReferenceBatch:
-    """Samples padded on the right to the longest of them.
-
-    Without any sample it is a stand-in, one row without a real token: something to run where every rank must.
-
-    Attributes:
-        input_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` int64, 1 for real tokens.
-        ids: The samples' ids.
-        endings: ``stop`` or ``cut`` for each sample.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    ids: list[str]
-    endings: list[str]
 
 
 class ReferenceData(LightningDataModule):

@@ -21,6 +21,7 @@ from sparc3_pl.evaluation.results import MARKER, CompletionStore, Row, write_eva
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model, load_tokenizer
+from sparc3_pl.run_config import resolved_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,8 +92,6 @@ class EvaluationModule(pl.LightningModule):
         if judge is None:
             judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
         self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
-        self.resolved_config: str | None = None
-        """The configuration of this run as YAML, kept beside the results; set by the command line."""
         self.plan: dict[str, Any] | None = None
         """What the results say about the plan that is applied; set by the command line."""
         self.forbidden_ids: frozenset[str] = frozenset()
@@ -352,12 +351,12 @@ class EvaluationModule(pl.LightningModule):
                 results,
                 completions=rows,
                 windows=windows,
-                config=self.resolved_config,
+                config=resolved_config(self.trainer),
                 overwrite=self.overwrite,
             )
             if self._store is not None:
                 self._store.remove()
-        to_tensorboard(self.trainer, results, rows, self.resolved_config)
+        to_tensorboard(self.trainer, results, rows, resolved_config(self.trainer))
 
     def on_test_end(self) -> None:
         """Prints the figures on rank 0, once the progress bar is closed."""

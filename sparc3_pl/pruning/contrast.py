@@ -88,7 +88,7 @@ class Scores:
         All rows (or weights), but for a fused map that holds gate and up together: there the manifest's
         ``neuron_rows`` says which rows are the neurons.
         """
-        rows = self.folders[0].manifest.extra.get("neuron_rows") or {}
+        rows = self.folders[0].manifest.neuron_rows
         return tuple(rows[layer]) if layer in rows else (0, math.prod(self.folders[0].shape(layer)))
 
     def __call__(self) -> Iterator[Block]:

@@ -63,7 +63,7 @@ def check_architecture(manifest: Manifest) -> Check:
     found = _architecture_or_reason(str(manifest.model.get("pretrained")), manifest.model.get("revision"))
     if isinstance(found, str):
         return Check(NAME, "warn", f"not checked: {found}")
-    wanted = found.expected(manifest.extra.get("targets"))
+    wanted = found.expected(manifest.targets)
     problems = _problems(manifest, found, wanted)
     if problems:
         return Check(NAME, "fail", f"{'; '.join(problems)}; the scores are of another model or incomplete: score again")

@@ -218,9 +218,9 @@ def audit_folder(folder: ScoreFolder, name: str | None = None) -> FolderAudit:
     relevance = Summary.of(_column(samples, "relevance"))
     first_token = Summary.of(_column(samples, "first_token_share"))
     endings = [sample["ending"] for sample in samples if sample.get("ending")]
-    num_scores = sum(math.prod(layer.shape) for layer in manifest.layers.values())
+    num_scores = manifest.num_scores
     checks = [
-        _numbers(counts, num_scores, manifest.extra.get("nonfinite")),
+        _numbers(counts, num_scores, manifest.nonfinite),
         _signs(counts, manifest.signed),
         _zeros(counts, num_scores),
         _sums(folder, recount),
@@ -272,7 +272,7 @@ def _recount(folder: ScoreFolder) -> dict[str, tuple[float, int, int]]:
     found = {}
     for layer in folder.layers:
         sums, negative, zero = [], 0, 0
-        for block in folder.blocks(layer):
+        for block in folder.counted_blocks(layer):
             sums.append(float(block.nan_to_num(0.0, 0.0, 0.0).double().sum()))
             negative, zero = negative + int((block < 0).sum()), zero + int((block == 0).sum())
         found[layer] = (math.fsum(sums), negative, zero)
@@ -325,7 +325,7 @@ def _sums(folder: ScoreFolder, recount: dict[str, tuple[float, int, int]]) -> Ch
 
 def _sample_checks(folder: ScoreFolder, samples: Sequence[dict[str, Any]]) -> list[Check]:
     manifest = folder.manifest
-    if manifest.method in ("magnitude", "random"):
+    if not manifest.num_samples:  # the method needs none
         return []
     ids = manifest.data.get("sample_ids") or []
     twice = len(ids) - len(set(ids))
@@ -374,7 +374,7 @@ def _groups(folders: dict[str, ScoreFolder]) -> list[dict[str, ScoreFolder]]:
     """Folders of the same kind of samples, scored alike, two or more together."""
     groups: dict[str, dict[str, ScoreFolder]] = {}
     for name, folder in folders.items():
-        if folder.manifest.method in ("lrp", "gradient", "wanda"):
+        if folder.manifest.num_samples:
             groups.setdefault(_kind(folder), {})[name] = folder
     return [group for group in groups.values() if len(group) > 1]
 

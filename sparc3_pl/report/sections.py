@@ -382,7 +382,7 @@ def _versions(found: Found) -> Table:
     ]
     names = dict.fromkeys(name for one in every for name in one)
     rows = [(name, ", ".join(sorted({str(one[name]) for one in every if name in one}))) for name in names]
-    machines = [folder.manifest.extra.get("hardware") for folder in found.scores.values()]
+    machines = [folder.manifest.hardware for folder in found.scores.values()]
     machines += [ev.results.get("hardware") for ev in found.evaluations.values()]
     if any(machines):
         rows.append(("hardware", "; ".join(dict.fromkeys(filter(None, machines)))))

@@ -9,7 +9,9 @@ from collections import Counter
 import torch
 
 from sparc3_pl.attribution import accumulators, fused
+from sparc3_pl.attribution.methods import Gradient, Options
 from sparc3_pl.attribution.recording import LayerPass
+from sparc3_pl.components import Group
 
 CARDS = {"ampere": (8, 0), "hopper": (9, 0)}
 
@@ -47,19 +49,18 @@ def counted(function):
 
 
 def accumulated(x, delta, weight) -> dict[str, torch.Tensor]:
-    """What the accumulators of the package make of the batch; the sum of weight scores was 1 before."""
+    """What the method makes of the batch; the sum of weight scores was 1 before."""
     calls.clear()
-    weights, neurons = accumulators.WeightScores(weight), accumulators.NeuronScores(weight)
-    weights.tensors["sum"].fill_(1)
-    layer = LayerPass("layer", x, delta, delta, weight)
-    relevance, neuron_relevance = weights.add(layer), neurons.add(layer)
-    assert calls["fused"] == 2, "the accumulators took the plain path"
-    return {
-        "total": weights.tensors["sum"],
-        "relevance": relevance,
-        "neurons": neurons.tensors["sum"],
-        "neuron_relevance": neuron_relevance,
-    }
+    layer, found = LayerPass("layer", x, delta, delta, weight), {}
+    for axis in ("both", "out", "in"):
+        shape = {"both": tuple(weight.shape), "out": weight.shape[:1], "in": weight.shape[1:]}[axis]
+        group, method = Group("layer", shape, axis, shape[0]), Gradient()
+        sums = method.sums(group, weight, Options())
+        sums["sum"].fill_(axis == "both")
+        relevance = method.add(sums, group, layer, None, Options())
+        found |= {axis: sums["sum"], f"{axis} relevance": relevance}
+    assert calls["fused"] == 3, "the method took the plain path"
+    return found
 
 
 if __name__ == "__main__":

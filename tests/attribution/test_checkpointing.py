@@ -5,21 +5,23 @@ import torch
 from tiny_models import tokens
 
 from sparc3_pl.attribution.checkpointing import checkpointed
+from sparc3_pl.attribution.methods import Options
+from sparc3_pl.attribution.scorers import Scorer
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import linear_layers, select_layers
-from sparc3_pl.scoring import build_scorer
 
 
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
 @pytest.mark.parametrize(("granularity", "targets"), [("weight", ["*"]), ("neuron", None)])
 def test_same_scores(tiny_model, method, granularity, targets):
     tiny_model.requires_grad_(False)
-    layers = select_layers(tiny_model, targets)
-    batch = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
-    scorers = [build_scorer(layers, method, granularity, gradient_checkpointing=on) for on in (False, True)]
-    first, second = (scorer.update(tiny_model, *batch) for scorer in scorers)
-    for name in layers:
-        torch.testing.assert_close(scorers[1].scores(name, 2), scorers[0].scores(name, 2), rtol=1e-6, atol=0)
+    batch = ReferenceBatch(tokens(2, 9), torch.ones(2, 9, dtype=torch.int64))
+    options = [Options(gradient_checkpointing=on) for on in (False, True)]
+    scorers = [Scorer(tiny_model, method, granularity, targets, options=one) for one in options]
+    first, second = (scorer.update(batch) for scorer in scorers)
+    for name in scorers[0].layers:
+        plain, again = (scorer.scores(name, 2).scores for scorer in scorers)
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(second.relevance, first.relevance)
 
 
@@ -31,9 +33,9 @@ def kept_bytes(model, checkpointing):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    scorer = build_scorer(linear_layers(model), "gradient", "neuron", gradient_checkpointing=checkpointing)
+    scorer = Scorer(model, "gradient", "neuron", ["*"], options=Options(gradient_checkpointing=checkpointing))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        scorer.update(model, tokens(1, 60), torch.ones(1, 60, dtype=torch.int64))
+        scorer.update(ReferenceBatch(tokens(1, 60), torch.ones(1, 60, dtype=torch.int64)))
     return sum(held.values())
 
 

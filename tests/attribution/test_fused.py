@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from sparc3_pl.attribution import accumulators, fused
-from sparc3_pl.attribution.accumulators import NeuronScores, WeightScores
+from sparc3_pl.attribution.accumulators import add_weight_scores, component_scores, no_counts
 from sparc3_pl.attribution.recording import LayerPass
+from sparc3_pl.components import Group
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -108,24 +109,27 @@ def close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize(("name", "card"), CASES)
 def test_equals_a_loop_in_float64(interpreted, name, card):
     sums, relevance = interpreted["sums"][name, card], explicit(*BATCHES[name])
-    close(sums["total"], 1 + relevance.sum(0))
-    close(sums["relevance"], relevance.sum((1, 2)))
-    close(sums["neurons"], relevance.sum((0, 2)))
-    close(sums["neuron_relevance"], relevance.sum((1, 2)))
-    assert sums["total"].dtype == torch.float32
-    assert sums["relevance"].dtype == sums["neurons"].dtype == torch.float64
+    close(sums["both"], 1 + relevance.sum(0))
+    close(sums["out"], relevance.sum((0, 2)))
+    close(sums["in"], relevance.sum((0, 1)))
+    for axis in ("both", "out", "in"):
+        close(sums[f"{axis} relevance"], relevance.sum((1, 2)))
+        assert sums[f"{axis} relevance"].dtype == torch.float64
+    assert sums["both"].dtype == torch.float32
+    assert sums["out"].dtype == sums["in"].dtype == torch.float64
 
 
 @with_triton
 @pytest.mark.parametrize(("name", "card"), CASES)
 def test_equals_the_plain_path(interpreted, name, card):
     sums, (x, delta, weight) = interpreted["sums"][name, card], BATCHES[name]
-    weights, neurons = WeightScores(weight), NeuronScores(weight)
-    layer = LayerPass("layer", x, delta, delta, weight)
-    close(sums["relevance"], weights.add(layer))
-    close(sums["neuron_relevance"], neurons.add(layer))
-    close(sums["total"], 1 + weights.tensors["sum"])
-    close(sums["neurons"], neurons.tensors["sum"])
+    layer, total = LayerPass("layer", x, delta, delta, weight), torch.ones(weight.shape)
+    close(sums["both relevance"], add_weight_scores(total, layer))
+    close(sums["both"], total)
+    for axis, size in zip(("out", "in"), weight.shape, strict=True):
+        scores = component_scores(layer, Group("layer", (size,), axis, size))
+        close(sums[axis], scores.sum(0))
+        close(sums[f"{axis} relevance"], scores.sum(1))
 
 
 @with_triton
@@ -134,8 +138,8 @@ def test_equals_the_plain_path(interpreted, name, card):
 def test_what_is_not_finite_is_seen(interpreted, value, where, card):
     """The scorer looks at each sample's total: that of the poisoned sample, and of no other, is not finite."""
     sums = interpreted["sums"][f"{value} in {where}", card]
-    for name in ("relevance", "neuron_relevance"):
-        assert sums[name].isfinite().tolist() == [where != "weight", False]
+    for axis in ("both", "out", "in"):
+        assert sums[f"{axis} relevance"].isfinite().tolist() == [where != "weight", False]
 
 
 @with_triton
@@ -180,13 +184,16 @@ def test_what_the_kernel_takes(good_card):
     assert not asks(x, delta, weight.to("meta"))
 
 
-@pytest.mark.parametrize("make", [WeightScores, NeuronScores])
-def test_who_counts_what_is_not_finite_takes_the_plain_path(good_card, monkeypatch, make):
+@pytest.mark.parametrize("whole", [True, False])
+def test_who_counts_what_is_not_finite_takes_the_plain_path(good_card, monkeypatch, whole):
     monkeypatch.setattr(accumulators, "fused_relevance", lambda *_: pytest.fail("the kernel does not count"))
     x, delta, weight = poisoned("nan", "x")
-    accumulator = make(weight, zero_nonfinite=True)
-    accumulator.add(LayerPass("layer", x, delta, delta, weight))
-    assert accumulator.tensors["nan"] > 0
+    layer, counts = LayerPass("layer", x, delta, delta, weight), no_counts(x.device)
+    if whole:
+        add_weight_scores(torch.zeros(weight.shape), layer, counts)
+    else:
+        component_scores(layer, Group("layer", (len(weight),), "out", len(weight)), counts=counts)
+    assert counts["nan"] > 0
 
 
 def test_which_cards_are_supported(monkeypatch):
@@ -217,10 +224,10 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.modules["triton"] = None  # an import of it fails
 import torch
-from sparc3_pl.attribution.accumulators import WeightScores
+from sparc3_pl.attribution.accumulators import add_weight_scores
 from sparc3_pl.attribution.recording import LayerPass
 x, delta, weight = torch.ones(1, 2, 3), torch.ones(1, 2, 4), torch.ones(4, 3)
-assert WeightScores(weight).add(LayerPass("layer", x, delta, delta, weight)) == 24
+assert add_weight_scores(torch.zeros(4, 3), LayerPass("layer", x, delta, delta, weight)) == 24
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
@@ -288,9 +295,9 @@ def test_equals_the_plain_path_on_a_card(monkeypatch, dtype, shape):
     for got, want in ((rows, relevance.sum(2)), (alone, relevance.sum(2)), (total, 1 + relevance.sum(0))):
         close(got, want)
     monkeypatch.setattr(accumulators, "fusible", lambda *_: False)
-    plain = WeightScores(weight)
-    close(rows.sum(1), plain.add(layer))
-    close(total - 1, plain.tensors["sum"])
+    plain = torch.zeros_like(total)
+    close(rows.sum(1), add_weight_scores(plain, layer))
+    close(total - 1, plain)
 
 
 @with_card

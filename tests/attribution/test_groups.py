@@ -5,12 +5,13 @@ import torch
 from pruning.score_folders import LAYERS, random_scores
 from tiny_models import tiny, tokens
 
-from sparc3_pl.attribution.scorers import group_of
+from sparc3_pl.attribution.methods import Options, group_of
+from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.soundness import padded
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import select_layers
 from sparc3_pl.scores import ScoreFolder, ScoreWriter
-from sparc3_pl.scoring import ScoringModule, build_scorer
+from sparc3_pl.scoring import ScoringModule
 
 GROUPS = 3
 SAMPLES = [tokens(1, length, seed=length)[0] for length in (9, 4, 6, 2, 7, 5)]
@@ -28,24 +29,24 @@ def test_a_group_is_told_by_the_tokens_alone():
 @pytest.mark.parametrize("batch", [1, 4, 6])
 def test_groups_equal_scoring_each_group_by_itself(signed, batch):
     model = tiny("llama").requires_grad_(False)
-    layers = select_layers(model, None)
-    scorer = build_scorer(layers, "lrp", "neuron", signed=signed, groups=GROUPS)
+    scorer = Scorer(model, options=Options(signed=signed, groups=GROUPS))
     for start in range(0, len(SAMPLES), batch):
-        scorer.update(model, *padded(SAMPLES[start : start + batch]))
+        scorer.update(ReferenceBatch(*padded(SAMPLES[start : start + batch])))
     member = group_of(*padded(SAMPLES), GROUPS)
-    for name in layers:
-        means, sizes = scorer.groups(name)
+    for name in scorer.layers:
+        means, sizes = scorer.scores(name, len(SAMPLES)).groups
         assert sizes == member.bincount(minlength=GROUPS).tolist()
         weighted = (means * torch.tensor(sizes)[:, None]).sum(0) / len(SAMPLES)
-        torch.testing.assert_close(weighted, scorer.scores(name, len(SAMPLES)))
+        torch.testing.assert_close(weighted, scorer.scores(name, len(SAMPLES)).scores)
     for group in range(GROUPS):
         inside = [sample for sample, one in zip(SAMPLES, member, strict=True) if one == group]
-        alone = build_scorer(layers, "lrp", "neuron", signed=signed)
+        alone = Scorer(model, options=Options(signed=signed))
         for sample in inside:
-            alone.update(model, *padded([sample]))
-        for name in layers:
-            expected = alone.scores(name, len(inside)) if inside else torch.zeros(24)
-            torch.testing.assert_close(scorer.groups(name)[0][group], expected, rtol=1e-4, atol=1e-5)
+            alone.update(ReferenceBatch(*padded([sample])))
+        for name in scorer.layers:
+            expected = alone.scores(name, len(inside)).scores if inside else torch.zeros(24)
+            means, _ = scorer.scores(name, len(SAMPLES)).groups
+            torch.testing.assert_close(means[group], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_keeps_groups(tmp_path):

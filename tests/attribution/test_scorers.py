@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.rules import attn_lrp
+from sparc3_pl.attribution.scorers import Scorer
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import linear_layers, output_head, select_layers, weight_matrix
-from sparc3_pl.scoring import build_scorer
+from sparc3_pl.families import decoder, linear_layers, output_head, select_layers, weight_matrix
 
 LENGTHS = (9, 4, 6, 2)
 RULES = {"lrp": attn_lrp, "gradient": nullcontext}
@@ -29,7 +31,7 @@ def padded(samples, side="right"):
     for row, sample in enumerate(samples):
         place = slice(0, len(sample)) if side == "right" else slice(-len(sample), None)
         input_ids[row, place], mask[row, place] = sample, 1
-    return input_ids, mask
+    return ReferenceBatch(input_ids, mask)
 
 
 @contextmanager
@@ -70,25 +72,25 @@ def close(actual, expected):
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
 def test_weight_scores_of_all_layers(tiny_model, samples, method, side):
     layers = select_layers(tiny_model, ["*"])
-    scorer = build_scorer(layers, method, "weight")
-    statistics = scorer.update(tiny_model, *padded(samples, side))
+    scorer = Scorer(tiny_model, method, "weight", ["*"])
+    figures = scorer.update(padded(samples, side))
     expected = signed_relevance(tiny_model, linear_layers(tiny_model), samples, method)
     for name in layers:
-        close(scorer.scores(name, len(samples)), expected[name].abs().mean(0))
-    close(statistics.relevance.float(), sum(part.abs().sum((1, 2)) for part in expected.values()))
+        close(scorer.scores(name, len(samples)).scores, expected[name].abs().mean(0))
+    close(figures.relevance.float(), sum(part.abs().sum((1, 2)) for part in expected.values()))
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
 def test_neuron_scores_and_squares(tiny_model, samples, method, signed):
     layers = select_layers(tiny_model, None)
-    scorer = build_scorer(layers, method, "neuron", signed=signed, squares=True)
+    scorer = Scorer(tiny_model, method, "neuron", options=Options(signed=signed, squares=True))
     for part in (samples[:1], samples[1:]):  # batches add up
-        scorer.update(tiny_model, *padded(part))
+        scorer.update(padded(part))
     for name, relevance in signed_relevance(tiny_model, layers, samples, method).items():
         rows = (relevance if signed else relevance.abs()).sum(2)
-        close(scorer.scores(name, len(samples)), rows.mean(0))
-        close(scorer.squares(name, len(samples)), rows.square().mean(0))
+        close(scorer.scores(name, len(samples)).scores, rows.mean(0))
+        close(scorer.scores(name, len(samples)).squares, rows.square().mean(0))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -103,24 +105,22 @@ def test_wanda_is_one_norm_over_all_real_tokens(tiny_model, samples, side):
         tiny_model(sample[None])
     for hook in hooks:
         hook.remove()
-    scorer = build_scorer(layers, "wanda", "weight")
-    scorer.update(tiny_model, *padded(samples, side))
-    neurons = build_scorer(layers, "wanda", "neuron")
-    neurons.update(tiny_model, *padded(samples, side))
+    scorer, neurons = (Scorer(tiny_model, "wanda", kind, ["*"]) for kind in ("weight", "neuron"))
+    scorer.update(padded(samples, side))
+    neurons.update(padded(samples, side))
     for name, module in layers.items():
         expected = weight_matrix(module).abs() * torch.cat(seen[name]).norm(dim=0)
-        close(scorer.scores(name, 4), expected)
-        close(neurons.scores(name, 4), expected.sum(1))
+        close(scorer.scores(name, 4).scores, expected)
+        close(neurons.scores(name, 4).scores, expected.sum(1))
 
 
 def test_statistics_of_a_sample(tiny_model, samples):
-    layers = select_layers(tiny_model, None)
-    statistics = build_scorer(layers, "lrp", "neuron").update(tiny_model, *padded(samples))
-    for row, (sample, record) in enumerate(zip(samples, statistics.records(), strict=True)):
+    figures = Scorer(tiny_model).update(padded(samples))
+    for row, (sample, record) in enumerate(zip(samples, figures.rows(), strict=True)):
         logits = tiny_model(sample[None]).logits[0, -1]
         assert record["target"] == int(logits.argmax())
         assert record["logit"] == pytest.approx(float(logits.max()), rel=1e-4)
-        alone = build_scorer(layers, "lrp", "neuron").update(tiny_model, sample[None], torch.ones_like(sample[None]))
+        alone = Scorer(tiny_model).update(padded([sample]))
         assert record["first_token_share"] == pytest.approx(float(alone.first_token_share), rel=1e-4)
         assert 0 <= record["first_token_share"] < 1, row  # 0 where a sliding window hides the first token
 
@@ -128,35 +128,35 @@ def test_statistics_of_a_sample(tiny_model, samples):
 @pytest.mark.parametrize("settings", [("lrp", "weight"), ("lrp", "neuron"), ("wanda", "weight")], ids=" ".join)
 def test_a_row_without_a_real_token_counts_for_nothing(tiny_llama, settings):
     tiny_llama.requires_grad_(False)
-    layers, samples = linear_layers(tiny_llama), [torch.arange(3, 3 + length) for length in LENGTHS]
-    plain, more, nothing = (build_scorer(layers, *settings, zero_nonfinite=True) for _ in range(3))
-    input_ids, mask = padded(samples)
-    plain.update(tiny_llama, input_ids, mask)
-    statistics = more.update(tiny_llama, *padded([*samples, samples[0][:0]]))
-    assert statistics is None or len(statistics.records()) == len(samples)
-    statistics = nothing.update(tiny_llama, input_ids, torch.zeros_like(mask))
-    assert statistics is None or statistics.records() == []
-    for name in layers:
-        for key, tensor in plain.tensors[name].items():
-            close(more.tensors[name][key], tensor)
-            assert not nothing.tensors[name][key].any()
+    samples = [torch.arange(3, 3 + length) for length in LENGTHS]
+    plain, more, nothing = (Scorer(tiny_llama, *settings, ["*"], options=Options(nonfinite="zero")) for _ in range(3))
+    batch = padded(samples)
+    plain.update(batch)
+    figures = more.update(padded([*samples, samples[0][:0]]))
+    assert figures is None or len(figures.rows()) == len(samples)
+    figures = nothing.update(ReferenceBatch(batch.input_ids, torch.zeros_like(batch.attention_mask)))
+    assert figures is None or figures.rows() == []
+    for name, sums in plain.sums.items():
+        for key, tensor in sums.items():
+            close(more.sums[name][key], tensor)
+            assert not nothing.sums[name][key].any()
 
 
 def test_parameters_stay_frozen_and_hooks_go(tiny_model, samples):
-    build_scorer(linear_layers(tiny_model), "lrp", "weight").update(tiny_model, *padded(samples))
+    Scorer(tiny_model, "lrp", "weight", ["*"]).update(padded(samples))
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in tiny_model.modules())
 
 
 def test_baselines_need_no_sample(tiny_model):
-    layers = select_layers(tiny_model, None)
-    magnitude = build_scorer(layers, "magnitude", "neuron")
-    first, again, other = (build_scorer(layers, "random", "weight", seed=seed) for seed in (0, 0, 1))
-    for name, module in layers.items():
-        close(magnitude.scores(name, 0), weight_matrix(module).abs().sum(1))
-        assert first.scores(name, 0).shape == weight_matrix(module).shape
-        assert torch.equal(first.scores(name, 0), again.scores(name, 0))
-        assert not torch.equal(first.scores(name, 0), other.scores(name, 0))
+    magnitude = Scorer(tiny_model, "magnitude", "neuron")
+    scorers = [Scorer(tiny_model, "random", "weight", options=Options(seed=seed)) for seed in (0, 0, 1)]
+    for name, module in select_layers(tiny_model, None).items():
+        close(magnitude.scores(name, 0).scores, weight_matrix(module).abs().sum(1))
+        first, again, other = (scorer.scores(name, 0).scores for scorer in scorers)
+        assert first.shape == weight_matrix(module).shape
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(("method", "granularity"), [("gradient", "weight"), ("lrp", "neuron"), ("wanda", "weight")])
@@ -171,17 +171,17 @@ def test_nonfinite_values_stop_or_are_counted(tiny_model, samples, method, granu
 
     handle = layers[name].register_forward_pre_hook(poison)
     with pytest.raises(InputError, match=r"NaN or infinite.*nonfinite: zero"):
-        build_scorer(layers, method, granularity).update(tiny_model, *padded(samples[:1]))
-    scorer = build_scorer(layers, method, granularity, zero_nonfinite=True)
+        Scorer(tiny_model, method, granularity).update(padded(samples[:1]))
+    scorer = Scorer(tiny_model, method, granularity, options=Options(nonfinite="zero"))
     if method == "wanda":
-        scorer.update(tiny_model, *padded(samples[:1]))
-        assert int(scorer.tensors[name]["nan"]) == 1
-        assert scorer.scores(name, 1).isfinite().all()
+        scorer.update(padded(samples[:1]))
+        assert scorer.scores(name, 1).nan == 1
+        assert scorer.scores(name, 1).scores.isfinite().all()
     handle.remove()
 
 
 def test_a_layer_that_does_not_run_is_an_error(tiny_model, samples):
-    stray = torch.nn.Linear(4, 4)
-    scorer = build_scorer({**select_layers(tiny_model, None), "stray": stray}, "gradient", "neuron")
+    decoder(tiny_model).stray = torch.nn.Linear(4, 4)
+    scorer = Scorer(tiny_model, "gradient", "neuron", ["*"])
     with pytest.raises(InputError, match="stray takes no part"):
-        scorer.update(tiny_model, *padded(samples))
+        scorer.update(padded(samples))

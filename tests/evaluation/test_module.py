@@ -16,6 +16,7 @@ from sparc3_pl.evaluation import module as module_under_test
 from sparc3_pl.evaluation.generation import Generator
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
+from sparc3_pl.run_config import RunConfig
 from sparc3_pl.trainer import Trainer
 
 PROMPTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(4, 18, 2)]
@@ -92,9 +93,7 @@ def test_figures_equal_those_of_the_rows(files, capsys):
 
 
 def test_the_record_says_where_it_comes_from(files):
-    module = module_of(files)
-    module.resolved_config = "seed: 0\n"
-    results = run(files, module).results
+    results = run(files, module_of(files), callbacks=[RunConfig("seed: 0\n")]).results
     assert results["model"]["fingerprint"] == results["model"]["evaluated_fingerprint"]
     assert results["generation"]["eos_token_ids"] == [2]
     assert results["judge"]["class"].endswith("CountingJudge")

@@ -22,9 +22,10 @@ def write(
     scores: Mapping[str, Tensor],
     squares: Mapping[str, Tensor] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    neuron_rows: Mapping[str, Sequence[int]] | None = None,
     **fields: Any,
 ) -> ScoreFolder:
-    """Writes a score folder and opens it."""
+    """Writes a score folder and opens it; ``neuron_rows``: first and last + 1 of the scores that are of neurons."""
     defaults = {
         "method": "lrp",
         "num_samples": max(len(samples), 2),
@@ -34,6 +35,7 @@ def write(
     }
     with ScoreWriter(folder) as writer:
         for name, values in scores.items():
-            writer.add_layer(name, values, squares[name] if squares else None)
+            rows = slice(*neuron_rows[name]) if name in (neuron_rows or {}) else None
+            writer.add_layer(name, values, squares[name] if squares else None, rows=rows)
         writer.finish(**{**defaults, **fields}, samples=samples)
     return ScoreFolder.open(folder)

@@ -109,15 +109,6 @@ def test_fused_map_is_chosen_by_its_up_rows(tmp_path):
         assert not model.get_submodule(mlps(model)[0].up).weight.any()
 
 
-def test_the_scoring_pass_says_which_rows_are_neurons():
-    from sparc3_pl.scoring import _neuron_rows
-
-    for family, expected in (("phi3", [24, 48]), ("llama", None)):
-        model = tiny(family)
-        first = mlps(model)[0].up
-        assert _neuron_rows(model, [first]) == ({first: expected} if expected else {})
-
-
 def test_warnings_are_logged_printed_and_kept(tmp_path, caplog, capsys):
     model = tiny("llama")
     folders = [

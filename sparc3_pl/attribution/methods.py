@@ -1,0 +1,417 @@
+"""How components are scored: what a method sums over samples, and how the sums become scores.
+
+A method is asked three things: which tensors it sums for a layer (``sums``; they simply add up, over batches, ranks and
+parts of a run), to take in a batch (``take_in``), and to make scores of the sums (``scores``). Whoever scores, and
+whoever merges parts, asks the same object.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.attribution.accumulators import (
+    add_weight_scores,
+    component_scores,
+    drop_nonfinite,
+    no_counts,
+    token_relevance,
+)
+from sparc3_pl.attribution.checkpointing import checkpointed
+from sparc3_pl.attribution.recording import LayerPass, recording
+from sparc3_pl.attribution.rules import PreparedRules, RuleSet
+from sparc3_pl.attribution.targets import Attributed, Target, as_forward, attribute, last_hidden_state
+from sparc3_pl.components import Component, Group
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.distributed import is_sharded
+from sparc3_pl.errors import InputError
+from sparc3_pl.families import output_head
+from sparc3_pl.linear_kernels import onednn_linears
+from sparc3_pl.registry import Registry
+
+__all__ = [
+    "METHODS",
+    "BatchFigures",
+    "Gradient",
+    "Layer",
+    "Lrp",
+    "Magnitude",
+    "Method",
+    "Options",
+    "Random",
+    "Sums",
+    "Wanda",
+    "group_of",
+]
+
+Sums = dict[str, Tensor]
+"""Tensors of one layer that simply add up. The keys ``squares`` (over samples, of a component's score), ``groups`` and
+``group_sizes`` (scores of groups of samples), ``nan`` and ``inf`` (counts) mean the same for every method."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may ask of a method; a method heeds some of it, and the rest is refused (``Method.heeds``).
+
+    Attributes:
+        signed: Keep the sign of scores.
+        squares: Sum the squared scores of a sample too, from which a standard error follows.
+        groups: Sum the scores of this many groups of samples too (``group_of``), for split halves.
+        nonfinite: ``zero`` counts NaN and infinite values and takes them for 0; ``error`` stops at them.
+        seed: Seed of random scores.
+        sums_on_host: Keep the sums of weight scores in the host's memory.
+        gradient_checkpointing: Keep the activations of one decoder layer at a time, see ``checkpointed``.
+    """
+
+    signed: bool = False
+    squares: bool = False
+    groups: int = 0
+    nonfinite: Literal["error", "zero"] = "error"
+    seed: int = 0
+    sums_on_host: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that is scored."""
+
+    group: Group
+    module: nn.Module
+    sums: Sums
+    """Updated in place."""
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """What a method knows of each sample of a batch besides its scores."""
+
+    relevance: Tensor
+    """Sum of the sample's scores over the components of all layers, ``[B]`` float64."""
+    first_token_share: Tensor | None
+    """Share of the first position in the sum over tokens, units and layers of |z * dz|, ``[B]`` float64; None where
+    the only layer, the output head, sees one position."""
+    target: dict[str, Tensor]
+    """What the target records, ``[B]`` by name."""
+
+    def rows(self) -> list[dict[str, float]]:
+        """A dictionary for each sample."""
+        own = {"relevance": self.relevance, "first_token_share": self.first_token_share}
+        columns = {name: values.tolist() for name, values in (own | self.target).items() if values is not None}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class Method(ABC):
+    """A way to score components."""
+
+    needs_samples: bool = True
+    """Whether scores depend on samples."""
+    needs_weights: bool = False
+    """Whether ``scores`` reads the weights: ``merge`` must then load the model."""
+    needs_target: bool = False
+    """Whether a target is differentiated."""
+
+    def heeds(self, component: Component) -> frozenset[str]:
+        """The options that change what the method does for this kind of component; any other is refused."""
+        return frozenset()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
+        return None
+
+    def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
+        """What is summed for a layer: zeros, where the weight lies."""
+        return {}
+
+    def take_in(
+        self, model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, Layer], target: Target, options: Options
+    ) -> BatchFigures | None:
+        """Runs the passes that a batch needs, and adds to the layers' sums in place.
+
+        Rows without a real token, after all others, are stand-ins: they run, and count for nothing. A rank that has
+        no sample left takes part by them in the passes of a sharded model.
+
+        Raises:
+            InputError: if a layer's sums are not finite, or a layer takes no part in the model's forward pass.
+        """
+        return None
+
+    @abstractmethod
+    def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
+        """The layer's scores, of ``group.shape``, float32.
+
+        Args:
+            sums: The layer's, over all samples.
+            group: The layer's components.
+            num_samples: Samples in the sums.
+            weight_OI: The layer's weights, if ``needs_weights``.
+            options: Those that the sums were made with.
+        """
+
+
+class Gradient(Method):
+    """Mean over samples of |W * G|, summed over each component; G is the gradient of one sample's target.
+
+    Whoever derives a method of more than one backward pass replaces ``passes``; one with other sums, ``sums``, ``add``
+    and ``scores``.
+    """
+
+    needs_target = True
+
+    def heeds(self, component: Component) -> frozenset[str]:
+        kinds = ("sums_on_host",) if component.dims == 2 else ("signed", "squares", "groups")
+        return frozenset(("nonfinite", "gradient_checkpointing", *kinds))
+
+    def rules(self, model: nn.Module) -> AbstractContextManager[object]:
+        """What shapes the backward passes of a batch: nothing, for the plain gradient."""
+        return nullcontext()
+
+    def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
+        device = weight_OI.device
+        sums = no_counts(device)
+        if group.axis == "both":
+            sums["sum"] = (
+                torch.zeros_like(weight_OI, dtype=torch.float32)
+                if is_sharded(weight_OI)
+                else (torch.zeros(weight_OI.shape, device="cpu" if options.sums_on_host else device))
+            )
+            return sums
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        sums["sum"] = zeros(group.shape)
+        if options.squares:
+            sums["squares"] = zeros(group.shape)
+        if options.groups:
+            sums["groups"] = zeros(options.groups, *group.shape)
+            sums["group_sizes"] = torch.zeros(options.groups, dtype=torch.int64, device=device)
+        return sums
+
+    def take_in(
+        self, model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, Layer], target: Target, options: Options
+    ) -> BatchFigures:
+        num_samples = int(batch.attention_mask.any(1).sum())
+        samples = batch.input_ids[:num_samples], batch.attention_mask[:num_samples]
+        groups_B = group_of(*samples, options.groups) if options.groups else None
+        relevance: dict[str, Tensor] = {}
+        by_token: dict[str, Tensor] = {}
+
+        def take(layer: LayerPass) -> None:
+            if layer.name in relevance:
+                raise InputError(f"layer {layer.name} runs twice in one pass: leave it out of model.targets")
+            layer, scored = layer.first(num_samples), layers[layer.name]
+            relevance[layer.name] = self.add(scored.sums, scored.group, layer, groups_B, options)
+            by_token[layer.name] = token_relevance(layer, scored.group)
+
+        modules = {name: layer.module for name, layer in layers.items()}
+        checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
+        with torch.enable_grad(), self.rules(model), checkpointing:
+            attributed = self.passes(model, batch, target, modules, take)
+        _require_all(layers, relevance)
+        _require_finite(relevance)
+        return BatchFigures(
+            relevance=_sum_of_layers(relevance),
+            first_token_share=_first_token_share(by_token, samples[1]),
+            target={name: values[:num_samples] for name, values in attributed.records.items()},
+        )
+
+    def passes(
+        self,
+        model: nn.Module,
+        batch: ReferenceBatch,
+        target: Target,
+        modules: Mapping[str, nn.Module],
+        take: Callable[[LayerPass], None],
+    ) -> Attributed:
+        """Runs the batch forward and backward, and shows every layer's pass to ``take``, each layer once."""
+        with recording(modules, len(batch.input_ids), take):
+            attributed = attribute(model, target, batch)
+            attributed.value_B.sum().backward()
+        return attributed
+
+    def add(self, sums: Sums, group: Group, layer: LayerPass, groups_B: Tensor | None, options: Options) -> Tensor:
+        """Adds a layer's pass to its sums; returns the sum of each sample's scores, ``[B]`` float64."""
+        counts = sums if options.nonfinite == "zero" else None
+        if group.axis == "both":
+            return add_weight_scores(sums["sum"], layer, counts)
+        scores_BN = component_scores(layer, group, signed=options.signed, counts=counts)
+        if groups_B is not None:
+            groups_B = groups_B.to(scores_BN.device)
+            sums["groups"].index_add_(0, groups_B, scores_BN)
+            sums["group_sizes"].index_add_(0, groups_B, torch.ones_like(groups_B))
+        sums["sum"] += scores_BN.sum(0)
+        if options.squares:
+            sums["squares"] += scores_BN.square().sum(0)
+        relevance_B = scores_BN[:, group.own].sum(1)
+        if group.count < scores_BN.shape[1]:  # what is not finite is seen wherever it stands
+            relevance_B = relevance_B.where(scores_BN.isfinite().all(1), torch.nan)
+        return relevance_B
+
+    def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
+        return (sums["sum"] / num_samples).float()
+
+
+class Lrp(Gradient):
+    """AttnLRP: as ``Gradient``, the backward passes under the rules of ``attn_lrp``.
+
+    Args:
+        rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
+        unlisted: Try a model family that was never checked; look at ``doctor`` before you believe the scores.
+    """
+
+    def __init__(self, rules: RuleSet = "attn", unlisted: bool = False) -> None:
+        if rules not in get_args(RuleSet):
+            raise InputError(f"method lrp: rules={rules!r} is unknown; give {' or '.join(get_args(RuleSet))}")
+        self._rules = PreparedRules(rules=rules, unlisted=unlisted)
+
+    def rules(self, model: nn.Module) -> AbstractContextManager[object]:
+        return self._rules(model)
+
+    def prepare(self, model: nn.Module) -> None:
+        with self._rules(model):
+            pass
+
+
+class Wanda(Method):
+    r"""S_ij = |W_ij| * ||x_j||_2, the norm over all real tokens of all samples (Sun et al., ICLR 2024, Eq. 1).
+
+    Memory: one float64 vector ``[I]`` for each layer, whatever the number of tokens.
+    """
+
+    needs_weights = True
+
+    def heeds(self, component: Component) -> frozenset[str]:
+        return frozenset(("nonfinite",))
+
+    def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
+        norms = torch.zeros(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
+        return {**no_counts(weight_OI.device), "sum": norms}
+
+    @torch.no_grad()
+    def take_in(
+        self, model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, Layer], target: Target, options: Options
+    ) -> None:
+        squares = _InputSquares(batch.attention_mask.bool(), options.nonfinite == "zero")
+        energy: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            sums = layers[name].sums
+            squares_I, counts = squares.of(x)
+            sums["sum"] += squares_I
+            for kind, count in counts.items():
+                sums[kind] += count
+            energy[name] = squares_I.sum()
+
+        with onednn_linears(model), ExitStack() as hooks:
+            for name, layer in layers.items():
+                hook = layer.module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+                hooks.callback(hook.remove)
+            hidden_BTH = as_forward(last_hidden_state, model, batch.input_ids, batch.attention_mask)
+        head_name, _ = output_head(model)
+        if head_name in layers:  # the norm of what the head reads needs no logits
+            add(head_name, hidden_BTH)
+        _require_all(layers, energy)
+        _require_finite(energy)
+
+    def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
+        return group.reduced(weight_OI.float().abs() * sums["sum"].sqrt().float()).float()
+
+
+class _InputSquares:
+    """Squares of a batch's inputs summed over its real tokens; layers that read the same tensor share one sum."""
+
+    def __init__(self, mask_BT: Tensor, zero_nonfinite: bool) -> None:
+        self._mask_BT, self._zero_nonfinite = mask_BT, zero_nonfinite
+        self._padded = not bool(mask_BT.all())
+        self._last: tuple[Tensor, Tensor, Sums] | None = None
+
+    def of(self, x: Tensor) -> tuple[Tensor, Sums]:
+        """The sum, ``[I]`` float64, and where they are taken for 0 the numbers of NaN and infinite inputs."""
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, *self._sum(x))
+        return self._last[1:]
+
+    def _sum(self, x: Tensor) -> tuple[Tensor, Sums]:
+        tokens_NI = x.reshape(*self._mask_BT.shape, -1)
+        tokens_NI = tokens_NI[self._mask_BT.to(x.device)] if self._padded else tokens_NI.flatten(0, 1)
+        counts: Sums = {}
+        if self._zero_nonfinite:
+            counts = no_counts(x.device)
+            tokens_NI = drop_nonfinite(tokens_NI.clone(), counts)
+        return tokens_NI.float().square().sum(0).double(), counts
+
+
+class Magnitude(Method):
+    """S = |W|."""
+
+    needs_samples = False
+    needs_weights = True
+
+    def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
+        return group.reduced(weight_OI.float().abs()).float()
+
+
+class Random(Method):
+    """Uniform numbers in [0, 1), a function of the seed and the layer's name alone."""
+
+    needs_samples = False
+
+    def heeds(self, component: Component) -> frozenset[str]:
+        return frozenset(("seed",))
+
+    def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
+        digest = hashlib.sha256(f"{options.seed}:{group.layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.rand(group.shape, generator=generator)
+
+
+METHODS: Registry[Method] = Registry(
+    "model.method",
+    Method,
+    {kind.__name__.lower(): f"{__name__}.{kind.__name__}" for kind in (Lrp, Gradient, Wanda, Magnitude, Random)},
+)
+
+
+def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -> Tensor:
+    """The group of each sample, ``[B]`` int64: told by its tokens alone, so the same however the work is split."""
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
+    digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
+    return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
+
+
+def _require_all(layers: Mapping[str, object], seen: Mapping[str, object]) -> None:
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise InputError(f"layer {missing[0]} takes no part in the model's pass: leave it out of model.targets")
+
+
+def _require_finite(values: Mapping[str, Tensor]) -> None:
+    """One device synchronisation for all layers; the layers come in the order in which the pass met them."""
+    first = next(iter(values.values()))
+    finite = torch.stack([value.isfinite().all().to(first.device) for value in values.values()])
+    if not finite.all():
+        name = list(values)[int(finite.logical_not().nonzero()[0, 0])]
+        raise InputError(
+            f"layer {name}: NaN or infinite values in its scores; load the model in float32 (model.dtype), "
+            "or count them and take them for 0 (model.nonfinite: zero)"
+        )
+
+
+def _sum_of_layers(values: Mapping[str, Tensor]) -> Tensor:
+    """The layers may lie on several devices."""
+    first = next(iter(values.values()))
+    return torch.stack([value.to(first.device) for value in values.values()]).sum(0, dtype=torch.float64)
+
+
+def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor) -> Tensor | None:
+    """A layer that sees one position only (the output head) says nothing about the share and is left out."""
+    every = {name: value for name, value in by_token.items() if value.shape == attention_mask_BT.shape}
+    if not every:
+        return None
+    total_BT = _sum_of_layers(every)
+    first_B1 = attention_mask_BT.argmax(1, keepdim=True).to(total_BT.device)
+    return total_BT.gather(1, first_B1)[:, 0] / total_BT.sum(1)

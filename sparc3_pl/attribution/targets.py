@@ -1,0 +1,100 @@
+"""What is attributed: a number for each sample, which the backward pass begins at."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.families import decoder, output_head, swapped
+from sparc3_pl.registry import Registry
+
+__all__ = [
+    "TARGETS",
+    "Attributed",
+    "Predicted",
+    "Target",
+    "as_forward",
+    "attribute",
+    "last_hidden_state",
+    "last_logits",
+]
+
+
+class Attributed(NamedTuple):
+    """What a target makes of a batch.
+
+    Attributes:
+        value_B: The numbers to differentiate, ``[B]``.
+        records: What ``samples.jsonl`` says of each sample, ``[B]`` tensors by name.
+    """
+
+    value_B: Tensor
+    records: dict[str, Tensor]
+
+
+class Target(ABC):
+    """A kind of target. Sample b's number must depend on the hidden states of sample b alone."""
+
+    @abstractmethod
+    def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
+        """Reads the numbers off the decoder's output.
+
+        Args:
+            hidden_BTH: The decoder's output; padding may stand on either side.
+            head: The linear map from hidden states to logits.
+            batch: The samples' tokens, and ``fields`` that came with them.
+        """
+
+
+class Predicted(Target):
+    """The largest logit after the sample's last real token, before any final scaling or soft-cap."""
+
+    def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
+        logit_B, token_B = last_logits(hidden_BTH, head, batch.attention_mask).max(1)
+        return Attributed(logit_B, {"logit": logit_B.detach().double(), "target": token_B})
+
+
+TARGETS: Registry[Target] = Registry("model.target", Target, {"predicted": f"{__name__}.Predicted"})
+
+
+def last_logits(hidden_BTH: Tensor, head: nn.Module, attention_mask_BT: Tensor) -> Tensor:
+    """The output head's logits at each sample's last real token, ``[B, V]``."""
+    last_B = attention_mask_BT.shape[1] - 1 - attention_mask_BT.flip(1).argmax(1)
+    batch = torch.arange(len(last_B), device=hidden_BTH.device)
+    return head(hidden_BTH[batch, last_B.to(hidden_BTH.device), None])[:, 0]
+
+
+def last_hidden_state(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The decoder's output ``[B, T, H]``; padding may stand on either side.
+
+    Padding on the right needs no mask: no token looks ahead. Without a mask attention takes its fastest way.
+    """
+    where: dict[str, Tensor] = {}
+    if bool((attention_mask_BT[:, 1:] > attention_mask_BT[:, :-1]).any()):
+        where["attention_mask"] = attention_mask_BT
+        where["position_ids"] = (attention_mask_BT.cumsum(1) - 1).clamp(min=0)
+    return decoder(model)(input_ids=input_ids_BT, use_cache=False, **where).last_hidden_state
+
+
+def attribute(model: nn.Module, target: Target, batch: ReferenceBatch) -> Attributed:
+    """The target of a batch, from one forward pass."""
+
+    def forward(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Attributed:
+        _, head = output_head(model)
+        return target(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, batch)
+
+    return as_forward(forward, model, batch.input_ids, batch.attention_mask)
+
+
+def as_forward(function: Callable[..., Any], model: nn.Module, *args: Tensor) -> Any:
+    """``function(model, *args)``, called as the model's own forward pass, with whatever hooks the model has.
+
+    The hooks of a sharded model put together the weights outside its decoder layers. They look for tensors in what the
+    function returns: it must be a tensor, or tuples and dictionaries of tensors.
+    """
+    with swapped(model, "forward", partial(function, model)):
+        return model(*args)

@@ -1,0 +1,36 @@
+"""A batch of reference samples, as the data module makes it and methods and targets take it in."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["ReferenceBatch"]
+
+
+@dataclass
+class ReferenceBatch:
+    """Samples padded on the right to the longest of them.
+
+    Without any sample it is a stand-in, one row without a real token: something to run where every rank must.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64, 1 for real tokens.
+        ids: The samples' ids.
+        endings: ``stop`` or ``cut`` for each sample.
+        fields: What a target needs to know of the samples besides their tokens (labels, weights, spans of the
+            completions), by name: tensors or lists with an entry for each sample.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    ids: list[str] = field(default_factory=list)
+    endings: list[str] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Self:
+        """The batch with its tensors on ``device``."""
+        fields = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.fields.items()}
+        return type(self)(self.input_ids.to(device), self.attention_mask.to(device), self.ids, self.endings, fields)
