@@ -16,11 +16,12 @@ from torch import nn
 
 from sparc3_pl.attribution.rules import PreparedRules
 from sparc3_pl.attribution.scorers import GradientScorer, MagnitudeScorer, RandomScorer, Scorer, WandaScorer
+from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.distributed import barrier, from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps, select_layers
 from sparc3_pl.files import check_output
-from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model
 from sparc3_pl.merge import MARKER as SHARD_MARKER
 from sparc3_pl.merge import parse_shard, write_shard
 from sparc3_pl.processes import deferring_stop, stop_requested
@@ -30,7 +31,7 @@ from sparc3_pl.scores import Manifest, ScoreWriter
 from sparc3_pl.sharding import shard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sparc3_pl.data.reference import ReferenceBatch
 
@@ -158,7 +159,7 @@ class ScoringModule(pl.LightningModule):
         self.model: PreTrainedModel | None = None
         self.scorer: Scorer | None = None
         self.records: list[dict[str, Any]] = []
-        """One a sample that this rank has scored: id, num_tokens, ending, relevance, ..."""
+        """One a sample that this rank has scored: id, num_tokens, ending, text_ids, relevance, ..."""
         self.manifest: Manifest | None = None
         """On rank 0, once the scores are written."""
         self.written_to: Path | None = None
@@ -171,9 +172,9 @@ class ScoringModule(pl.LightningModule):
         self._loop = ExitStack()
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded when the data module asks for it; the weights follow later."""
-        return load_tokenizer(self.source)
+    def encoder(self) -> Encoder:
+        """What turns texts into the model's token ids, loaded when the data module asks for it; the weights follow."""
+        return load_encoder(self.source)
 
     def setup(self, stage: str) -> None:
         """Checks what would otherwise fail after the model was loaded, or hours later.
@@ -198,7 +199,7 @@ class ScoringModule(pl.LightningModule):
         """Loads the weights, once, and drops the samples that this run need not score."""
         if self.model is None:
             model = load_model(self.source)
-            check_vocabulary(model, self.tokenizer)
+            check_vocabulary(model, self.encoder.tokenizer)
             if self.trainer.is_global_zero:
                 self._description = describe(model, self.source)
             if self.is_sharded:
@@ -292,14 +293,13 @@ class ScoringModule(pl.LightningModule):
     def predict_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
         """Takes in one batch; ``records`` grows by its samples (a stand-in has none)."""
         assert self.scorer is not None and self.model is not None
-        num_tokens = batch.attention_mask.sum(1)[: len(batch.ids)].tolist()
         statistics = None
         if self.scorer.needs_samples:
             device = self.model.get_input_embeddings().weight.device
             statistics = self.scorer.update(self.model, batch.input_ids.to(device), batch.attention_mask.to(device))
         known = statistics.records() if statistics else [{} for _ in batch.ids]
-        for sample_id, ending, tokens, extra in zip(batch.ids, batch.endings, num_tokens, known, strict=True):
-            self.records.append({"id": sample_id, "num_tokens": tokens, "ending": ending, **extra})
+        for record, extra in zip(batch.records(), known, strict=True):
+            self.records.append(record.to_json() | extra)
         self._unsaved = True
         if self.checkpoint_every is not None and (batch_idx + 1) % self.checkpoint_every == 0:
             self._save()

@@ -33,6 +33,8 @@ class TextQuery:
         source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
             null (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
+        made_from: Filled while reading, by ``text_id``: the ids of the texts that a text was cut out of, where its
+            record has them as ``text_ids``.
     """
 
     source: str
@@ -47,6 +49,7 @@ class TextQuery:
     prefix: str = "data."
     source_key: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    made_from: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.half not in ("all", "attribution", "evaluation"):
@@ -103,6 +106,8 @@ class TextQuery:
         if not text.strip():
             self.counts["num_empty"] += 1
             return None
+        if isinstance(record.get("text_ids"), list):
+            self.made_from[text_id(text)] = [str(name) for name in record["text_ids"]]
         return text if passes else None
 
     def seen(self) -> str:

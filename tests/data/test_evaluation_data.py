@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from tiny_tokenizers import documents, tiny_tokenizer
 
+from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, WindowBatch, sliding_windows
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
@@ -30,7 +31,7 @@ def prompts(tmp_path) -> str:
 
 def ready(data, rank=0, world_size=1, max_length=16, stride=16, **tokenizer):
     module = SimpleNamespace(
-        tokenizer=tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer), max_length=max_length, stride=stride
+        encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)), max_length=max_length, stride=stride
     )
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
     data.setup("test")
@@ -200,7 +201,7 @@ class Recorder(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.tokenizer = tiny_tokenizer(pad_token="</s>")
+        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.seen: list[str] = []
 
     def test_step(self, batch, batch_idx):

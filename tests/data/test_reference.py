@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from tiny_tokenizers import documents, tiny_tokenizer
 
+from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.reference import ReferenceBatch, ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
@@ -30,7 +31,7 @@ def prompts(tmp_path_factory) -> str:
 
 
 def ready(data: ReferenceData, rank: int = 0, world_size: int = 1, **tokenizer) -> ReferenceData:
-    module = SimpleNamespace(tokenizer=tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer))
+    module = SimpleNamespace(encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)))
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
     data.setup("predict")
     return data
@@ -132,7 +133,7 @@ def test_equal_passes_end_in_stand_ins(corpus, monkeypatch):
 
 def test_without_a_trainer(corpus):
     data = ReferenceData(corpus, seq_len=16, num_samples=4)
-    data.tokenizer = tiny_tokenizer(pad_token="</s>")
+    data.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
     data.setup()
     assert sorted(served(data)) == sorted(ids(data))
 
@@ -150,7 +151,7 @@ class Recorder(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.tokenizer = tiny_tokenizer(pad_token="</s>")
+        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.ids: list[str] = []
 
     def predict_step(self, batch, batch_idx):
@@ -249,13 +250,13 @@ def test_what_the_data_do_not_hold(prompts, corpus, tmp_path):
 
 @pytest.mark.realdata
 def test_real_prompts_and_text_matched_to_them(real_data, smollm2):
-    from sparc3_pl.language_model import ModelSource, load_tokenizer
+    from sparc3_pl.language_model import ModelSource
 
-    tokenizer = load_tokenizer(ModelSource(str(smollm2)))
+    encoder = load_encoder(ModelSource(str(smollm2)))
 
     def drawn(**options) -> ReferenceData:
         data = ReferenceData(**options)
-        data.tokenizer = tokenizer
+        data.encoder = encoder
         data.setup()
         return data
 

@@ -4,16 +4,8 @@ from collections import Counter
 import pytest
 from tiny_tokenizers import documents, sentences, tiny_tokenizer
 
-from sparc3_pl.data.samples import (
-    Target,
-    context_length,
-    ending,
-    matched_samples,
-    pack_windows,
-    read_targets,
-    special_affixes,
-    text_samples,
-)
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.data.samples import Target, ending, matched_samples, pack_windows, read_targets, text_samples
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 
@@ -40,16 +32,6 @@ def test_ending(text, expected):
     assert ending(text) == expected
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_special_affixes(bos):
-    assert special_affixes(tiny_tokenizer(bos)) == ([0] if bos else [], [])
-
-
-def test_context_length():
-    assert context_length(tiny_tokenizer()) is None
-    assert context_length(tiny_tokenizer(context=64)) == 64
-
-
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +50,7 @@ def slow_windows(texts, tokenizer, seq_len, bos):
 @pytest.mark.parametrize("seq_len", [2, 7, 64])
 def test_windows_equal_slices_of_the_joined_text(bos, seq_len):
     tokenizer, texts = tiny_tokenizer(bos), documents(12)
-    windows = pack_windows(texts, tokenizer, seq_len, None)
+    windows = pack_windows(texts, Encoder(tokenizer), seq_len, None)
     slow = dict.fromkeys(tuple(window) for window in slow_windows(texts, tokenizer, seq_len, bos))  # equal ones once
     assert [tuple(w.input_ids) for w in windows] == list(slow)
     assert all(len(w.input_ids) == seq_len for w in windows)
@@ -79,8 +61,8 @@ def test_windows_know_their_ending():
     tokenizer = tiny_tokenizer()
     text = sentences(1)[0]
     num_tokens = len(tokenizer(text).input_ids)
-    assert pack_windows([text], tokenizer, num_tokens, 1)[0].ending == "stop"
-    assert pack_windows([text], tokenizer, num_tokens - 1, 1)[0].ending == "cut"
+    assert pack_windows([text], Encoder(tokenizer), num_tokens, 1)[0].ending == "stop"
+    assert pack_windows([text], Encoder(tokenizer), num_tokens - 1, 1)[0].ending == "cut"
 
 
 def test_windows_read_no_more_than_they_need():
@@ -91,7 +73,7 @@ def test_windows_read_no_more_than_they_need():
             read.append(text)
             yield text
 
-    pack_windows(texts(), tokenizer, 32, 2)
+    pack_windows(texts(), Encoder(tokenizer), 32, 2)
     assert len(read) == 1
 
 
@@ -99,23 +81,23 @@ def test_equal_windows_are_served_once():
     tokenizer, counts = tiny_tokenizer(bos=False), Counter()
     texts = ["The red fox crosses the wide field."] * 5
     seq_len = len(tokenizer(texts[0] + "\n\n").input_ids)
-    assert len(pack_windows(texts, tokenizer, seq_len, None, counts=counts)) == 1
+    assert len(pack_windows(texts, Encoder(tokenizer), seq_len, None, counts=counts)) == 1
     assert counts["num_duplicates"] == 3
 
 
 def test_too_little_text_for_the_windows():
     tokenizer = tiny_tokenizer()
     with pytest.raises(InputError, match=r"data\.num_samples=1000: here gives only \d+ windows of data\.seq_len=32"):
-        pack_windows(documents(3), tokenizer, 32, 1000, "here")
+        pack_windows(documents(3), Encoder(tokenizer), 32, 1000, "here")
     with pytest.raises(InputError, match=r"only 0 windows of data\.seq_len=500 tokens \(\d+ tokens in all\)"):
-        pack_windows(documents(1), tokenizer, 500, None)
+        pack_windows(documents(1), Encoder(tokenizer), 500, None)
 
 
 def test_windows_that_do_not_fit():
     with pytest.raises(InputError, match=r"data\.seq_len=1 leaves no room"):
-        pack_windows(documents(3), tiny_tokenizer(), 1, 1)
+        pack_windows(documents(3), Encoder(tiny_tokenizer()), 1, 1)
     with pytest.raises(InputError, match=r"data\.seq_len=65 is longer than the model's context of 64"):
-        pack_windows(documents(3), tiny_tokenizer(context=64), 65, 1)
+        pack_windows(documents(3), Encoder(tiny_tokenizer(context=64)), 65, 1)
 
 
 # --- one text a sample ------------------------------------------------------------------------------------------------
@@ -123,7 +105,7 @@ def test_windows_that_do_not_fit():
 
 def test_each_text_is_a_sample():
     tokenizer, texts = tiny_tokenizer(), ["The red fox crosses.", "The red fox"]
-    samples = text_samples(texts, tokenizer)
+    samples = text_samples(texts, Encoder(tokenizer))
     assert [s.input_ids for s in samples] == [tokenizer(text).input_ids for text in texts]
     assert [s.id for s in samples] == [text_id(text) for text in texts]
     assert [s.ending for s in samples] == ["stop", "cut"]
@@ -132,7 +114,7 @@ def test_each_text_is_a_sample():
 def test_max_tokens_cuts():
     tokenizer = tiny_tokenizer(context=16)
     text = documents(1)[0]
-    [sample] = text_samples([text], tokenizer, max_tokens=10)
+    [sample] = text_samples([text], Encoder(tokenizer), max_tokens=10)
     assert sample.input_ids == tokenizer(text).input_ids[:10]
     assert sample.id == text_id(text)
     assert sample.ending == "cut"
@@ -140,11 +122,11 @@ def test_max_tokens_cuts():
 
 def test_texts_that_are_too_long_or_too_few():
     with pytest.raises(InputError, match=r"longer than the model's context of 16; set data\.max_tokens: 16"):
-        text_samples(documents(1), tiny_tokenizer(context=16))
+        text_samples(documents(1), Encoder(tiny_tokenizer(context=16)))
     with pytest.raises(InputError, match=r"data\.num_samples=5: here gives only 3 samples"):
-        text_samples(documents(3), tiny_tokenizer(), 5, source="here")
+        text_samples(documents(3), Encoder(tiny_tokenizer()), 5, source="here")
     with pytest.raises(InputError, match="gives only 0 samples"):
-        text_samples([], tiny_tokenizer())
+        text_samples([], Encoder(tiny_tokenizer()))
 
 
 # --- matched ----------------------------------------------------------------------------------------------------------
@@ -155,7 +137,8 @@ def test_matched_samples_have_the_targets_format(bos):
     tokenizer = tiny_tokenizer(bos)
     stops = [len(tokenizer(text).input_ids) for text in (sentences(1)[0], "Page 7.")]
     targets = [Target(n, "cut") for n in (5, 9, 9, 12, 20)] + [Target(n, "stop") for n in stops]
-    samples, counts = matched_samples(documents(200), tokenizer, targets)
+    counts = Counter()
+    samples = matched_samples(documents(200), Encoder(tokenizer), targets, counts=counts)
     assert [len(s.input_ids) for s in samples] == [t.num_tokens for t in targets]
     assert [s.ending for s in samples] == [t.ending for t in targets]
     assert counts["num_unmatched_endings"] == 0
@@ -168,14 +151,14 @@ def test_matched_samples_have_the_targets_format(bos):
 
 def test_matched_samples_come_from_different_documents():
     tokenizer, texts = tiny_tokenizer(), [f"Page {i} tells of some bread and the evening star." for i in range(9)]
-    samples, _ = matched_samples(texts, tokenizer, [Target(8, "cut")] * 9)
+    samples = matched_samples(texts, Encoder(tokenizer), [Target(8, "cut")] * 9)
     starts = {tokenizer.decode(s.input_ids, skip_special_tokens=True)[:6] for s in samples}
     assert starts == {f"Page {i}" for i in range(9)}
 
 
 def test_matched_cuts_end_after_a_word():
     tokenizer, texts = tiny_tokenizer(), documents(50)
-    samples, _ = matched_samples(texts, tokenizer, [Target(n, "cut") for n in range(5, 25)])
+    samples = matched_samples(texts, Encoder(tokenizer), [Target(n, "cut") for n in range(5, 25)])
     words = {word.strip(".") for text in texts for word in text.split()}
     for sample in samples:
         assert tokenizer.decode(sample.input_ids, skip_special_tokens=True).split()[-1] in words
@@ -183,7 +166,8 @@ def test_matched_cuts_end_after_a_word():
 
 def test_short_documents_are_passed_over_and_counted():
     texts = ["Short.", "Some.", *documents(3)]
-    samples, counts = matched_samples(texts, tiny_tokenizer(), [Target(30, "cut")] * 3)
+    counts = Counter()
+    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(30, "cut")] * 3, counts=counts)
     assert [len(s.input_ids) for s in samples] == [30] * 3
     assert counts["num_too_short"] == 2
 
@@ -192,24 +176,26 @@ def test_a_whole_text_is_no_cut():
     tokenizer = tiny_tokenizer()
     headline = "The evening star"
     with pytest.raises(InputError, match="only 0 samples for 1 lengths"):
-        matched_samples([headline], tokenizer, [Target(len(tokenizer(headline).input_ids), "cut")])
+        matched_samples([headline], Encoder(tokenizer), [Target(len(tokenizer(headline).input_ids), "cut")])
 
 
 def test_cuts_inside_a_word_are_the_last_resort():
-    samples, counts = matched_samples(["Neighbourhood" * 20], tiny_tokenizer(), [Target(9, "cut")])
+    counts = Counter()
+    samples = matched_samples(["Neighbourhood" * 20], Encoder(tiny_tokenizer()), [Target(9, "cut")], counts=counts)
     assert [len(s.input_ids) for s in samples] == [9]
     assert counts["num_cut_in_word"] == 1
 
 
 def test_the_same_sentence_in_two_documents_is_used_once():
     texts = [f"The red fox crosses the wide field. It is page {i} of my old neighbour." for i in range(3)]
-    samples, _ = matched_samples(texts, tiny_tokenizer(), [Target(9, "cut")] * 2)
+    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(9, "cut")] * 2)
     assert len({s.id for s in samples}) == 2
 
 
 def test_endings_that_cannot_be_met_are_filled_and_counted():
     texts = [text.replace(".", ",") for text in documents(5)]
-    samples, counts = matched_samples(texts, tiny_tokenizer(), [Target(9, "stop"), Target(9, "cut")])
+    counts = Counter()
+    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(9, "stop"), Target(9, "cut")], counts=counts)
     assert [s.ending for s in samples] == ["cut", "cut"]
     assert counts["num_unmatched_endings"] == 1
 
@@ -220,7 +206,7 @@ def test_an_endless_stream_comes_to_an_end():
             yield "no, no"
 
     with pytest.raises(InputError, match="only 0 samples for 1 lengths to match"):
-        matched_samples(endless(), tiny_tokenizer(), [Target(40, "cut")])
+        matched_samples(endless(), Encoder(tiny_tokenizer()), [Target(40, "cut")])
 
 
 def test_read_targets(tmp_path):
