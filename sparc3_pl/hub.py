@@ -1,4 +1,4 @@
-"""Is the Hugging Face hub there? Asked once, briefly, before a library spends minutes on retries."""
+"""Is the Hugging Face hub there? Asked once a process, briefly, before a library spends minutes on retries."""
 
 from __future__ import annotations
 
@@ -26,21 +26,28 @@ def hub_name() -> str:
     return constants.ENDPOINT
 
 
-def hub_available(timeout: float = PROBE_SECONDS) -> bool:
-    """Whether the hub answers within ``timeout`` seconds; False at once in offline mode (``HF_HUB_OFFLINE=1``).
+_ANSWERS: dict[str, bool] = {}  # by address: no hub is asked twice in a process
 
-    The libraries retry an unreachable hub five times a file, and a connection that is swallowed rather than refused
-    makes every try wait for its own timeout, once for each address of the host. A thread bounds all of that.
+
+def hub_available(timeout: float = PROBE_SECONDS) -> bool:
+    """Whether the hub answered within ``timeout`` seconds when it was first asked in this process.
+
+    False at once in offline mode (``HF_HUB_OFFLINE=1``). The libraries retry an unreachable hub five times a file, and
+    a connection that is swallowed rather than refused makes every try wait for its own timeout, once for each address
+    of the host. A thread bounds all of that.
     """
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
         return False
-    answered: list[bool] = []
-    thread = threading.Thread(target=lambda: answered.append(_answers(timeout)), daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answered and answered[0])
+    address = hub_name()
+    if address not in _ANSWERS:
+        answered: list[bool] = []
+        thread = threading.Thread(target=lambda: answered.append(_answers(timeout)), daemon=True)
+        thread.start()
+        thread.join(timeout)
+        _ANSWERS[address] = bool(answered and answered[0])
+    return _ANSWERS[address]
 
 
 def _answers(timeout: float) -> bool:
@@ -80,13 +87,21 @@ def local_path(name: str, key: str, suffixes: tuple[str, ...] = ()) -> Path | No
 
     Raises:
         InputError: If ``name`` is written like a path (starts with ``/``, ``.`` or ``~``, has more than one ``/``, or
-            ends in one of ``suffixes``) and nothing is there. A hub is never asked about such a name.
+            ends in one of ``suffixes``) and nothing is there, or nobody may look. A hub is never asked about such a
+            name.
     """
     if not name or not name.strip():
         raise InputError(f"{key} is empty; give a hub name or a local path")
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except OSError as error:  # a folder on the way without execute permission; a name that is too long
+        raise InputError(
+            f"{key}={name!r} cannot be looked up ({error.strerror}); give a path that can be read"
+        ) from error
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{key}={name!r}: {first_line(error)}; write the path out") from error
     looks_local = name[0] in "/.~" or "\\" in name or name.count("/") > 1 or name.lower().endswith(suffixes or ("\0",))
     if looks_local:
         raise InputError(f"{key}={name!r}: no such file or folder{nearest_names(path)}")
@@ -98,7 +113,10 @@ def nearest_names(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"; the folder {str(folder)!r} does not exist either"
-    names = [entry.name for entry in folder.iterdir()]
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError as error:
+        return f" in {str(folder)!r}, which cannot be listed ({error.strerror})"
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     return f"; nearest names in {str(folder)!r}: {', '.join(near)}" if near else f" in {str(folder)!r}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 import unicodedata
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from sparc3_pl.language_model import ModelSource
 
-__all__ = ["Encoder", "Text", "UnreadableTextError", "ids_id", "load_encoder", "special_affixes"]
+__all__ = ["Encoder", "Text", "UnreadableTextError", "load_encoder", "special_affixes"]
 
 Text = str | list[int]
 """A text, or the token ids of one."""
@@ -27,11 +26,7 @@ _INVISIBLE = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joi
 
 
 class UnreadableTextError(InputError):
-    """A text, or list of token ids, that the model cannot read; ``text`` is what it was."""
-
-    def __init__(self, message: str, text: Text) -> None:
-        super().__init__(message)
-        self.text = text
+    """A text, or list of token ids, that the model cannot read; the message does not say where it stands."""
 
 
 class Encoder:
@@ -109,23 +104,21 @@ class Encoder:
             if self.tokenizer is None:
                 raise UnreadableTextError(
                     "the model has no tokenizer to read text with; put the tokenizer's files (tokenizer.json, "
-                    "tokenizer_config.json) beside its config.json, or give lists of token ids",
-                    text,
+                    "tokenizer_config.json) beside its config.json, or give lists of token ids"
                 )
             return _ids(self.tokenizer, self.stripped(text), special=False)
         if not isinstance(text, list):
             kind = type(text).__name__
-            raise UnreadableTextError(f"holds {kind}, neither text nor a list of token ids; name another field", text)
+            raise UnreadableTextError(f"holds {kind}, neither text nor a list of token ids; name another field")
         for place, token in enumerate(text):
             if not isinstance(token, int) or isinstance(token, bool):
                 raise UnreadableTextError(
-                    f"the list of token ids holds {token!r} at place {place}; token ids are whole numbers", text
+                    f"the list of token ids holds {token!r} at place {place}; token ids are whole numbers"
                 )
             if token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
                 raise UnreadableTextError(
                     f"token id {token} at place {place} is not in the model's vocabulary, whose ids are 0 to "
-                    f"{self.vocab_size - 1 if self.vocab_size else '...'}; give ids of this model's tokenizer",
-                    text,
+                    f"{self.vocab_size - 1 if self.vocab_size else '...'}; give ids of this model's tokenizer"
                 )
         return list(text)
 
@@ -162,7 +155,7 @@ class Encoder:
         difference. Of a text that has none of these it is ``text_id(text)``.
         """
         if not isinstance(text, str):
-            return ids_id(text)
+            return text_id(text)
         text, before = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")), None
         while text != before:
             before, text = text, text.strip().strip(_INVISIBLE)
@@ -175,7 +168,7 @@ class Encoder:
         its token ids, with and without those before it.
         """
         body = self.body(text)
-        return {text_id(text), self.identity(text), ids_id(body), ids_id([*self.prefix, *body])}
+        return {text_id(text), self.identity(text), text_id(body), text_id([*self.prefix, *body])}
 
 
 def load_encoder(source: ModelSource) -> Encoder:
@@ -219,11 +212,6 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         f"the tokenizer ({type(tokenizer).__name__}) makes nothing of the words of its own vocabulary, so that no "
         "text can be read; put the model's own tokenizer files beside config.json"
     )
-
-
-def ids_id(input_ids: Sequence[int]) -> str:
-    """Identity of a sequence of token ids: 16 hex digits."""
-    return hashlib.sha256(("tokens " + " ".join(map(str, input_ids))).encode()).hexdigest()[:16]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

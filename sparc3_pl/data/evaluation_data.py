@@ -109,8 +109,9 @@ class EvaluationData(LightningDataModule):
     """Text for perplexity and prompts to complete; either may be null.
 
     Args:
-        text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text; records of
-            anything else are joined by an empty line. null: no perplexity.
+        text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text, but for a byte
+            order mark and with line ends as on Unix; records of anything else are joined by an empty line. null: no
+            perplexity.
         text_field: Field of the text, dots for nesting.
         text_split: Split of a hub data set.
         text_subset: Configuration of a hub data set.
@@ -173,6 +174,7 @@ class EvaluationData(LightningDataModule):
                 partition_seed=partition_seed,
                 partition_share=partition_share,
                 prefix="data.prompts_",
+                token_ids=False,  # prompts are completed, and judged, as text
             )
         self.encoder: Encoder | None = None
         """What reads the text; unset: that of the Trainer's module."""
@@ -180,6 +182,7 @@ class EvaluationData(LightningDataModule):
         self.token_ids: list[int] = []
         self._num_bytes = 0
         self._verbatim = False
+        self._text_revision: str | None = None
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -214,6 +217,7 @@ class EvaluationData(LightningDataModule):
     def _documents(self, source: str) -> Iterator[str]:
         """The records' texts in order; empty ones too, as they are part of the running text."""
         records = read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        self._text_revision = records.origin["revision"]
         for number, record in enumerate(records, start=1):
             text = get_field(record, self.text_field)
             if not isinstance(text, str):
@@ -225,11 +229,6 @@ class EvaluationData(LightningDataModule):
 
     def _draw_prompts(self, query: TextQuery) -> list[str]:
         prompts = list(itertools.islice(query.texts(), self.num_prompts))
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(
-                f"data.prompts_field: {query.text_field!r} holds lists of token ids, but prompts are text; name "
-                "another field"
-            )
         if len(prompts) < (self.num_prompts or 1):
             raise InputError(
                 f"data.num_prompts={self.num_prompts}: only {len(prompts)} prompts in {query.seen()}; lower "
@@ -321,6 +320,7 @@ class EvaluationData(LightningDataModule):
             "text_field": None if self._verbatim else self.text_field,
             "text_split": self.text_split,
             "text_subset": self.text_subset,
+            "text_revision": self._text_revision,
             "text_max_bytes": self.text_max_bytes,
             "protocol": {
                 "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
@@ -340,6 +340,7 @@ class EvaluationData(LightningDataModule):
             "prompts_filter": query.filter,
             "prompts_split": query.split,
             "prompts_subset": query.subset,
+            **{f"prompts_{name}": value for name, value in query.origin.items()},
             "num_prompts": len(self.prompts),
             "seed": self.seed,
             "partition": query.half,

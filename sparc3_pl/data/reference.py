@@ -26,7 +26,7 @@ from sparc3_pl.data.samples import (
     read_targets,
     text_samples,
 )
-from sparc3_pl.data.sources import get_field, local_source, read_records
+from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.distributed import gather_lists
 from sparc3_pl.errors import InputError
@@ -109,7 +109,7 @@ def build_samples(
         else:
             samples = text_samples(progress(texts, "texts", num_samples), encoder, num_samples, max_tokens, **about)
     except UnreadableTextError as error:
-        raise InputError(f"{name}: {_place(query, error.text)}: {error}") from error
+        raise InputError(f"{name}: {query.place}: {error}") from error
     except InputError as error:
         left_out = {"hold a null and never pass": query.counts["num_null"]}
         left_out["give no token"] = counts["num_without_tokens"]
@@ -121,16 +121,6 @@ def build_samples(
         query.counts.update(num_without_tokens=0, num_with_prefix=0, num_with_special=0)
         query.counts.update(counts)
     return samples
-
-
-def _place(query: TextQuery, text: Text) -> str:
-    """Which record of a local file holds the text; the records came shuffled."""
-    if local_source(query.source) is not None:
-        records = read_records(query.source, split=query.split, subset=query.subset)
-        for number, record in enumerate(records, start=1):
-            if get_field(record, query.text_field) == text:
-                return f"record {number}"
-    return f"the record with {str(text)[:40]}"
 
 
 def build_targets(
@@ -306,6 +296,7 @@ class ReferenceData(LightningDataModule):
             "subset": query.subset,
             "text_field": query.text_field,
             "filter": query.filter,
+            **query.origin,
             "seed": self.seed,
             "seq_len": None if self.match else self.seq_len,
             "max_tokens": self.max_tokens,
@@ -314,6 +305,7 @@ class ReferenceData(LightningDataModule):
             "partition_share": query.partition_share,
             "match": self.match,
             "match_filter": self.match_query.filter if self.match_query else None,
+            "match_revision": self.match_query.origin["revision"] if self.match_query else None,
             "sample_ids": [sample.id for sample in self.samples],
             **dict(query.counts),
         }

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError, ids_id
+from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.hub import first_line
@@ -101,7 +101,7 @@ def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iter
         first = text if first is None else first
         if isinstance(text, str) is not isinstance(first, str):
             kinds = "text, others lists of token ids" if isinstance(text, str) else "a list of token ids, others text"
-            raise UnreadableTextError(f"holds {kinds}; give either the one or the other", text)
+            raise UnreadableTextError(f"holds {kinds}; give either the one or the other")
         body = encoder.body(text)
         counts["num_without_tokens"] += not body
         counts.update(encoder.special_counts(text))
@@ -109,8 +109,7 @@ def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iter
 
 
 def _made_from(text: Text, encoder: Encoder, origins: Origins) -> set[str]:
-    known = origins.get(text_id(text), ()) if isinstance(text, str) else ()
-    return {encoder.identity(text), *known}
+    return {encoder.identity(text), *origins.get(text_id(text), ())}
 
 
 def _merged(samples: dict[Any, Sample], key: Any, sample: Sample) -> bool:
@@ -175,7 +174,7 @@ def pack_windows(
             names = [ids for begin, stop, ids in documents if begin < end and stop > start]
             tokens = stream[start:end]
             ids = prefix + tokens
-            window = Sample(ids_id(ids), ids, _ending_of_ids(encoder, tokens), tuple(sorted(set().union(*names))))
+            window = Sample(text_id(ids), ids, _ending_of_ids(encoder, tokens), tuple(sorted(set().union(*names))))
             counts["num_duplicates"] += not _merged(windows, window.id, window)
             start = end
         if len(windows) == n:
@@ -261,8 +260,7 @@ def _text_sample(
             f"data.source: a text of {len(ids)} tokens ({str(text)[:40]!r}...) is longer than the model's context of "
             f"{encoder.context}; set data.max_tokens: {encoder.context} to cut such texts, or data.seq_len to pack them"
         )
-    identity = text_id(text) if isinstance(text, str) else ids_id(text)
-    return Sample(identity, ids, last, tuple(sorted(text_ids)))
+    return Sample(text_id(text), ids, last, tuple(sorted(text_ids)))
 
 
 # --- matched samples --------------------------------------------------------------------------------------------------
@@ -345,7 +343,7 @@ def matched_samples(
 def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
     for text in texts:
         if not isinstance(text, str):
-            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids", text)
+            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids")
         counts.update(encoder.special_counts(text))
         yield text
 
@@ -394,7 +392,7 @@ class _Matcher:
                 if not (1 <= length <= len(span) and fits(document, span, length, target.ending)):
                     continue
                 ids = self.encoder.prefix + span[:length]
-                identity = ids_id(ids)
+                identity = text_id(ids)
                 if identity in self._ids:
                     continue
                 self._ids.add(identity)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
+import dataclasses
 import hashlib
-import json
 import logging
 import math
 import operator
 import re
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparc3_pl.data.local_files import ENDINGS, BadFile, Cell, Row, Unusable, decoded, ending, open_binary
+from sparc3_pl.data.local_files import rows as file_rows
+from sparc3_pl.data.local_files import shuffled_rows as shuffled_file_rows
 from sparc3_pl.errors import InputError
 from sparc3_pl.hub import first_line, hub_available, hub_name, local_path, offline
 
@@ -23,6 +26,8 @@ __all__ = [
     "Condition",
     "Filter",
     "Half",
+    "MissingField",
+    "Records",
     "get_field",
     "local_source",
     "parse_filter",
@@ -36,19 +41,13 @@ log = logging.getLogger(__name__)
 
 Half = Literal["attribution", "evaluation"]
 
-# Name of the `datasets` builder and its options, by file name ending.
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
-_ENDINGS = tuple(f"{ending}{packed}" for packed in ("", ".gz") for ending in _BUILDERS)
+_ENDINGS = tuple(f"{kind}{packed}" for packed in ("", ".gz") for kind in ENDINGS)
 
-# Records held for shuffling a stream. A file or hub shard with fewer records is shuffled completely.
+# Records held for shuffling a stream from the hub. A shard with fewer records is shuffled completely.
 SHUFFLE_BUFFER = 10_000
+
+# A folder's files are drawn from as a whole up to this size on the disk; beyond it, as many of them as fit.
+WHOLE_BYTES = 4 * 2**30
 
 
 # --- where ------------------------------------------------------------------------------------------------------------
@@ -81,148 +80,204 @@ def local_source(source: str, key: str = "data.source") -> Path | None:
     return local_path(source, key, suffixes=_ENDINGS)
 
 
-def _builder(path: Path, key: str) -> tuple[str, dict[str, Any]]:
-    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if ending not in _BUILDERS:
-        raise InputError(f"{key}={str(path)!r}: unknown kind of file; use {', '.join(_BUILDERS)} (or one of them .gz)")
-    return _BUILDERS[ending]
-
-
 # --- records ----------------------------------------------------------------------------------------------------------
+
+
+class Records(Iterator[dict[str, Any]]):
+    """The records of a data set, one by one.
+
+    Attributes:
+        place: Where the record read last stands, for messages: ``line 7``, ``train-01.jsonl: line 7``, ``record 7``.
+        origin: What a manifest should say of them. ``revision``: the commit of a hub data set, null where unknown and
+            for local files. ``drawn_from``: what the seed chooses among.
+        fixed_fields: Whether every record has the same fields. Objects in a .json or .jsonl file need not.
+    """
+
+    def __init__(self, rows: Iterator[Row], origin: dict[str, str | None], fixed_fields: bool, name: str) -> None:
+        self.place = ""
+        self.origin = origin
+        self.fixed_fields = fixed_fields
+        self._rows = rows
+        self._name = name
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            row = next(self._rows)
+        except BadFile as error:
+            raise InputError(f"{self._name}: {error}") from error
+        except StopIteration:
+            if not self.place:
+                raise InputError(f"{self._name}: no records in it; give a data set that is not empty") from None
+            raise
+        self.place = row.place
+        return row.record
 
 
 def read_records(
     source: str, *, split: str = "train", subset: str | None = None, seed: int | None = None, key: str = "data.source"
-) -> Iterator[dict[str, Any]]:
-    """Stream the records of a data set; nothing beyond what is consumed (and the shuffle buffer) is read.
+) -> Records:
+    """Stream the records of a data set; nothing beyond what is consumed is read (with a seed: and kept).
+
+    Local files are read as they are: .jsonl and .json by the rules of JSON, cells of .csv and .tsv as text, lines of
+    .txt without their ends. The numbers in messages are those of the file's lines.
 
     Args:
         source: Hub data set id, local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz) or folder of a
             data set, or ``demo``.
-        split: Split of a hub data set; a local file has only one.
+        split: Split of a hub data set or folder; a local file has only one.
         subset: Configuration of a hub data set (``en`` of C4).
-        seed: Shuffle with this seed (shards, then a buffer of ``SHUFFLE_BUFFER`` records); None keeps the file's order.
+        seed: Shuffle with this seed; None keeps the order. The records of a local file, and of a folder's files up to
+            ``WHOLE_BYTES``, are shuffled all together; of a hub data set the shards, then a buffer of
+            ``SHUFFLE_BUFFER`` records.
         key: Configuration key of ``source``, for messages.
 
     Raises:
         InputError: If there is nothing to read, it cannot be parsed (with the line), or the hub cannot be reached.
+            Rows are parsed when they are consumed.
     """
     path = local_source(source, key)
     name = f"{key}={source!r}"
-    with _quiet_datasets():
-        dataset = _open_hub(source, split, subset, name) if path is None else _open_local(path, split, subset, key)
-        if seed is not None:
-            dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        empty = True
-        records = iter(dataset)
-        while (record := _next_record(records, path, name)) is not None:
-            empty = False
-            yield record
-        if empty:
-            raise InputError(f"{name}: no records in it; give a data set that is not empty")
-
-
-def _open_local(path: Path, split: str, subset: str | None, key: str) -> Any:
-    import datasets
-
+    if path is None:
+        return _streamed(_open_hub(source, subset, name), split, seed, name)
+    name = f"{key}={str(path)!r}"
     if path.is_dir():
-        with _as_input_error(f"{key}={str(path)!r}", "the data set"), offline():
-            return datasets.load_dataset(str(path), subset, split=split, streaming=True)
-    builder, options = _builder(path, key)
+        with tempfile.TemporaryDirectory(prefix="sparc3-") as cache:  # the library wants one even for local files
+            builder = _folder_builder(path, subset, name, cache)
+            paths = _plain_files(builder, split)
+            if paths is None:
+                return _streamed(builder, split, seed, name)
+        return _read_files(paths, seed, name)
+    if ending(path) not in ENDINGS:
+        raise InputError(f"{name}: unknown kind of file; use {', '.join(ENDINGS)} (or one of them .gz)")
     if path.stat().st_size == 0:
-        raise InputError(f"{key}={str(path)!r}: the file is empty; give one with records")
-    files = {split: [str(path.resolve())]}
-    with _as_parse_error(path, f"{key}={str(path)!r}"), offline():  # the library counts its loads over the network
-        return datasets.load_dataset(builder, data_files=files, split=split, streaming=True, **options)
+        raise InputError(f"{name}: the file is empty; give one with records")
+    return _read_files([path], seed, name)
 
 
-def _open_hub(source: str, split: str, subset: str | None, name: str) -> Any:
+def _read_files(paths: Sequence[Path], seed: int | None, name: str) -> Records:
+    fixed = all(ending(path) not in (".jsonl", ".json") for path in paths)
+    if seed is None:
+        return Records(file_rows(paths), _origin(None, "records in their order"), fixed, name)
+    chosen = _some_files(paths, seed)
+    drawn_from = "all records"
+    if len(chosen) < len(paths):
+        drawn_from += f" of {len(chosen)} of {len(paths)} files, which the seed chose"
+        log.warning("%s: its files are larger than %d GiB, so samples are drawn from %s; name one file to draw from it",
+                    name, WHOLE_BYTES // 2**30, drawn_from)  # fmt: skip
+    return Records(shuffled_file_rows(chosen, seed), _origin(None, drawn_from), fixed, name)
+
+
+def _some_files(paths: Sequence[Path], seed: int) -> list[Path]:
+    """The files in an order that the seed decides, as many as fit ``WHOLE_BYTES``, but at least one."""
+    import numpy
+
+    order = list(paths)
+    numpy.random.default_rng(seed).shuffle(order)  # type: ignore[arg-type]
+    total, chosen = 0, []
+    for path in order:
+        total += path.stat().st_size
+        if chosen and total > WHOLE_BYTES:
+            break
+        chosen.append(path)
+    return chosen
+
+
+def _origin(revision: str | None, drawn_from: str) -> dict[str, str | None]:
+    return {"revision": revision, "drawn_from": drawn_from}
+
+
+# --- what the library reads -------------------------------------------------------------------------------------------
+
+
+def _open_hub(source: str, subset: str | None, name: str) -> Any:
+    """The library's builder of a hub data set."""
     import datasets
     from huggingface_hub import is_offline_mode
 
     # In offline mode the library itself knows at once whether its cache has the data set.
     if not is_offline_mode() and not hub_available():
         raise InputError(
-            f"{name}: the hub ({hub_name()}) cannot be reached; give a local file instead ({', '.join(_BUILDERS)})"
+            f"{name}: the hub ({hub_name()}) cannot be reached; give a local file instead ({', '.join(ENDINGS)})"
         )
-    with _as_input_error(name, "the data set"):
-        return datasets.load_dataset(source, subset, split=split, streaming=True)
+    with _quiet_datasets(), _as_input_error(name):
+        return datasets.load_dataset_builder(source, subset)
 
 
-@contextlib.contextmanager
-def _as_parse_error(path: Path | None, name: str) -> Iterator[None]:
-    """What a parser raises becomes one line that says where; the library's own message is often about its buffers."""
+def _folder_builder(path: Path, subset: str | None, name: str, cache: str) -> Any:
+    """The library's builder of a folder, which knows what files belong to which split."""
+    import datasets
+
+    with _quiet_datasets(), _as_input_error(name), offline():
+        return datasets.load_dataset_builder(str(path), subset, cache_dir=cache)
+
+
+def _plain_files(builder: Any, split: str) -> list[Path] | None:
+    """The files of a folder's split, if they are of kinds that are read here and are to be read in no special way."""
+    config = builder.config
+    if type(config).__name__ not in ("CsvConfig", "JsonConfig", "ParquetConfig", "TextConfig"):
+        return None
+    paths = [Path(file) for file in (config.data_files or {}).get(split, [])]
+    usual = {"sep": "\t"} if paths and all(ending(path) == ".tsv" for path in paths) else {}
+    of_all_sets = {"name", "version", "data_dir", "data_files", "description", "features"}
+    for option in dataclasses.fields(config):
+        expected = usual.get(option.name, option.default)
+        if option.name not in of_all_sets and getattr(config, option.name) != expected:
+            return None
+    return paths if paths and all(ending(path) in ENDINGS for path in paths) else None
+
+
+def _streamed(builder: Any, split: str, seed: int | None, name: str) -> Records:
+    with _quiet_datasets(), _as_input_error(name):
+        dataset = builder.as_streaming_dataset(split=split)
+    drawn_from = "records in their order"
+    if seed is not None:
+        dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        drawn_from = f"a stream: its files shuffled, then its records in a buffer of {SHUFFLE_BUFFER:,}"
+    commit = re.fullmatch(r"[0-9a-f]{40}", str(builder.hash or ""))
+    return Records(_stream_rows(dataset, name), _origin(commit and commit[0], drawn_from), True, name)
+
+
+def _stream_rows(dataset: Any, name: str) -> Iterator[Row]:
     import pyarrow
 
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
-        where = _first_bad_line(path) if path is not None and path.is_file() else None
-        raise InputError(f"{name}: {where or first_line(error)}; repair or remove it") from error
-
-
-def _next_record(records: Iterator[dict[str, Any]], path: Path | None, name: str) -> dict[str, Any] | None:
-    """The next record, None at the end."""
-    with _as_parse_error(path, name):
+    with _quiet_datasets():
         try:
-            return next(records)
-        except (StopIteration, IndexError):  # IndexError is what a file of blank lines ends with
-            return None
-
-
-def _first_bad_line(path: Path) -> str | None:
-    """``line N is not JSON (...)`` for the first line of a JSON-lines file that no record can be read from."""
-    if Path(path.name.removesuffix(".gz")).suffix.lower() not in (".jsonl", ".json"):
-        return None
-    number = 0
-    try:
-        with _open_binary(path) as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1 and (line.lstrip()[:1] == b"[" or line.strip() == b"{"):  # one value over many lines
-                    json.loads(line + file.read())
-                    return None
-                if line.strip() and not isinstance(json.loads(line.strip()), dict):
-                    return f"line {number} is JSON but not an object in braces"
-    except json.JSONDecodeError as error:
-        return f"line {number + error.lineno - 1} is not JSON ({error.msg})"
-    except UnicodeDecodeError:
-        return f"line {number} is not UTF-8"
-    except (EOFError, OSError, zlib.error) as error:
-        return f"the file breaks off or is damaged after line {number} ({first_line(error)})"
-    return None
-
-
-def _open_binary(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+            for number, record in enumerate(dataset, start=1):
+                yield Row(f"record {number} of the stream", record)
+        except OSError as error:
+            raise BadFile(f"reading broke off ({first_line(error)}); try again, or give a local file") from error
+        except (ValueError, KeyError, IndexError, TypeError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+            raise BadFile(f"{first_line(error)}; its files cannot be parsed, give a repaired local copy") from error
 
 
 def read_text(path: Path, key: str, max_bytes: int | None = None) -> str:
-    """A text file verbatim, or its first ``max_bytes`` bytes up to a whole character.
+    r"""A text file as one text: without a byte order mark, its line ends as ``\n``, all else as it is.
+
+    Args:
+        path: The file, perhaps .gz.
+        key: The configuration key, for messages.
+        max_bytes: Keep only so many bytes of the text in UTF-8, up to a whole character.
 
     Raises:
         InputError: If it is empty, damaged, or not UTF-8 (with the position).
     """
+    name = f"{key}={str(path)!r}"
     try:
-        with _open_binary(path) as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes)
-        # Only a character that the limit cut in two may be dropped, at the very end.
-        text = data.decode("utf-8") if max_bytes is None else _decode_prefix(data)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}={str(path)!r}: not UTF-8 at byte {error.start}; convert the file") from error
+        with open_binary(path) as file:
+            # A byte of the text takes at most two of the file: a line end is \r\n there.
+            data = file.read() if max_bytes is None else file.read(2 * max_bytes)
+            whole = not file.read(1)
+        text = decoded(data, lambda at: f"byte {at}", whole)
+    except BadFile as error:
+        raise InputError(f"{name}: {error}") from error
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{key}={str(path)!r}: cannot be read ({first_line(error)})") from error
+        raise InputError(f"{name}: cannot be read ({first_line(error)})") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if max_bytes is not None:
+        text = text.encode()[:max_bytes].decode(errors="ignore")  # what it ignores is a last character cut in two
     if not text.strip():
-        raise InputError(f"{key}={str(path)!r}: the file is empty; give one with text")
+        raise InputError(f"{name}: the file is empty; give one with text")
     return text
-
-
-def _decode_prefix(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data" and error.end == len(data):
-            return data[: error.start].decode("utf-8")
-        raise
 
 
 @contextlib.contextmanager
@@ -239,33 +294,50 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_input_error(name: str, what: str) -> Iterator[None]:
+def _as_input_error(name: str) -> Iterator[None]:
     """Unknown data set, configuration or split: the library's own words, on one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"{name}: {what} cannot be opened ({reason}); check name, subset and split, or give a local file"
-        ) from error
+        way_out = "check name, subset and split, or give a local file"
+        if isinstance(error, OSError) and error.errno and error.filename:
+            reason, way_out = (
+                f"{error.filename}: {error.strerror}",
+                "it must be readable, and the cache in HF_HOME writable",
+            )
+        raise InputError(f"{name}: the data set cannot be opened ({reason}); {way_out}") from error
 
 
 # --- fields and filters -----------------------------------------------------------------------------------------------
+
+
+class MissingField(InputError):
+    """A record has no such field. Where records differ in their fields, another may have it."""
 
 
 def get_field(record: dict[str, Any], field: str, key: str = "data.text_field") -> Any:
     """A field of a record, dots for nesting (``prompt.text``). None where it, or what it lies in, is null or NaN.
 
     Raises:
-        InputError: If there is no such field, naming those that exist.
+        MissingField: If there is no such field, naming those that exist.
+        InputError: If it is there but cannot be used: given twice, or text with half a character in it.
     """
+    parts = [field] if field in record else field.split(".")  # a column of a table may have a dot in its name
     value: Any = record
-    for step, part in enumerate(field.split(".")):
+    for step, part in enumerate(parts):
         if value is None:
             return None
         if not isinstance(value, dict) or part not in value:
-            raise InputError(f"{key}: no field {field!r}; {_existing_fields(value, field.split('.')[:step])}")
+            error = MissingField if isinstance(value, dict) else InputError
+            raise error(f"{key}: no field {field!r}; {_existing_fields(value, parts[:step])}")
         value = value[part]
+        if isinstance(value, Unusable):
+            raise InputError(f"{key}: {field!r} cannot be used: {value.reason}")
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise InputError(
+            f"{key}: {field!r} holds half a character (a surrogate without its other half); repair the text"
+        )
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -306,15 +378,17 @@ class Condition:
         Raises:
             InputError: If the record has no such field, or text is compared with a number.
         """
-        found = get_field(record, self.field, key)
-        if found is None:
+        value = get_field(record, self.field, key)
+        if isinstance(value, Cell):
+            value = value.like(self.value)
+        if value is None:
             return None
-        if _kind(found) != _kind(self.value) or (_kind(found) == "true/false" and self.op not in ("==", "!=")):
+        if _kind(value) != _kind(self.value) or (_kind(value) == "true/false" and self.op not in ("==", "!=")):
             raise InputError(
-                f"{key}: {self.field!r} holds {str(found)[:60]!r} ({_kind(found)}), which {self.op} cannot compare "
+                f"{key}: {self.field!r} holds {str(value)[:60]!r} ({_kind(value)}), which {self.op} cannot compare "
                 f"with {self.value!r} ({_kind(self.value)})"
             )
-        return bool(_OPERATORS[self.op](found, self.value))
+        return bool(_OPERATORS[self.op](value, self.value))
 
 
 def _kind(value: Any) -> str:
@@ -376,9 +450,10 @@ def _value(word: str, text: str, key: str) -> float | int | str | bool:
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
-def text_id(text: str) -> str:
-    """Identity of a text: the first 16 hex digits of its SHA-256, whatever file or row it came from."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def text_id(text: str | Sequence[int]) -> str:
+    """Identity of a text, or of token ids: the first 16 hex digits of a SHA-256, whatever file or row it came from."""
+    content = text if isinstance(text, str) else "tokens " + " ".join(map(str, text))
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def partition(sample_id: str, seed: int, share: float = 0.5) -> Half:

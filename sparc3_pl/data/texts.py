@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparc3_pl.data.sources import Filter, get_field, parse_filter, partition, read_records, text_id
+from sparc3_pl.data.sources import (
+    Filter,
+    MissingField,
+    Records,
+    get_field,
+    parse_filter,
+    partition,
+    read_records,
+    text_id,
+)
 from sparc3_pl.errors import InputError
 
 __all__ = ["PartitionChoice", "TextQuery"]
@@ -31,8 +40,10 @@ class TextQuery:
         partition_share: Share of the attribution half.
         prefix: What the configuration keys of this query start with, for messages (``data.``, ``data.prompts_``).
         source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
+        token_ids: Whether lists of token ids may stand where texts do.
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
-            null (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
+            null or missing (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
+        origin: ``revision`` and ``drawn_from`` of the records, as in ``Records``; set when they are first read.
         made_from: Filled while reading, by ``text_id``: the ids of the texts that a text was cut out of, where its
             record has them as ``text_ids``.
     """
@@ -48,7 +59,9 @@ class TextQuery:
     partition_share: float = 0.5
     prefix: str = "data."
     source_key: str | None = None
+    token_ids: bool = True
     counts: Counter[str] = field(default_factory=Counter)
+    origin: dict[str, str | None] = field(default_factory=lambda: {"revision": None, "drawn_from": None})
     made_from: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +69,9 @@ class TextQuery:
             raise InputError(f"data.partition={self.half!r} is not known; use all, attribution or evaluation")
         if not 0 <= self.partition_share <= 1:
             raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"data.seed={self.seed} is negative; give 0 or more")
+        self._records: Records | None = None
         self._filter: Filter | None = parse_filter(self.filter, self._key("filter")) if self.filter else None
         self._reset()
 
@@ -70,19 +86,27 @@ class TextQuery:
         self.counts.clear()  # in place: whoever adds counts of its own holds the same object
         self.counts.update(num_read=0, num_null=0, num_empty=0, num_duplicates=0)
 
-    def texts(self) -> Iterator[str]:
+    @property
+    def place(self) -> str:
+        """Where the text yielded last stands in the source, for messages: ``line 7``, ``record 7``."""
+        return "" if self._records is None else self._records.place
+
+    def texts(self) -> Iterator[str | list[int]]:
         """The texts, each once, in the order of the shuffle; ``counts`` is filled on the way.
 
+        A source gives either texts, each a ``str``, or token ids, each a ``list[int]`` without an id below 0: which of
+        them tells the first record's field, and a source that has both is refused. What ids a vocabulary has, and
+        whether special tokens are among them, is not asked here; ``place`` says where an id stands.
+
         Raises:
-            InputError: If the source cannot be read, a field does not exist, or a text is not text.
+            InputError: If the source cannot be read, a field does not exist, or a text is neither text nor token ids.
         """
         self._reset()
         seen: set[str] = set()
         key = self.source_key or self._key("source")
-        for record in read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key):
-            text = self._text(record)
-            if text is None:
-                continue
+        self._records = read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key)
+        self.origin = self._records.origin
+        for text in self._passing(self._records):
             identity = text_id(text)
             if identity in seen:
                 self.counts["num_duplicates"] += 1
@@ -91,7 +115,34 @@ class TextQuery:
             if self.half in ("all", partition(identity, self.partition_seed, self.partition_share)):
                 yield text
 
-    def _text(self, record: dict) -> str | None:
+    def _passing(self, records: Records) -> Iterator[str | list[int]]:
+        """The texts of the records that pass, all of one kind."""
+        num_missing, missing, kind = 0, None, None
+        for record in records:
+            try:
+                text = self._text(record)
+            except MissingField as error:
+                if records.fixed_fields:
+                    raise
+                # Where every record has fields of its own, one that lacks a field has a null there.
+                num_missing, missing = num_missing + 1, missing or error
+                self.counts["num_null"] += 1
+                continue
+            except InputError as error:
+                raise InputError(f"{error} ({records.place})") from error
+            if text is None:
+                continue
+            if kind not in (None, type(text)):
+                raise InputError(
+                    f"{self._field_key}: {self.text_field!r} holds texts in some records and token ids in others "
+                    f"({records.place}); give a source with one of them"
+                )
+            kind = type(text)
+            yield text
+        if missing is not None and num_missing == self.counts["num_read"]:
+            raise missing
+
+    def _text(self, record: dict) -> str | list[int] | None:
         """The record's text if it passes, else None; the reason is counted."""
         self.counts["num_read"] += 1
         passes = True if self._filter is None else self._filter.passes(record)
@@ -99,11 +150,18 @@ class TextQuery:
         if passes is None or text is None:
             self.counts["num_null"] += 1
             return None
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            text = str(text)  # of a subclass, too
+        elif not (self.token_ids and isinstance(text, list)):
             raise InputError(
                 f"{self._field_key}: {self.text_field!r} holds {type(text).__name__}, not text; name another field"
             )
-        if not text.strip():
+        elif not all(type(token) is int and token >= 0 for token in text):
+            raise InputError(
+                f"{self._field_key}: {self.text_field!r} holds a list that is not one of token ids (integers from 0 "
+                "on); name another field"
+            )
+        if not text or (isinstance(text, str) and not text.strip()):
             self.counts["num_empty"] += 1
             return None
         if isinstance(record.get("text_ids"), list):
