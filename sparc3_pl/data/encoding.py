@@ -144,6 +144,10 @@ class Encoder:
             "num_with_special": int(self._special.search(stripped) is not None),
         }
 
+    def is_only_special(self, text: Text) -> bool:
+        """Whether nothing but special tokens is written in the text."""
+        return isinstance(text, str) and self._special is not None and not self._special.sub("", text).strip()
+
     def decode(self, ids: Sequence[int]) -> str | None:
         """The text of token ids, without special tokens; None if there is no tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -102,7 +102,7 @@ def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iter
         if isinstance(text, str) is not isinstance(first, str):
             kinds = "text, others lists of token ids" if isinstance(text, str) else "a list of token ids, others text"
             raise UnreadableTextError(f"holds {kinds}; give either the one or the other")
-        body = encoder.body(text)
+        body = [] if encoder.is_only_special(text) else encoder.body(text)
         counts["num_without_tokens"] += not body
         counts.update(encoder.special_counts(text))
         yield text, body
