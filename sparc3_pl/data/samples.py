@@ -108,8 +108,8 @@ def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iter
         yield text, body
 
 
-def _made_from(text: Text, encoder: Encoder, origins: Origins) -> set[str]:
-    return {encoder.identity(text), *origins.get(text_id(text), ())}
+def _made_from(text: Text, encoder: Encoder, origins: Origins | None) -> set[str]:
+    return {encoder.identity(text), *(origins or {}).get(text_id(text), ())}
 
 
 def _merged(samples: dict[Any, Sample], key: Any, sample: Sample) -> bool:
@@ -165,7 +165,7 @@ def pack_windows(
     num_tokens = 0
     for number, (text, body) in enumerate(_read(itertools.chain(first, texts), encoder, counts)):
         added = [*separator, *body] if number else body
-        documents.append((len(stream), len(stream) + len(added), _made_from(text, encoder, origins or {})))
+        documents.append((len(stream), len(stream) + len(added), _made_from(text, encoder, origins)))
         stream += added
         num_tokens += len(added)
         start = 0
@@ -229,7 +229,7 @@ def text_samples(
     samples: dict[tuple[int, ...], Sample] = {}
     for text, body in _read(texts, encoder, counts):
         if body:
-            sample = _text_sample(text, body, encoder, max_tokens, _made_from(text, encoder, origins or {}))
+            sample = _text_sample(text, body, encoder, max_tokens, _made_from(text, encoder, origins))
             counts["num_duplicates"] += not _merged(samples, tuple(sample.input_ids), sample)
         if len(samples) == n:
             break
@@ -325,7 +325,7 @@ def matched_samples(
     """
     counts = Counter() if counts is None else counts
     counts.update(num_too_short=0, num_cut_in_word=0, num_unmatched_endings=0)
-    matcher = _Matcher(encoder, targets, origins or {})
+    matcher = _Matcher(encoder, targets, origins)
     documents = _documents(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(targets) + 1)), encoder, counts)
     spare = matcher.fill(documents, _fits)
     counts["num_too_short"] += sum(matcher.too_short(document) for document in spare)
@@ -355,7 +355,7 @@ class _Matcher:
     for each target.
     """
 
-    def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins) -> None:
+    def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins | None) -> None:
         self.encoder, self.origins = encoder, origins
         self.open: dict[Target, deque[int]] = {}
         """By format, in the order of choice: the places of the targets that have no sample yet."""
