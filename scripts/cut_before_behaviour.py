@@ -138,9 +138,7 @@ def cut_file(options: argparse.Namespace) -> str:
             f"{options.threshold} or more; give more texts, or texts that the model wrote itself"
         )
     general = like(bad, [cut for cut in harmless if (cut.record, cut.place) in predicted], options.general_per_cut)
-    rows = [
-        row(cut, behaviour, text_ids[cut.text]) for behaviour, cuts in ((True, bad), (False, general)) for cut in cuts
-    ]
+    rows = [row(cut, True, text_ids) for cut in bad] + [row(cut, False, text_ids) for cut in general]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return f"{output}: {len(bad)} cuts before a bad word, {len(general)} before a harmless one"
