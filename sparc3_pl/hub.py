@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,14 +95,19 @@ def local_path(name: str, key: str, suffixes: tuple[str, ...] = ()) -> Path | No
         raise InputError(f"{key} is empty; give a hub name or a local path")
     try:
         path = Path(name).expanduser()
-        if path.exists():
-            return path
+        exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a folder on the way without execute permission; a name that is too long
         raise InputError(
             f"{key}={name!r} cannot be looked up ({error.strerror}); give a path that can be read"
         ) from error
     except RuntimeError as error:  # ~nobody
         raise InputError(f"{key}={name!r}: {first_line(error)}; write the path out") from error
+    if is_folder and not os.access(path, os.R_OK | os.X_OK):  # libraries would find it empty
+        raise InputError(
+            f"{key}={name!r}: its permissions do not let you list and enter the folder; allow both (chmod u+rx)"
+        )
+    if exists:
+        return path
     looks_local = name[0] in "/.~" or "\\" in name or name.count("/") > 1 or name.lower().endswith(suffixes or ("\0",))
     if looks_local:
         raise InputError(f"{key}={name!r}: no such file or folder{nearest_names(path)}")

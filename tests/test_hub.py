@@ -31,6 +31,13 @@ def test_a_path_that_cannot_be_looked_up(tmp_path, monkeypatch):
         hub.local_path("locked/a.jsonl", "data.source")
 
 
+def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
+    assert hub.local_path(str(tmp_path), "data.source") == tmp_path
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may enter any folder
+    with pytest.raises(InputError, match=r"data\.source=.* do not let you list and enter the folder"):
+        hub.local_path(str(tmp_path), "data.source")
+
+
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     def denied(self):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))

@@ -154,6 +154,9 @@ def _lines(file: IO[bytes], number: int) -> Iterator[_Line]:
 # --- kinds of files ---------------------------------------------------------------------------------------------------
 
 
+_NewFolder = Callable[[], Path]
+
+
 class _Rows(Protocol):
     """The rows of one file. ``len`` and indexing read the file anew and need no more memory than a row's place."""
 
@@ -237,20 +240,20 @@ class _CsvRows(_LineRows):
         return ((line, cells) for line, cells in self._all_rows(file, number) if line.offset != self._header_offset)
 
     def _all_rows(self, file: IO[bytes], number: int) -> Iterator[tuple[_Line, list[str]]]:
-        taken: list[_Line] = []  # the lines of the row that the reader is at
+        row_lines: list[_Line] = []  # the lines of the row that the reader is at
 
         def texts() -> Iterator[str]:
             for line in _lines(file, number):
-                taken.append(line)
+                row_lines.append(line)
                 yield line.text()
 
         reader = csv.reader(texts(), delimiter=self._separator, strict=True)
         while True:
-            taken.clear()
+            row_lines.clear()
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                first = taken[0].number if taken else number
+                first = row_lines[0].number if row_lines else number
                 raise BadFile(
                     f"line {first} breaks the rules of quotes ({first_line(error)}); put a cell that holds quotes, "
                     "separators or line ends in double quotes, and double the quotes in it"
@@ -258,7 +261,7 @@ class _CsvRows(_LineRows):
             if cells is None:
                 return
             if cells and not (len(cells) == 1 and cells[0].isspace()):
-                yield taken[0], cells
+                yield row_lines[0], cells
 
     def record(self, line: _Line, raw: list[str]) -> dict[str, Any]:
         if any(raw[len(self._names) :]):
@@ -294,15 +297,15 @@ class _JsonRows:
 
 
 class _ParquetRows:
-    """Rows of a .parquet file. To be read in any order they are unpacked into a file in ``folder``."""
+    """Rows of a .parquet file. To be read in any order they are unpacked into a file in a new folder."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, new_folder: _NewFolder) -> None:
         import pyarrow.parquet
 
         with _arrow_errors():
             self._file = pyarrow.parquet.ParquetFile(path)
         self._repeated = {name for name, n in Counter(self._file.schema_arrow.names).items() if n > 1}
-        self._unpacked = folder / "unpacked.arrow"
+        self._new_folder = new_folder
         self._batches: list[Any] = []
         self._ends: list[int] = []
 
@@ -328,10 +331,11 @@ class _ParquetRows:
     def _unpack(self) -> None:
         import pyarrow
 
-        with pyarrow.ipc.new_stream(str(self._unpacked), self._file.schema_arrow) as writer:
+        path = str(self._new_folder() / "rows.arrow")
+        with pyarrow.ipc.new_stream(path, self._file.schema_arrow) as writer:
             for batch in self._read():
                 writer.write_batch(batch)
-        self._batches = list(pyarrow.ipc.open_stream(pyarrow.memory_map(str(self._unpacked))))
+        self._batches = list(pyarrow.ipc.open_stream(pyarrow.memory_map(path)))
         self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
 
     def _row(self, batch: Any, index: int, number: int) -> Row:
@@ -369,10 +373,10 @@ def _repeated(name: str) -> Unusable:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        made |= {name: _repeated(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1}
-    return made
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        value |= {name: _repeated(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1}
+    return value
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
@@ -429,21 +433,30 @@ def _json_rows(path: Path) -> _Rows:
 # --- one file, several files ------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, folder: Path) -> _Rows:
+def _open(path: Path, new_folder: _NewFolder, any_order: bool) -> _Rows:
     kind = ending(path)
+    if path.suffix.lower() == ".gz" and (any_order or kind == ".parquet"):
+        path = _unzip(path, new_folder())
     if kind == ".parquet":
-        return _ParquetRows(path if path.suffix.lower() != ".gz" else _unzipped(path, folder), folder)
+        return _ParquetRows(path, new_folder)
     if kind in (".csv", ".tsv"):
         return _CsvRows(path)
     return _TextRows(path) if kind == ".txt" else _json_rows(path)
 
 
-def _unzipped(path: Path, folder: Path) -> Path:
-    """The file unpacked into ``folder``, where any place of it can be read."""
-    unzipped = folder / path.name[: -len(".gz")]
-    with gzip.open(path, "rb") as packed, unzipped.open("wb") as file:
-        shutil.copyfileobj(packed, file)
-    return unzipped
+def _unzip(path: Path, folder: Path) -> Path:
+    """The file unpacked in ``folder``, where any place of it can be read."""
+    copy = folder / path.name[: -len(".gz")]
+    with gzip.open(path, "rb") as source, copy.open("wb") as file:
+        shutil.copyfileobj(source, file)
+    return copy
+
+
+@contextlib.contextmanager
+def _new_folders() -> Iterator[_NewFolder]:
+    """What makes temporary folders, which are removed at the end of the block."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparc3-")))
 
 
 @contextlib.contextmanager
@@ -462,16 +475,16 @@ def _named(path: Path, several: bool) -> Iterator[None]:
 
 
 def rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """The rows of the files one after the other, in their order; no more is read than is taken.
+    """The rows of the files one after the other, in their order; no more is read than is row_lines.
 
     Raises:
         BadFile: At the first row that cannot be read.
     """
     several = len(paths) > 1
-    with tempfile.TemporaryDirectory(prefix="sparc3-") as folder:
+    with _new_folders() as new_folder:
         for path in paths:
             with _named(path, several):
-                for row in _open(path, Path(folder)):
+                for row in _open(path, new_folder, any_order=False):
                     yield _placed(row, path, several)
 
 
@@ -488,15 +501,13 @@ def shuffled_rows(paths: Sequence[Path], seed: int) -> Iterator[Row]:
     import numpy
 
     several = len(paths) > 1
-    with contextlib.ExitStack() as stack:
+    with _new_folders() as new_folder:
         files: list[_Rows] = []
+        ends: list[int] = []
         for path in paths:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparc3-")))
             with _named(path, several):
-                packed = path.suffix.lower() == ".gz"
-                files.append(_open(_unzipped(path, folder) if packed else path, folder))
-                len(files[-1])
-        ends = list(itertools.accumulate(map(len, files)))
+                files.append(_open(path, new_folder, any_order=True))
+                ends.append(len(files[-1]) + (ends[-1] if ends else 0))
         for number in map(int, numpy.random.default_rng(seed).permutation(ends[-1])):
             which = bisect.bisect_right(ends, number)
             with _named(paths[which], several):

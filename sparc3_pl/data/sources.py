@@ -141,12 +141,9 @@ def read_records(
         return _streamed(_open_hub(source, subset, name), split, seed, name)
     name = f"{key}={str(path)!r}"
     if path.is_dir():
-        with tempfile.TemporaryDirectory(prefix="sparc3-") as cache:  # the library wants one even for local files
-            builder = _folder_builder(path, subset, name, cache)
-            paths = _plain_files(builder, split)
-            if paths is None:
-                return _streamed(builder, split, seed, name)
-        return _read_files(paths, seed, name)
+        builder = _folder_builder(path, subset, name)
+        paths = _plain_files(builder, split)
+        return _streamed(builder, split, seed, name) if paths is None else _read_files(paths, seed, name)
     if ending(path) not in ENDINGS:
         raise InputError(f"{name}: unknown kind of file; use {', '.join(ENDINGS)} (or one of them .gz)")
     if path.stat().st_size == 0:
@@ -158,13 +155,13 @@ def _read_files(paths: Sequence[Path], seed: int | None, name: str) -> Records:
     fixed = all(ending(path) not in (".jsonl", ".json") for path in paths)
     if seed is None:
         return Records(file_rows(paths), _origin(None, "records in their order"), fixed, name)
-    chosen = _some_files(paths, seed)
+    files = _some_files(paths, seed)
     drawn_from = "all records"
-    if len(chosen) < len(paths):
-        drawn_from += f" of {len(chosen)} of {len(paths)} files, which the seed chose"
+    if len(files) < len(paths):
+        drawn_from += f" of {len(files)} of {len(paths)} files, which the seed chose"
         log.warning("%s: its files are larger than %d GiB, so samples are drawn from %s; name one file to draw from it",
                     name, WHOLE_BYTES // 2**30, drawn_from)  # fmt: skip
-    return Records(shuffled_file_rows(chosen, seed), _origin(None, drawn_from), fixed, name)
+    return Records(shuffled_file_rows(files, seed), _origin(None, drawn_from), fixed, name)
 
 
 def _some_files(paths: Sequence[Path], seed: int) -> list[Path]:
@@ -173,13 +170,13 @@ def _some_files(paths: Sequence[Path], seed: int) -> list[Path]:
 
     order = list(paths)
     numpy.random.default_rng(seed).shuffle(order)  # type: ignore[arg-type]
-    total, chosen = 0, []
+    total, files = 0, []
     for path in order:
         total += path.stat().st_size
-        if chosen and total > WHOLE_BYTES:
+        if files and total > WHOLE_BYTES:
             break
-        chosen.append(path)
-    return chosen
+        files.append(path)
+    return files
 
 
 def _origin(revision: str | None, drawn_from: str) -> dict[str, str | None]:
@@ -203,11 +200,12 @@ def _open_hub(source: str, subset: str | None, name: str) -> Any:
         return datasets.load_dataset_builder(source, subset)
 
 
-def _folder_builder(path: Path, subset: str | None, name: str, cache: str) -> Any:
+def _folder_builder(path: Path, subset: str | None, name: str) -> Any:
     """The library's builder of a folder, which knows what files belong to which split."""
     import datasets
 
-    with _quiet_datasets(), _as_input_error(name), offline():
+    # It wants a cache that it can write, also where it has nothing to put there.
+    with _quiet_datasets(), _as_input_error(name), offline(), tempfile.TemporaryDirectory(prefix="sparc3-") as cache:
         return datasets.load_dataset_builder(str(path), subset, cache_dir=cache)
 
 
@@ -234,10 +232,10 @@ def _streamed(builder: Any, split: str, seed: int | None, name: str) -> Records:
         dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         drawn_from = f"a stream: its files shuffled, then its records in a buffer of {SHUFFLE_BUFFER:,}"
     commit = re.fullmatch(r"[0-9a-f]{40}", str(builder.hash or ""))
-    return Records(_stream_rows(dataset, name), _origin(commit and commit[0], drawn_from), True, name)
+    return Records(_stream_rows(dataset), _origin(commit and commit[0], drawn_from), True, name)
 
 
-def _stream_rows(dataset: Any, name: str) -> Iterator[Row]:
+def _stream_rows(dataset: Any) -> Iterator[Row]:
     import pyarrow
 
     with _quiet_datasets():
@@ -247,7 +245,7 @@ def _stream_rows(dataset: Any, name: str) -> Iterator[Row]:
         except OSError as error:
             raise BadFile(f"reading broke off ({first_line(error)}); try again, or give a local file") from error
         except (ValueError, KeyError, IndexError, TypeError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-            raise BadFile(f"{first_line(error)}; its files cannot be parsed, give a repaired local copy") from error
+            raise BadFile(f"{first_line(error)}; its files cannot be parsed; give a repaired local copy") from error
 
 
 def read_text(path: Path, key: str, max_bytes: int | None = None) -> str:

@@ -117,7 +117,7 @@ class TextQuery:
 
     def _passing(self, records: Records) -> Iterator[str | list[int]]:
         """The texts of the records that pass, all of one kind."""
-        num_missing, missing, kind = 0, None, None
+        num_lacking, first_error, kind = 0, None, None
         for record in records:
             try:
                 text = self._text(record)
@@ -125,7 +125,7 @@ class TextQuery:
                 if records.fixed_fields:
                     raise
                 # Where every record has fields of its own, one that lacks a field has a null there.
-                num_missing, missing = num_missing + 1, missing or error
+                num_lacking, first_error = num_lacking + 1, first_error or error
                 self.counts["num_null"] += 1
                 continue
             except InputError as error:
@@ -139,8 +139,8 @@ class TextQuery:
                 )
             kind = type(text)
             yield text
-        if missing is not None and num_missing == self.counts["num_read"]:
-            raise missing
+        if first_error is not None and num_lacking == self.counts["num_read"]:
+            raise first_error
 
     def _text(self, record: dict) -> str | list[int] | None:
         """The record's text if it passes, else None; the reason is counted."""

@@ -266,6 +266,24 @@ def test_place_is_the_line_of_the_file(seed, tmp_path):
             assert records.place == f"line {record['line']}"
 
 
+def test_a_folder_that_tells_how_to_read_it(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n---\n")
+    (tmp_path / "a.csv").write_text("text;b\nx,y;1\n")
+    records = read_records(str(tmp_path), seed=0)
+    assert [record["text"] for record in records] == ["x,y"]
+    assert records.origin["revision"] is None
+
+
+def test_a_file_needs_no_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    for name, seed in (("a.jsonl", 0), ("a.jsonl", None)):
+        assert len(list(read_records(str(write_lines(tmp_path / name)), seed=seed))) == 10
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a"))
+    assert len(list(read_records(str(tmp_path / "a.txt.gz")))) == 1
+    with pytest.raises(InputError, match=r"none.* cannot be read or written \(No such file or directory\)"):
+        list(read_records(str(tmp_path / "a.txt.gz"), seed=0))
+
+
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_local_data_needs_no_cache_of_the_library(is_folder, tmp_path, monkeypatch):
     path = write_lines(tmp_path / "train.jsonl")

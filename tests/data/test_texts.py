@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from sparc3_pl.data.evaluation_data import EvaluationData
+from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import partition, text_id
 from sparc3_pl.data.texts import TextQuery
 from sparc3_pl.errors import InputError
@@ -94,3 +96,13 @@ def test_half_a_character_is_refused_where_it_is_used(tmp_path):
 def test_negative_seed():
     with pytest.raises(InputError, match=r"data\.seed=-1 is negative; give 0 or more"):
         TextQuery("demo", "text", seed=-1)
+
+
+def test_results_say_what_was_drawn_from():
+    data, evaluation = ReferenceData(match="demo:prompts", match_field="prompt.text"), EvaluationData(text_source=None)
+    for query in (data.query, data.match_query, evaluation.query):
+        next(query.texts())
+    about = data.describe()
+    assert (about["revision"], about["drawn_from"], about["match_revision"]) == (None, "all records", None)
+    about = evaluation.describe()
+    assert (about["prompts_revision"], about["prompts_drawn_from"]) == (None, "all records")
