@@ -23,7 +23,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,17 @@ class Numbers:
     """The tokenizer of a generated model: a text is its token ids, written out."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+    bos_token = eos_token = model_max_length = None
+    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __len__(self) -> int:
+        return self.vocab
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
     def decode(self, ids: list[int], **_: Any) -> str:

@@ -6,7 +6,7 @@ looks in each text for the first word that the judge scores high, alone and at t
 model itself predicts (its likeliest next token begins the word), and cuts the text before it. A judge that makes
 nothing of single words needs ``--criterion text``. Beside these it puts the same texts cut before harmless words that
 the model predicts as well, of like length: the general samples. One field tells the two apart, so that one file serves
-both sides:
+both sides; ``text_ids`` of each row names the prompt and the text that were cut, so that neither is evaluated on later:
 
     python scripts/cut_before_behaviour.py --source texts.jsonl --text_field text --pretrained MODEL \
         --checkpoint JUDGE.ckpt --output cuts.jsonl
@@ -30,13 +30,15 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from sparc3_pl.data.samples import special_affixes
+from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.data.reference import pad_right
 from sparc3_pl.data.sources import get_field, parse_filter, partition, read_records, text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
 from sparc3_pl.files import write_text
-from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, load_model
 
 WORD = re.compile(r"[^\W\d_][\w'’*-]*")
 
@@ -121,11 +123,14 @@ def cut_file(options: argparse.Namespace) -> str:
     if output.exists() and not options.overwrite:
         raise InputError(f"output={str(output)!r} is there already; give another name, or --overwrite")
     judge = DetoxifyJudge(options.variant, options.checkpoint, options.config_path)
+    source = ModelSource(options.pretrained, dtype="float32")
+    encoder = load_encoder(source)
     texts = list(read_texts(options))
     bad, harmless = candidates(texts, judge, options)
+    text_ids = ids_by_cut([*bad, *harmless], texts, encoder)
     named = {cut.record for cut in bad}
     texts = [text for text in texts if text.record in named]
-    predicted = predicted_places(texts, options)
+    predicted = predicted_places(texts, load_model(source), encoder, options.batch_size)
     bad = first_of_each([cut for cut in bad if (cut.record, cut.place) in predicted])
     if not bad:
         raise InputError(
@@ -133,7 +138,7 @@ def cut_file(options: argparse.Namespace) -> str:
             f"{options.threshold} or more; give more texts, or texts that the model wrote itself"
         )
     general = like(bad, [cut for cut in harmless if (cut.record, cut.place) in predicted], options.general_per_cut)
-    rows = [row(cut, True) for cut in bad] + [row(cut, False) for cut in general]
+    rows = [row(cut, True, text_ids) for cut in bad] + [row(cut, False, text_ids) for cut in general]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return f"{output}: {len(bad)} cuts before a bad word, {len(general)} before a harmless one"
@@ -192,28 +197,36 @@ def score_each(texts: Sequence[str], judge: DetoxifyJudge, label: str | None) ->
 
 
 @torch.inference_mode()
-def predicted_places(texts: Sequence[Text], options: argparse.Namespace) -> set[tuple[str, int]]:
+def predicted_places(
+    texts: Sequence[Text], model: PreTrainedModel, encoder: Encoder, batch_size: int
+) -> set[tuple[str, int]]:
     """Record and place of the words that the model's likeliest next token begins."""
-    source = ModelSource(options.pretrained, dtype="float32")
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    prefix, _ = special_affixes(tokenizer)
     found = set()
     texts = sorted(texts, key=lambda text: (len(text.prompt + text.body), text.record))
-    for start in tqdm(range(0, len(texts), options.batch_size), desc="reading", leave=False):
-        part = texts[start : start + options.batch_size]
-        rows = [prefix + tokenizer(text.prompt + text.body, add_special_tokens=False).input_ids for text in part]
-        rows = [ids[: tokenizer.model_max_length] for ids in rows]
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="right")
-        likeliest = model(**batch).logits.argmax(-1).tolist()
+    for start in tqdm(range(0, len(texts), batch_size), desc="reading", leave=False):
+        part = texts[start : start + batch_size]
+        rows = [encoder(text.prompt + text.body)[: encoder.context] for text in part]
+        input_ids, mask = pad_right(rows, encoder.pad_id)
+        likeliest = model(input_ids=input_ids, attention_mask=mask).logits.argmax(-1).tolist()
         for text, ids, tokens in zip(part, rows, likeliest, strict=True):
             for word in WORD.finditer(text.body):
-                before = prefix + tokenizer(cut_at(text, word).text, add_special_tokens=False).input_ids
+                before = encoder(cut_at(text, word).text)
                 # A tokenizer may join what is before the cut with what is behind: then there is no such place.
-                if before and ids[: len(before)] == before:
-                    begun = tokenizer.decode([tokens[len(before) - 1]]).strip()
+                if len(before) > len(encoder.prefix) and ids[: len(before)] == before:
+                    begun = encoder.tokenizer.decode([tokens[len(before) - 1]]).strip()
                     if begun and word[0].startswith(begun):
                         found.add((text.record, word.start()))
     return found
+
+
+def ids_by_cut(cuts: Sequence[Cut], texts: Sequence[Text], encoder: Encoder) -> dict[str, list[str]]:
+    """By the text of a cut: the identities of all prompts and texts that have a cut with this text."""
+    parts = {text.record: (text.prompt, text.body, text.prompt + text.body) for text in texts}
+    known = {record: {encoder.identity(part) for part in three if part} for record, three in parts.items()}
+    by_cut: dict[str, set[str]] = {}
+    for cut in cuts:
+        by_cut.setdefault(cut.text, set()).update(known[cut.record])
+    return {text: sorted(ids) for text, ids in by_cut.items()}
 
 
 def first_of_each(cuts: Sequence[Cut]) -> list[Cut]:
@@ -236,12 +249,13 @@ def like(bad: Sequence[Cut], harmless: Sequence[Cut], each: int) -> list[Cut]:
     return chosen
 
 
-def row(cut: Cut, behaviour: bool) -> dict[str, object]:
+def row(cut: Cut, behaviour: bool, text_ids: dict[str, list[str]]) -> dict[str, object]:
     return {
         "text": cut.text,
         "behaviour": behaviour,
         "word": cut.word,
         "record": cut.record,
+        "text_ids": text_ids[cut.text],
     }
 
 

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DType",
     "ModelSource",
+    "Vocabulary",
     "check_vocabulary",
     "describe",
     "fingerprint",
     "load_model",
     "load_skeleton",
     "load_tokenizer",
+    "load_vocabulary",
 ]
 
 log = logging.getLogger(__name__)
@@ -140,6 +142,21 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model reads: sequences of up to ``context`` token ids below ``size``.
+
+    Attributes:
+        tokenizer: The model's; None if its folder has none.
+        size: Number of token ids.
+        context: Longest sequence, in tokens; None if unknown.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    size: int
+    context: int | None
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, padding on the right, with a pad token and the model's context length.
 
@@ -149,28 +166,48 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         InputError: If there is no tokenizer, or it has more tokens than the model has embeddings.
     """
+    tokenizer = load_vocabulary(source).tokenizer
+    if tokenizer is None:
+        raise InputError(f"model.pretrained={source.pretrained!r} has no tokenizer; {_TOKENIZER_HINT}")
+    return tokenizer
+
+
+def load_vocabulary(source: ModelSource) -> Vocabulary:
+    """Load the model's tokenizer as ``load_tokenizer`` does, and what the model's config says about token ids.
+
+    A local folder may be without a tokenizer: then the model reads token ids only.
+
+    Raises:
+        InputError: If the tokenizer cannot be loaded, or has more tokens than the model has embeddings.
+    """
     from transformers import AutoTokenizer
 
     where = _locate(source)
-    _check_tokenizer_files(source)
+    tokenizer = None
     with _quiet_stdout(), _network(where), _as_input_error(source, where, what="tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if _has_tokenizer_files(source):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
         config = _config(where).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if tokenizer is None:
+        return Vocabulary(None, config.vocab_size, context)
     _check_tokenizer(tokenizer, source)
     _compare_vocabularies(tokenizer, config.vocab_size, source.pretrained)
     _ensure_pad_token(tokenizer)
     tokenizer.padding_side = "right"
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    return tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+    known = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
+    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if known else None)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that has ids beyond the model's embedding rows.
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a tokenizer that has ids beyond the model's embedding rows; a model without a tokenizer passes.
 
     Raises:
         InputError: Naming both sizes.
     """
+    if tokenizer is None:
+        return
     rows = model.get_input_embeddings().weight.shape[0]
     _compare_vocabularies(tokenizer, rows, model.config.name_or_path)
 
@@ -366,13 +403,10 @@ def _check_causal(model: PreTrainedModel, source: ModelSource) -> None:
         )
 
 
-def _check_tokenizer_files(source: ModelSource) -> None:
+def _has_tokenizer_files(source: ModelSource) -> bool:
     """Without files some tokenizer classes come up with a default vocabulary that has nothing to do with the model."""
     folder = source.path
-    if folder is None or not folder.is_dir():
-        return
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise InputError(f"model.pretrained={source.pretrained!r} has no tokenizer; {_TOKENIZER_HINT}")
+    return folder is None or not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

@@ -169,9 +169,11 @@ class ScoreRun:
         num_tokens = batch.attention_mask.sum(1)[: len(batch.ids)].tolist()
         figures = self.scorer.update(batch)
         rows = figures.rows() if figures else [{} for _ in batch.ids]
-        for identity, ending, tokens, row in zip(batch.ids, batch.endings, num_tokens, rows, strict=True):
-            known = {"id": identity, "num_tokens": tokens, "ending": ending}
-            self.samples.append(ScoredSample.from_json(known | row))
+        text_ids = batch.text_ids or [()] * len(batch.ids)
+        known = zip(batch.ids, num_tokens, batch.endings, text_ids, rows, strict=True)
+        for identity, tokens, ending, texts, row in known:
+            about = {"id": identity, "num_tokens": tokens, "ending": ending, "text_ids": texts}
+            self.samples.append(ScoredSample.from_json(about | row))
         self._unsaved = True
 
     def save(self) -> None:

@@ -76,7 +76,8 @@ class ScoredSample:
     Attributes:
         id: Identity by content.
         num_tokens: Its real tokens.
-        ending: ``stop`` or ``cut``.
+        ending: ``stop``, ``cut``, or None where nothing can decode the tokens.
+        text_ids: Identities of the texts that it was made from; empty in folders that do not say.
         relevance: The sum of its scores over the components of all layers; None for a method without a target.
         first_token_share: Share of the first position in the relevance.
         more: Whatever else is known, such as what the target records: its ``logit`` and token.
@@ -85,13 +86,14 @@ class ScoredSample:
     id: str
     num_tokens: int
     ending: str | None = None
+    text_ids: tuple[str, ...] = ()
     relevance: float | None = None
     first_token_share: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; what is not known is left out."""
-        own = {name: value for name, value in vars(self).items() if name != "more" and value is not None}
+        own = {name: value for name, value in vars(self).items() if name != "more" and value not in (None, ())}
         return own | self.more
 
     @classmethod
@@ -99,6 +101,7 @@ class ScoredSample:
         """Reads what ``to_json`` has made."""
         names = {item.name for item in fields(cls)} - {"more"}
         own = {name: value for name, value in data.items() if name in names}
+        own["text_ids"] = tuple(own.get("text_ids") or ())
         return cls(**own, more={name: value for name, value in data.items() if name not in names})
 
 

@@ -12,10 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.distributed import from_rank_zero, gather_lists
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
-from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model
 from sparc3_pl.merge import MARKER as PART_MARKER
 from sparc3_pl.merge import parse_part
 from sparc3_pl.processes import deferring_stop, stop_requested
@@ -27,7 +28,7 @@ from sparc3_pl.scores import About, Manifest, ScoredSample
 from sparc3_pl.sharding import shard as share_out
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sparc3_pl.data.batches import ReferenceBatch
 
@@ -117,9 +118,9 @@ class ScoringModule(pl.LightningModule):
         self._loop = ExitStack()
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded when the data module asks for it; the weights follow later."""
-        return load_tokenizer(self.source)
+    def encoder(self) -> Encoder:
+        """What turns texts into the model's token ids, loaded when the data module asks for it; the weights follow."""
+        return load_encoder(self.source)
 
     @property
     def samples(self) -> list[ScoredSample]:
@@ -186,7 +187,7 @@ class ScoringModule(pl.LightningModule):
         if self.model is not None:
             return
         model = load_model(self.source)
-        check_vocabulary(model, self.tokenizer)
+        check_vocabulary(model, self.encoder.tokenizer)
         if self.trainer.is_global_zero:
             self._description = describe(model, self.source)
         if self.checkpoint_every is not None and self.request.method.made.needs_samples:

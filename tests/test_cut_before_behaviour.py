@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparc3_pl import demo
+from sparc3_pl.data.sources import text_id
 from sparc3_pl.evaluation.judges import DetoxifyJudge
 from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
 
@@ -66,6 +67,14 @@ def test_cuts_are_of_the_texts_and_of_like_length(rows, records):
     assert len(general) == 2 * len(bad) and len({row["text"] for row in rows}) == len(rows)
     lengths = [sum(len(row["text"]) for row in side) / len(side) for side in (bad, general)]
     assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
+
+
+def test_rows_name_the_prompts_and_texts_that_were_cut(rows, records):
+    texts = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        (text,) = [t for t in texts if text_id(t["prompt"]["text"] + t["continuation"]["text"]) == row["record"]]
+        prompt, body = text["prompt"]["text"], text["continuation"]["text"]
+        assert {text_id(part.strip()) for part in (prompt, body, prompt + body)} <= set(row["text_ids"])
 
 
 def test_same_input_same_output_and_halves(rows, records, tmp_path):

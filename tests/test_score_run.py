@@ -100,7 +100,7 @@ def batches(size=2, **fields):
     for start in range(0, len(SAMPLES), size):
         part = slice(start, start + size)
         own = {name: values[part] for name, values in fields.items()}
-        yield ReferenceBatch(*padded(SAMPLES[part]), IDS[part], ["cut"] * len(IDS[part]), own)
+        yield ReferenceBatch(*padded(SAMPLES[part]), IDS[part], ["cut"] * len(IDS[part]), fields=own)
 
 
 def score(folder: Path, model, batches, part=None, config=None, **request) -> ScoreFolder | None:

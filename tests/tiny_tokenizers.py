@@ -47,3 +47,27 @@ def tiny_tokenizer(bos: bool = True, context: int | None = None, **special: str)
     names = {"bos_token": "<s>", "eos_token": "</s>"} | special
     options = {} if context is None else {"model_max_length": context}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with other special tokens around a text, as ``<s> $A </s>``."""
+    names = [name for name in template.split() if name != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    )
+    return tokenizer
+
+
+def digits_tokenizer(template: str = "<s> $A") -> PreTrainedTokenizerFast:
+    """Ids: 0 ``<s>``, 1 to 9 the digits, 10 ``12``; it makes nothing of anything else."""
+    digits = {"<s>": 0, **{str(digit): digit for digit in range(1, 10)}, "12": 10}
+    backend = Tokenizer(models.BPE(digits, [("1", "2")]))
+    return with_template(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"), template)
+
+
+def tokenizer_whose_unknown_is_bos() -> PreTrainedTokenizerFast:
+    """Ids: 0 ``<s>``, which stands for unknown words too, 1 ``red``, 2 ``fox``."""
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "red": 1, "fox": 2}, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<s>")
+    return with_template(made, "<s> $A")

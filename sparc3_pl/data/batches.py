@@ -1,6 +1,6 @@
 """A batch of reference samples, as the data module makes it and methods and targets take it in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -19,7 +19,8 @@ class ReferenceBatch:
         input_ids: ``[B, T]`` int64.
         attention_mask: ``[B, T]`` int64, 1 for real tokens.
         ids: The samples' ids.
-        endings: ``stop`` or ``cut`` for each sample.
+        endings: ``stop``, ``cut`` or None (nothing can decode the ids) for each sample.
+        text_ids: Identities of the texts that each sample was made from.
         fields: What a target needs to know of the samples besides their tokens (labels, weights, spans of the
             completions), by name: tensors or lists with an entry for each sample.
     """
@@ -27,10 +28,12 @@ class ReferenceBatch:
     input_ids: Tensor
     attention_mask: Tensor
     ids: list[str] = field(default_factory=list)
-    endings: list[str] = field(default_factory=list)
+    endings: list[str | None] = field(default_factory=list)
+    text_ids: list[tuple[str, ...]] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:
         """The batch with its tensors on ``device``."""
         fields = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.fields.items()}
-        return type(self)(self.input_ids.to(device), self.attention_mask.to(device), self.ids, self.endings, fields)
+        tensors = {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.to(device)}
+        return replace(self, **tensors, fields=fields)

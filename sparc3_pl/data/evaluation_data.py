@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparc3_pl.data.reference import check_positive, pad_right, rank_of, tokenizer_of
-from sparc3_pl.data.samples import SEPARATOR, context_length, special_affixes
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.data.reference import check_positive, encoder_of, pad_right, rank_of
+from sparc3_pl.data.samples import SEPARATOR
 from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
 
-__all__ = ["IGNORED", "EvaluationData", "PromptBatch", "Window", "WindowBatch", "sliding_windows"]
+__all__ = ["IGNORED", "EvaluationData", "PromptBatch", "Window", "WindowBatch", "read_tokens", "sliding_windows"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,20 @@ def sliding_windows(num_tokens: int, max_length: int, stride: int) -> list[Windo
             windows.append(Window(len(windows), start, end, scored))
         reached = end
     return windows
+
+
+def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
+    """A running text as token ids, with what the tokenizer puts before a text (BOS), and nothing after it.
+
+    Raises:
+        InputError: If there are too few for a perplexity.
+    """
+    ids = encoder(text)
+    if len(ids) < 2 or len(ids) == len(encoder.prefix):
+        raise InputError(f"data.text_source={source!r}: {len(ids)} tokens are too few for a perplexity; give more text")
+    if encoder.special_counts(text).get("num_with_special"):
+        log.warning("data.text_source=%r: special tokens stand in the text, and the model reads them as such", source)
+    return ids
 
 
 class EvaluationData(LightningDataModule):
@@ -160,7 +176,8 @@ class EvaluationData(LightningDataModule):
                 prefix="data.prompts_",
                 token_ids=False,  # prompts are completed, and judged, as text
             )
-        self.tokenizer: Any = None
+        self.encoder: Encoder | None = None
+        """What reads the text; unset: that of the Trainer's module."""
         self.prompts: list[str] = []
         self.token_ids: list[int] = []
         self._num_bytes = 0
@@ -176,7 +193,9 @@ class EvaluationData(LightningDataModule):
             InputError: If a source cannot be read, or gives less than asked for.
         """
         if self.text_source is not None and not self.token_ids:
-            self.token_ids = self._tokenise(self._read_text(self.text_source))
+            text = self._read_text(self.text_source)
+            self._num_bytes = len(text.encode())
+            self.token_ids = read_tokens(text, encoder_of(self), self.text_source)
         if self.query is not None and not self.prompts:
             self.prompts = self._draw_prompts(self.query)
             log.info("%d prompts from %s", len(self.prompts), self.query.seen())
@@ -208,16 +227,6 @@ class EvaluationData(LightningDataModule):
                 )
             yield text
 
-    def _tokenise(self, text: str) -> list[int]:
-        """The whole text at once, with the special tokens that the tokenizer adds by default (BOS)."""
-        self._num_bytes = len(text.encode())
-        ids = tokenizer_of(self)(text, verbose=False).input_ids
-        if len(ids) < 2:
-            raise InputError(
-                f"data.text_source={self.text_source!r}: {len(ids)} tokens are too few for a perplexity; give more text"
-            )
-        return ids
-
     def _draw_prompts(self, query: TextQuery) -> list[str]:
         prompts = list(itertools.islice(query.texts(), self.num_prompts))
         if len(prompts) < (self.num_prompts or 1):
@@ -225,7 +234,23 @@ class EvaluationData(LightningDataModule):
                 f"data.num_prompts={self.num_prompts}: only {len(prompts)} prompts in {query.seen()}; lower "
                 "data.num_prompts or widen data.prompts_filter"
             )
+        self._tell_special(prompts, query.counts)
         return prompts
+
+    def _tell_special(self, prompts: list[str], counts: Counter[str]) -> None:
+        """Count, and say in the log, which prompts bring special tokens along."""
+        encoder = encoder_of(self)
+        counts.update(num_with_prefix=0, num_with_special=0)
+        for prompt in prompts:
+            counts.update(encoder.special_counts(prompt))
+        if counts["num_with_prefix"] or counts["num_with_special"]:
+            log.warning(
+                "%d of %d prompts begin with special tokens that the tokenizer puts before every text (they are not "
+                "put there twice), %d have special tokens within, which the model reads as such",
+                counts["num_with_prefix"],
+                len(prompts),
+                counts["num_with_special"],
+            )
 
     # --- serving ------------------------------------------------------------------------------------------------------
 
@@ -233,6 +258,17 @@ class EvaluationData(LightningDataModule):
     def prompt_ids(self) -> list[str]:
         """Identities of the prompts, in the order drawn, over all ranks."""
         return [text_id(prompt) for prompt in self.prompts]
+
+    def known_prompts(self, ids: Collection[str]) -> set[str]:
+        """Identities of those prompts from which samples with these ids, or ids of their texts, were made.
+
+        A prompt is known by its letters, by what is seen of it (a rendered ``<s>`` or a space at its end makes no new
+        prompt), and by its token ids.
+        """
+        if not ids:
+            return set()
+        encoder = encoder_of(self)
+        return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
     def windows(self) -> list[Window]:
         """All windows of the text over all ranks, by ``max_length`` and ``stride`` of the Trainer's module.
@@ -244,7 +280,7 @@ class EvaluationData(LightningDataModule):
             return []
         assert self.trainer is not None, "windows need the module's max_length and stride"
         module = self.trainer.lightning_module
-        context = context_length(tokenizer_of(self))
+        context = encoder_of(self).context
         if context is not None and module.max_length > context:
             raise InputError(
                 f"model.max_length={module.max_length} is longer than the model's context of {context} tokens; lower it"
@@ -261,7 +297,7 @@ class EvaluationData(LightningDataModule):
 
     def window_batch(self, windows: list[Window]) -> WindowBatch:
         """Tokens and labels of some windows, ``[B, T]``."""
-        pad_id = tokenizer_of(self).pad_token_id
+        pad_id = encoder_of(self).pad_id
         input_ids, mask = pad_right([self.token_ids[w.start : w.end] for w in windows], pad_id)
         labels = torch.full_like(input_ids, IGNORED)
         for row, window in enumerate(windows):
@@ -280,7 +316,6 @@ class EvaluationData(LightningDataModule):
     def _describe_text(self) -> dict[str, Any]:
         if self.text_source is None:
             return {"protocol": None}
-        num_special = len(special_affixes(tokenizer_of(self))[0])
         return {
             "text_field": None if self._verbatim else self.text_field,
             "text_split": self.text_split,
@@ -289,7 +324,7 @@ class EvaluationData(LightningDataModule):
             "text_max_bytes": self.text_max_bytes,
             "protocol": {
                 "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
-                "tokens_before_text": self.token_ids[:num_special],
+                "tokens_before_text": list(encoder_of(self).prefix),
                 "num_bytes": self._num_bytes,
                 "num_text_tokens": len(self.token_ids),
             },

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,18 +16,111 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.samples import Sample, Target, matched_samples, pack_windows, read_targets, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.distributed import gather_lists
 from sparc3_pl.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["ReferenceBatch", "ReferenceData"]
+__all__ = ["ReferenceBatch", "ReferenceData", "build_samples", "build_targets"]
 
 log = logging.getLogger(__name__)
+
+
+# --- from a source to samples -----------------------------------------------------------------------------------------
+
+Progress = Callable[[Iterator[Text], str, int | None], Iterator[Text]]
+"""Shows how many texts have been read: of the texts, their unit, and how many there will be."""
+
+
+def build_samples(
+    query: TextQuery,
+    encoder: Encoder,
+    *,
+    seq_len: int | None = None,
+    num_samples: int | None = None,
+    max_tokens: int | None = None,
+    targets: Sequence[Target] | None = None,
+    progress: Progress = lambda texts, unit, total: texts,
+) -> list[Sample]:
+    """Draw samples from a source: matched to ``targets`` if these are given, else windows of ``seq_len`` tokens, else
+    each text a sample.
+
+    ``query.counts`` holds afterwards what was read and left out; beside the counts of ``TextQuery``:
+    ``num_without_tokens``, ``num_with_prefix`` (texts with a rendered BOS of their own, which got no second one),
+    ``num_with_special`` (texts within which special tokens stand), and those of ``matched_samples``.
+
+    Args:
+        query: Where from, and which texts.
+        encoder: The model's.
+        seq_len: Tokens of a window, special tokens included.
+        num_samples: How many; None: all.
+        max_tokens: Where each text is a sample: keep only its first so many tokens.
+        targets: Lengths and endings to match.
+        progress: Wraps the texts while they are read.
+
+    Raises:
+        InputError: If the source cannot be read, holds what the model cannot read, or gives too few samples.
+    """
+    name = f"{query.source_key or f'{query.prefix}source'}={query.source!r}"
+    counts: Counter[str] = Counter()
+    about = {"source": name, "counts": counts, "origins": query.made_from}
+    texts = query.texts()
+    try:
+        if targets is not None:
+            samples = matched_samples(texts, encoder, targets, **about)
+        elif seq_len is not None:
+            samples = pack_windows(progress(texts, "documents", None), encoder, seq_len, num_samples, **about)
+        else:
+            samples = text_samples(progress(texts, "texts", num_samples), encoder, num_samples, max_tokens, **about)
+    except UnreadableTextError as error:
+        raise InputError(f"{name}: {query.place}: {error}") from error
+    except InputError as error:
+        left_out = {"hold a null and never pass": query.counts["num_null"]}
+        left_out["give no token"] = counts["num_without_tokens"]
+        reasons = ", ".join(f"{number} records {what}" for what, number in left_out.items() if number)
+        if not reasons:
+            raise
+        raise InputError(f"{error} ({reasons})") from error
+    finally:
+        query.counts.update(num_without_tokens=0, num_with_prefix=0, num_with_special=0)
+        query.counts.update(counts)
+    return samples
+
+
+def build_targets(
+    match: Path | TextQuery, encoder: Encoder, *, max_tokens: int | None = None, count: int | None = None, seed: int = 0
+) -> list[Target]:
+    """Lengths and endings of a score folder's samples, or of the texts of a source.
+
+    Args:
+        match: The folder or the source.
+        encoder: The model's.
+        max_tokens: Keep only so many tokens of a text.
+        count: How many; the samples' formats are repeated or reduced to that. None: as many as there are.
+        seed: Of the choice where ``count`` is no multiple of their number.
+
+    Raises:
+        InputError: If there is no sample, or one whose ending is not known.
+    """
+    if isinstance(match, Path):
+        targets = read_targets(match)
+    else:
+        samples = build_samples(match, encoder, max_tokens=max_tokens)
+        targets = [Target(len(sample.input_ids), sample.ending) for sample in samples if sample.ending]
+        if len(targets) < len(samples):
+            raise InputError(
+                f"data.match={match.source!r} holds token ids, whose endings only a tokenizer can tell; put the "
+                "model's tokenizer beside its config.json, or leave data.match out"
+            )
+    if count is None or count == len(targets):
+        return targets
+    whole, rest = divmod(count, len(targets))
+    return targets * whole + random.Random(seed).sample(targets, rest)
+
+
+# --- the DataModule ---------------------------------------------------------------------------------------------------
 
 
 class ReferenceData(LightningDataModule):
@@ -34,7 +129,8 @@ class ReferenceData(LightningDataModule):
     Args:
         source: Hub data set id, local .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), or ``demo``
             (``demo:prompts``, ``demo:general_heldout``, ``demo:prompts_heldout`` are the other embedded corpora).
-        text_field: Field of the text, dots for nesting (``prompt.text``).
+        text_field: Field of the text, dots for nesting (``prompt.text``). It may hold lists of token ids instead of
+            text: these are taken as they stand, and the model then needs no tokenizer.
         filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``, joined by ``and``. A null never passes.
         seq_len: Window length in tokens, special tokens included; documents are packed. null: each text is a sample.
         num_samples: How many samples; null: as many as there are (or as ``match`` has).
@@ -82,12 +178,12 @@ class ReferenceData(LightningDataModule):
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
         self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.encoder: Encoder | None = None
+        """What reads the texts; unset: that of the Trainer's module."""
         self.samples: list[Sample] = []
         self.equal_passes = False
         """Whether all ranks get as many batches as the one with the most, the last of them stand-ins."""
         self._excluded: set[str] = set()
-        self._match_counts: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Draw the samples; every rank draws the same ones. A second call does nothing.
@@ -97,46 +193,48 @@ class ReferenceData(LightningDataModule):
         """
         if self.samples:
             return
-        tokenizer = tokenizer_of(self)
-        try:
-            self.samples = self._draw(tokenizer)
-        except InputError as error:
-            if not self.query.counts["num_null"]:
-                raise
-            raise InputError(f"{error} ({self.query.counts['num_null']} records hold a null and never pass)") from error
-        counts = self.query.counts
-        if any(counts[name] for name in ("num_null", "num_empty", "num_duplicates")):
-            log.info("%d samples from %s", len(self.samples), self.query.seen())
-
-    def _draw(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        name = f"data.source={self.query.source!r}"
-        texts = self.query.texts()
-        total, counts = self.num_samples, self.query.counts
+        encoder = encoder_of(self)
+        targets = None
         if self.match is not None:
-            targets = self._targets(tokenizer)
-            samples, self._match_counts = matched_samples(texts, tokenizer, targets, name)
-            if missed := self._match_counts["num_unmatched_endings"]:
-                log.warning(
-                    "%d of %d samples end mid-sentence where %s ends in a full stop", missed, len(targets), self.match
-                )
-            return samples
-        if self.seq_len is not None:
-            return pack_windows(_progress(texts, self, "documents"), tokenizer, self.seq_len, total, name, counts)
-        return text_samples(_progress(texts, self, "texts", total), tokenizer, total, self.max_tokens, name)
+            match = self.match_query or local_source(self.match, "data.match")
+            options = {"max_tokens": self.max_tokens, "count": self.num_samples, "seed": self.seed}
+            targets = build_targets(match, encoder, **options)
+        self.samples = build_samples(
+            self.query,
+            encoder,
+            seq_len=self.seq_len,
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
+            targets=targets,
+            progress=partial(_progress, data=self),
+        )
+        self._tell()
 
-    def _targets(self, tokenizer: PreTrainedTokenizerBase) -> list[Target]:
-        """Formats to match: those of ``match``, repeated or reduced to ``num_samples`` if that is given."""
-        if self.match_query is None:
-            targets = read_targets(local_source(self.match, "data.match"))
-        else:
-            samples = text_samples(
-                self.match_query.texts(), tokenizer, None, self.max_tokens, f"data.match={self.match!r}"
+    def _tell(self) -> None:
+        """Say in the log what was left out, and what of the texts changes what the model reads."""
+        counts, total = self.query.counts, len(self.samples)
+        if any(counts[name] for name in ("num_null", "num_empty", "num_duplicates", "num_without_tokens")):
+            log.info("%d samples from %s", total, self.query.seen())
+        if counts["num_without_tokens"]:
+            log.warning("%d texts give no token and were left out", counts["num_without_tokens"])
+        if counts["num_with_prefix"]:
+            log.warning(
+                "%d texts begin with special tokens that the tokenizer puts before every text; they were not put there "
+                "twice",
+                counts["num_with_prefix"],
             )
-            targets = [Target(len(sample.input_ids), sample.ending) for sample in samples]
-        if self.num_samples is None or self.num_samples == len(targets):
-            return targets
-        whole, rest = divmod(self.num_samples, len(targets))
-        return targets * whole + random.Random(self.seed).sample(targets, rest)
+        if counts["num_with_special"]:
+            log.warning(
+                "%d texts have special tokens within, which the model reads as such (as in a chat template)",
+                counts["num_with_special"],
+            )
+        if counts["num_unmatched_endings"]:
+            log.warning(
+                "%d of %d samples end mid-sentence where %s ends in a full stop",
+                counts["num_unmatched_endings"],
+                total,
+                self.match,
+            )
 
     def exclude(self, ids: Iterable[str]) -> None:
         """Do not serve these samples (they are scored already). They stay in ``samples`` and in ``describe()``."""
@@ -152,7 +250,7 @@ class ReferenceData(LightningDataModule):
         batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         if self.equal_passes:
             batches += [[]] * (max(gather_lists([len(batches)])) - len(batches))
-        collate = partial(pad_samples, pad_id=tokenizer_of(self).pad_token_id)
+        collate = partial(pad_samples, pad_id=encoder_of(self).pad_id)
         return DataLoader(batches, batch_size=None, collate_fn=collate)
 
     def describe(self) -> dict[str, Any]:
@@ -176,7 +274,6 @@ class ReferenceData(LightningDataModule):
             "match_revision": self.match_query.origin["revision"] if self.match_query else None,
             "sample_ids": [sample.id for sample in self.samples],
             **dict(query.counts),
-            **self._match_counts,
         }
 
 
@@ -195,7 +292,9 @@ def _match_query(
 def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
     """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]``."""
     input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
-    return ReferenceBatch(input_ids, mask, [s.id for s in samples], [s.ending for s in samples])
+    return ReferenceBatch(
+        input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples]
+    )
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -220,12 +319,12 @@ def check_positive(**values: int | None) -> None:
             raise InputError(f"data.{name}={value} is too small; give 1 or more")
 
 
-def tokenizer_of(data: LightningDataModule) -> PreTrainedTokenizerBase:
-    """The tokenizer of the Trainer's module; without a Trainer the one set as ``data.tokenizer``."""
-    if data.trainer is not None:
-        return data.trainer.lightning_module.tokenizer
-    assert data.tokenizer is not None, "attach a Trainer or set .tokenizer first"
-    return data.tokenizer
+def encoder_of(data: Any) -> Encoder:
+    """What a DataModule was given as ``data.encoder``; else that of the Trainer's module."""
+    if data.encoder is not None:
+        return data.encoder
+    assert data.trainer is not None, "attach a Trainer or set .encoder first"
+    return data.trainer.lightning_module.encoder
 
 
 def rank_of(data: LightningDataModule) -> tuple[int, int]:
@@ -233,7 +332,7 @@ def rank_of(data: LightningDataModule) -> tuple[int, int]:
     return (data.trainer.global_rank, data.trainer.world_size) if data.trainer is not None else (0, 1)
 
 
-def _progress(texts: Iterator[str], data: LightningDataModule, unit: str, total: int | None = None) -> Iterator[str]:
+def _progress(texts: Iterator[Text], unit: str, total: int | None, data: LightningDataModule) -> Iterator[Text]:
     """Show on stderr, on the first rank, how many texts have been read, once it takes longer than a second."""
     from tqdm import tqdm
 

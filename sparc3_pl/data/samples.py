@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
+from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.hub import first_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 __all__ = [
     "Ending",
+    "Origins",
     "Sample",
     "Target",
-    "context_length",
     "ending",
     "matched_samples",
     "pack_windows",
     "read_targets",
-    "special_affixes",
     "text_samples",
 ]
 
 Ending = Literal["stop", "cut"]
-_Fits = Callable[["PreTrainedTokenizerBase", list[int], int, Ending], bool]
+_Fits = Callable[["_Document", list[int], int, Ending], bool]
+Origins = Mapping[str, Iterable[str]]
+"""By ``text_id`` of a text that was cut out of others: the ids of those."""
 
 # A full stop, question or exclamation mark (also full-width), then any closing quotes or brackets.
 _STOP = re.compile(r"""[.!?…。！？]["'”’»)\]*]*$""")
@@ -51,12 +49,15 @@ class Sample:
     Attributes:
         id: Identity by content: ``text_id`` of the text, or of the token ids for windows and matched cuts.
         input_ids: Token ids, special tokens included.
-        ending: Whether the text ends in sentence-final punctuation (``stop``) or mid-sentence (``cut``).
+        ending: Whether the text ends in sentence-final punctuation (``stop``) or mid-sentence (``cut``); None for
+            token ids that no tokenizer can read.
+        text_ids: Identities of the texts that it was made from, sorted: none of these may be evaluated on.
     """
 
     id: str
     input_ids: list[int]
-    ending: Ending
+    ending: Ending | None
+    text_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,72 +73,99 @@ def ending(text: str) -> Ending:
     return "stop" if _STOP.search(text.rstrip()) else "cut"
 
 
-def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text by default."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    full = tokenizer("a").input_ids
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    raise AssertionError(f"special tokens of {type(tokenizer).__name__} are not around the text: {full} and {bare}")
-
-
-def context_length(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The longest sequence the model takes, in tokens; None if unknown. ``load_tokenizer`` sets it from the model."""
-    length = tokenizer.model_max_length
-    return None if length is None or length > 10**9 else int(length)  # transformers writes "unknown" as 1e30
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    # verbose: a document longer than the context is no reason for a warning when it is going to be cut.
-    return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-
-
-def _ids_id(input_ids: Sequence[int]) -> str:
-    return hashlib.sha256(("tokens " + " ".join(map(str, input_ids))).encode()).hexdigest()[:16]
-
-
-def _ending_of_ids(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> Ending:
+def _ending_of_ids(encoder: Encoder, input_ids: Sequence[int]) -> Ending | None:
     # 16 tokens hold more than the punctuation and quotes that end a text.
-    return ending(tokenizer.decode(list(input_ids[-16:]), skip_special_tokens=True))
+    text = encoder.decode(input_ids[-16:])
+    return None if text is None else ending(text)
+
+
+def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[tuple[Text, list[int]]]:
+    """The texts, all of one kind, each with its own tokens; ``counts`` grows by what is worth to be told of them."""
+    first: Text | None = None
+    for text in texts:
+        first = text if first is None else first
+        if isinstance(text, str) is not isinstance(first, str):
+            kinds = "text, others lists of token ids" if isinstance(text, str) else "a list of token ids, others text"
+            raise UnreadableTextError(f"holds {kinds}; give either the one or the other")
+        body = [] if encoder.is_only_special(text) else encoder.body(text)
+        counts["num_without_tokens"] += not body
+        counts.update(encoder.special_counts(text))
+        yield text, body
+
+
+def _made_from(text: Text, encoder: Encoder, origins: Origins | None) -> set[str]:
+    return {encoder.identity(text), *(origins or {}).get(text_id(text), ())}
+
+
+def _merged(samples: dict[Any, Sample], key: Any, sample: Sample) -> bool:
+    """Add a sample; where there is an equal one, that keeps the identities of both. Returns whether it was new."""
+    first = samples.setdefault(key, sample)
+    if first is not sample:
+        samples[key] = replace(first, text_ids=tuple(sorted({*first.text_ids, *sample.text_ids})))
+    return first is sample
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
 def pack_windows(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Text],
+    encoder: Encoder,
     seq_len: int,
     n: int | None,
     source: str = "the source",
     counts: Counter[str] | None = None,
+    origins: Origins | None = None,
 ) -> list[Sample]:
     """Cut documents, joined in order, into windows of exactly ``seq_len`` tokens.
 
     Documents are tokenised without special tokens and joined by the tokenised ``SEPARATOR``; a window starts with the
-    special tokens that the tokenizer puts before a text (BOS), which ``seq_len`` includes. What is left at the end is
-    dropped. A window equal to an earlier one is passed over and added to ``counts["num_duplicates"]``. ``texts`` is
-    read only as far as ``n`` windows need.
+    special tokens that the tokenizer puts before a text (BOS), which ``seq_len`` includes. Lists of token ids are
+    joined as they stand, with nothing before or between them. What is left at the end is dropped.
+
+    Args:
+        texts: Documents, all texts or all lists; read only as far as ``n`` windows need.
+        encoder: The model's.
+        seq_len: Tokens of a window.
+        n: Number of windows; None for all.
+        source: What the documents come from, for messages.
+        counts: Grows by ``num_duplicates`` (windows equal to an earlier one, which are passed over) and
+            ``num_without_tokens`` (documents of which the tokenizer makes nothing).
+        origins: Ids of the texts that a document was cut out of.
 
     Raises:
         InputError: If ``seq_len`` does not fit the model, or there is less text than ``n`` windows (or one) need.
     """
-    prefix, _ = special_affixes(tokenizer)
-    _check_seq_len(seq_len, len(prefix), context_length(tokenizer))
-    body_len = seq_len - len(prefix)
-    stream = _joined(texts, tokenizer)
+    counts = Counter() if counts is None else counts
+    texts = iter(texts)
+    first = list(itertools.islice(texts, 1))
+    is_text = all(isinstance(text, str) for text in first)
+    prefix = encoder.prefix if is_text else []
+    _check_seq_len(seq_len, len(prefix), encoder.context)
+    length = seq_len - len(prefix)
+    separator = encoder.body(SEPARATOR) if first and is_text else []
     windows: dict[str, Sample] = {}
+    stream: list[int] = []  # tokens that are in no window yet
+    documents: list[tuple[int, int, set[str]]] = []  # where each begins and ends in the stream, and its identities
     num_tokens = 0
-    while n is None or len(windows) < n:
-        body = list(itertools.islice(stream, body_len))
-        num_tokens += len(body)
-        if len(body) < body_len:
+    for number, (text, body) in enumerate(_read(itertools.chain(first, texts), encoder, counts)):
+        added = [*separator, *body] if number else body
+        documents.append((len(stream), len(stream) + len(added), _made_from(text, encoder, origins)))
+        stream += added
+        num_tokens += len(added)
+        start = 0
+        while len(stream) - start >= length and len(windows) != n:
+            end = start + length
+            names = [ids for begin, stop, ids in documents if begin < end and stop > start]
+            tokens = stream[start:end]
+            ids = prefix + tokens
+            window = Sample(text_id(ids), ids, _ending_of_ids(encoder, tokens), tuple(sorted(set().union(*names))))
+            counts["num_duplicates"] += not _merged(windows, window.id, window)
+            start = end
+        if len(windows) == n:
             break
-        ids = prefix + body
-        window = Sample(_ids_id(ids), ids, _ending_of_ids(tokenizer, body))
-        if windows.setdefault(window.id, window) is not window and counts is not None:
-            counts["num_duplicates"] += 1
+        stream = stream[start:]
+        documents = [(begin - start, stop - start, ids) for begin, stop, ids in documents if stop > start]
     if len(windows) < (n or 1):
         raise InputError(
             f"data.num_samples={n}: {source} gives only {len(windows)} windows of data.seq_len={seq_len} tokens "
@@ -155,59 +183,69 @@ def _check_seq_len(seq_len: int, num_special: int, context: int | None) -> None:
         raise InputError(f"data.seq_len={seq_len} is longer than the model's context of {context} tokens; lower it")
 
 
-def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    separator = _tokens(tokenizer, SEPARATOR, special=False)
-    for number, text in enumerate(texts):
-        if number:
-            yield from separator
-        yield from _tokens(tokenizer, text, special=False)
-
-
 # --- one text a sample ------------------------------------------------------------------------------------------------
 
 
 def text_samples(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Text],
+    encoder: Encoder,
     n: int | None = None,
     max_tokens: int | None = None,
     source: str = "the source",
+    counts: Counter[str] | None = None,
+    origins: Origins | None = None,
 ) -> list[Sample]:
-    """Each text a sample of its own, tokenised as the tokenizer does by default.
+    """Each text a sample of its own, with what the tokenizer puts before a text; a list of token ids as it stands.
 
     Args:
-        texts: Read only as far as ``n`` samples need.
-        tokenizer: The model's.
+        texts: All texts or all lists; read only as far as ``n`` samples need.
+        encoder: The model's.
         n: Number of samples; None for all texts.
         max_tokens: Keep only the first so many tokens of a text.
         source: What the texts come from, for messages.
+        counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of the text) and
+            ``num_duplicates`` (the same tokens as an earlier sample, once both are cut).
+        origins: Ids of the texts that a text was cut out of.
 
     Raises:
-        InputError: If there are fewer texts than ``n`` (or none), or a text is longer than the model's context.
+        InputError: If there are fewer samples than ``n`` (or none), or a text is longer than the model's context.
     """
-    samples = [_text_sample(text, tokenizer, max_tokens) for text in itertools.islice(texts, n)]
+    counts = Counter() if counts is None else counts
+    samples: dict[tuple[int, ...], Sample] = {}
+    for text, body in _read(texts, encoder, counts):
+        if body:
+            sample = _text_sample(text, body, encoder, max_tokens, _made_from(text, encoder, origins))
+            counts["num_duplicates"] += not _merged(samples, tuple(sample.input_ids), sample)
+        if len(samples) == n:
+            break
     if len(samples) < (n or 1):
         raise InputError(
             f"data.num_samples={n}: {source} gives only {len(samples)} samples; lower data.num_samples, widen "
             "data.filter or give more text"
         )
-    return samples
+    return list(samples.values())
 
 
-def _text_sample(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Sample:
-    ids = _tokens(tokenizer, text, special=True)
-    context = context_length(tokenizer)
+def _text_sample(
+    text: Text, body: list[int], encoder: Encoder, max_tokens: int | None, text_ids: Iterable[str]
+) -> Sample:
+    prefix = encoder.before(text)
+    if max_tokens is not None and max_tokens <= len(prefix):
+        raise InputError(
+            f"data.max_tokens={max_tokens} leaves no room for text beside {len(prefix)} special tokens; raise it"
+        )
+    ids = [*prefix, *body]
     if max_tokens is not None and len(ids) > max_tokens:
         ids = ids[:max_tokens]
-        last = _ending_of_ids(tokenizer, ids)
+        last = _ending_of_ids(encoder, ids)
     else:
-        last = ending(text)
-    if context is not None and len(ids) > context:
+        last = ending(encoder.stripped(text)) if isinstance(text, str) else _ending_of_ids(encoder, ids)
+    if encoder.context is not None and len(ids) > encoder.context:
         raise InputError(
-            f"data.source: a text of {len(ids)} tokens ({text[:40]!r}...) is longer than the model's context of "
-            f"{context}; set data.max_tokens: {context} to cut such texts, or data.seq_len to pack them"
+            f"data.source: a text of {len(ids)} tokens ({str(text)[:40]!r}...) is longer than the model's context of "
+            f"{encoder.context}; set data.max_tokens: {encoder.context} to cut such texts, or data.seq_len to pack them"
         )
-    return Sample(text_id(text), ids, last)
+    return Sample(text_id(text), ids, last, tuple(sorted(text_ids)))
 
 
 # --- matched samples --------------------------------------------------------------------------------------------------
@@ -226,8 +264,9 @@ def read_targets(folder: Path) -> list[Target]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            last: Ending = "stop" if row["ending"] == "stop" else "cut"
-            targets.append(Target(int(row["num_tokens"]), last))
+            if row["ending"] is None:
+                raise ValueError("its samples were token ids that no tokenizer could read")
+            targets.append(Target(int(row["num_tokens"]), "stop" if row["ending"] == "stop" else "cut"))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"data.match: line {number} of {str(file)!r} has no num_tokens and ending ({first_line(error)}); "
@@ -239,11 +278,13 @@ def read_targets(folder: Path) -> list[Target]:
 
 
 def matched_samples(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Text],
+    encoder: Encoder,
     targets: Sequence[Target],
     source: str = "the source",
-) -> tuple[list[Sample], dict[str, int]]:
+    counts: Counter[str] | None = None,
+    origins: Origins | None = None,
+) -> list[Sample]:
     """General samples of exactly the targets' lengths and, as far as the texts permit, their endings.
 
     Each comes from a document of its own and starts where a sentence starts (the document's first one if that fits).
@@ -252,92 +293,154 @@ def matched_samples(
     those, first with cuts inside a word, then ``stop`` targets with cuts; both are counted. At most
     ``_SEARCH_DOCUMENTS`` documents for every target are looked at, so that an endless stream comes to an end.
 
+    Args:
+        texts: Documents; token ids have no sentences to start at and are refused.
+        encoder: The model's, with a tokenizer.
+        targets: Lengths and endings.
+        source: What the documents come from, for messages.
+        counts: Grows by ``num_too_short`` (documents shorter than every target), ``num_cut_in_word`` and
+            ``num_unmatched_endings``.
+        origins: Ids of the texts that a document was cut out of.
+
     Returns:
-        The samples in the order of ``targets``, and counts: ``num_too_short`` (documents shorter than every target
-        that was open), ``num_cut_in_word``, ``num_unmatched_endings``.
+        The samples in the order of ``targets``.
 
     Raises:
         InputError: If the texts run out before every target has a sample.
     """
-    matcher = _Matcher(tokenizer, targets)
-    spare = matcher.fill(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(targets) + 1)), _fits)
-    matcher.counts["num_too_short"] = sum(matcher.too_short(text) for text in spare)
-    spare = matcher.fill(spare, _fits_but_for_the_word, counter="num_cut_in_word")
-    matcher.fill(spare, _is_cut, counter="num_unmatched_endings")
+    counts = Counter() if counts is None else counts
+    counts.update(num_too_short=0, num_cut_in_word=0, num_unmatched_endings=0)
+    matcher = _Matcher(encoder, targets, origins)
+    documents = _documents(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(targets) + 1)), encoder, counts)
+    spare = matcher.fill(documents, _fits)
+    counts["num_too_short"] += sum(matcher.too_short(document) for document in spare)
+    spare = matcher.fill(spare, _fits_but_for_the_word, "num_cut_in_word", counts)
+    matcher.fill(spare, _is_cut, "num_unmatched_endings", counts)
     if matcher.open:
-        longest = max(targets[i].num_tokens for i in matcher.open)
+        longest = max(target.num_tokens for target in matcher.open)
         raise InputError(
-            f"data.match: {source} gives only {len(matcher.found)} samples for {len(targets)} lengths to match (the "
+            f"data.match: {source} gives only {len(matcher.samples)} samples for {len(targets)} lengths to match (the "
             f"longest left: {longest} tokens); give more or longer documents"
         )
-    return [matcher.found[i] for i in range(len(targets))], dict(matcher.counts)
+    return [matcher.samples[i] for i in range(len(targets))]
+
+
+def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids")
+        counts.update(encoder.special_counts(text))
+        yield text
 
 
 class _Matcher:
-    """Gives each target a document. Those that are hard to meet choose first: endings at a stop, then great lengths."""
+    """Gives each target a document. Those that are hard to meet choose first: endings at a stop, then great lengths.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, targets: Sequence[Target]) -> None:
-        self.tokenizer, self.targets = tokenizer, targets
-        self.prefix, self.suffix = special_affixes(tokenizer)
-        self.open = sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i))
-        self.found: dict[int, Sample] = {}
-        self.counts = {"num_too_short": 0, "num_cut_in_word": 0, "num_unmatched_endings": 0}
+    Targets of one format want the same of a document, so that a document is looked at once for each format, not once
+    for each target.
+    """
+
+    def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins | None) -> None:
+        self.encoder, self.origins = encoder, origins
+        self.open: dict[Target, deque[int]] = {}
+        """By format, in the order of choice: the places of the targets that have no sample yet."""
+        for i in sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i)):
+            self.open.setdefault(targets[i], deque()).append(i)
+        self.samples: dict[int, Sample] = {}
         self._ids: set[str] = set()
-        self._lengths = [target.num_tokens - len(self.prefix) - len(self.suffix) for target in targets]
+        self._special = len(encoder.prefix)
+        self._shortest = min((target.num_tokens for target in targets), default=0) - self._special
 
-    def fill(self, texts: Iterable[str], fits: _Fits, counter: str | None = None) -> list[str]:
+    def fill(
+        self, texts: Iterable[str], fits: _Fits, counter: str | None = None, counts: Counter[str] | None = None
+    ) -> list[str]:
         """Serve the open targets from ``texts``; returns the texts that were not used."""
         texts, left = iter(texts), []
         while self.open and (text := next(texts, None)) is not None:
             if not self._take(text, fits):
                 left.append(text)
-            elif counter is not None:
-                self.counts[counter] += 1
+            elif counter is not None and counts is not None:
+                counts[counter] += 1
         return left
 
     def too_short(self, text: str) -> bool:
         """Whether the text is shorter than every target."""
-        return len(_tokens(self.tokenizer, text, special=False)) <= min(self._lengths)
+        return len(self.encoder.body(text)) <= self._shortest
 
     def _take(self, text: str, fits: _Fits) -> bool:
         """Give the first open target that some span of the text fits a sample of it."""
-        spans = list(_spans(text, self.tokenizer, max(self._lengths[i] for i in self.open)))
-        for i, span in itertools.product(self.open, spans):
-            length = self._lengths[i]
-            if 1 <= length <= len(span) and fits(self.tokenizer, span, length, self.targets[i].ending):
-                ids = self.prefix + span[:length] + self.suffix
-                if _ids_id(ids) in self._ids:
+        longest = max(target.num_tokens for target in self.open) - self._special
+        document = _Document(text, self.encoder, longest)
+        for target in self.open:
+            length = target.num_tokens - self._special
+            for span in document.spans():
+                if not (1 <= length <= len(span) and fits(document, span, length, target.ending)):
                     continue
-                self._ids.add(_ids_id(ids))
-                self.found[i] = Sample(_ids_id(ids), ids, _ending_of_ids(self.tokenizer, span[:length]))
-                self.open.remove(i)
+                ids = self.encoder.prefix + span[:length]
+                identity = text_id(ids)
+                if identity in self._ids:
+                    continue
+                self._ids.add(identity)
+                text_ids = tuple(sorted(_made_from(text, self.encoder, self.origins)))
+                place = self.open[target].popleft()
+                self.samples[place] = Sample(identity, ids, document.ending(span[:length]), text_ids)
+                if not self.open[target]:
+                    del self.open[target]
                 return True
         return False
 
 
-def _spans(text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int = 32) -> Iterator[list[int]]:
-    """Tokens from each of the first ``limit`` sentence starts on, at least ``length + 1`` of them where there are."""
-    starts = [0, *(match.end() for match in _SENTENCE_START.finditer(text))]
-    for start in starts[:limit]:
-        # 16 characters a token are more than enough for nearly all text: no need to tokenise the rest each time.
-        ids = _tokens(tokenizer, text[start : start + 16 * (length + 4)], special=False)
-        yield ids if len(ids) > length + 1 else _tokens(tokenizer, text[start:], special=False)
+class _Document:
+    """A document to cut samples from; its tokens and endings are made when they are asked for, once.
+
+    Args:
+        text: The document.
+        encoder: The model's.
+        length: Of the longest sample that may be cut from it, in tokens.
+        limit: Sentence starts that are tried.
+    """
+
+    def __init__(self, text: str, encoder: Encoder, length: int, limit: int = 32) -> None:
+        self.encoder = encoder
+        self._text, self._length = text, length
+        self._starts = iter([0, *(match.end() for match in _SENTENCE_START.finditer(text))][:limit])
+        self._spans: list[list[int]] = []
+        self._endings: dict[tuple[int, ...], Ending | None] = {}
+
+    def spans(self) -> Iterator[list[int]]:
+        """Tokens from each sentence start on, at least one more than the longest sample has where there are."""
+        yield from self._spans
+        for start in self._starts:
+            # 16 characters a token are more than enough for nearly all text: no need to tokenise the rest each time.
+            ids = self.encoder.body(self._text[start : start + 16 * (self._length + 4)])
+            self._spans.append(ids if len(ids) > self._length + 1 else self.encoder.body(self._text[start:]))
+            yield self._spans[-1]
+
+    def ending(self, input_ids: Sequence[int]) -> Ending | None:
+        """``stop`` or ``cut``."""
+        key = tuple(input_ids[-16:])
+        if key not in self._endings:
+            self._endings[key] = _ending_of_ids(self.encoder, key)
+        return self._endings[key]
+
+    def ends_in_a_word(self, span: list[int], length: int) -> bool:
+        """Whether the span, cut to ``length``, breaks off inside a word."""
+        decode = self.encoder.tokenizer.decode
+        shorter, longer = (decode(span[max(0, length - 8) : end]) for end in (length, length + 1))
+        return longer[len(shorter) : len(shorter) + 1].isalnum()
 
 
-def _fits(tokenizer: PreTrainedTokenizerBase, span: list[int], length: int, wanted: Ending) -> bool:
+def _fits(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
     """Whether the span, cut to ``length``, ends as wanted, and after a whole word."""
-    if not _fits_but_for_the_word(tokenizer, span, length, wanted):
-        return False
-    shorter, longer = (tokenizer.decode(span[max(0, length - 8) : end]) for end in (length, length + 1))
-    return not longer[len(shorter) : len(shorter) + 1].isalnum()
+    return _fits_but_for_the_word(document, span, length, wanted) and not document.ends_in_a_word(span, length)
 
 
-def _fits_but_for_the_word(tokenizer: PreTrainedTokenizerBase, span: list[int], length: int, wanted: Ending) -> bool:
+def _fits_but_for_the_word(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
     if wanted == "cut":
-        return _is_cut(tokenizer, span, length, wanted)
-    return _ending_of_ids(tokenizer, span[:length]) == "stop"
+        return _is_cut(document, span, length, wanted)
+    return document.ending(span[:length]) == "stop"
 
 
-def _is_cut(tokenizer: PreTrainedTokenizerBase, span: list[int], length: int, _wanted: Ending) -> bool:
+def _is_cut(document: _Document, span: list[int], length: int, _wanted: Ending) -> bool:
     """A cut has text after it: a headline without a full stop is no text broken off."""
-    return len(span) > length and _ending_of_ids(tokenizer, span[:length]) == "cut"
+    return len(span) > length and document.ending(span[:length]) == "cut"

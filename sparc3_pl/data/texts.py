@@ -44,6 +44,8 @@ class TextQuery:
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
             null or missing (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
         origin: ``revision`` and ``drawn_from`` of the records, as in ``Records``; set when they are first read.
+        made_from: Filled while reading, by ``text_id``: the ids of the texts that a text was cut out of, where its
+            record has them as ``text_ids``.
     """
 
     source: str
@@ -60,6 +62,7 @@ class TextQuery:
     token_ids: bool = True
     counts: Counter[str] = field(default_factory=Counter)
     origin: dict[str, str | None] = field(default_factory=lambda: {"revision": None, "drawn_from": None})
+    made_from: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.half not in ("all", "attribution", "evaluation"):
@@ -161,6 +164,8 @@ class TextQuery:
         if not text or (isinstance(text, str) and not text.strip()):
             self.counts["num_empty"] += 1
             return None
+        if isinstance(record.get("text_ids"), list):
+            self.made_from[text_id(text)] = [str(name) for name in record["text_ids"]]
         return text if passes else None
 
     def seen(self) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import swapped
 from sparc3_pl.linear_kernels import onednn_linears
@@ -171,7 +172,8 @@ class Generator:
 
     Args:
         model: A causal language model in eval mode.
-        tokenizer: Its tokenizer; the special tokens that it puts before a text (BOS) are kept.
+        tokenizer: Its tokenizer; the special tokens that it puts before a text (BOS) are kept, those after it (EOS)
+            are not: the completion comes after the text.
         sampling: How to draw.
         rows_per_batch: Completions made at once. When they do not fit into the GPU's memory, half as many are tried.
     """
@@ -184,6 +186,7 @@ class Generator:
         rows_per_batch: int = 64,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.rows_per_batch = model, tokenizer, sampling, rows_per_batch
+        self.encoder = Encoder(tokenizer)
         self.end_tokens = _end_tokens(model, tokenizer)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -212,8 +215,10 @@ class Generator:
         return sorted(made, key=lambda c: (place[c.id], c.k))
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer(prompt)["input_ids"])
-        bos = self.tokenizer.bos_token_id
+        body, bos = self.encoder.body(prompt), self.tokenizer.bos_token_id
+        if not body and prompt.strip():  # the model would complete something else: nothing
+            return ()
+        ids = (*self.encoder.prefix, *body)
         return ids if ids or bos is None else (bos,)
 
     def _refusal(self, ids: tuple[int, ...]) -> str | None:

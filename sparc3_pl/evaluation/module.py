@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 
+from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.distributed import gather_lists
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.generation import Completion, Generator, Sampling
@@ -20,11 +21,11 @@ from sparc3_pl.evaluation.repetition import Repetition, uniqueness
 from sparc3_pl.evaluation.results import MARKER, CompletionStore, Row, write_evaluation
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
-from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model
 from sparc3_pl.run_config import resolved_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sparc3_pl.data.evaluation_data import PromptBatch, WindowBatch
 
@@ -115,9 +116,9 @@ class EvaluationModule(pl.LightningModule):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded when the data module asks for it."""
-        return load_tokenizer(self.source)
+    def encoder(self) -> Encoder:
+        """What turns texts into the model's token ids, loaded when the data module asks for it."""
+        return load_encoder(self.source)
 
     @property
     def judge(self) -> Judge:
@@ -179,6 +180,7 @@ class EvaluationModule(pl.LightningModule):
         self.perplexity.reset()
         self._scorer = WindowScorer(self.model)
         prompts = self.trainer.datamodule.prompt_ids  # of all ranks, on every rank
+        self.forbidden_ids |= self.trainer.datamodule.known_prompts(self.forbidden_ids)
         self.check_overlap(prompts)
         if prompts:
             self._prepare_prompts()
@@ -216,7 +218,7 @@ class EvaluationModule(pl.LightningModule):
         self.toxicity = CompletionToxicity(tuple(labels)).to(self.device)
         self.repetition.reset()
         self._count([])  # so that a rank without prompts takes part like the others
-        self._generator = Generator(self.model, self.tokenizer, self.sampling, self.generation_batch_size)
+        self._generator = Generator(self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size)
         if self.output is not None:
             self._store = CompletionStore(self.output, self._store_key(), self.global_rank)
             self._known = self._store.load()

@@ -88,7 +88,7 @@ def make_plan(
         settings=chooser.settings() | {"share": share, "layers": layers and list(layers), "per_layer": per_layer},
         shapes={layer: list(general[0].shape(layer)) for layer in chosen},
         scores={"general": _provenance(general), "behaviour": _provenance(used)},
-        behaviour_samples=_sample_ids(used),
+        behaviour_samples=_behaviour_ids(used),
         warnings=_warnings(chooser, chosen, general, used),
     )
 
@@ -273,3 +273,9 @@ def _provenance(folders: Sequence[ScoreFolder]) -> list[dict[str, Any]]:
 
 def _sample_ids(folders: Sequence[ScoreFolder]) -> list[str]:
     return sorted({str(name) for folder in folders for name in folder.manifest.data.get("sample_ids") or ()})
+
+
+def _behaviour_ids(folders: Sequence[ScoreFolder]) -> list[str]:
+    """Ids of the samples, and of the texts that they were made from: of packed or cut ones these are others."""
+    texts = {str(name) for folder in folders for sample in folder.samples() for name in sample.get("text_ids") or ()}
+    return sorted({*_sample_ids(folders), *texts})

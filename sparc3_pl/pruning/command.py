@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparc3_pl.data.encoding import Encoder
     from sparc3_pl.pruning.save import SavedModel
 
 __all__ = ["PruneResult", "prune"]
@@ -122,12 +123,12 @@ def prune(
     )
     saved = None
     if save_model or keep_values or edit == "mean":
-        model, tokenizer = _load(plan, pretrained, dtype, trust_remote_code)
+        model, encoder = _load(plan, pretrained, dtype, trust_remote_code)
         if edit == "mean":
-            batches = _windows(tokenizer, mean_source, mean_field, mean_samples, mean_seq_len, seed)
+            batches = _windows(encoder, mean_source, mean_field, mean_samples, mean_seq_len, seed)
             plan = _with_means(plan, model, batches)
         plan = _with_kept_values(plan, model) if keep_values else plan
-        saved = _save_model(model, tokenizer, plan, save_model, shrink, overwrite) if save_model else None
+        saved = _save_model(model, encoder.tokenizer, plan, save_model, shrink, overwrite) if save_model else None
     path = plan.save(output, overwrite)
     for warning in plan.warnings:
         log.warning("%s", warning)
@@ -150,19 +151,20 @@ def _check_places(
 
 def _load(
     plan: PrunePlan, pretrained: str | None, dtype: str, trust_remote_code: bool
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
+) -> tuple["PreTrainedModel", "Encoder"]:
+    from sparc3_pl.data.encoding import load_encoder
+    from sparc3_pl.language_model import ModelSource, load_model
 
     scored, revision = plan.model.get("pretrained"), plan.model.get("revision")
     if pretrained is None and not isinstance(scored, str):
         raise InputError("the scores do not name their model; give --pretrained")
     name = pretrained or str(scored)
     source = ModelSource(name, dtype, revision if name == scored else None, None, trust_remote_code)
-    return load_model(source), load_tokenizer(source)
+    return load_model(source), load_encoder(source)
 
 
 def _windows(
-    tokenizer: "PreTrainedTokenizerBase", source: str | None, field: str, count: int, seq_len: int, seed: int
+    encoder: "Encoder", source: str | None, field: str, count: int, seq_len: int, seed: int
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
     """Windows of text, one at a time, with their masks, each ``[1, T]``."""
     import torch
@@ -173,7 +175,7 @@ def _windows(
     assert source is not None
     records = read_records(source, seed=seed, key="mean_source")
     texts = (text for record in records if (text := get_field(record, field)))
-    for window in pack_windows(texts, tokenizer, seq_len, count, source):
+    for window in pack_windows(texts, encoder, seq_len, count, source):
         ids = torch.tensor([window.input_ids])
         yield ids, torch.ones_like(ids)
 
@@ -195,7 +197,7 @@ def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
 
 def _save_model(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     plan: PrunePlan,
     folder: str,
     shrink: bool,

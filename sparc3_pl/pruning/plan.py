@@ -67,7 +67,8 @@ class PrunePlan:
         settings: ``protect``, ``layers``, ``per_layer``, ``top_general``, ``top_behaviour``.
         shapes: Shape of the scores of every layer that is touched.
         scores: ``general`` and ``behaviour``: a list of folder name, sha256 of its manifest, samples, source, seed.
-        behaviour_samples: Ids of the behaviour's samples: they must not be evaluated on.
+        behaviour_samples: Ids of the behaviour's samples and of the texts that they were made from: these must not be
+            evaluated on.
         warnings: What whoever made the plan should have known.
         versions: Of Python and the packages.
         command: The command line that made it.

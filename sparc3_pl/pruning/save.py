@@ -60,7 +60,7 @@ class SavedModel:
 
 def save_pruned(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     plan: PrunePlan,
     folder: str | Path,
     overwrite: bool = False,
@@ -73,7 +73,7 @@ def save_pruned(
 
     Args:
         model: The model that the plan was made for (a GGUF-loaded one too).
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None if it has none.
         plan: What to prune.
         folder: Where to write.
         overwrite: Whether an earlier pruned model there may be replaced.
@@ -88,7 +88,7 @@ def save_pruned(
 
 def save_shrunk(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     plan: PrunePlan,
     folder: str | Path,
     overwrite: bool = False,
@@ -203,7 +203,7 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
 def _save(
     model: "PreTrainedModel",
     reference: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     plan: PrunePlan,
     folder: str | Path,
     overwrite: bool,
@@ -214,7 +214,8 @@ def _save(
     with new_folder(folder, overwrite, marker="plan.json") as temporary:
         with writing(Path(folder)):
             _write_model(model, temporary)
-            tokenizer.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
         result = SavedModel(Path(folder), difference, (before, after), (old, new))

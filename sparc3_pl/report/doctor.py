@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,16 +24,19 @@ from sparc3_pl.attribution.soundness import (
     parameters_as,
     precision_agreement,
 )
+from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.data.samples import pack_windows
+from sparc3_pl.data.texts import TextQuery
 from sparc3_pl.errors import InputError
-from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, load_model
 from sparc3_pl.report.document import Checks, Section, Table, Text, count, number, percent
 from sparc3_pl.report.publish import as_json, check_places, publish
 from sparc3_pl.verdicts import Check, Status, grade, worst
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-__all__ = ["Diagnosis", "diagnose", "doctor", "doctor_sections"]
+__all__ = ["Diagnosis", "check_tokenizer", "diagnose", "doctor", "doctor_sections"]
 
 FORWARD_WARN, FORWARD_FAIL = 0.0, 1e-5
 """The rules change no forward value at all; a kernel that is not deterministic may move the last bits (1e-7)."""
@@ -40,6 +44,8 @@ PADDING_WARN, PADDING_FAIL = 1e-4, 1e-2
 """Right padding moves float32 scores by some 1e-5 of the largest; a mask that leaks moves them by tenths."""
 RANK_WARN, RANK_FAIL = 0.99, 0.9
 """Rank correlation of half-precision scores with float32 ones; bfloat16 scores are 1 to 3 % off."""
+TOKENIZED = 100
+"""Texts that the tokenizer is tried on: it takes milliseconds, and one that depends on the text shows soon."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,13 @@ def doctor(
     if num_samples < 1 or seq_len < 4:
         raise InputError(f"num_samples={num_samples}, seq_len={seq_len}: give at least 1 sample of 4 tokens")
     model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code)
-    samples = _samples(load_tokenizer(model_source), source, text_field, num_samples, seq_len)
+    encoder = load_encoder(model_source)
+    samples = _samples(encoder, source, text_field, num_samples, seq_len)
     model = load_model(model_source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found = diagnose(model, samples, pretrained=pretrained, dtype=dtype, start=start)
+    texts = list(itertools.islice(TextQuery(source, text_field).texts(), TOKENIZED))
+    found = replace(found, checks=(check_tokenizer(encoder, texts), *found.checks))
     sections = doctor_sections(found)
     json = as_json("doctor", {"verdict": found.verdict, **asdict(found)})
     title = f"Attribution of {pretrained}"
@@ -128,14 +137,9 @@ def doctor(
     return found
 
 
-def _samples(
-    tokenizer: PreTrainedTokenizerBase, source: str, text_field: str, num_samples: int, seq_len: int
-) -> list[Tensor]:
+def _samples(encoder: Encoder, source: str, text_field: str, num_samples: int, seq_len: int) -> list[Tensor]:
     """Samples of unequal length: the first has ``seq_len`` tokens, the last about half."""
-    from sparc3_pl.data.samples import pack_windows
-    from sparc3_pl.data.texts import TextQuery
-
-    windows = pack_windows(TextQuery(source, text_field).texts(), tokenizer, seq_len, num_samples, source)
+    windows = pack_windows(TextQuery(source, text_field).texts(), encoder, seq_len, num_samples, source)
     shortest = seq_len // 2
     cut = [seq_len - i * (seq_len - shortest) // max(1, num_samples - 1) for i in range(num_samples)]
     return [torch.tensor(window.input_ids[:length]) for window, length in zip(windows, cut, strict=True)]
@@ -190,6 +194,23 @@ def diagnose(
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check:
+    """Whether what the tokenizer makes of real texts is what a sample is made of: the same tokens before and after
+    every text, and in between the text's own. What it puts after a text is named: samples and prompts leave it out.
+    """
+    name, tokenizer = "tokenizer", encoder.tokenizer
+    if tokenizer is None:
+        return Check(name, "pass", "none: samples are lists of token ids")
+    for text in (text for text in texts if isinstance(text, str) and encoder.stripped(text) == text):
+        full, expected = tokenizer(text, verbose=False).input_ids, [*encoder(text), *encoder.suffix]
+        if full != expected:
+            reason = f"makes {full[:8]}... of {text[:40]!r}, whose sample begins with {expected[:8]}"
+            return Check(name, "fail", f"{reason}: what stands around a text depends on the text; give token ids")
+    before, after = (" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (encoder.prefix, encoder.suffix))
+    told = f"puts {before or 'nothing'} before every text"
+    return Check(name, "pass", f"{told}; {after}, which it puts after it, is left out" if after else told)
 
 
 def _judge(

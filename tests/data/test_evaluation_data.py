@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from tiny_tokenizers import documents, tiny_tokenizer
+from tiny_tokenizers import documents, tiny_tokenizer, with_template
 
+from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, WindowBatch, sliding_windows
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
@@ -30,7 +31,7 @@ def prompts(tmp_path) -> str:
 
 def ready(data, rank=0, world_size=1, max_length=16, stride=16, **tokenizer):
     module = SimpleNamespace(
-        tokenizer=tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer), max_length=max_length, stride=stride
+        encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)), max_length=max_length, stride=stride
     )
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
     data.setup("test")
@@ -192,6 +193,39 @@ def test_ranks_share_windows_and_prompts_without_repetition(text, prompts, world
     assert sorted(tokens) == sorted(scored(whole.test_dataloader()))
 
 
+@pytest.mark.parametrize("seq_len", [None, 8])
+def test_prompts_of_which_samples_were_made_are_known(tmp_path, prompts, seq_len):
+    """As a score folder and a plan hand them on: the samples' ids, and those of their texts."""
+    attributed = ready(ReferenceData(prompts, "prompt.text", seq_len=seq_len, num_samples=4))
+    known = {name for sample in attributed.samples for name in (sample.id, *sample.text_ids)}
+    texts = ready(EvaluationData(None, prompts_source=prompts)).prompts
+    used = {text for text in texts if text_id(text) in {name for s in attributed.samples for name in s.text_ids}}
+    assert 0 < len(used) < len(texts)
+    rows = [form.format(text) for text in texts for form in ("{}", "{} ", "<s>{}", "\ufeff{}\n")]
+    (tmp_path / "variants.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    data = ready(EvaluationData(None, prompts_source=str(tmp_path / "variants.jsonl"), prompts_field="prompt"))
+    expected = {text_id(row) for row in rows if row.strip("\ufeff\n ").removeprefix("<s>") in used}
+    assert data.known_prompts(known) == expected
+    assert data.known_prompts(set()) == set()
+
+
+def test_prompts_are_known_by_their_letters_and_by_their_token_ids(prompts):
+    data = ready(EvaluationData(None, prompts_source=prompts))
+    text = data.prompts[3]
+    body = tiny_tokenizer(bos=False)(text).input_ids
+    for name in (text_id(text), text_id(body), text_id([0, *body])):  # a folder of an earlier version; lists of ids
+        assert data.known_prompts({name, "another"}) == {text_id(text)}
+
+
+def test_a_text_has_nothing_after_it(text):
+    plain = ready(EvaluationData(text, prompts_source=None))
+    data = EvaluationData(text, prompts_source=None)
+    data.encoder = Encoder(with_template(tiny_tokenizer(), "<s> $A </s>"))
+    data.setup("test")
+    assert data.token_ids == plain.token_ids
+    assert data.describe()["protocol"] == plain.describe()["protocol"]
+
+
 # --- in a Trainer, and bad input --------------------------------------------------------------------------------------
 
 
@@ -200,7 +234,7 @@ class Recorder(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.tokenizer = tiny_tokenizer(pad_token="</s>")
+        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.seen: list[str] = []
 
     def test_step(self, batch, batch_idx):

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from tiny_tokenizers import documents, tiny_tokenizer
+from tiny_tokenizers import digits_tokenizer, documents, tiny_tokenizer
 
+from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.reference import ReferenceBatch, ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
@@ -30,7 +31,7 @@ def prompts(tmp_path_factory) -> str:
 
 
 def ready(data: ReferenceData, rank: int = 0, world_size: int = 1, **tokenizer) -> ReferenceData:
-    module = SimpleNamespace(tokenizer=tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer))
+    module = SimpleNamespace(encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)))
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
     data.setup("predict")
     return data
@@ -132,7 +133,7 @@ def test_equal_passes_end_in_stand_ins(corpus, monkeypatch):
 
 def test_without_a_trainer(corpus):
     data = ReferenceData(corpus, seq_len=16, num_samples=4)
-    data.tokenizer = tiny_tokenizer(pad_token="</s>")
+    data.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
     data.setup()
     assert sorted(served(data)) == sorted(ids(data))
 
@@ -150,7 +151,7 @@ class Recorder(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.tokenizer = tiny_tokenizer(pad_token="</s>")
+        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.ids: list[str] = []
 
     def predict_step(self, batch, batch_idx):
@@ -207,6 +208,71 @@ def test_match_that_is_not_there(corpus, tmp_path):
         ready(ReferenceData(corpus, match=corpus, match_field="prompt"))
 
 
+# --- what the samples were made from ----------------------------------------------------------------------------------
+
+
+def records_of(data: ReferenceData) -> dict[str, dict]:
+    found = {}
+    for batch in data.predict_dataloader():
+        lengths = batch.attention_mask.sum(1).tolist()
+        for row in zip(batch.ids, lengths, batch.endings, map(list, batch.text_ids), strict=False):
+            found[row[0]] = dict(zip(("id", "num_tokens", "ending", "text_ids"), row, strict=True))
+    return found
+
+
+def test_records_of_the_samples(prompts):
+    data = ready(ReferenceData(prompts, **PROMPTS, batch_size=4))
+    records = records_of(data)
+    assert sorted(records) == sorted(ids(data))
+    for sample in data.samples:
+        expected = {"id": sample.id, "num_tokens": len(sample.input_ids), "ending": "cut", "text_ids": [sample.id]}
+        assert records[sample.id] == expected
+
+
+@pytest.mark.parametrize("options", [{"seq_len": 8}, {"seq_len": None}, {"match": "this"}])
+def test_samples_know_the_prompts_that_a_text_was_cut_out_of(tmp_path, options):
+    rows = [{"text": text, "text_ids": [f"prompt{i}", f"text{i}"]} for i, text in enumerate(documents(6))]
+    source = tmp_path / "cuts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if "match" in options:
+        source_of_formats = tmp_path / "formats.jsonl"
+        source_of_formats.write_text(json.dumps({"text": "The red fox crosses the"}) + "\n")
+        options = {"match": str(source_of_formats)}
+    records = records_of(ready(ReferenceData(str(source), **options)))
+    names = {name for record in records.values() for name in record["text_ids"]}
+    known = [i for i in range(6) if f"prompt{i}" in names]
+    assert known
+    texts = [text_id(rows[i]["text"]) for i in known]
+    assert names == {*texts, *(f"prompt{i}" for i in known), *(f"text{i}" for i in known)}
+
+
+def test_special_tokens_in_the_data_are_counted_and_told(tmp_path, caplog):
+    texts = ["<s>The red fox", "The red fox", "<s>A green door</s> the wide field", "\u200b"]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = ready(ReferenceData(str(source), seq_len=None))
+    counts = data.describe()
+    assert (counts["num_with_prefix"], counts["num_with_special"], counts["num_duplicates"]) == (2, 1, 1)
+    assert all(sample.input_ids.count(0) == 1 for sample in data.samples)
+    assert "2 texts begin with special tokens" in caplog.text
+    assert "1 texts have special tokens within" in caplog.text
+
+
+def test_texts_that_give_no_token_are_counted_and_told(tmp_path, caplog):
+    source = tmp_path / "mixed.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("12", "abc", "3")))
+    data = ReferenceData(str(source), seq_len=None)
+    data.encoder = Encoder(digits_tokenizer())
+    data.setup()
+    assert sorted(sample.input_ids for sample in data.samples) == [[0, 3], [0, 10]]
+    assert data.describe()["num_without_tokens"] == 1
+    assert "1 texts give no token" in caplog.text
+    data = ReferenceData(str(source), seq_len=None, num_samples=3)
+    data.encoder = Encoder(digits_tokenizer())
+    with pytest.raises(InputError, match=r"gives only 2 samples.*1 records give no token"):
+        data.setup()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -249,13 +315,13 @@ def test_what_the_data_do_not_hold(prompts, corpus, tmp_path):
 
 @pytest.mark.realdata
 def test_real_prompts_and_text_matched_to_them(real_data, smollm2):
-    from sparc3_pl.language_model import ModelSource, load_tokenizer
+    from sparc3_pl.language_model import ModelSource
 
-    tokenizer = load_tokenizer(ModelSource(str(smollm2)))
+    encoder = load_encoder(ModelSource(str(smollm2)))
 
     def drawn(**options) -> ReferenceData:
         data = ReferenceData(**options)
-        data.tokenizer = tokenizer
+        data.encoder = encoder
         data.setup()
         return data
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB, tiny
+from tiny_tokenizers import with_template
 from transformers import GenerationConfig, TopPLogitsWarper
 from word_tokenizer import word_tokenizer
 
@@ -117,6 +118,13 @@ def test_special_tokens_before_a_prompt_are_kept_and_an_empty_prompt_is_bos(tiny
     found = Generator(tiny_llama, word_tokenizer(bos=True), sampling)(["a", "b"], ["w4 w5", ""])
     assert list(found[0].tokens) == slow_completion(tiny_llama, [1, 4, 5], 0, sampling)
     assert list(found[1].tokens) == slow_completion(tiny_llama, [1], 0, sampling)
+
+
+def test_what_a_tokenizer_puts_after_a_prompt_is_not_read(tiny_llama):
+    ending = with_template(word_tokenizer(bos=True), "<s> $A </s>")
+    sampling = Sampling(max_new_tokens=5, temperature=0)
+    (found,) = Generator(tiny_llama, ending, sampling)(["a"], ["<s> w4 w5"])
+    assert list(found.tokens) == slow_completion(tiny_llama, [1, 4, 5], 0, sampling)
 
 
 def test_prompts_that_leave_no_room_fail_and_the_others_do_not(tiny_llama):

@@ -172,6 +172,14 @@ def test_prompts_of_the_plan_are_refused_unless_allowed(files):
     assert (results["overlap"], results["num_overlapping_prompts"]) == ("allowed", 1)
 
 
+def test_a_known_prompt_with_a_space_behind_it_is_no_new_one(files):
+    (files / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"<s> {p} "}) + "\n" for p in PROMPTS))
+    module = module_of(files)
+    module.forbidden_ids = frozenset({text_id(PROMPTS[2])})
+    with pytest.raises(InputError, match="1 of 7 prompts were used to make the plan"):
+        run(files, module)
+
+
 def test_failed_completions_are_told(files):
     (files / "prompts.jsonl").write_text(
         json.dumps({"prompt": " ".join(["w5"] * 60)}) + "\n" + json.dumps({"prompt": "w4"})

@@ -51,6 +51,12 @@ def test_chooses_the_lowest_of_all_layers(general, behaviour):
     plan.check()
 
 
+def test_texts_that_the_samples_were_made_from_are_the_behaviours(tmp_path, general):
+    samples = [{"id": "one", "text_ids": ["first", "second"]}, {"id": "two", "text_ids": ["second", "two"]}]
+    packed = [write(tmp_path / "packed", random_scores(3, (WIDTH,)), samples=samples)]
+    assert make_plan(general, packed, num_neurons=3).behaviour_samples == ["first", "one", "second", "two"]
+
+
 def test_share(general, behaviour):
     assert pairs(make_plan(general, behaviour, share=0.1)) == expected_order()[:12]
 

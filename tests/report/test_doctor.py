@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 from tiny_models import tiny, tokens
-from tiny_tokenizers import documents, tiny_tokenizer
+from tiny_tokenizers import documents, tiny_tokenizer, with_template
 
 import sparc3_pl.attribution.rules as rules
+from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
-from sparc3_pl.report.doctor import diagnose, doctor, doctor_sections
+from sparc3_pl.report.doctor import check_tokenizer, diagnose, doctor, doctor_sections
 
 
 def samples(lengths=(10, 7, 5)):
@@ -71,11 +72,26 @@ def test_command(tmp_path, capsys):
     said = json.loads((tmp_path / "doctor.json").read_text())
     assert said["kind"] == "doctor"
     assert said["rules"] == found.rules
+    assert statuses(found)["tokenizer"] == "pass"
     assert len(said["accounts"]) == 3
     assert "Balance sheet" in capsys.readouterr().out
     assert "<table" in (tmp_path / "doctor.html").read_text()
     with pytest.raises(InputError, match="already exists"):
         doctor(**options, output=str(tmp_path / "doctor.json"))
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_told():
+    texts = documents(5)
+    check = check_tokenizer(Encoder(with_template(tiny_tokenizer(), "<s> $A </s>")), texts)
+    assert check.status == "pass"
+    assert check.reason == "puts <s> before every text; </s>, which it puts after it, is left out"
+    assert check_tokenizer(Encoder(None, 9), [[1, 2]]).status == "pass"
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer)
+    with_template(tokenizer, "<s> $A </s>")  # behind its back: what it does is not what was seen of it
+    check = check_tokenizer(encoder, texts)
+    assert check.status == "fail"
+    assert "depends on the text" in check.reason
 
 
 @pytest.mark.realdata
