@@ -31,7 +31,7 @@ from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.experiment import run
 from sparc3_pl.merge import merge
-from sparc3_pl.monitoring import ProgressBar, ScoringMonitor
+from sparc3_pl.monitoring import ProgressBar, RunConfig, ScoringMonitor
 from sparc3_pl.processes import supervised
 from sparc3_pl.provenance import RedactingFilter, redacted
 from sparc3_pl.pruning.callback import PruningCallback
@@ -251,14 +251,11 @@ class CLI(LightningCLI):
         callbacks = [callback for callback in chosen.callbacks if callback is not ProgressBar or self._wants_bar()]
         self.trainer_defaults = {"callbacks": [callback() for callback in callbacks]}
         path = self.config[self.subcommand].get("plan")
-        plan = None if path is None else PrunePlan.load(path)
-        if plan is not None:
-            self.trainer_defaults["callbacks"].append(PruningCallback(plan))
+        if path is not None:
+            self.trainer_defaults["callbacks"].append(PruningCallback(PrunePlan.load(path)))
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        self.trainer_defaults["callbacks"].append(RunConfig(redacted(config)))
         super().instantiate_classes()
-        if plan is not None:
-            self.model.plan, self.model.forbidden_ids = plan.summary(), frozenset(plan.behaviour_samples)
-        parser = self._parser(self.subcommand)
-        self.model.resolved_config = redacted(parser.dump(self.config[self.subcommand], skip_unset=False))
 
     def _wants_bar(self) -> bool:
         return self.config[self.subcommand].trainer.enable_progress_bar

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from sparc3_pl.scoring import ScoringModule
 
-__all__ = ["ProgressBar", "RunningMean", "ScoringMonitor", "hyperparameters", "tensorboard"]
+__all__ = [
+    "ProgressBar",
+    "RunConfig",
+    "RunningMean",
+    "ScoringMonitor",
+    "hyperparameters",
+    "resolved_config",
+    "tensorboard",
+]
 
 MAX_HISTOGRAM_VALUES = 1_000_000
 """A histogram of a larger layer is that of evenly spaced scores."""
@@ -68,6 +76,22 @@ def hyperparameters(trainer: pl.Trainer, config: str | None, figures: Mapping[st
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(chosen, dict(figures))
+
+
+class RunConfig(Callback):
+    """Carries a run's configuration to what is kept of the run.
+
+    Args:
+        text: The resolved configuration as YAML, without secrets.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def resolved_config(trainer: pl.Trainer) -> str | None:
+    """The configuration of this run as YAML; None where no ``RunConfig`` is among the Trainer's callbacks."""
+    return next((callback.text for callback in trainer.callbacks if isinstance(callback, RunConfig)), None)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -150,7 +174,7 @@ class ScoringMonitor(Callback):
         sums = {name: layer.sum for name, layer in folder.manifest.layers.items()}
         writer.add_figure("score/relevance_by_layer", relevance_by_layer(sums), self._seen)
         figures = {"score/final_total_relevance": folder.manifest.total_relevance}
-        hyperparameters(trainer, pl_module.resolved_config, figures)
+        hyperparameters(trainer, resolved_config(trainer), figures)
 
 
 def _at_most(values: Tensor, count: int) -> Tensor:

@@ -23,11 +23,13 @@ from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model, load_tokenizer
 from sparc3_pl.merge import MARKER as SHARD_MARKER
 from sparc3_pl.merge import parse_shard, write_shard
+from sparc3_pl.monitoring import resolved_config
 from sparc3_pl.processes import deferring_stop, stop_requested
 from sparc3_pl.resume import PartialSums, sums_of
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.scores import Manifest, ScoreWriter
 from sparc3_pl.sharding import shard
+from sparc3_pl.trainer import check_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,8 +155,6 @@ class ScoringModule(pl.LightningModule):
         self.squares, self.groups, self.nonfinite, self.seed = squares, groups, nonfinite, seed
         self.output, self.overwrite = output, overwrite
         self.sums_on_host, self.gradient_checkpointing = sums_on_host, gradient_checkpointing
-        self.resolved_config: str | None = None
-        """The configuration of this run as YAML, kept beside the scores; set by the command line."""
         self.model: PreTrainedModel | None = None
         self.scorer: Scorer | None = None
         self.records: list[dict[str, Any]] = []
@@ -181,6 +181,7 @@ class ScoringModule(pl.LightningModule):
         Raises:
             InputError: if the output cannot be written, or an argument does not go with a sharded model.
         """
+        check_precision(self.trainer)
         if self.is_sharded:
             self._check_sharded()
         log_dir = self.trainer.log_dir  # on every rank: Lightning agrees on it by a broadcast
@@ -371,8 +372,8 @@ class ScoringModule(pl.LightningModule):
         else:
             with ScoreWriter(self.output, self.overwrite) as writer:
                 self._add_layers(writer, len(records))
-                if self.resolved_config is not None:
-                    writer.add_text("config.yaml", self.resolved_config)
+                if (config := resolved_config(self.trainer)) is not None:
+                    writer.add_text("config.yaml", config)
                 self.manifest = self._finish(writer, records)
             self.written_to = Path(self.output)
         if self._partial is not None:
@@ -388,7 +389,7 @@ class ScoringModule(pl.LightningModule):
             about=self._about(),
             tensors=self.scorer.tensors,
             records=records,
-            config=self.resolved_config,
+            config=resolved_config(self.trainer),
         )
 
     def _add_layers(self, writer: ScoreWriter, num_samples: int) -> None:
