@@ -7,7 +7,7 @@ called. Edits that were measured against the same evaluation of the model as it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os.path import commonpath
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -146,6 +146,8 @@ def effects(found: Found) -> tuple[list[Effect], list[str]]:
             continue
         told.add(after.digest)
         made.append(_effect(found, name, asdict(comparison), before, after))
+    bounds = {name: _bound(found, group) for name, group in by_experiment(made).items()}
+    made = [replace(effect, bound=bounds[effect.experiment]) for effect in made]
     order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in made))}
     made.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.size or 0))
     return made, notes
@@ -164,13 +166,17 @@ def _effect(
 ) -> Effect:
     names = {ev.digest: name for name, ev in found.evaluations.items()}
     experiment = names[before.digest] if before is not None else str(data["before"])
-    bounds = (
-        summary["max_perplexity_increase"]
-        for summary in found.experiments.values()
-        if any(_is_of(after, outcome["comparison"], "after") for outcome in summary["outcomes"])
-    )
     plan = (after.results.get("plan") or {}) if after is not None else {}
-    return Effect(name, data, plan, experiment, next(bounds, BOUND), before, after)
+    return Effect(name, data, plan, experiment, BOUND, before, after)
+
+
+def _bound(found: Found, experiment: Sequence[Effect]) -> float:
+    """The bound of the experiment that has measured any of these edits."""
+    for summary in found.experiments.values():
+        comparisons = [outcome["comparison"] for outcome in summary["outcomes"]]
+        if any(_is_of(effect.after, data, "after") for effect in experiment for data in comparisons):
+            return summary["max_perplexity_increase"]
+    return BOUND
 
 
 def _named(found: Found, data: Mapping[str, Any], side: str) -> Evaluation | None:
