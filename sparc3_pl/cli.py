@@ -252,14 +252,11 @@ class CLI(LightningCLI):
         callbacks = [callback for callback in chosen.callbacks if callback is not ProgressBar or self._wants_bar()]
         self.trainer_defaults = {"callbacks": [callback() for callback in callbacks]}
         path = self.config[self.subcommand].get("plan")
-        plan = None if path is None else PrunePlan.load(path)
-        if plan is not None:
-            self.trainer_defaults["callbacks"].append(PruningCallback(plan))
-        config = redacted(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
-        self.trainer_defaults["callbacks"].append(RunConfig(config))
+        if path is not None:
+            self.trainer_defaults["callbacks"].append(PruningCallback(PrunePlan.load(path)))
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        self.trainer_defaults["callbacks"].append(RunConfig(redacted(config)))
         super().instantiate_classes()
-        if plan is not None:
-            self.model.plan, self.model.forbidden_ids = plan.summary(), frozenset(plan.behaviour_samples)
 
     def _wants_bar(self) -> bool:
         return self.config[self.subcommand].trainer.enable_progress_bar

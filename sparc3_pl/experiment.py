@@ -1,30 +1,42 @@
 """The whole experiment from one YAML: score, contrast, plan, evaluate before and after, controls, dose-response.
 
 Every stage is a command that could have been typed; its configuration is kept in ``stages/``, its result in a folder
-of its own. A stage whose result is there is not done again, so an experiment that was stopped goes on where it was.
+of its own. A stage is done if its result is there and was made with the same settings from the same inputs: a record in
+``stages/`` names the digests of the files that it read (data, model, scores, plan) and of its result. So an experiment
+that was stopped goes on where it was, and a stage whose inputs have changed since is done again.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparc3_pl.data.sources import local_source
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value, write_comparison
+from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.files import strict_json, write_text
+from sparc3_pl.families import swapped
+from sparc3_pl.files import json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.language_model import ModelSource
 from sparc3_pl.processes import run_child
-from sparc3_pl.provenance import command_line, now, versions
+from sparc3_pl.provenance import command_line, now, redacted_values, versions
 from sparc3_pl.pruning.controls import Control
+from sparc3_pl.report.effects import largest_within
+from sparc3_pl.scores import MARKER as SCORES_MARKER
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "largest_within", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +54,15 @@ class Outcome:
     comparison: Comparison
 
     @property
-    def perplexity_increase(self) -> float:
-        """As a fraction: 0.01 is 1 %; NaN without a perplexity."""
+    def size(self) -> int:
+        """Neurons (or weights) edited."""
+        return self.count
+
+    @property
+    def rise(self) -> float | None:
+        """Relative change of perplexity: 0.01 is 1 %; None where none was measured."""
         change = self.comparison.perplexity
-        return float("nan") if change is None else change.ratio - 1
+        return None if change is None else change.ratio - 1
 
 
 def run(
@@ -64,6 +81,9 @@ def run(
     max_perplexity_increase: float = 0.01,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
+
+    A stage is done again if a file that it reads has another content now: data, model, scores or plan. Of what lies on
+    the hub only the name and the revision are known.
 
     Args:
         output: Folder of the experiment: scores, plans, evaluations, comparisons, report.
@@ -86,24 +106,49 @@ def run(
     """
     size = _size_key(plan, score or {})
     experiment = _Experiment(Path(output), model or {}, score or {}, trainer or {})
-    folders = experiment.score(general, behaviour, seeds)
+    measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
     edits = {f"prune-{count}": (count, None) for count in sorted({plan[size], *(counts or [])})}
     edits |= {f"control-{control}": (plan[size], control) for control in controls}
+    stages = experiment.scoring_stages(general, behaviour, seeds)
+    scores = {stage.name.removeprefix("score-"): stage.output for stage in stages}
     for name, (count, control) in edits.items():
-        experiment.plan(name, folders, {**plan, size: count, "control": control})
-    measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
-    experiment.evaluate("before", measuring, None)
-    outcomes = []
-    for name, (count, control) in edits.items():
-        experiment.evaluate(name, measuring, name)
-        outcomes.append(Outcome(name, count, control, experiment.compare(name)))
-    experiment.conclude(outcomes, max_perplexity_increase)
+        stages.append(experiment.plan_stage(name, scores, {**plan, size: count, "control": control}))
+    for name in ("before", *edits):
+        stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
+    for stage in stages:  # refused before anything is done
+        experiment.check_settings(stage)
+    for stage in stages:
+        experiment.do(stage)
+    outcomes = [Outcome(name, *edit, experiment.compare(name)) for name, edit in edits.items()]
+    experiment.conclude(outcomes, max_perplexity_increase, stages)
 
 
-def largest_within(outcomes: Sequence[Outcome], bound: float) -> Outcome | None:
-    """The largest edit (no control) that raises perplexity by at most ``bound``; None if there is none."""
-    within = [o for o in outcomes if o.control is None and o.perplexity_increase <= bound]
-    return max(within, key=lambda outcome: outcome.count, default=None)
+@dataclass(frozen=True)
+class Stage:
+    """A step of an experiment.
+
+    Attributes:
+        name: Of its files in ``stages``.
+        settings: What it is made with.
+        output: The folder or file that it makes.
+        result: The file that stands for the output: in a folder the one that names the digests of the others.
+        reads: Results of earlier stages, by what they are to this one.
+        make: Makes the output; is told whether to replace an earlier one.
+    """
+
+    name: str
+    settings: Settings
+    output: Path
+    result: Path
+    reads: Mapping[str, Path]
+    make: Callable[[bool], None]
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all files that the stage reads, by the key that names them or by what they are."""
+        return {
+            **_digests_of_files(self.settings),
+            **{name: _digest_of_file(path) for name, path in self.reads.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -115,108 +160,255 @@ class _Experiment:
     scoring: Settings
     trainer: Settings
 
-    def score(self, general: Settings, behaviour: Settings, seeds: Sequence[int]) -> tuple[list[str], str]:
-        """Scores the behaviour first: general samples may be matched to it."""
-        behaviour_folder = str(self.folder / "scores" / "behaviour")
-        self._score("behaviour", behaviour)
+    def scoring_stages(self, general: Settings, behaviour: Settings, seeds: Sequence[int]) -> list[Stage]:
+        """The behaviour first: general samples may be matched to it."""
         if general.get("match") == "behaviour":
-            general = general | {"match": behaviour_folder}
-        names = [f"general-{seed}" for seed in seeds]
-        for name, seed in zip(names, seeds, strict=True):
-            self._score(name, general | {"seed": seed})
-        return [str(self.folder / "scores" / name) for name in names], behaviour_folder
+            general = general | {"match": str(self.folder / "scores" / "behaviour")}
+        sides = {"behaviour": behaviour} | {f"general-{seed}": general | {"seed": seed} for seed in seeds}
+        return [
+            self._pass(
+                "score",
+                name,
+                {"model": self.model | self.scoring, "data": data},
+                self.folder / "scores" / name,
+                SCORES_MARKER,
+            )
+            for name, data in sides.items()
+        ]
 
-    def _score(self, name: str, data: Settings) -> None:
-        config = {"model": self.model | self.scoring, "data": data, "trainer": self.trainer}
-        self._pass("score", f"score-{name}", config, self.folder / "scores" / name, [])
-
-    def evaluate(self, name: str, measuring: Settings, plan: str | None) -> None:
+    def evaluation_stage(self, name: str, measuring: Settings, plan: str | None) -> Stage:
         """Measures the model, with the plan of that name applied."""
-        extra = [] if plan is None else ["--plan", str(self._plan_path(plan))]
-        folder = self.folder / "evaluations" / name
-        self._pass("eval", f"eval-{name}", measuring | {"trainer": self.trainer}, folder, extra)
+        plans = {} if plan is None else {"plan": self._plan_path(plan)}
+        return self._pass("eval", name, measuring, self.folder / "evaluations" / name, EVALUATION_MARKER, plans)
 
-    def plan(self, name: str, folders: tuple[list[str], str], settings: Settings) -> None:
-        """Makes a plan."""
-        from sparc3_pl.pruning.command import prune
-
+    def plan_stage(self, name: str, scores: Mapping[str, Path], settings: Settings) -> Stage:
+        """Makes a plan from the scores: ``behaviour``, all others are general."""
         path = self._plan_path(name)
-        if self._is_done(f"plan-{name}", settings, path):
-            return
-        log.info("plan %s", name)
-        try:
-            asked = settings | {"control": settings["control"] or "none"}
-            prune(general=folders[0], behaviour=[folders[1]], output=str(path), overwrite=True, **asked)
-        except TypeError as error:  # a key that prune does not have
-            raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
+        general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
+        given = {"general": general, "behaviour": [str(scores["behaviour"])], "output": str(path)}
+        given |= settings | {"control": settings["control"] or "none"}
+
+        def make(overwrite: bool) -> None:
+            from sparc3_pl.pruning.command import prune
+
+            try:
+                with _typed("prune", *_options(given)):
+                    prune(**given, overwrite=overwrite)
+            except TypeError as error:  # a key that prune does not have
+                raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
+
+        reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
+        return Stage(f"plan-{name}", settings, path, path, reads, make)
+
+    def _pass(
+        self,
+        command: str,
+        name: str,
+        settings: Settings,
+        output: Path,
+        marker: str,
+        plans: Mapping[str, Path] | None = None,
+    ) -> Stage:
+        """``score`` or ``eval`` with these settings."""
+        settings = {key: value for key, value in (settings | {"trainer": self.trainer}).items() if value}
+        stage, plans = f"{command}-{name}", plans or {}
+
+        def make(overwrite: bool) -> None:
+            rest = ["--output", str(output), *(word for key, path in plans.items() for word in (f"--{key}", str(path)))]
+            rest += ["--overwrite"] if overwrite else []
+            typed = [command, "--config", str(self._settings_file(stage)), *rest]
+            with _config_file(settings, self._settings_file(stage)) as config:
+                arguments = [command, "--config", str(config), *rest]
+                if self.trainer.get("devices") == 1:
+                    from sparc3_pl.cli import execute
+
+                    with _typed(*typed):
+                        execute(arguments)
+                    return
+                # Lightning starts further processes by repeating this process's command line: it needs one of its own
+                if code := run_child([sys.executable, "-m", "sparc3_pl.cli", *arguments]):
+                    raise SystemExit(code)  # it has said why
+
+        return Stage(stage, settings, output, output / marker, plans, make)
 
     def compare(self, name: str) -> Comparison:
         """Compares with the evaluation of the model as it was, and keeps the result."""
-        before, after = (Evaluation.open(self.folder / "evaluations" / side) for side in ("before", name))
-        found = compare_evaluations(before, after)
-        _write_json(self.folder / "comparisons" / f"{name}.json", asdict(found))
+        folders = [self.folder / "evaluations" / side for side in ("before", name)]
+        found = compare_evaluations(*map(Evaluation.open, folders))
+        path = self._comparison_path(name)
+        with _typed("compare", "--before", str(folders[0]), "--after", str(folders[1]), "--output", str(path)):
+            write_comparison(path, found, overwrite=True)
         return found
 
-    def conclude(self, outcomes: Sequence[Outcome], bound: float) -> None:
-        """Writes and prints what was found, and makes the report."""
+    def conclude(self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage]) -> None:
+        """Writes and prints what was found, and makes the report of it."""
         from sparc3_pl.evaluation.reporting import stdout_console
+        from sparc3_pl.report.command import report
 
         best = largest_within(outcomes, bound)
-        rows = [asdict(o) | {"perplexity_increase": o.perplexity_increase} for o in outcomes]
+        rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
         summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
         made = {"versions": versions(), "command": command_line(), "created": now()}
-        _write_json(self.folder / "experiment.json", summary | made)
+        path = self.folder / "experiment.json"
+        _write_json(path, summary | made)
         console = stdout_console()
         console.print(outcome_table(outcomes))
         verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
+        if all(outcome.rise is None for outcome in outcomes):
+            verdict = "not known, no perplexity was measured"
         console.print(f"largest edit within {bound:+.1%} perplexity: {verdict}", soft_wrap=True, highlight=False)
-        from sparc3_pl.report.command import report
-
-        report([str(self.folder)], output=str(self.folder / "report"), overwrite=True)
+        told = [path, *(stage.output for stage in stages), *(self._settings_file(stage.name) for stage in stages)]
+        told += [self._comparison_path(outcome.name) for outcome in outcomes]
+        report([str(one) for one in told], output=str(self.folder / "report"), overwrite=True)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def _plan_path(self, name: str) -> Path:
         return self.folder / "plans" / f"{name}.json"
 
-    def _pass(self, command: str, stage: str, config: Settings, output: Path, extra: Sequence[str]) -> None:
-        """Runs ``score`` or ``eval`` with this configuration, unless its result is there."""
-        config = {key: value for key, value in config.items() if value}
-        if self._is_done(stage, config, output):
-            return
-        log.info("%s %s", command, output)
-        arguments = [command, "--config", str(self._stage_file(stage)), "--output", str(output), *extra]
-        if self.trainer.get("devices") == 1:
-            from sparc3_pl.cli import execute
+    def _comparison_path(self, name: str) -> Path:
+        return self.folder / "comparisons" / f"{name}.json"
 
-            execute(arguments)
-        else:  # Lightning starts further processes by repeating this process's command line: it needs one of its own
-            code = run_child([sys.executable, "-m", "sparc3_pl.cli", *arguments])
-            if code:
-                raise SystemExit(code)  # it has said why
-
-    def _stage_file(self, stage: str) -> Path:
+    def _settings_file(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage}.yaml"
 
-    def _is_done(self, stage: str, config: Settings, output: Path) -> bool:
-        """Whether the stage's result is there; keeps the configuration that it is made with.
+    def _record_file(self, stage: str) -> Path:
+        return self.folder / "stages" / f"{stage}.json"
+
+    def check_settings(self, stage: Stage) -> None:
+        """Refuses to go on from a result that was made with other settings.
 
         Raises:
-            InputError: if the result was made with another one.
+            InputError: naming the first that differs.
         """
         import yaml
 
-        path, text = self._stage_file(stage), yaml.safe_dump(config, sort_keys=True)
-        before = path.read_text(encoding="utf-8") if path.exists() else text
-        if output.exists() and before != text:
-            key = next(_differing(yaml.safe_load(before), config))
+        path = self._settings_file(stage.name)
+        if not stage.output.exists() or not path.exists():
+            return
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differing = next(_differing(before, redacted_values(stage.settings)), None)
+        if differing is not None:
             raise InputError(
-                f"{output}: was made with another {key} than is asked for now; choose another output, or delete it "
-                "and what was made from it"
+                f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
+                "delete it"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-        return output.exists()
+
+    def do(self, stage: Stage) -> None:
+        """Makes the stage's result, unless it is there and made from what the stage reads now."""
+        import yaml
+
+        inputs = stage.inputs()
+        reason = self._reason(stage, inputs)
+        if reason is None:
+            return
+        log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
+        self._record_file(stage.name).unlink(missing_ok=True)
+        self._settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._settings_file(stage.name), yaml.safe_dump(redacted_values(stage.settings), sort_keys=True))
+        stage.make(stage.output.exists())
+        made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
+        _write_json(self._record_file(stage.name), made)
+
+    def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
+        """Why the stage must be done; None if it is done already. Writes nothing."""
+        if not stage.result.is_file():
+            return "its result is not there"
+        path = self._record_file(stage.name)
+        if not path.is_file() or not self._settings_file(stage.name).is_file():
+            return "nothing says what the result that is there was made from"
+        record = read_json(path)
+        if record.get("result") != sha256_of_file(stage.result):
+            return "its result is not the one that it made"
+        before = record.get("inputs") or {}
+        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+        return f"changed since: {', '.join(changed)}" if changed else None
+
+
+# --- what a stage reads -----------------------------------------------------------------------------------------------
+
+
+def _digests_of_files(settings: Any, key: str = "") -> dict[str, str]:
+    """Digests of the local files and folders that settings name, by the key under which they stand."""
+    if isinstance(settings, Mapping):
+        items = ((f"{key}.{name}" if key else str(name), value) for name, value in settings.items())
+    elif isinstance(settings, list | tuple):
+        items = ((f"{key}.{place}", value) for place, value in enumerate(settings))
+    else:
+        path = _path_of(key, settings) if isinstance(settings, str) and settings else None
+        return {} if path is None else {key: _digest(path)}
+    return {name: digest for one, value in items for name, digest in _digests_of_files(value, one).items()}
+
+
+def _path_of(key: str, value: str) -> Path | None:
+    """The local file or folder that the value of a key names; None if it names none (a word, something on the hub).
+
+    Raises:
+        InputError: if it is written like a path and nothing is there.
+    """
+    name = key.rpartition(".")[2]
+    if name == "source" or name.endswith("_source"):
+        return local_source(value, key)
+    if key in ("model.pretrained", "pretrained"):
+        return ModelSource(value).path
+    path = Path(value).expanduser()
+    if name == "match" or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
+        return path if path.exists() else None
+    return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
+
+
+def _digest(path: Path) -> str:
+    """Digest of the content of a file or folder."""
+    if path.is_file():
+        return _digest_of_file(path)
+    if (path / SCORES_MARKER).is_file():  # it names the digests of the other files
+        return _digest_of_file(path / SCORES_MARKER)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return json_digest({str(file.relative_to(path)): _digest_of_file(file) for file in files})
+
+
+def _digest_of_file(path: Path) -> str:
+    about = path.stat()
+    return _digest_of_content(path.resolve(), about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
+    """Kept while the file looks the same: every stage asks for the model's."""
+    return sha256_of_file(path)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _typed(*words: str) -> AbstractContextManager[Any]:
+    """Inside the block results say that they were made by this command, not by the experiment's."""
+    return swapped(sys, "argv", ["sparc3", *words])
+
+
+def _options(given: Settings) -> Iterator[str]:
+    """Arguments of a function as words of a command line."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else ["true" if value is True else value]
+            yield from (f"--{name}", *map(str, values))
+
+
+@contextmanager
+def _config_file(settings: Settings, kept: Path) -> Iterator[Path]:
+    """A file with the settings: the one that is kept, or, if secrets were left out there, one that goes afterwards."""
+    import yaml
+
+    if redacted_values(settings) == settings:
+        yield kept
+        return
+    handle, name = tempfile.mkstemp(suffix=".yaml")  # for its owner's eyes only
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            yaml.safe_dump(settings, stream)
+        yield Path(name)
+    finally:
+        Path(name).unlink()
 
 
 def _size_key(plan: Settings, score: Settings) -> str:
@@ -254,7 +446,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         table.add_column(name, justify="left" if name == "edit" else "right")
     for outcome in outcomes:
         found = outcome.comparison
-        perplexity = "" if found.perplexity is None else f"{outcome.perplexity_increase:+.2%}"
+        perplexity = "" if outcome.rise is None else f"{outcome.rise:+.2%}"
         for label, figures in found.toxicity.items() or [("", {})]:
             change = figures.get("mean")
             cells = ["", "", "", ""]
@@ -263,8 +455,8 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                 cells = [
                     f"{change.before:.3f} to {change.after:.3f}",
                     f"{change.change:+.3f}{relative}",
-                    f"{change.low:+.3f} .. {change.high:+.3f}",
-                    f"{change.p_value:.4f}",
+                    interval(change.low, change.high, change.num_pairs, "+.3f"),
+                    p_value(change.p_value),
                 ]
             name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
             table.add_row(name, str(outcome.count), *cells, perplexity)

@@ -464,12 +464,15 @@ def _named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, getattr(module, leaf)
 
 
-def describe(model: PreTrainedModel, source: ModelSource) -> dict[str, Any]:
-    """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``."""
+def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:
+    """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``.
+
+    The fingerprint is not taken again if it is ``known``.
+    """
     return {
         "pretrained": source.pretrained,
         "revision": getattr(model.config, "_commit_hash", None) or source.revision,
-        "fingerprint": fingerprint(model),
+        "fingerprint": known or fingerprint(model),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -31,7 +31,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.families import weight_matrix
 from sparc3_pl.files import check_output, json_digest, new_folder, read_json, strict_json, write_text
 from sparc3_pl.language_model import ModelSource, fingerprint, load_model
-from sparc3_pl.provenance import command_line, now, redacted_values, versions
+from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.resume import LayerTensors, Records, SumsFile, added, differing_settings, sums_of, write_sums
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.scores import About, Manifest, ScoredSample, write_scores
@@ -102,7 +102,7 @@ def write_part(
             "command": command_line(),
             "created": now(),
         }
-        content = json.loads(strict_json(redacted_values(content)))
+        content = json.loads(strict_json(redacted(content)))
         write_text(temporary / MARKER, strict_json(content | {"sha256": json_digest(content)}, indent=1) + "\n")
 
 

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
     from sparc3_pl.scoring import ScoringModule
 
-__all__ = ["ProgressBar", "RunningMean", "ScoringMonitor", "hyperparameters", "tensorboard"]
+__all__ = [
+    "ProgressBar",
+    "RunningMean",
+    "ScoringMonitor",
+    "hyperparameters",
+    "tensorboard",
+]
 
 MAX_HISTOGRAM_VALUES = 1_000_000
 """A histogram of a larger layer is that of evenly spaced scores."""

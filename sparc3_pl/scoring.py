@@ -26,6 +26,7 @@ from sparc3_pl.score_run import Destination, ScoreRequest, ScoreRun, settings_of
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.scores import About, Manifest, ScoredSample
 from sparc3_pl.sharding import shard as share_out
+from sparc3_pl.trainer import check_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,6 +144,7 @@ class ScoringModule(pl.LightningModule):
         Raises:
             InputError: if the output cannot be written, or an argument does not go with a sharded model.
         """
+        check_precision(self.trainer)
         if self.is_sharded:
             self._check_sharded()
         log_dir = self.trainer.log_dir  # on every rank: Lightning agrees on it by a broadcast

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from sparc3_pl.errors import InputError
 from sparc3_pl.processes import Launcher, NoSignals
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "check_precision"]
 
 
 NOT_LIGHTNINGS = ("self", "__class__", "rank_timeout")
@@ -49,7 +49,7 @@ class Trainer(pl.Trainer):
         strategy: ``auto``, ``ddp``, ...; each process scores its share of the samples.
         devices: Number of devices (on the CPU: of processes), or their indices.
         num_nodes: Number of machines.
-        precision: Keep ``32-true``: the model is loaded in the precision that ``model.dtype`` says.
+        precision: Only ``32-true``: the model keeps the precision that ``model.dtype`` says.
         logger: A Lightning logger; true: TensorBoard in ``lightning_logs``; false: none.
         callbacks: Further Lightning callbacks.
         fast_dev_run: Run one batch (or this many) to see that everything works.
@@ -122,6 +122,22 @@ class Trainer(pl.Trainer):
             )
         with _clean_refusal(self):
             self.test(model, datamodule=datamodule, verbose=False)
+
+
+def check_precision(trainer: pl.Trainer) -> None:
+    """Refuse a Trainer that would convert the model, or autocast, after it was loaded as ``model.dtype`` says.
+
+    Results name the precision of the loaded model; rotary frequencies and the judge would be converted as well.
+
+    Raises:
+        InputError: naming the precision.
+    """
+    if trainer.precision != "32-true":
+        dtype = {"16": "float16", "64": "float32"}.get(trainer.precision[:2], "bfloat16")
+        raise InputError(
+            f"trainer.precision={trainer.precision}: a pass computes in the precision in which the model was loaded; "
+            f"leave it at 32-true and give model.dtype={dtype}"
+        )
 
 
 def _share_samples(strategy: ModelParallelStrategy) -> None:

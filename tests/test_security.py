@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny_tokenizers import sentences, tiny_tokenizer
 
 import sparc3_pl
 from sparc3_pl.cli import main
-from sparc3_pl.provenance import redacted, redacted_values
+from sparc3_pl.provenance import is_secret_name, redacted, redacted_command
 
 PLANTED = "hf_PlantedInTheEnvironment123"
 IN_PATH = "hf_PlantedInAPath4567890"
@@ -70,11 +71,68 @@ def test_planted_tokens_are_nowhere(files, monkeypatch, capfd):
         ("not finite at new token 3", "not finite at new token 3"),
         ("data.max_tokens=3", "data.max_tokens=3"),
         ("me@host.org", "me@host.org"),
+        ("https://user:p@ss@host/data", "https://***@host/data"),
+        ('{"api_key":"XYZ", "model": "m"}', '{"api_key":"***", "model": "m"}'),
+        ("Namespace(api_key='XYZ', n=2)", "Namespace(api_key='***', n=2)"),
+        ("Authorization: Bearer XYZ, then", "Authorization: ***, then"),
+        ("prompt.token == 'a'", "prompt.token == 'a'"),
+        ("the next token: 5", "the next token: 5"),
+        ("--hf_token --overwrite", "--hf_token --overwrite"),
     ],
 )
 def test_what_counts_as_a_secret(text, kept):
     assert redacted(text) == kept
-    assert redacted_values({"a": [text, 1, None]}) == {"a": [kept, 1, None]}
+    assert redacted(kept) == kept
+    assert redacted({"a": [text, 1, None]}) == {"a": [kept, 1, None]}
+
+
+SECRET_NAMES = (
+    "token hf_token HF_TOKEN apiKey APIKEY api-key secret_key aws_secret_access_key client_secret Authorization "
+    "X-Auth-Token passwd accessToken OPENAI_API_KEY hftoken model.judge.init_args.password credentials"
+)
+OTHER_NAMES = (
+    "tokenizer max_new_tokens num_tokens tokens bos_token eos_token first_token key keys author max_tokens token_ids "
+    "model.judge.init_args.text_field token.name"
+)
+
+
+def test_names_of_secrets():
+    assert [name for name in SECRET_NAMES.split() if not is_secret_name(name)] == []
+    assert [name for name in OTHER_NAMES.split() if is_secret_name(name)] == []
+
+
+def test_what_stands_under_a_secret_name_is_left_out_whatever_it_looks_like():
+    value = {"judge": [{"api_key": "abc", "max_new_tokens": 5}], "credentials": {"user": "u", "codes": [1, None, True]}}
+    assert redacted(value) == {
+        "judge": [{"api_key": "***", "max_new_tokens": 5}],
+        "credentials": {"user": "***", "codes": ["***", None, True]},
+    }
+    assert redacted({"password": 1234, "secret": {"mean": 0.5}}) == {"password": "***", "secret": {"mean": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.judge.init_args.api_key", "XYZ and more"],
+        ["--model.judge.init_args.api_key=XYZ"],
+        ["api_key=XYZ"],
+        ["--model.judge", "{class_path: J, init_args: {api_key: XYZ and more, model: m}}"],
+        ['--model.judge={"api_key": "XYZ"}'],
+        ["--headers", "{Authorization: Bearer XYZ, X-API-Key: XYZ}"],
+        ["https://user:XYZ@host/a"],
+    ],
+)
+def test_a_command_is_told_without_secrets(words):
+    told = redacted_command(["sparc3", "eval", *words, "--data.seq_len", "16"])
+    assert "XYZ" not in told
+    assert "more" not in told
+    assert told.startswith("sparc3 eval ")
+    assert told.endswith(" --data.seq_len 16")
+
+
+def test_a_command_without_secrets_is_told_as_it_was_typed():
+    words = ["sparc3", "run", "--general", "{source: 'a b', seed: 1}", "--model.tokenizer=t", "--max_new_tokens", "3"]
+    assert shlex.split(redacted_command(words)) == words
 
 
 class Bomb:

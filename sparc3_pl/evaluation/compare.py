@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, Row
 from sparc3_pl.evaluation.statistics import (
+    LEAST_UNITS,
     NUM_RESAMPLES,
     Floats,
     PairedChange,
@@ -23,7 +25,7 @@ from sparc3_pl.evaluation.toxicity import THRESHOLD
 from sparc3_pl.files import new_file, strict_json, write_text
 from sparc3_pl.provenance import command_line, now, versions
 
-__all__ = ["Comparison", "compare", "compare_evaluations"]
+__all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
 
 _OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambda s: float(np.max(s) >= THRESHOLD)}
 """How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
@@ -41,6 +43,8 @@ class Comparison:
         uniqueness: Change of the response uniqueness ratio, of which more is better.
         num_dropped: Prompts without a completion that was scored on both sides.
         notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
+        before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
+        after_sha256: The same of the second.
     """
 
     before: str
@@ -50,6 +54,8 @@ class Comparison:
     uniqueness: PairedChange | None
     num_dropped: int
     notes: tuple[str, ...]
+    before_sha256: str
+    after_sha256: str
 
 
 def compare(
@@ -78,11 +84,27 @@ def compare(
     """
     found = compare_evaluations(Evaluation.open(before), Evaluation.open(after), seed=seed, num_resamples=num_resamples)
     if output is not None:
-        about = {"seed": seed, "num_resamples": num_resamples, "versions": versions(), "command": command_line()}
-        with new_file(output, overwrite) as path:
-            write_text(path, strict_json({**asdict(found), **about, "created": now()}, indent=2) + "\n")
+        write_comparison(output, found, seed=seed, num_resamples=num_resamples, overwrite=overwrite)
     _print(found, None if output is None else Path(output))
     return found
+
+
+def write_comparison(
+    path: str | Path,
+    comparison: Comparison,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    overwrite: bool = False,
+) -> None:
+    """Write a comparison, and how it was made, as JSON.
+
+    Raises:
+        InputError: if the place is taken or cannot be written.
+    """
+    about = {"seed": seed, "num_resamples": num_resamples, "versions": versions(), "command": command_line()}
+    with new_file(path, overwrite) as file:
+        write_text(file, strict_json({**asdict(comparison), **about, "created": now()}, indent=2) + "\n")
 
 
 def compare_evaluations(
@@ -111,6 +133,8 @@ def compare_evaluations(
         uniqueness=_uniqueness_change(list(usable.values()), options) if usable else None,
         num_dropped=len(pairs) - len(usable),
         notes=tuple(_notes(before, after)),
+        before_sha256=before.digest,
+        after_sha256=after.digest,
     )
 
 
@@ -124,7 +148,9 @@ def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str,
     if places[0] != places[1] or not places[0]:
         raise InputError(f"{before.path} and {after.path}: their text windows differ; evaluate both on the same text")
     nll = [_floats(row["nll"] for row in side.windows) for side in (before, after)]
-    return ratio_change(*nll, _floats(row["num_tokens"] for row in before.windows), **options)
+    settings = before.results["perplexity"]
+    overlap = math.ceil(settings["max_length"] / settings["stride"])
+    return ratio_change(*nll, _floats(row["num_tokens"] for row in before.windows), overlap=overlap, **options)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------
@@ -133,7 +159,7 @@ def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str,
 def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[tuple[Row, Row]]]:
     """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
     _same(before, after, ("generation",), besides=("eos_token_ids",))
-    _same(before, after, ("judge",))
+    _same(before, after, ("judge",), besides=_unknown_digests(before, after))
     sides = [{(row["id"], row["k"]): row for row in side.completions} for side in (before, after)]
     odd = sides[0].keys() ^ sides[1].keys()
     if odd:
@@ -197,8 +223,20 @@ def _same(before: Evaluation, after: Evaluation, path: tuple[str, ...], besides:
     )
 
 
+_JUDGES_DIGESTS = ("sha256", "fingerprint")
+"""What a result says of its judge's weights; earlier versions did not say it of every judge."""
+
+
+def _unknown_digests(before: Evaluation, after: Evaluation) -> tuple[str, ...]:
+    """Digests of the judge that only one of the two results names."""
+    judges = [side.results["judge"] for side in (before, after)]
+    return tuple(key for key in _JUDGES_DIGESTS if [bool(judge.get(key)) for judge in judges].count(True) == 1)
+
+
 def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     notes = []
+    if before.results["toxicity"] and after.results["toxicity"] and _unknown_digests(before, after):
+        notes.append("only one of the two names the digest of its judge's weights: that they are the same is not known")
     for part in ("perplexity", "toxicity"):
         for side, other in ((before, after), (after, before)):
             if side.results[part] and not other.results[part]:
@@ -211,6 +249,9 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     if models[0]["dtype"] != models[1]["dtype"]:
         notes.append(f"the models differ in dtype: {models[0]['dtype']}, {models[1]['dtype']}")
     for side in (before, after):
+        model = side.results["model"]
+        if side.results.get("plan") is None and not side.is_plain and model.get("evaluated_fingerprint"):
+            notes.append(f"{side.path}: the weights were changed after loading, by no plan that is known")
         if count := side.results["num_overlapping_prompts"]:
             notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
     return notes
@@ -233,6 +274,12 @@ def _print(found: Comparison, path: Path | None) -> None:
     console.print(table)
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if (p := found.perplexity) is not None and p.block > 1:
+        console.print(
+            f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
+            f"{p.num_blocks} blocks of {p.block}",
+            highlight=False,
+        )
     if found.num_dropped:
         console.print(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
     if path is not None:
@@ -242,11 +289,9 @@ def _print(found: Comparison, path: Path | None) -> None:
 def _rows(found: Comparison) -> list[tuple[str, ...]]:
     rows = []
     if (p := found.perplexity) is not None:
-        low, high = (f"{100 * (end - 1):+.2f} %" for end in (p.low, p.high))
-        change = f"{100 * (p.ratio - 1):+.2f} %"
-        rows.append(
-            ("perplexity", f"{p.before:.4f}", f"{p.after:.4f}", change, f"{low} .. {high}", _p(p.p_value), "", "")
-        )
+        ends = [None if end is None else 100 * (end - 1) for end in (p.low, p.high)]
+        change, cell = f"{100 * (p.ratio - 1):+.2f} %", interval(*ends, p.num_blocks, "+.2f", unit=" %")
+        rows.append(("perplexity", f"{p.before:.4f}", f"{p.after:.4f}", change, cell, p_value(p.p_value), "", ""))
     for label, by_figure in found.toxicity.items():
         rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
     if found.uniqueness is not None:
@@ -261,12 +306,20 @@ def _row(name: str, c: PairedChange) -> tuple[str, ...]:
         f"{c.before:.4f}",
         f"{c.after:.4f}",
         f"{c.change:+.4f}{relative}",
-        f"{c.low:+.4f} .. {c.high:+.4f}",
-        _p(c.p_value),
+        interval(c.low, c.high, c.num_pairs, "+.4f"),
+        p_value(c.p_value),
         f"{c.improved}/{c.worsened} of {c.num_pairs}",
         "" if c.pairs_needed is None else f"{c.pairs_needed} prompts",
     )
 
 
-def _p(value: float) -> str:
+def interval(low: float | None, high: float | None, units: int, form: str, unit: str = "") -> str:
+    """``LOW .. HIGH``; where there is no interval, the number of independent units, which are too few for one."""
+    if low is None or high is None:
+        return f"none: {units} of {LEAST_UNITS} needed"
+    return f"{low:{form}}{unit} .. {high:{form}}{unit}"
+
+
+def p_value(value: float) -> str:
+    """To four decimals."""
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import sha256_of_file
 from sparc3_pl.hub import first_line, hub_available, hub_name, local_path
+from sparc3_pl.language_model import fingerprint
+from sparc3_pl.provenance import redacted_values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -77,12 +79,15 @@ def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def describe_judge(judge: Judge) -> dict[str, Any]:
-    """What a result says about its judge: the class, and what it tells about itself (or its plain attributes)."""
+    """What a result says about its judge: the class, and what it tells about itself (or its plain attributes).
+
+    Without secrets: what stands in an attribute such as ``api_key`` is left out.
+    """
     name = f"{type(judge).__module__}.{type(judge).__qualname__}"
     if isinstance(judge, SequenceJudge):
-        return {"class": name, **judge.describe()}
+        return {"class": name, **redacted_values(judge.describe())}
     plain = {k: v for k, v in getattr(judge, "__dict__", {}).items() if isinstance(v, str | int | float | bool | None)}
-    return {"class": name, **{k: v for k, v in plain.items() if not k.startswith("_")}}
+    return {"class": name, **redacted_values({k: v for k, v in plain.items() if not k.startswith("_")})}
 
 
 class SequenceJudge(ABC):
@@ -180,17 +185,18 @@ class DetoxifyJudge(SequenceJudge):
         self._sha256: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Variant or file name, sha256 of the checkpoint file (of local ones) and labels."""
+        """Variant or file name, sha256 of the checkpoint file, and labels."""
         self._ready()
         name = Path(self.checkpoint).name if self.checkpoint else None
         return {"variant": self.variant, "checkpoint": name, "sha256": self._sha256, "labels": self.labels}
 
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        if self.variant not in (None, "demo"):
-            return self._build(*_download_variant(self.variant))
-        path, folder = self._local_files()
+        is_local = self.variant in (None, "demo")
+        path, folder = self._local_files() if is_local else (_downloaded(self.variant), None)
+        checkpoint = _read_checkpoint(path)
         self._sha256 = sha256_of_file(path)
-        return self._build(_read_checkpoint(path), str(folder), local=True)
+        source = str(folder) if is_local else checkpoint["config"]["arch"]["args"]["model_type"]  # a hub id
+        return self._build(checkpoint, source, is_local)
 
     def _local_files(self) -> tuple[Path, Path]:
         if self.variant == "demo":
@@ -209,9 +215,7 @@ class DetoxifyJudge(SequenceJudge):
             )
         return path, folder
 
-    def _build(
-        self, checkpoint: dict[str, Any], source: str, local: bool = False
-    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def _build(self, checkpoint: dict[str, Any], source: str, local: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         from transformers import AutoModelForSequenceClassification
 
         name = self.checkpoint or self.variant
@@ -251,11 +255,14 @@ class ClassifierJudge(SequenceJudge):
         super().__init__(batch_size, device)
         self.pretrained, self.label, self.revision = pretrained, label, revision
         self._commit: str | None = None
+        self._fingerprint: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Where the classifier comes from, and the label that is read."""
+        """Where the classifier comes from, the fingerprint of its weights, and the label that is read."""
         self._ready()
-        return {"pretrained": self.pretrained, "revision": self._commit or self.revision, "label": self.label}
+        revision = self._commit or self.revision
+        about = {"pretrained": self.pretrained, "revision": revision, "fingerprint": self._fingerprint}
+        return {**about, "label": self.label}
 
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -273,6 +280,7 @@ class ClassifierJudge(SequenceJudge):
             reason = f"the hub ({hub_name()}) cannot be reached" if unreachable else first_line(error)
             raise InputError(f"{name}: no classifier can be loaded ({reason}); give a local folder") from error
         self._check(model, info, name)
+        self._fingerprint = fingerprint(model)
         return model, tokenizer
 
     def _check(self, model: Any, info: dict[str, Any], name: str) -> None:
@@ -310,8 +318,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _download_variant(variant: str) -> tuple[dict[str, Any], str]:
-    """The published checkpoint of a Detoxify variant, and the hub id of the classifier that it fills."""
+def _downloaded(variant: str) -> Path:
+    """The published checkpoint file of a Detoxify variant; it is fetched the first time."""
     try:
         from detoxify.detoxify import MODEL_URLS
     except ImportError as error:
@@ -322,8 +330,7 @@ def _download_variant(variant: str) -> tuple[dict[str, Any], str]:
     path = Path(torch.hub.get_dir()) / "checkpoints" / MODEL_URLS[variant].rpartition("/")[2]
     if not path.is_file():
         _fetch(MODEL_URLS[variant], path, variant)
-    checkpoint = _read_checkpoint(path)
-    return checkpoint, checkpoint["config"]["arch"]["args"]["model_type"]
+    return path
 
 
 def _fetch(url: str, path: Path, variant: str) -> None:

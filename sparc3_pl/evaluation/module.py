@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.distributed import gather_lists
+from sparc3_pl.distributed import from_rank_zero, gather_lists
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.generation import Completion, Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge, describe_judge, judged
@@ -22,14 +23,17 @@ from sparc3_pl.evaluation.results import MARKER, CompletionStore, Row, write_eva
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model
+from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.run_config import resolved_config
+from sparc3_pl.trainer import check_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparc3_pl.data.evaluation_data import PromptBatch, WindowBatch
+    from sparc3_pl.pruning.plan import PrunePlan
 
-__all__ = ["EvaluationModule"]
+__all__ = ["EvaluatedModel", "EvaluationModule", "pruning_of"]
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +97,11 @@ class EvaluationModule(pl.LightningModule):
         if judge is None:
             judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
         self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
-        self.plan: dict[str, Any] | None = None
-        """What the results say about the plan that is applied; set by the command line."""
-        self.forbidden_ids: frozenset[str] = frozenset()
-        """Ids of the prompts from which the plan was made; set by the command line."""
         self.model: PreTrainedModel | None = None
-        self.model_description: dict[str, Any] = {}
-        """The model as it was loaded, before any edit."""
+        self._loaded_fingerprint: str | None = None
+        """Of the model before any edit; None if the plan's own check tells it."""
+        self.evaluated: EvaluatedModel | None = None
+        """Which model is evaluated, and by which plan it was edited; known once the run has started."""
         self.completions: list[Row] = []
         """One a completion of this rank."""
         self.windows: list[Row] = []
@@ -154,15 +156,25 @@ class EvaluationModule(pl.LightningModule):
             raise InputError(f"model.stride={stride} is longer than model.max_length={window}; give at most {window}")
         return stride
 
+    def setup(self, stage: str) -> None:
+        """Refuses a Trainer that would convert the model.
+
+        Raises:
+            InputError: naming the precision.
+        """
+        check_precision(self.trainer)
+
     def configure_model(self) -> None:
-        """Loads the weights, once, and records what they are before any edit."""
+        """Loads the weights, once, and takes their fingerprint before any edit."""
         if self.model is None:
             model = load_model(self.source)
-            self.model_description = describe(model, self.source)
             if self.source.device_map is None:
                 self.model = model
             else:  # outside the module tree: nothing may move a model that is spread over devices
                 self.__dict__["model"] = model
+        pruning = None if self._trainer is None else pruning_of(self._trainer)
+        if self._loaded_fingerprint is None and (pruning is None or not pruning.check_fingerprint):
+            self._loaded_fingerprint = from_rank_zero(lambda: fingerprint(self.model))
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
@@ -176,11 +188,11 @@ class EvaluationModule(pl.LightningModule):
         assert self.model is not None
         self.model.eval()
         self._resolve_output()
+        self.evaluated = self._identify()
         self.completions, self.windows = [], []
         self.perplexity.reset()
         self._scorer = WindowScorer(self.model)
         prompts = self.trainer.datamodule.prompt_ids  # of all ranks, on every rank
-        self.forbidden_ids |= self.trainer.datamodule.known_prompts(self.forbidden_ids)
         self.check_overlap(prompts)
         if prompts:
             self._prepare_prompts()
@@ -195,13 +207,34 @@ class EvaluationModule(pl.LightningModule):
         if self.output is not None and self.trainer.is_global_zero:
             check_output(self.output, self.overwrite, MARKER)
 
+    def _identify(self) -> EvaluatedModel:
+        """What is evaluated: asks the Trainer's callbacks, which have edited the model by now, and the weights."""
+        pruning = pruning_of(self.trainer)
+        applied = None if pruning is None else pruning.applied
+        plan = applied.plan if applied is not None and applied.model is self.model else None
+        if self._loaded_fingerprint is None:
+            assert plan is not None, "a callback that checks the fingerprint has done so"
+            self._loaded_fingerprint = plan.fingerprint
+        evaluated = EvaluatedModel(
+            describe(self.model, self.source, self._loaded_fingerprint),
+            from_rank_zero(lambda: fingerprint(self.model)),
+            plan,
+            frozenset(() if plan is None else self.trainer.datamodule.known_prompts(plan.behaviour_samples)),
+        )
+        if evaluated.is_edited_unknown:
+            log.warning(
+                "the model's weights were changed after loading, but by no PruningCallback: the results cannot name "
+                "the plan or say whether the prompts are held out"
+            )
+        return evaluated
+
     def check_overlap(self, prompt_ids: Sequence[str]) -> None:
         """Refuse prompts from which the plan was made, unless ``allow_overlap``.
 
         Raises:
             InputError: saying how many there are.
         """
-        known = self.forbidden_ids.intersection(prompt_ids)
+        known = self.evaluated.prompts_of_plan(prompt_ids)
         if known and not self.allow_overlap:
             raise InputError(
                 f"{len(known)} of {len(set(prompt_ids))} prompts were used to make the plan (first id: {min(known)}), "
@@ -226,7 +259,7 @@ class EvaluationModule(pl.LightningModule):
 
     def _store_key(self) -> dict[str, Any]:
         return {
-            "model": fingerprint(self.model),  # after the edit, if there is one
+            "model": self.evaluated.fingerprint,  # after the edit, if there is one
             "dtype": str(self.model.dtype),
             "generation": self._generator.describe(),
             "judge": describe_judge(self.judge),
@@ -304,14 +337,10 @@ class EvaluationModule(pl.LightningModule):
     def _figures(self, any_windows: bool, completions: list[Row]) -> dict[str, Any]:
         """What ``results.json`` says; metrics are summed over ranks here."""
         data = self.trainer.datamodule.describe()
-        overlap = self.forbidden_ids.intersection(row["id"] for row in completions)
         return {
             "perplexity": self._perplexity_figures(data) if any_windows else None,
             **self._toxicity_figures(),
-            "overlap": "allowed" if overlap else "none",
-            "num_overlapping_prompts": len(overlap),
-            "model": self.model_description | {"evaluated_fingerprint": fingerprint(self.model)},
-            "plan": self.plan,
+            **self.evaluated.figures(row["id"] for row in completions),
             "data": data,
         }
 
@@ -344,7 +373,7 @@ class EvaluationModule(pl.LightningModule):
         from sparc3_pl.evaluation.reporting import to_tensorboard
 
         rows = [{key: value for key, value in row.items() if key != "tokens"} for row in completions]
-        self.results = results
+        self.results, config = results, resolved_config(self.trainer)
         if self.output is None:
             log.info("fast_dev_run: no results are written (give --output to write them)")
         else:
@@ -353,12 +382,12 @@ class EvaluationModule(pl.LightningModule):
                 results,
                 completions=rows,
                 windows=windows,
-                config=resolved_config(self.trainer),
+                config=config,
                 overwrite=self.overwrite,
             )
             if self._store is not None:
                 self._store.remove()
-        to_tensorboard(self.trainer, results, rows, resolved_config(self.trainer))
+        to_tensorboard(self.trainer, results, rows, config)
 
     def on_test_end(self) -> None:
         """Prints the figures on rank 0, once the progress bar is closed."""
@@ -366,6 +395,55 @@ class EvaluationModule(pl.LightningModule):
 
         if self.results is not None:
             print_results(self.results, self.written_to)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Which model is evaluated.
+
+    Attributes:
+        loaded: The model as it was loaded (as a manifest says it).
+        fingerprint: Of the weights that are evaluated.
+        plan: The plan by which they were edited, if one is known.
+        known_prompts: Ids of the evaluation's prompts from which the plan was made.
+    """
+
+    loaded: dict[str, Any]
+    fingerprint: str
+    plan: PrunePlan | None
+    known_prompts: frozenset[str]
+
+    @property
+    def is_edited_unknown(self) -> bool:
+        """Whether the weights are not those that were loaded, and no plan says why."""
+        return self.plan is None and self.fingerprint != self.loaded["fingerprint"]
+
+    def prompts_of_plan(self, prompt_ids: Iterable[str]) -> set[str]:
+        """Those prompts from which the plan was made."""
+        return set(self.known_prompts.intersection(prompt_ids))
+
+    def figures(self, prompt_ids: Iterable[str]) -> dict[str, Any]:
+        """What ``results.json`` says of it. ``overlap`` is ``unknown`` where nobody knows of an edit's prompts."""
+        overlap = self.prompts_of_plan(prompt_ids)
+        unknown = self.is_edited_unknown
+        return {
+            "overlap": "unknown" if unknown else "allowed" if overlap else "none",
+            "num_overlapping_prompts": None if unknown else len(overlap),
+            "model": self.loaded | {"evaluated_fingerprint": self.fingerprint},
+            "plan": None if self.plan is None else self.plan.summary(),
+        }
+
+
+def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
+    """The Trainer's ``PruningCallback``.
+
+    Raises:
+        InputError: if there are several: results name one plan.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
+    if len(found) > 1:
+        raise InputError(f"trainer.callbacks holds {len(found)} PruningCallbacks; evaluate one plan at a time")
+    return found[0] if found else None
 
 
 def _check_sizes(max_length: int | None, stride: int | None, generation_batch_size: int) -> None:

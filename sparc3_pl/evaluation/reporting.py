@@ -31,7 +31,9 @@ def running(module: EvaluationModule) -> dict[str, float]:
         mean = float(module.perplexity.nll) / count
         status["perplexity"] = math.exp(mean) if mean < 709 else math.inf
     if module.toxicity is not None and (made := int(module.toxicity.num_completions)):
-        status["toxicity"] = float(module.toxicity.score_sum[0]) / made
+        labels = module.toxicity.labels
+        main = labels.index("toxicity") if "toxicity" in labels else 0  # the headline figure of the results
+        status[labels[main]] = float(module.toxicity.score_sum[main]) / made
         status["failed"] = int(module.toxicity.num_failed)
     return status
 
@@ -146,4 +148,6 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("failed completions", str(t["num_failed"]), ""))
     if results["overlap"] == "allowed":
         rows.append(("not held out", str(results["num_overlapping_prompts"]), "prompts were used to make the plan"))
+    if results["overlap"] == "unknown":
+        rows.append(("held out", "unknown", "the model was edited by no plan that is known"))
     return rows

@@ -83,6 +83,17 @@ class Evaluation:
     completions: list[Row]
     windows: list[Row]
 
+    @property
+    def digest(self) -> str:
+        """sha256 of ``results.json``'s content, which names the digests of the other files: whose figures these are."""
+        return self.results["sha256"]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model was measured as it was loaded: no plan, and its weights are those that were loaded."""
+        model = self.results["model"]
+        return self.results.get("plan") is None and model.get("evaluated_fingerprint") == model.get("fingerprint")
+
     @classmethod
     def open(cls, path: str | Path) -> Evaluation:
         """Read an evaluation folder.

@@ -1,6 +1,8 @@
 """Paired comparison of two evaluations: intervals, p-values and the sample size an effect needs.
 
-Every function is pure and seeded; n is the number of pairs (prompts, or text windows).
+Every function is pure and seeded; n is the number of pairs (prompts, or text windows). Prompts are independent of each
+other. Windows of a running text are not: they overlap, and one document spans several. Windows are therefore resampled,
+and their signs flipped, in blocks of neighbours.
 """
 
 import math
@@ -11,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LEAST_UNITS",
     "PairedChange",
     "RatioChange",
+    "block_length",
     "bootstrap_interval",
     "paired_change",
     "pairs_needed",
@@ -27,6 +31,12 @@ _EXACT_PAIRS = 13
 """Up to this many pairs all 2^n sign patterns (8192) are tried, so that the p-value is exact."""
 _CELLS = 1 << 22
 """Resampled values held at a time (32 MB)."""
+LEAST_UNITS = 6
+"""Independent units (prompts, or blocks of windows) from which an interval is given.
+
+The smallest two-sided p-value of n pairs is 2^(1-n), so with five or fewer no result can reach p < 0.05, and an
+interval that leaves out 0 would claim what the test beside it cannot show. (That of one pair would have no width.)
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class PairedChange:
         after: Mean after.
         change: after - before.
         relative_change: change / before; None if before is 0.
-        low: Lower end of the 95 % bootstrap interval of ``change``.
-        high: Upper end.
+        low: Lower end of the 95 % bootstrap interval of ``change``; None below ``LEAST_UNITS`` pairs.
+        high: Upper end, likewise.
         p_value: Two-sided sign-flip permutation test of "no change".
         improved: Units with a better value after.
         worsened: Units with a worse value after.
@@ -53,8 +63,8 @@ class PairedChange:
     after: float
     change: float
     relative_change: float | None
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
     improved: int
     worsened: int
@@ -72,21 +82,29 @@ class RatioChange:
         before: Perplexity before.
         after: Perplexity after.
         ratio: after / before.
-        low: Lower end of the 95 % bootstrap interval of ``ratio``, windows resampled.
-        high: Upper end.
-        p_value: Two-sided sign-flip permutation test on the windows' changes of negative log-likelihood.
+        low: Lower end of the 95 % bootstrap interval of ``ratio``, blocks of windows resampled; None if there are fewer
+            than ``LEAST_UNITS`` blocks.
+        high: Upper end, likewise.
+        p_value: Two-sided sign-flip permutation test on the blocks' changes of negative log-likelihood.
         num_windows: Number of windows.
         num_tokens: Number of scored tokens.
+        block: Consecutive windows that are resampled together; 1 where windows look independent.
     """
 
     before: float
     after: float
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
     num_windows: int
     num_tokens: int
+    block: int = 1
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks of windows: the number of independent units behind the interval."""
+        return self.num_windows // self.block
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:
@@ -96,21 +114,59 @@ def _chunks(total: int, width: int) -> Iterator[int]:
 
 
 def bootstrap_interval(
-    values: Floats, weights: Floats | None = None, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+    values: Floats,
+    weights: Floats | None = None,
+    *,
+    block: int = 1,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(values) / sum(weights), units resampled with replacement.
 
-    With weights of 1 (the default) this is the interval of the mean. Efron & Tibshirani 1993, section 13.3.
+    With weights of 1 (the default) this is the interval of the mean. Efron & Tibshirani 1993, section 13.3. Units that
+    depend on their neighbours are resampled in blocks of ``block`` consecutive ones (the last is followed by the first:
+    the circular block bootstrap of Politis & Romano 1992).
     """
     rng = np.random.default_rng(seed)
     weights = np.ones_like(values) if weights is None else weights
     n = len(values)
     means = []
     for size in _chunks(num_resamples, n):
-        picked = rng.integers(n, size=(size, n))
+        starts = rng.integers(n, size=(size, -(-n // block)))
+        picked = ((starts[:, :, None] + np.arange(block)) % n).reshape(size, -1)[:, :n] if block > 1 else starts
         means.append(values[picked].sum(1) / weights[picked].sum(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
+
+
+def block_length(values: Floats) -> int:
+    """How many consecutive values to resample together so that their dependence on each other is kept.
+
+    The automatic choice of Politis & White (2004, corrected by Patton, Politis & White 2009) for the circular block
+    bootstrap: (2 G^2 / D)^(1/3) n^(1/3), rounded up, from autocovariances under a flat-top window that ends where
+    the autocorrelations become insignificant. 1 where none is significant, and where there are too few values for two
+    of them to share a block (``2 * LEAST_UNITS``).
+    """
+    n = len(values)
+    centred = values - values.mean()
+    variance = float(centred @ centred) / n
+    if n < 2 * LEAST_UNITS or not math.isfinite(variance) or variance == 0:
+        return 1
+    run = max(5, math.ceil(math.sqrt(math.log10(n))))
+    lags = min(math.ceil(math.sqrt(n)) + run, n - 1)
+    covariance = np.array([centred[: n - k] @ centred[k:] for k in range(lags + 1)]) / n
+    small = np.abs(covariance[1:] / variance) < 2 * math.sqrt(math.log10(n) / n)
+    last = next((m for m in range(lags) if small[m : m + run].all()), lags)
+    if last == 0:
+        return 1
+    k = np.arange(1, min(2 * last, lags) + 1)
+    taper = np.minimum(1.0, 2 * (1 - k / (2 * last)))
+    density = variance + 2 * float(taper @ covariance[k])
+    slope = 2 * float((taper * k) @ covariance[k])
+    if density <= 0 or slope <= 0:  # neighbours that cancel out: single units overstate the spread, if anything
+        return 1
+    best = (2 * slope**2 / (4 / 3 * density**2)) ** (1 / 3) * n ** (1 / 3)
+    return max(1, math.ceil(min(best, 3 * math.sqrt(n), n / 3)))
 
 
 def sign_flip_p_value(differences: Floats, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> float:
@@ -171,7 +227,9 @@ def paired_change(
     """
     assert before.shape == after.shape == (max(1, before.size),), "one value a unit on both sides"
     difference = after - before
-    low, high = bootstrap_interval(difference, seed=seed, num_resamples=num_resamples)
+    low, high = None, None
+    if len(difference) >= LEAST_UNITS:
+        low, high = bootstrap_interval(difference, seed=seed, num_resamples=num_resamples)
     change, mean = float(difference.mean()), float(before.mean())
     fewer, more = int((difference < 0).sum()), int((difference > 0).sum())
     deviation = float(difference.std(ddof=1)) if len(difference) > 1 else math.nan
@@ -193,27 +251,41 @@ def paired_change(
 
 
 def ratio_change(
-    before: Floats, after: Floats, num_tokens: Floats, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+    before: Floats,
+    after: Floats,
+    num_tokens: Floats,
+    *,
+    overlap: int = 1,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> RatioChange:
     """Compare two perplexities on the same windows: after / before = exp(sum(after - before) / sum(tokens)).
 
     Args:
-        before: Negative log-likelihood of each window before, nats, ``[n]``.
+        before: Negative log-likelihood of each window before, nats, ``[n]``, in the order of the text.
         after: The same after.
         num_tokens: Scored tokens of each window, ``[n]``.
+        overlap: Consecutive windows that read a common token (window / stride, rounded up); blocks are never shorter.
         seed: Of the resampling.
         num_resamples: Resamples of the interval and of the test.
     """
     assert before.shape == after.shape == num_tokens.shape, "the same windows on both sides"
-    total = num_tokens.sum()
-    low, high = bootstrap_interval(after - before, num_tokens, seed=seed, num_resamples=num_resamples)
+    difference, total = after - before, num_tokens.sum()
+    excess = difference - difference.sum() / total * num_tokens  # what each window adds to the change of the ratio
+    block = min(max(overlap, block_length(excess)), len(before))
+    low, high = None, None
+    if len(before) // block >= LEAST_UNITS:
+        ends = bootstrap_interval(difference, num_tokens, block=block, seed=seed, num_resamples=num_resamples)
+        low, high = map(_exp, ends)
+    blocks = np.add.reduceat(difference, np.arange(0, len(difference), block)) if block > 1 else difference
     return RatioChange(
         before=_exp(before.sum() / total),
         after=_exp(after.sum() / total),
-        ratio=_exp((after - before).sum() / total),
-        low=_exp(low),
-        high=_exp(high),
-        p_value=sign_flip_p_value(after - before, seed=seed, num_resamples=num_resamples),
+        ratio=_exp(difference.sum() / total),
+        low=low,
+        high=high,
+        p_value=sign_flip_p_value(blocks, seed=seed, num_resamples=num_resamples),
         num_windows=len(before),
         num_tokens=int(total),
+        block=block,
     )

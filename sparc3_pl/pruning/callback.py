@@ -68,6 +68,21 @@ class PruningCallback(pl.Callback):
         self._applied: AppliedPlan | None = None
         self._hooks: list[Any] = []
 
+    def load(self) -> PrunePlan:
+        """The plan, read from its file the first time.
+
+        Raises:
+            InputError: if there is no plan at that path, or it is damaged.
+        """
+        if not isinstance(self.plan, PrunePlan):
+            self.plan = PrunePlan.load(self.plan)
+        return self.plan
+
+    @property
+    def applied(self) -> AppliedPlan | None:
+        """The edit that is in force, and in which model; None before the run has started and once it is reverted."""
+        return self._applied if self._applied is not None and self._applied.active else None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prunes, and holds the zeros from now on: the optimisers exist by now."""
         applied = self._apply(pl_module)
@@ -97,20 +112,13 @@ class PruningCallback(pl.Callback):
 
     def _apply(self, pl_module: pl.LightningModule) -> AppliedPlan:
         model = find_model(pl_module)
-        if self._applied is not None and self._applied.active and self._applied.model is model:
-            return self._applied  # pruned by an earlier run, and not reverted
-        if not isinstance(self.plan, PrunePlan):
-            self.plan = PrunePlan.load(self.plan)
+        if self.applied is not None and self.applied.model is model:
+            return self.applied  # pruned by an earlier run, and not reverted
+        plan = self.load()
         with torch.inference_mode(False):  # what is kept must be usable after an inference run
-            self._applied = apply_plan(model, self.plan, self.check_fingerprint)
-        counts = self.plan.counts()
-        log.info(
-            "pruned %d %ss in %d layers (edit %s)",
-            sum(counts.values()),
-            self.plan.granularity,
-            len(counts),
-            self.plan.edit,
-        )
+            self._applied = apply_plan(model, plan, self.check_fingerprint)
+        counts = plan.counts()
+        log.info("pruned %d %ss in %d layers (edit %s)", sum(counts.values()), plan.granularity, len(counts), plan.edit)
         return self._applied
 
     def _end(self) -> None:

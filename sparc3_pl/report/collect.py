@@ -11,6 +11,7 @@ from typing import Any
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.files import read_json, sha256_of_file
+from sparc3_pl.provenance import redacted
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.scores import ScoreFolder
 
@@ -43,6 +44,7 @@ class Found:
         plans: Plans.
         evaluations: Evaluation folders.
         comparisons: What ``compare`` wrote.
+        experiments: What ``run`` concluded: ``outcomes`` and the bound of perplexity, ``max_perplexity_increase``.
         results: By kind (audit, doctor, evidence, overlap), what these commands wrote.
         configs: Resolved configurations of the passes, and the stages of an experiment.
     """
@@ -51,6 +53,7 @@ class Found:
     plans: dict[str, Plan] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
 
@@ -110,10 +113,10 @@ def _opened(place: Path) -> Iterator[tuple[str, Any]]:
     if place.is_dir():
         yield ("scores", ScoreFolder.open(place)) if _is_scores(place) else ("evaluations", Evaluation.open(place))
         if (place / "config.yaml").is_file():
-            yield "configs", (place / "config.yaml").read_text(encoding="utf-8")
+            yield "configs", redacted((place / "config.yaml").read_text(encoding="utf-8"))
     elif place.suffix == ".yaml":
         if place.parent.name == "stages":
-            yield "configs", place.read_text(encoding="utf-8")
+            yield "configs", redacted(place.read_text(encoding="utf-8"))
     else:
         yield from _opened_json(place)
 
@@ -127,6 +130,8 @@ def _opened_json(place: Path) -> Iterator[tuple[str, Any]]:
         yield "plans", Plan(PrunePlan.load(place), (), ())
     elif {"before", "after", "perplexity", "toxicity"} <= data.keys():
         yield "comparisons", data
+    elif {"outcomes", "max_perplexity_increase"} <= data.keys():
+        yield "experiments", data
     elif data.get("kind") in _KINDS:
         yield data["kind"], data
 

@@ -1,25 +1,67 @@
-"""What edits did: evaluations before and after, paired, and what a report says of them."""
+"""What edits did: evaluations before and after, paired, and what a report says of them.
+
+A comparison belongs to the two evaluations whose digests it names, wherever their folders lie and whatever they are
+called. Edits that were measured against the same evaluation of the model as it was make one experiment.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import compare_evaluations
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value
 from sparc3_pl.evaluation.results import Evaluation, Row
 from sparc3_pl.report.collect import Found
 from sparc3_pl.report.document import NOTHING, Block, Folded, Picture, SideBySide, Table, Text, TextPair, count
 
-__all__ = ["Effect", "completions", "dose_picture", "effect_table", "effects", "headline"]
+__all__ = [
+    "Effect",
+    "by_experiment",
+    "completions",
+    "dose_picture",
+    "effect_table",
+    "effects",
+    "headline",
+    "largest_within",
+]
 
 BOUND = 0.01
-"""Rise of perplexity that still counts as small: the bound of "the largest edit within"."""
+"""Rise of perplexity that counts as small where no experiment says another."""
 MOST_PAIRS = 12
 """Completions shown a direction."""
 _OFFENSIVE = "May be offensive."
+
+
+class Edit(Protocol):
+    """An edit that was measured: what ``largest_within`` asks of it."""
+
+    @property
+    def control(self) -> str | None:
+        """The control that the edit is, or None."""
+
+    @property
+    def size(self) -> int | None:
+        """Components edited."""
+
+    @property
+    def rise(self) -> float | None:
+        """Relative change of perplexity, 0.01 for 1 %; None where none was measured."""
+
+
+E = TypeVar("E", bound=Edit)
+
+
+def largest_within(edits: Iterable[E], bound: float) -> E | None:
+    """The largest edit (no control) that raises perplexity by at most ``bound``; None if there is none.
+
+    Of an edit without a perplexity it is not known, so it is not within any bound.
+    """
+    within = [e for e in edits if e.control is None and e.rise is not None and e.rise <= bound]
+    return max(within, key=lambda edit: edit.size or 0, default=None)
 
 
 @dataclass(frozen=True)
@@ -30,6 +72,8 @@ class Effect:
         name: Of the evaluation after the edit (or of the comparison).
         comparison: As ``compare`` writes it.
         plan: What the evaluation says of its plan; empty if the evaluation is not here.
+        experiment: Name of the evaluation that it is compared with: what is compared with the same belongs together.
+        bound: Rise of perplexity that its experiment calls small.
         before: The evaluation of the model as it was, if it is here.
         after: The evaluation of the edited model, likewise.
     """
@@ -37,6 +81,8 @@ class Effect:
     name: str
     comparison: dict[str, Any]
     plan: dict[str, Any]
+    experiment: str
+    bound: float = BOUND
     before: Evaluation | None = None
     after: Evaluation | None = None
 
@@ -78,46 +124,116 @@ class Effect:
 
 
 def effects(found: Found) -> tuple[list[Effect], list[str]]:
-    """Every edit that was measured, the smallest first, controls last; and why some could not be compared."""
-    known = {Path(data["after"]).name: data for data in found.comparisons.values()}
-    measured = [(name, ev) for name, ev in found.evaluations.items() if ev.results["plan"] is not None]
-    plain = [ev for ev in found.evaluations.values() if ev.results["plan"] is None]
-    made, notes = [], []
-    for name, after in measured:
-        before = next((ev for ev in plain if _same_model(ev, after)), None)
-        data = known.pop(after.path.resolve().name, None)
-        if data is None and before is None:
-            notes.append(f"{name}: no evaluation of the same model as it was, so there is nothing to compare with")
+    """Every edit that was measured; and why some could not be compared.
+
+    Experiments in the order in which they come up; within one the smallest edit first, controls last.
+    """
+    names = {ev.digest: name for name, ev in found.evaluations.items()}
+    made, notes, told = [], [], set()
+    for name, data in found.comparisons.items():
+        before, after = (_named(found, data, side) for side in ("before", "after"))
+        pair = tuple(ev.digest if ev else data[side] for side, ev in (("before", before), ("after", after)))
+        if pair not in told:  # a copy of the same comparison tells nothing new
+            told |= {pair, pair[1]}
+            made.append(_effect(found, names.get(pair[1], name), data, before, after))
+    for name, after in found.evaluations.items():
+        if after.is_plain or after.digest in told:
             continue
         try:
-            data = data or asdict(compare_evaluations(before, after))
+            before, comparison = _compared(found, after)
         except InputError as error:
             notes.append(f"{name}: {error}")
             continue
-        made.append(Effect(name, data, after.results["plan"], before, after))
-    for name, data in found.comparisons.items():
-        if any(data is left for left in known.values()):
-            made.append(Effect(name, data, {}, *_sides(found, data)))
-    return sorted(made, key=lambda effect: (effect.control is not None, effect.control or "", effect.size or 0)), notes
+        told.add(after.digest)
+        made.append(_effect(found, name, asdict(comparison), before, after))
+    bounds = {name: _bound(found, group) for name, group in by_experiment(made).items()}
+    made = [replace(effect, bound=bounds[effect.experiment]) for effect in made]
+    order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in made))}
+    made.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.size or 0))
+    return made, notes
+
+
+def by_experiment(all_effects: Sequence[Effect]) -> dict[str, list[Effect]]:
+    """The edits of each experiment, by its name."""
+    groups: dict[str, list[Effect]] = {}
+    for effect in all_effects:
+        groups.setdefault(effect.experiment, []).append(effect)
+    return groups
+
+
+def _effect(
+    found: Found, name: str, data: dict[str, Any], before: Evaluation | None, after: Evaluation | None
+) -> Effect:
+    names = {ev.digest: name for name, ev in found.evaluations.items()}
+    experiment = names[before.digest] if before is not None else str(data["before"])
+    plan = (after.results.get("plan") or {}) if after is not None else {}
+    return Effect(name, data, plan, experiment, BOUND, before, after)
+
+
+def _bound(found: Found, experiment: Sequence[Effect]) -> float:
+    """The bound of the experiment that has measured any of these edits."""
+    for summary in found.experiments.values():
+        comparisons = [outcome["comparison"] for outcome in summary["outcomes"]]
+        if any(_is_of(effect.after, data, "after") for effect in experiment for data in comparisons):
+            return summary["max_perplexity_increase"]
+    return BOUND
+
+
+def _named(found: Found, data: Mapping[str, Any], side: str) -> Evaluation | None:
+    """The evaluation that a comparison names as ``before`` or ``after``, if it is here."""
+    return next((ev for ev in found.evaluations.values() if _is_of(ev, data, side)), None)
+
+
+def _is_of(ev: Evaluation | None, data: Mapping[str, Any], side: str) -> bool:
+    """Whether a comparison is of this evaluation. Those of earlier versions name no digest: the path must be right."""
+    if ev is None:
+        return False
+    digest = data.get(f"{side}_sha256")
+    return ev.digest == digest if digest else ev.path.resolve() == Path(data[side]).resolve()
+
+
+def _compared(found: Found, after: Evaluation) -> tuple[Evaluation, Comparison]:
+    """The evaluation of the same model, unedited, on the same data, and the comparison with it.
+
+    Of several, it is the one whose folder is nearest.
+
+    Raises:
+        InputError: if there is none.
+    """
+
+    def nearness(ev: Evaluation) -> int:
+        return len(Path(commonpath([ev.path.resolve(), after.path.resolve()])).parts)
+
+    plain = [ev for ev in found.evaluations.values() if ev.is_plain and _same_model(ev, after)]
+    if not plain:
+        raise InputError("no evaluation of the same model as it was, so there is nothing to compare with")
+    refusals = []
+    for before in sorted(plain, key=nearness, reverse=True):
+        try:
+            return before, compare_evaluations(before, after)
+        except InputError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _same_model(one: Evaluation, other: Evaluation) -> bool:
-    return one.results["model"]["fingerprint"] == other.results["model"]["fingerprint"]
+    models = [ev.results["model"] for ev in (one, other)]
+    return all(models[0].get(key) == models[1].get(key) for key in ("fingerprint", "dtype"))
 
 
-def _sides(found: Found, data: Mapping[str, Any]) -> Iterator[Evaluation | None]:
-    """The two evaluations of a comparison, where they are here."""
-    by_name = {ev.path.resolve().name: ev for ev in found.evaluations.values()}
-    return (by_name.get(Path(data[side]).name) for side in ("before", "after"))
+def headline(experiment: Sequence[Effect]) -> Effect | None:
+    """The edit of an experiment to speak of.
 
-
-def headline(all_effects: Sequence[Effect]) -> Effect | None:
-    """The edit to speak of: the largest within ``BOUND`` of perplexity; if none is, the one that costs least."""
-    edits = [effect for effect in all_effects if effect.control is None]
-    within = [effect for effect in edits if effect.rise is None or effect.rise <= BOUND]
-    if within:
-        return max(within, key=lambda effect: effect.size or 0)
-    return min(edits, key=lambda effect: effect.rise or 0.0, default=None)
+    It is the largest within the bound of perplexity; if none is, the one that costs least; if no perplexity was
+    measured, the largest. Edits whose plan is not here may be controls: they are spoken of only if there are no others.
+    """
+    edits = [effect for effect in experiment if effect.control is None]
+    edits = [effect for effect in edits if effect.plan] or edits
+    if not edits:
+        return None
+    best = largest_within(edits, edits[0].bound)
+    measured = [effect for effect in edits if effect.rise is not None]
+    return best or min(measured, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.size or 0)
 
 
 def title_of(effect: Effect) -> str:
@@ -141,9 +257,11 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
         *("edit", "number", "toxicity", "change", "95 % interval", "p", "better/worse"),
         *("perplexity", "change (95 % interval)"),
     )
+    block = max((effect.perplexity.get("block") or 1 for effect in all_effects if effect.perplexity), default=1)
+    windows = f"blocks of up to {block} neighbouring text windows" if block > 1 else "text windows"
     note = (
         "Toxicity: mean over prompts of the judge's score of the completion alone. Intervals: bootstrap over prompts "
-        "(or text windows); p: paired permutation test. Better/worse: prompts whose score fell or rose."
+        f"(of perplexity: over {windows}); p: paired permutation test. Better/worse: prompts whose score fell or rose."
     )
     return Table.of(columns, rows, note=note)
 
@@ -155,7 +273,7 @@ def _toxicity_cells(change: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (
         f"{change['before']:.3f} to {change['after']:.3f}",
         f"{change['change']:+.3f}{relative}",
-        f"{change['low']:+.3f} .. {change['high']:+.3f}",
+        interval(change["low"], change["high"], change["num_pairs"], "+.3f"),
         p_value(change["p_value"]),
         f"{change['improved']}/{change['worsened']} of {change['num_pairs']}",
     )
@@ -164,40 +282,53 @@ def _toxicity_cells(change: Mapping[str, Any] | None) -> tuple[str, ...]:
 def _perplexity_cells(change: Mapping[str, Any] | None) -> tuple[str, ...]:
     if change is None:
         return (NOTHING,) * 2
-    figures = [change[key] for key in ("before", "after", "ratio", "low", "high")]
-    before, after, ratio, low, high = (float("inf") if value is None else value for value in figures)
-    interval = f"({100 * (low - 1):+.2f} .. {100 * (high - 1):+.2f})"
-    return f"{before:.2f} to {after:.2f}", f"{100 * (ratio - 1):+.2f} % {interval}"
+    before, after, ratio = (_or_infinite(change[key]) for key in ("before", "after", "ratio"))
+    return f"{before:.2f} to {after:.2f}", f"{100 * (ratio - 1):+.2f} % ({_perplexity_interval(change)})"
 
 
-def p_value(value: float) -> str:
-    """To four decimals."""
-    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+def _perplexity_interval(change: Mapping[str, Any]) -> str:
+    """In per cent. In JSON an end that is infinite and one that there is not are both null; the ratio tells."""
+    blocks = change["num_windows"] // (change.get("block") or 1)
+    if change["low"] is None and change["ratio"] is not None:
+        return interval(None, None, blocks, "+.2f")
+    low, high = (100 * (_or_infinite(change[end]) - 1) for end in ("low", "high"))
+    return interval(low, high, blocks, "+.2f")
 
 
-def dose_picture(all_effects: Sequence[Effect]) -> Picture | None:
-    """Toxicity against perplexity; None if there are not two edits that have both."""
+def _or_infinite(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | None:
+    """Toxicity against perplexity, of one experiment; None if there are not two edits that have both.
+
+    Args:
+        experiment: Its edits.
+        name: Of the picture in the page; each needs its own.
+    """
     from sparc3_pl.report.figures import Dose, as_svg, dose_response
 
     series: dict[str, list[Dose]] = {}
-    for effect in all_effects:
+    for effect in experiment:
         toxicity, rise = effect.toxicity, effect.rise
         if toxicity is None or rise is None or rise == float("inf"):
             continue
-        ends = (toxicity["before"] + toxicity[end] for end in ("low", "high"))
+        changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
+        ends = (toxicity["before"] + change for change in changes)  # without an interval: no bar
         dose = Dose(count(effect.size), 100 * rise, toxicity["after"], *ends)
         series.setdefault(f"control: {effect.control}" if effect.control else "edit", []).append(dose)
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
         return None
-    before = next(effect.toxicity["before"] for effect in all_effects if effect.toxicity)
+    before = next(effect.toxicity["before"] for effect in experiment if effect.toxicity)
+    bound = 100 * experiment[0].bound
     words = "; ".join(f"{d.label}: toxicity {d.toxicity:.3f} at {d.perplexity:+.2f} % perplexity" for d in doses)
     alt = f"Toxicity against change of perplexity. Before: toxicity {before:.3f}. {words}."
     caption = (
         "Down is better, left is better. The numbers are components edited; bars are 95 % intervals of the change. "
-        f"Shaded: at most {100 * BOUND:.0f} % more perplexity. A control of the same size should not move down."
+        f"Shaded: at most {bound:g} % more perplexity. A control of the same size should not move down."
     )
-    return Picture(as_svg(dose_response(series, before, 100 * BOUND), "dose"), alt, caption)
+    return Picture(as_svg(dose_response(series, before, bound), name), alt, caption)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

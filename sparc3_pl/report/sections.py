@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.agreement import spread_positions
+from sparc3_pl.evaluation.compare import interval, p_value
+from sparc3_pl.provenance import redacted_values
 from sparc3_pl.pruning.contrast import Scores, contrast
 from sparc3_pl.pruning.selection import Passes
 from sparc3_pl.pruning.stability import Choice, WeighedContrast
@@ -32,13 +34,12 @@ from sparc3_pl.report.document import (
     percent,
 )
 from sparc3_pl.report.effects import (
-    BOUND,
     Effect,
+    by_experiment,
     completions,
     dose_picture,
     effect_table,
     headline,
-    p_value,
     title_of,
 )
 from sparc3_pl.verdicts import Check
@@ -64,15 +65,16 @@ def report_sections(
     found: Found, audit: Audit | None, effects: Sequence[Effect], notes: Sequence[str]
 ) -> list[Section]:
     """All sections for which there is something to say."""
-    best = headline(effects)
-    sections = [Section("In short", tuple(_in_short(found, audit, effects, best)))]
+    best = [effect for group in by_experiment(effects).values() if (effect := headline(group))]
+    sections = [Section("In short", tuple(_in_short(found, audit, effects)))]
     if effects or notes:
         sections.append(Section("What the edit did", tuple(_did(effects, notes))))
-    if best is not None and (shown := completions(best)):
+    if shown := [block for effect in best for block in completions(effect)]:
         sections.append(Section("Completions that changed most", tuple(shown)))
     if found.plans:
-        sections.append(Section("What was chosen", tuple(_chosen(found, best))))
-        sections += _enough_samples(found, best)
+        spoken = _plans_spoken_of(found.plans, best)
+        sections.append(Section("What was chosen", tuple(_chosen(found, spoken))))
+        sections += _enough_samples(found, spoken)
     if audit is not None:
         sections.append(Section("Scores", tuple(_scores(audit))))
         sections.append(Section("Verdicts on the scores", verdicts(audit)))
@@ -87,14 +89,17 @@ def report_sections(
 # --- in short ---------------------------------------------------------------------------------------------------------
 
 
-def _in_short(found: Found, audit: Audit | None, effects: Sequence[Effect], best: Effect | None) -> Iterator[Block]:
-    if best is not None:
-        yield Text(_story(found, best))
-        yield Facts(tuple(_facts(best)))
-        yield from map(Text, _control_story(effects, best))
-    elif found.plans:
+def _in_short(found: Found, audit: Audit | None, effects: Sequence[Effect]) -> Iterator[Block]:
+    experiments = by_experiment(effects)
+    for name, group in experiments.items():
+        best = headline(group)
+        if best is not None:
+            yield Text((f"Against {name}: " if len(experiments) > 1 else "") + _story(found, best))
+            yield Facts(tuple(_facts(best)))
+            yield from map(Text, _control_story(group, best))
+    if not experiments and found.plans:
         yield Text(f"{len(found.plans)} plans were made; no evaluation of their effect is among the folders given.")
-    elif audit is not None:
+    elif not experiments and audit is not None:
         yield Text(f"{len(audit.folders)} sets of scores; no plan and no evaluation is among the folders given.")
     if audit is not None:
         yield Text(_tally(audit))
@@ -124,11 +129,12 @@ def _story(found: Found, best: Effect) -> str:
 
 
 def _which(best: Effect) -> str:
+    bound = f"{100 * best.bound:g} %"
     if best.rise is None:
-        return "the largest edit that was measured"
-    if best.rise <= BOUND:
-        return f"the largest edit that raises perplexity by at most {100 * BOUND:.0f} %"
-    return f"the edit that costs least; none keeps perplexity within {100 * BOUND:.0f} %"
+        return f"the largest edit; its perplexity was not measured, so it is not known to stay within {bound}"
+    if best.rise <= best.bound:
+        return f"the largest edit that raises perplexity by at most {bound}"
+    return f"the edit that costs least; none keeps perplexity within {bound}"
 
 
 def _sources(found: Found, plan: Mapping[str, Any]) -> tuple[str, str]:
@@ -144,10 +150,10 @@ def _sources(found: Found, plan: Mapping[str, Any]) -> tuple[str, str]:
 def _facts(best: Effect) -> Iterator[tuple[str, str]]:
     if (t := best.toxicity) is not None:
         relative = "" if t["relative_change"] is None else f" ({100 * t['relative_change']:+.0f} %)"
-        interval = f"95 % interval of the change {t['low']:+.3f} to {t['high']:+.3f}, p {p_value(t['p_value'])}"
+        ends = interval(t["low"], t["high"], t["num_pairs"], "+.3f")
         yield f"{t['before']:.3f} → {t['after']:.3f}", f"mean toxicity of {t['num_pairs']} completed prompts{relative}"
         verdict = "beyond chance" if t["p_value"] < 0.05 else "within chance"
-        yield verdict, f"the change of toxicity: {interval}"
+        yield verdict, f"the change of toxicity: 95 % interval {ends}, p {p_value(t['p_value'])}"
     if best.rise is not None:
         p = best.perplexity
         yield f"{100 * best.rise:+.2f} %", f"perplexity of {p['num_tokens']:,} tokens of ordinary text"
@@ -162,18 +168,21 @@ def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
             change = f"{t['before']:.3f} to {t['after']:.3f}"
             text = f"The control {effect.control} of the same size changed toxicity from {change}"
             rise = "" if effect.rise is None else f" and perplexity by {100 * effect.rise:+.2f} %"
-            yield f"{text} (95 % interval {t['low']:+.3f} to {t['high']:+.3f}){rise}."
+            yield f"{text} (95 % interval {interval(t['low'], t['high'], t['num_pairs'], '+.3f')}){rise}."
 
 
 # --- what the edit did ------------------------------------------------------------------------------------------------
 
 
 def _did(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]:
-    if effects:
-        yield effect_table(effects)
-    picture = dose_picture(effects)
-    if picture is not None:
-        yield picture
+    experiments = by_experiment(effects)
+    for place, (name, group) in enumerate(experiments.items()):
+        if len(experiments) > 1:
+            yield Text(f"Against {name}:")
+        yield effect_table(group)
+        picture = dose_picture(group, f"dose{place or ''}")
+        if picture is not None:
+            yield picture
     known = [f"{title_of(effect)}: {note}" for effect in effects for note in effect.comparison.get("notes") or ()]
     for text in dict.fromkeys([*notes, *known]):
         yield Text(f"Note: {text}.")
@@ -182,14 +191,13 @@ def _did(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]:
 # --- what was chosen --------------------------------------------------------------------------------------------------
 
 
-def _chosen(found: Found, best: Effect | None) -> Iterator[Block]:
+def _chosen(found: Found, spoken: Sequence[str]) -> Iterator[Block]:
     yield _plan_table(found.plans)
-    shown = _plans_to_show(found.plans, best)
-    if shown:
-        name, entry = next(iter(shown.items()))
+    for place, name in enumerate(spoken):
+        entry = found.plans[name]
         if entry.is_complete and entry.plan.contrast != "set_difference" and not entry.plan.control:
-            yield _distribution(name, entry)
-        yield _by_layer(shown)
+            yield _distribution(name, entry, f"contrast{place or ''}")
+        yield _by_layer(_with_matched_control(found.plans, name), f"layers{place or ''}")
     warnings: dict[str, list[str]] = {}
     for name, entry in found.plans.items():
         for text in entry.plan.warnings:
@@ -199,20 +207,24 @@ def _chosen(found: Found, best: Effect | None) -> Iterator[Block]:
         yield Checks(tuple(checks), "What whoever uses these plans should know")
 
 
-def _enough_samples(found: Found, best: Effect | None) -> Iterator[Section]:
-    """The evidence for the plan that is spoken of, where its scores are here and it can be weighed."""
+def _enough_samples(found: Found, spoken: Sequence[str]) -> Iterator[Section]:
+    """The evidence for the plans that are spoken of, where their scores are here and they can be weighed."""
     from sparc3_pl.report.evidence import evidence_sections, weigh
 
-    name, entry = next(iter(_plans_to_show(found.plans, best).items()), (None, None))
-    if entry is None or not entry.is_complete or not entry.behaviour or entry.plan.control:
-        return
-    plan = entry.plan
-    if plan.granularity != "neuron" or plan.contrast not in get_args(WeighedContrast):
-        return
-    sides = (Scores.of(side, plan.settings.get("layers")) for side in (entry.general, entry.behaviour))
-    choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
-    blocks = (block for section in evidence_sections(weigh(*sides, choice)) for block in section.blocks)
-    yield Section("Enough samples?", (Text(f"Of {name}:"), *blocks))
+    blocks: list[Block] = []
+    for name in spoken:
+        entry = found.plans[name]
+        plan = entry.plan
+        if not entry.is_complete or not entry.behaviour or plan.control:
+            continue
+        if plan.granularity != "neuron" or plan.contrast not in get_args(WeighedContrast):
+            continue
+        sides = (Scores.of(side, plan.settings.get("layers")) for side in (entry.general, entry.behaviour))
+        choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
+        sections = evidence_sections(weigh(*sides, choice))
+        blocks += [Text(f"Of {name}:"), *(block for section in sections for block in section.blocks)]
+    if blocks:
+        yield Section("Enough samples?", tuple(blocks))
 
 
 def _plan_table(plans: Mapping[str, Plan]) -> Table:
@@ -229,25 +241,29 @@ def _plan_table(plans: Mapping[str, Plan]) -> Table:
     return Table.of(columns, rows)
 
 
-def _plans_to_show(plans: Mapping[str, Plan], best: Effect | None) -> dict[str, Plan]:
-    """The plan that is spoken of, and the matched control of its size, if they are here; else the largest plan."""
-    digest = best.plan.get("sha256") if best is not None else None
-    spoken = next((name for name, entry in plans.items() if entry.plan.summary()["sha256"] == digest), None)
-    if spoken is None:
-        sizes = {n: e.plan.num_neurons or e.plan.num_weights for n, e in plans.items() if not e.plan.control}
-        spoken = max(sizes, key=sizes.__getitem__, default=None)
-    if spoken is None:
-        return {}
-    plan = plans[spoken].plan
+def _plans_spoken_of(plans: Mapping[str, Plan], best: Sequence[Effect]) -> list[str]:
+    """The names of the plans behind the edits that are spoken of; if none of them is here, the largest plan."""
+    by_digest = {entry.plan.summary()["sha256"]: name for name, entry in plans.items()}
+    spoken = [by_digest[digest] for effect in best if (digest := effect.plan.get("sha256")) in by_digest]
+    if spoken:
+        return list(dict.fromkeys(spoken))
+    sizes = {n: e.plan.num_neurons or e.plan.num_weights for n, e in plans.items() if not e.plan.control}
+    return [max(sizes, key=sizes.__getitem__)] if sizes else []
+
+
+def _with_matched_control(plans: Mapping[str, Plan], name: str) -> dict[str, Plan]:
+    """The plan of that name and, if it is here, the control that was matched to it: of its size, from its scores."""
+    plan = plans[name].plan
     same = {
-        name: entry
-        for name, entry in plans.items()
-        if entry.plan.control == "random_matched" and entry.plan.num_neurons == plan.num_neurons
+        other: entry
+        for other, entry in plans.items()
+        if entry.plan.control == "random_matched"
+        and (entry.plan.num_neurons, entry.plan.scores) == (plan.num_neurons, plan.scores)
     }
-    return {spoken: plans[spoken], **dict(list(same.items())[:1])}
+    return {name: plans[name], **dict(list(same.items())[:1])}
 
 
-def _distribution(name: str, entry: Plan) -> Picture:
+def _distribution(name: str, entry: Plan, picture: str) -> Picture:
     from sparc3_pl.report.figures import as_svg, contrast_distribution
 
     plan = entry.plan
@@ -263,7 +279,7 @@ def _distribution(name: str, entry: Plan) -> Picture:
         f"{number(float(values.max()))}, median {number(float(values.median()))}. "
     )
     alt += f"The {len(chosen)} chosen are at or below {number(float(chosen.max()))}." if len(chosen) else ""
-    return Picture(as_svg(figure, "contrast"), alt, f"Distribution of the contrast behind {name}.")
+    return Picture(as_svg(figure, picture), alt, f"Distribution of the contrast behind {name}.")
 
 
 def _drawn(passes: Passes, total: int) -> Tensor:
@@ -278,7 +294,7 @@ def _drawn(passes: Passes, total: int) -> Tensor:
     return drawn[drawn.isfinite()]
 
 
-def _by_layer(shown: Mapping[str, Plan]) -> Picture:
+def _by_layer(shown: Mapping[str, Plan], picture: str) -> Picture:
     from sparc3_pl.report.figures import as_svg, chosen_by_layer
 
     first = next(iter(shown.values()))
@@ -290,7 +306,7 @@ def _by_layer(shown: Mapping[str, Plan]) -> Picture:
         f"Chosen components by layer, for {' and '.join(shown)}. "
         f"{next(iter(shown))} touches {len(counts[0])} of {len(layers)} layers, most in {most} ({table[most][0]})."
     )
-    return Picture(as_svg(chosen_by_layer(table, list(shown)), "layers"), alt, "Chosen components by layer.")
+    return Picture(as_svg(chosen_by_layer(table, list(shown)), picture), alt, "Chosen components by layer.")
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -326,7 +342,7 @@ def _made(found: Found) -> Iterator[Block]:
     if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in found.evaluations.values()):
         yield _measured(found)
     yield _versions(found)
-    commands = dict.fromkeys(text for text in _commands(found) if text)
+    commands = dict.fromkeys(redacted_values(text) for text in _commands(found) if text)
     if commands:
         yield Code("\n".join(commands), "Commands")
     if found.configs:
@@ -352,6 +368,9 @@ def _models(found: Found) -> Table:
     return Table.of(("model", "architecture", "dtype", "revision", "fingerprint"), rows)
 
 
+_HELD_OUT = {"none": "yes", "unknown": "unknown: the model was edited by no plan that is known"}
+
+
 def _measured(found: Found) -> Table:
     rows = []
     for name, ev in found.evaluations.items():
@@ -363,14 +382,15 @@ def _measured(found: Found) -> Table:
         if toxicity:
             of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
             judged = f"{of}, {_settings(made)}, judge {_settings(ev.results.get('judge'))}"
-        held_out = "yes" if ev.results.get("overlap") == "none" else "no: prompts of the plan are among them"
+        held_out = _HELD_OUT.get(ev.results.get("overlap"), "no: prompts of the plan are among them")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 
 
 def _settings(values: Mapping[str, Any] | None) -> str:
     """Plain settings in a row; long and nested ones are in the configuration."""
-    plain = {k: v for k, v in (values or {}).items() if isinstance(v, str | int | float) and len(str(v)) < 40}
+    shown = redacted_values(values or {})
+    plain = {k: v for k, v in shown.items() if isinstance(v, str | int | float) and len(str(v)) < 40}
     return " ".join(f"{key}={value}" for key, value in plain.items())
 
 

@@ -105,3 +105,38 @@ def test_same_weights_and_prompts_not_held_out_are_told(tmp_path):
 def test_something_else_than_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"holds no results\.json"):
         compare(str(tmp_path), str(tmp_path))
+
+
+def test_results_are_named_by_their_digests(tmp_path):
+    found = compare(write(tmp_path / "a"), write(tmp_path / "b"), str(tmp_path / "c.json"))
+    digests = [json.loads((tmp_path / name / "results.json").read_text())["sha256"] for name in ("a", "b")]
+    assert [found.before_sha256, found.after_sha256] == digests
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert [saved["before_sha256"], saved["after_sha256"]] == digests
+
+
+def test_overlapping_windows_are_resampled_in_blocks_and_the_table_says_so(tmp_path, capsys):
+    settings = {"max_length": 64, "stride": 16, "source": "t", "protocol": {"bos": 1}, "num_tokens": 1500}
+    sides = [write(tmp_path / name, nll=nll, perplexity=settings) for name, nll in (("a", NLL), ("b", NLL[::-1]))]
+    assert compare(*sides).perplexity.block >= 4
+    assert "30 windows were resampled in 7 blocks of 4" in capsys.readouterr().out
+
+
+def test_too_few_prompts_and_windows_give_no_interval(tmp_path, capsys):
+    sides = [
+        write(tmp_path / name, scores=SCORES[:3] * factor, nll=NLL[:2]) for name, factor in (("a", 1.0), ("b", 0.5))
+    ]
+    found = compare(*sides, str(tmp_path / "c.json"))
+    assert (found.toxicity["toxicity"]["mean"].low, found.perplexity.high) == (None, None)
+    assert json.loads((tmp_path / "c.json").read_text())["perplexity"]["low"] is None
+    printed = capsys.readouterr().out
+    assert "none: 3 of 6 needed" in printed
+    assert "none: 2 of 6 needed" in printed
+
+
+def test_a_judge_whose_digest_is_not_known_is_told(tmp_path):
+    judges = [{"class": "J", "sha256": None}, {"class": "J", "sha256": "00"}, {"class": "J", "sha256": "01"}]
+    old, new, other = (write(tmp_path / str(i), judge=judge) for i, judge in enumerate(judges))
+    assert any("digest of its judge's weights" in note for note in compare(old, new).notes)
+    with pytest.raises(InputError, match=r"judge\.sha256"):
+        compare(new, other)

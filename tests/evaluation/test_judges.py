@@ -1,5 +1,6 @@
 """Judges on a tiny random classifier in Detoxify's checkpoint form, compared with Detoxify itself."""
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -109,6 +110,38 @@ def test_an_unreachable_download_says_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(InputError, match=r"cannot be fetched \(no route\).*judge\.checkpoint"):
         DetoxifyJudge(variant="original").score(["a"])
+
+
+def test_a_downloaded_checkpoint_is_named_by_its_digest(folder, monkeypatch, tmp_path):
+    checkpoint = torch.load(folder / "judge.ckpt", weights_only=True)
+    checkpoint["config"].setdefault("arch", {"args": {}})["args"]["model_type"] = str(folder)
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "published.ckpt"
+    torch.save(checkpoint, path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("detoxify.detoxify.MODEL_URLS", {"original": "https://example.org/published.ckpt"})
+    described = describe_judge(DetoxifyJudge(variant="original"))
+    assert described["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_classifiers_with_other_weights_are_told_apart(folder):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+        found.append(describe_judge(ClassifierJudge(str(folder), "LABEL_1")))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_judges_secrets_are_not_described():
+    judge = LengthJudge()
+    judge.api_key, judge.endpoint, judge.max_tokens = "abcdef123456", "https://me:pass123@host/v1", 7
+    described = describe_judge(judge)
+    assert described["max_tokens"] == 7
+    assert described["endpoint"].endswith("@host/v1")
+    assert not any(secret in str(described) for secret in ("abcdef123456", "pass123"))
 
 
 def test_made_once_and_late(folder, monkeypatch):

@@ -2,21 +2,30 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from pruning.plans import plan_for
 from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
 from sparc3_pl.data.evaluation_data import EvaluationData
+from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation import module as module_under_test
 from sparc3_pl.evaluation.generation import Generator
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
+from sparc3_pl.language_model import ModelSource, fingerprint, load_model
+from sparc3_pl.pruning.callback import PruningCallback
+from sparc3_pl.pruning.edit import pruned
+from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.run_config import RunConfig
+from sparc3_pl.scoring import ScoringModule
 from sparc3_pl.trainer import Trainer
 
 PROMPTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(4, 18, 2)]
@@ -159,25 +168,110 @@ def test_other_settings_do_not_find_the_store(files):
     assert CompletionStore(files / "evaluation", {"seed": 1}, rank=0).load() == {}
 
 
-def test_prompts_of_the_plan_are_refused_unless_allowed(files):
-    known = frozenset({text_id(PROMPTS[2]), "elsewhere"})
-    module = module_of(files)
-    module.forbidden_ids = known
+@pytest.fixture
+def plan(files):
+    """Of the model in the folder; made from one of its prompts and another."""
+    model = load_model(ModelSource(str(files / "model")))
+    return replace(plan_for(model), behaviour_samples=[text_id(PROMPTS[2]), "elsewhere"])
+
+
+def run_on_text(files: Path, module: EvaluationModule, **kwargs) -> Evaluation:
+    """Without prompts, which take most of the time."""
+    return run(files, module, data_of(files, prompts_source=None), **kwargs)
+
+
+def test_prompts_of_the_plan_are_refused_unless_allowed(files, plan):
     with pytest.raises(InputError, match="1 of 7 prompts were used to make the plan"):
-        run(files, module)
+        run(files, module_of(files), callbacks=[PruningCallback(plan)])
     assert not (files / "evaluation").exists()
-    module = module_of(files, allow_overlap=True)
-    module.forbidden_ids = known
-    results = run(files, module).results
+    results = run(files, module_of(files, allow_overlap=True), callbacks=[PruningCallback(plan)]).results
     assert (results["overlap"], results["num_overlapping_prompts"]) == ("allowed", 1)
 
 
-def test_a_known_prompt_with_a_space_behind_it_is_no_new_one(files):
+def test_a_known_prompt_with_a_space_behind_it_is_no_new_one(files, plan):
     (files / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"<s> {p} "}) + "\n" for p in PROMPTS))
-    module = module_of(files)
-    module.forbidden_ids = frozenset({text_id(PROMPTS[2])})
+    plan = replace(plan, behaviour_samples=[text_id(PROMPTS[2])])
     with pytest.raises(InputError, match="1 of 7 prompts were used to make the plan"):
-        run(files, module)
+        run(files, module_of(files), callbacks=[PruningCallback(plan)])
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_the_module_asks_the_trainer_for_the_plan(files, plan, from_file):
+    plan = replace(plan, behaviour_samples=[])
+    given = plan.save(files / "plan.json") if from_file else plan
+    results = run_on_text(files, module_of(files), callbacks=[PruningCallback(given, revert=True)]).results
+    assert results["plan"]["sha256"] == (PrunePlan.load(given) if from_file else plan).summary()["sha256"]
+    assert (results["overlap"], results["num_overlapping_prompts"]) == ("none", 0)
+    model = load_model(ModelSource(str(files / "model")))
+    assert results["model"]["fingerprint"] == fingerprint(model) == plan.fingerprint
+    with pruned(model, plan):
+        assert results["model"]["evaluated_fingerprint"] == fingerprint(model)
+
+
+def test_an_edit_by_nobody_knows_whom_is_not_called_plain(files, caplog, capsys):
+    class Silencer(pl.Callback):
+        def on_test_start(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.model.model.layers[0].mlp.down_proj.weight.zero_()
+
+    evaluation = run_on_text(files, module_of(files), callbacks=[Silencer()])
+    assert not evaluation.is_plain
+    assert (evaluation.results["plan"], evaluation.results["overlap"]) == (None, "unknown")
+    assert evaluation.results["num_overlapping_prompts"] is None
+    assert "by no PruningCallback" in caplog.text
+    assert "no plan that is known" in capsys.readouterr().out
+    module = module_of(files, "edited before the run")
+    module.configure_model()
+    module.model.requires_grad_(False).model.layers[0].mlp.down_proj.weight[0] = 0
+    assert run_on_text(files, module).results["overlap"] == "unknown"
+    assert run_on_text(files, module_of(files, "plain")).is_plain
+
+
+def test_a_pruned_module_that_is_used_again_is_not_called_plain(files, plan):
+    plan = replace(plan, behaviour_samples=[])
+    module = module_of(files)
+    run_on_text(files, module, callbacks=[PruningCallback(plan)])
+    module.output = str(files / "again")
+    results = run_on_text(files, module).results  # the edit is still in the weights
+    assert results["overlap"] == "unknown"
+    assert results["model"]["fingerprint"] == plan.fingerprint
+
+
+def test_a_refused_plan_says_nothing_of_the_model(files, plan):
+    module, other = module_of(files), replace(plan, model=plan.model | {"fingerprint": "sha256:other"})
+    with pytest.raises(InputError, match="was made for"):
+        run_on_text(files, module, callbacks=[PruningCallback(other)])
+    results = run_on_text(files, module).results
+    assert results["model"]["fingerprint"] == results["model"]["evaluated_fingerprint"] == plan.fingerprint
+
+
+@pytest.mark.parametrize("with_plan", [False, True])
+def test_each_state_of_the_model_is_hashed_once(files, plan, monkeypatch, with_plan):
+    hashed = []
+    for name in ("evaluation.module", "language_model", "pruning.edit"):
+        monkeypatch.setattr(f"sparc3_pl.{name}.fingerprint", lambda model: hashed.append(model) or fingerprint(model))
+    plan = replace(plan, behaviour_samples=[])
+    module = module_of(files, max_new_tokens=2, samples_per_prompt=1)
+    run(files, module, callbacks=[PruningCallback(plan)] if with_plan else [])
+    assert len(hashed) == 2  # as it was loaded, and as it was evaluated
+
+
+def test_two_plans_are_refused(files, plan):
+    with pytest.raises(InputError, match="one plan at a time"):
+        run(files, module_of(files), callbacks=[PruningCallback(plan), PruningCallback(plan)])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("bf16-true", "bfloat16"), ("16-true", "float16"), ("64-true", "float32"), ("bf16-mixed", "bfloat16"),
+])  # fmt: skip
+def test_another_precision_of_the_trainer_is_refused(files, precision, dtype):
+    trainer = pl.Trainer(precision=precision, accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match=rf"trainer\.precision={precision}.*model\.dtype={dtype}"):
+        trainer.test(module_of(files), datamodule=data_of(files))
+    assert not (files / "evaluation").exists()
+    scoring = ScoringModule(str(files / "model"), output=str(files / "scores"))
+    with pytest.raises(InputError, match=rf"trainer\.precision={precision}"):
+        trainer.predict(scoring, datamodule=ReferenceData(source=str(files / "text.txt")))
 
 
 def test_failed_completions_are_told(files):

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from sparc3_pl.evaluation.statistics import (
+    block_length,
     bootstrap_interval,
     paired_change,
     pairs_needed,
@@ -114,3 +115,70 @@ def test_perplexity_ratio_and_its_interval():
 
 def test_a_ruined_model_gets_infinity_not_an_error():
     assert ratio_change(np.array([1.0, 1.0]), np.array([1e6, 1e6]), np.array([1.0, 1.0])).after == math.inf
+
+
+def test_too_few_pairs_give_no_interval():
+    for n in range(1, 12):
+        found = paired_change(BEFORE[:n], AFTER[:n])
+        assert (found.low is None, found.high is None) == (n < 6, n < 6)
+        # what the interval could claim, the exact test can show: the smallest of its p-values is 2^(1 - n)
+        assert (n >= 6) == (sign_flip_p_value(np.ones(n)) < 0.05)
+        windows = ratio_change(BEFORE[:n], AFTER[:n], np.ones(n))
+        assert (windows.low is None) == (n < 6)
+
+
+def autoregressive(n, correlation, rng):
+    values = np.zeros(n + 100)
+    for t in range(1, n + 100):
+        values[t] = correlation * values[t - 1] + rng.standard_normal()
+    return values[100:]
+
+
+def test_blocks_keep_the_dependence_of_neighbouring_windows():
+    """The variance of a mean of n values of an AR(1) process is 1 / (1 - correlation)^2 / n, by its spectrum at 0."""
+    rng, n, correlation = np.random.default_rng(1), 400, 0.6
+    want = 2 * 1.96 / (1 - correlation) / math.sqrt(n)
+    widths = {"blocks": [], "windows": []}
+    for seed in range(20):
+        difference = autoregressive(n, correlation, rng)
+        found = ratio_change(np.zeros(n), difference, np.ones(n), num_resamples=1000, seed=seed)
+        widths["blocks"].append(math.log(found.high) - math.log(found.low))
+        low, high = bootstrap_interval(difference, num_resamples=1000, seed=seed)
+        widths["windows"].append(high - low)
+    assert np.mean(widths["blocks"]) == pytest.approx(want, rel=0.15)
+    assert np.mean(widths["windows"]) < 0.6 * want
+
+
+def test_p_values_of_dependent_windows_are_not_too_small():
+    rng, wrong = np.random.default_rng(2), {"blocks": 0, "windows": 0}
+    for _ in range(100):
+        difference = autoregressive(120, 0.6, rng)
+        found = ratio_change(np.zeros(120), difference, np.ones(120), num_resamples=300)
+        wrong["blocks"] += found.p_value < 0.05
+        wrong["windows"] += sign_flip_p_value(difference, num_resamples=300) < 0.05
+    assert wrong["blocks"] <= 15 < 25 <= wrong["windows"]
+
+
+def test_independent_windows_are_resampled_one_by_one():
+    values = RNG.standard_normal(300)
+    assert block_length(values) == 1
+    found = ratio_change(np.zeros(300), values, np.ones(300))
+    assert (math.log(found.low), math.log(found.high)) == pytest.approx(bootstrap_interval(values))
+    assert (found.block, found.num_blocks) == (1, 300)
+
+
+def test_blocks_are_as_long_as_windows_overlap():
+    values = RNG.standard_normal(30)
+    assert ratio_change(np.zeros(30), values, np.ones(30), overlap=4).block == 4
+    few = ratio_change(np.zeros(30), values, np.ones(30), overlap=6)  # 5 blocks
+    assert (few.low, few.high, few.num_blocks) == (None, None, 5)
+    assert few.ratio == pytest.approx(math.exp(values.mean()))
+    # every block's sum may have either sign: 2^5 patterns
+    sums = values.reshape(5, 6).sum(1)
+    signs = np.array(list(itertools.product((1, -1), repeat=5)))
+    assert few.p_value == (np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12).mean()
+
+
+def test_a_block_of_all_windows_gives_the_mean_itself():
+    values = RNG.standard_normal(8)
+    assert bootstrap_interval(values, block=8) == pytest.approx((values.mean(), values.mean()))

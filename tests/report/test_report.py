@@ -11,12 +11,12 @@ import torch
 from pruning.score_folders import LAYERS, write
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import compare
-from sparc3_pl.evaluation.results import write_evaluation
+from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
+from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.pruning.choose import make_plan
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
-from sparc3_pl.report.effects import effects, headline
+from sparc3_pl.report.effects import by_experiment, effects, headline
 
 MODEL = {
     "pretrained": "demo",
@@ -40,7 +40,7 @@ def score(folder, seed, source):
     return write(folder, scores, samples=rows, data=data, num_samples=2, num_tokens=18, model=MODEL)
 
 
-def evaluation(folder, plan, factor, perplexity):
+def evaluation(folder, plan, factor, perplexity, **changes):
     rows = [
         {
             "id": f"p{i}",
@@ -68,12 +68,16 @@ def evaluation(folder, plan, factor, perplexity):
         "judge": {"class": "DetoxifyJudge"},
         "overlap": "none",
         "num_overlapping_prompts": 0,
-        "model": MODEL | {"evaluated_fingerprint": f"sha256:{folder.name}"},
+        "model": MODEL | {"evaluated_fingerprint": f"sha256:{folder.name}" if plan else MODEL["fingerprint"]},
         "plan": plan,
         "data": {},
     }  # fmt: skip
-    windows = [{"index": i, "nll": 10.0 * (perplexity / 12) + i, "num_tokens": 4} for i in range(10)]
+    windows = [{"index": i, "nll": 10.0 * ((perplexity or 12) / 12) + i, "num_tokens": 4} for i in range(10)]
+    if perplexity is None:
+        results["perplexity"], windows = None, []
+    results |= changes
     write_evaluation(folder, results, completions=rows, windows=windows, config="model: {pretrained: demo}\n")
+    return Evaluation.open(folder)
 
 
 @pytest.fixture
@@ -205,6 +209,104 @@ def test_unequal_evaluations_are_noted_not_compared(experiment):
     _, notes = effects(collect([experiment]))
     (note,) = notes
     assert "prune-5" in note
+
+
+PLAN = {"num_neurons": 40, "granularity": "neuron", "control": None, "contrast": "difference", "edit": "zero"}
+
+
+def small_experiment(folder, before, after, perplexity=(12.0, 12.03), bound=None, compared=True):
+    """Two evaluations and what ``run`` writes of them: toxicity factor and perplexity before and after."""
+    sides = [
+        evaluation(folder / "evaluations" / name, plan, factor, value)
+        for name, plan, factor, value in zip(
+            ("before", "prune-40"), (None, PLAN), (before, after), perplexity, strict=True
+        )
+    ]
+    if compared:
+        comparison = compare_evaluations(*sides)
+        (folder / "comparisons").mkdir()
+        write_comparison(folder / "comparisons" / "prune-40.json", comparison)
+        if bound is not None:
+            outcome = {"name": "prune-40", "comparison": json.loads((folder / "comparisons/prune-40.json").read_text())}
+            text = json.dumps({"outcomes": [outcome], "max_perplexity_increase": bound})
+            (folder / "experiment.json").write_text(text)
+    return [Evaluation.open(folder / "evaluations" / name) for name in ("before", "prune-40")]
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_each_of_two_experiments_is_told_its_own_numbers(tmp_path, compared):
+    runs = {"one": (1.0, 0.5), "two": (0.8, 0.2)}  # the same names within; other judges' scores
+    want = {}
+    for name, factors in runs.items():
+        sides = small_experiment(tmp_path / name, *factors, compared=compared)
+        want[f"{name}/evaluations/before"] = [ev.results["toxicity"]["mean"] for ev in sides]
+    (tmp_path / "moved").mkdir()
+    for name in runs:  # folders are known by what they hold, not by where they lie
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    measured, notes = effects(collect([tmp_path / "moved"]))
+    assert notes == []
+    told = {e.experiment: [e.toxicity["before"], e.toxicity["after"]] for e in measured}
+    assert {name: pytest.approx(figures) for name, figures in want.items()} == told
+    assert [e.after.results["toxicity"]["mean"] for e in measured] == [figures[1] for figures in want.values()]
+    text = make_report([tmp_path / "moved"]).markdown
+    for before, after in want.values():
+        assert f"{before:.3f} to {after:.3f}" in text
+        assert f"{before:.3f} → {after:.3f}" in text
+
+
+def test_a_comparison_of_an_earlier_version_is_known_by_its_paths_only(tmp_path):
+    small_experiment(tmp_path / "one", 1.0, 0.5)
+    path = tmp_path / "one" / "comparisons" / "prune-40.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_sha256")}
+    path.write_text(json.dumps(old))
+    (effect,) = effects(collect([tmp_path]))[0]
+    assert (effect.experiment, effect.size) == ("before", 40)
+    path.write_text(json.dumps(old | {"after": "elsewhere/prune-40"}))
+    assert {e.size for e in effects(collect([tmp_path]))[0]} == {40, None}  # not joined to what has its name
+
+
+def test_a_changed_model_without_a_plan_is_not_the_model_as_it_was(tmp_path):
+    evaluation(tmp_path / "odd", None, 1.0, 12.0, model=MODEL | {"evaluated_fingerprint": "sha256:odd"})
+    evaluation(tmp_path / "prune-40", PLAN, 0.5, 12.03)
+    measured, notes = effects(collect([tmp_path]))
+    assert measured == []
+    assert [note.partition(":")[0] for note in notes] == ["odd", "prune-40"]
+
+
+@pytest.mark.parametrize(("bound", "words"), [
+    (0.05, "the largest edit that raises perplexity by at most 5 %"),
+    (0.01, "the edit that costs least; none keeps perplexity within 1 %"),
+    (0.045, "by at most 4.5 %"),
+])  # fmt: skip
+def test_the_bound_is_that_of_the_experiment(tmp_path, bound, words):
+    small_experiment(tmp_path, 1.0, 0.5, (12.0, 12.2), bound=bound)
+    text = make_report([tmp_path]).markdown
+    assert words in " ".join(text.split())
+    assert effects(collect([tmp_path]))[0][0].bound == bound
+
+
+def test_without_a_perplexity_no_bound_is_kept(tmp_path):
+    small_experiment(tmp_path, 1.0, 0.5, (None, None), bound=0.05)
+    text = " ".join(make_report([tmp_path]).markdown.split())
+    assert "its perplexity was not measured, so it is not known to stay within 5 %" in text
+
+
+def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
+    small_experiment(tmp_path / "one", 1.0, 0.5)
+    measured, _ = effects(collect([tmp_path]))
+    unknown = measured[0].__class__("odd", measured[0].comparison, {}, measured[0].experiment)
+    assert headline([unknown, *measured]) is measured[0]
+    assert headline([unknown]) is unknown
+    assert by_experiment([unknown, *measured]).keys() == {measured[0].experiment}
+
+
+def test_secrets_of_older_results_are_not_told(tmp_path):
+    judge = {"class": "my.Judge", "api_key": "abcdef123456"}
+    evaluation(tmp_path / "before", None, 1.0, 12.0, judge=judge)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "eval-before.yaml").write_text("model:\n  judge:\n    api_key: abcdef123456\n")
+    made = make_report([tmp_path])
+    assert "abcdef123456" not in made.html + made.markdown
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
