@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.files import strict_json, write_text
+from sparc3_pl.files import check_output, strict_json, write_text
 from sparc3_pl.processes import run_child
 from sparc3_pl.provenance import command_line, now, versions
 from sparc3_pl.pruning.controls import Control
+from sparc3_pl.yaml_format import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +85,9 @@ def run(
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
     """
+    from sparc3_pl.report.command import KIND as REPORT
+
+    check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
     size = _size_key(plan, score or {})
     experiment = _Experiment(Path(output), model or {}, score or {}, trainer or {})
     folders = experiment.score(general, behaviour, seeds)
@@ -204,18 +208,16 @@ class _Experiment:
         Raises:
             InputError: if the result was made with another one.
         """
-        import yaml
-
-        path, text = self._stage_file(stage), yaml.safe_dump(config, sort_keys=True)
-        before = path.read_text(encoding="utf-8") if path.exists() else text
-        if output.exists() and before != text:
-            key = next(_differing(yaml.safe_load(before), config))
+        path = self._stage_file(stage)
+        before = load_yaml(path.read_text(encoding="utf-8")) if path.exists() else config
+        if output.exists() and before != config:
+            key = next(_differing(before, config))
             raise InputError(
                 f"{output}: was made with another {key} than is asked for now; choose another output, or delete it "
                 "and what was made from it"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, dump_yaml(config, sort_keys=True))
         return output.exists()
 
 

@@ -26,18 +26,19 @@ from torch import Tensor
 from sparc3_pl.attribution.scorers import WandaScorer, group_means
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import linear_layers
-from sparc3_pl.files import check_output, json_digest, new_folder, read_json, strict_json, write_text
+from sparc3_pl.files import FolderKind, check_output, json_digest, new_folder, read_json, strict_json, write_text
 from sparc3_pl.language_model import ModelSource, fingerprint, load_model
 from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.resume import LayerTensors, Records, SumsFile, differing_settings, sums_of, write_sums
-from sparc3_pl.scores import MARKER as SCORES_MARKER
+from sparc3_pl.scores import KIND as SCORES
 from sparc3_pl.scores import Manifest, ScoreWriter
 
-__all__ = ["MARKER", "Shard", "merge", "parse_shard", "write_shard"]
+__all__ = ["KIND", "MARKER", "Shard", "merge", "parse_shard", "write_shard"]
 
 MARKER = "shard.json"
 FORMAT_VERSION = 1
 _SUMS = "sums.safetensors"
+KIND = FolderKind("a shard", MARKER, (_SUMS, "config.yaml"))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -79,7 +80,7 @@ def write_shard(
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    with new_folder(folder, overwrite, MARKER) as temporary:
+    with new_folder(folder, overwrite, KIND) as temporary:
         shapes, load = sums_of(tensors)
         digests = write_sums(temporary / _SUMS, shapes, load, records)
         if config is not None:
@@ -191,7 +192,7 @@ def merge(
     """
     from sparc3_pl.report.terminal import print_summary
 
-    check_output(output, overwrite, SCORES_MARKER)
+    check_output(output, overwrite, SCORES)
     shards = sorted((Shard.open(folder) for folder in folders), key=lambda shard: shard.number)
     _require_whole(shards)
     manifest = _write(shards, output, overwrite, pretrained, trust_remote_code)

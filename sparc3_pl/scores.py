@@ -32,6 +32,7 @@ from torch import Tensor
 from sparc3_pl import provenance
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import (
+    FolderKind,
     inside,
     json_digest,
     new_folder,
@@ -45,6 +46,7 @@ from sparc3_pl.files import (
 __all__ = [
     "BLOCK",
     "FORMAT_VERSION",
+    "KIND",
     "MARKER",
     "LayerStats",
     "Manifest",
@@ -61,6 +63,12 @@ MARKER = "manifest.json"
 """The file by which a score folder is known."""
 _MANIFEST, _SAMPLES, _SCORES, _SQUARES = "manifest.json", "samples.jsonl", "scores.safetensors", "squares.safetensors"
 _GROUPS = "groups.safetensors"
+KIND = FolderKind(
+    "a score folder",
+    MARKER,
+    (_SAMPLES, _SCORES, _SQUARES, _GROUPS, "config.yaml"),
+    lambda manifest: [layer["file"] for layer in manifest["layers"].values()],
+)
 _METHODS = ("lrp", "gradient", "wanda", "magnitude", "random")
 
 
@@ -253,7 +261,7 @@ class ScoreWriter:
         self._finished = False
 
     def __enter__(self) -> Self:
-        self._path = self._exit.enter_context(new_folder(self.folder, self._overwrite, _MANIFEST))
+        self._path = self._exit.enter_context(new_folder(self.folder, self._overwrite, KIND))
         return self
 
     def __exit__(

@@ -21,11 +21,11 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps, select_layers
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model, load_tokenizer
-from sparc3_pl.merge import MARKER as SHARD_MARKER
+from sparc3_pl.merge import KIND as SHARD
 from sparc3_pl.merge import parse_shard, write_shard
 from sparc3_pl.processes import deferring_stop, stop_requested
 from sparc3_pl.resume import PartialSums, sums_of
-from sparc3_pl.scores import MARKER as SCORES_MARKER
+from sparc3_pl.scores import KIND as SCORES
 from sparc3_pl.scores import Manifest, ScoreWriter
 from sparc3_pl.sharding import shard
 
@@ -187,7 +187,7 @@ class ScoringModule(pl.LightningModule):
         if self.output is None and log_dir is not None:
             self.output = str(Path(log_dir) / "scores")
         if self.output is not None and self.trainer.is_global_zero:
-            check_output(self.output, self.overwrite, SCORES_MARKER if self.shard is None else SHARD_MARKER)
+            check_output(self.output, self.overwrite, SCORES if self.shard is None else SHARD)
         if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:
             raise InputError(
                 f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} counts from where a run goes on, "

@@ -20,10 +20,12 @@ from sparc3_pl.evaluation.statistics import (
     ratio_change,
 )
 from sparc3_pl.evaluation.toxicity import THRESHOLD
-from sparc3_pl.files import new_file, strict_json, write_text
+from sparc3_pl.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.provenance import command_line, now, versions
 
 __all__ = ["Comparison", "compare", "compare_evaluations"]
+
+KIND = FileKind.json("a comparison", lambda data: {"before", "after", "perplexity", "toxicity"} <= data.keys())
 
 _OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambda s: float(np.max(s) >= THRESHOLD)}
 """How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
@@ -76,10 +78,12 @@ def compare(
     Raises:
         InputError: if a folder is damaged, or the two differ in prompts, text, settings or judge.
     """
+    if output is not None:
+        check_output(output, overwrite, KIND)
     found = compare_evaluations(Evaluation.open(before), Evaluation.open(after), seed=seed, num_resamples=num_resamples)
     if output is not None:
         about = {"seed": seed, "num_resamples": num_resamples, "versions": versions(), "command": command_line()}
-        with new_file(output, overwrite) as path:
+        with new_file(output, overwrite, KIND) as path:
             write_text(path, strict_json({**asdict(found), **about, "created": now()}, indent=2) + "\n")
     _print(found, None if output is None else Path(output))
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
 from sparc3_pl.pruning.contrast import ContrastKind
+from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import Edit, PrunePlan
 from sparc3_pl.scores import ScoreFolder
 
@@ -139,9 +140,12 @@ def _check_places(
     output: str, save_model: str | None, shrink: bool, edit: str, mean_source: str | None, overwrite: bool
 ) -> None:
     """What can be refused before any score is read."""
-    check_output(output, overwrite)
+    place = check_output(output, overwrite, PLAN)
     if save_model is not None:
-        check_output(save_model, overwrite, marker="plan.json")
+        from sparc3_pl.pruning.save import KIND as MODEL
+
+        if check_output(save_model, overwrite, MODEL) in (place, *place.parents):
+            raise InputError(f"output={output!r} lies in save_model={save_model!r}, which holds a plan of its own")
     if shrink and save_model is None:
         raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
     if edit == "mean" and mean_source is None:
