@@ -44,7 +44,7 @@ from sparc3_pl.report.command import report
 from sparc3_pl.report.doctor import doctor
 from sparc3_pl.report.evidence import evidence
 from sparc3_pl.report.overlap import overlap
-from sparc3_pl.report.terminal import print_summary
+from sparc3_pl.report.terminal import print_result, print_summary, unfailing_output
 from sparc3_pl.scoring import ScoringModule
 from sparc3_pl.trainer import Trainer
 from sparc3_pl.yaml_format import dump_yaml, load_yaml
@@ -371,7 +371,7 @@ class CLI(LightningCLI):
         if self.model.manifest is not None:
             print_summary(self.model.manifest, self.model.written_to)
         elif self.model.shard_written_to is not None:
-            print(self.model.shard_written_to)
+            print_result(str(self.model.shard_written_to))
 
 
 def _is_asked_for(command: str) -> bool:
@@ -403,17 +403,18 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(REDACTING)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise)
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # rank 0 speaks for all
-        logging.getLogger().setLevel(logging.ERROR)
-        warnings.simplefilter("ignore")
-    return supervised(partial(execute, args))
+    with unfailing_output():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(REDACTING)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        for noise in NOISE:
+            warnings.filterwarnings("ignore", message=noise)
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # rank 0 speaks for all
+            logging.getLogger().setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+        return supervised(partial(execute, args))
 
 
 REDACTING = RedactingFilter()

@@ -23,7 +23,7 @@ from sparc3_pl.pruning.controls import Control
 from sparc3_pl.yaml_format import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
 
 __all__ = ["Outcome", "run"]
 
@@ -163,20 +163,17 @@ class _Experiment:
 
     def conclude(self, outcomes: Sequence[Outcome], bound: float) -> None:
         """Writes and prints what was found, and makes the report."""
-        from sparc3_pl.evaluation.reporting import stdout_console
+        from sparc3_pl.report.command import report
+        from sparc3_pl.report.terminal import print_result
 
         best = largest_within(outcomes, bound)
         rows = [asdict(o) | {"perplexity_increase": o.perplexity_increase} for o in outcomes]
         summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
         made = {"versions": versions(), "command": command_line(), "created": now()}
         _write_json(self.folder / "experiment.json", summary | made)
-        console = stdout_console()
-        console.print(outcome_table(outcomes))
-        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
-        console.print(f"largest edit within {bound:+.1%} perplexity: {verdict}", soft_wrap=True, highlight=False)
-        from sparc3_pl.report.command import report
-
         report([str(self.folder)], output=str(self.folder / "report"), overwrite=True)
+        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
+        print_result(outcome_table(outcomes), f"largest edit within {bound:+.1%} perplexity: {verdict}")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -249,11 +246,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
 
-    table = Table(title="Against the model as it was", title_justify="left")
-    for name in ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity"):
-        table.add_column(name, justify="left" if name == "edit" else "right")
+    rows = []
     for outcome in outcomes:
         found = outcome.comparison
         perplexity = "" if found.perplexity is None else f"{outcome.perplexity_increase:+.2%}"
@@ -269,5 +264,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                     f"{change.p_value:.4f}",
                 ]
             name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
-            table.add_row(name, str(outcome.count), *cells, perplexity)
-    return table
+            rows.append((name, str(outcome.count), *cells, perplexity))
+    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
+    return Table.of(columns, rows, title="Against the model as it was")

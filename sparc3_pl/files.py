@@ -187,7 +187,10 @@ class FolderKind:
         content = _json_object(marker)
         known = self.is_marker(marker) if self.is_marker else "format_version" in content
         if not known:
-            raise InputError(f"{path}: is not {self.name} (it has no {self.marker} of ours); choose another output")
+            raise InputError(
+                f"{path}: is not {self.name} (it has no {self.marker} of ours), so not an earlier result to replace; "
+                "choose another output"
+            )
         try:
             ours = {self.marker, *self.files, *self.listed(content)}
         except (AttributeError, KeyError, TypeError):  # a marker of another format: nothing is known to be ours

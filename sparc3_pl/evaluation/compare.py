@@ -224,23 +224,16 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _print(found: Comparison, path: Path | None) -> None:
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
+    from sparc3_pl.report.terminal import print_result
 
-    from sparc3_pl.evaluation.reporting import stdout_console
-
-    table = Table(title="After against before", title_justify="left")
-    for name in ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %"):
-        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
-    for row in _rows(found):
-        table.add_row(*row)
-    console = stdout_console()
-    console.print(table)
-    for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
+    lines = [f"note: {note}" for note in found.notes]
     if found.num_dropped:
-        console.print(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
+        lines.append(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
     if path is not None:
-        console.print(f"comparison: {path}", soft_wrap=True, highlight=False, markup=False)
+        lines.append(f"comparison: {path}")
+    print_result(Table.of(columns, _rows(found), title="After against before"), *lines)
 
 
 def _rows(found: Comparison) -> list[tuple[str, ...]]:

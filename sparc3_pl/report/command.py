@@ -43,7 +43,7 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
     Raises:
         InputError: If something is missing or damaged, nothing is known, or the output is taken.
     """
-    from rich.console import Console
+    from sparc3_pl.report.terminal import print_result
 
     check_output(output, overwrite, KIND)
     made = make_report(folders, leave_out=Path(output))
@@ -51,7 +51,7 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
         write_text(folder / _PAGE, made.html)
         write_text(folder / _TEXT, made.markdown)
     path = Path(output) / _PAGE
-    Console().print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
+    print_result(f"report: {path}")
     return path
 
 
