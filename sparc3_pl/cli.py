@@ -14,15 +14,17 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
+from jsonargparse import set_dumper, set_loader
+from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sparc3_pl.data.evaluation_data import EvaluationData
@@ -33,7 +35,7 @@ from sparc3_pl.experiment import run
 from sparc3_pl.merge import merge
 from sparc3_pl.monitoring import ProgressBar, ScoringMonitor
 from sparc3_pl.processes import supervised
-from sparc3_pl.provenance import RedactingFilter, redacted
+from sparc3_pl.provenance import REDACTED, RedactingFilter, redacted
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.command import prune
 from sparc3_pl.pruning.plan import PrunePlan
@@ -42,12 +44,23 @@ from sparc3_pl.report.command import report
 from sparc3_pl.report.doctor import doctor
 from sparc3_pl.report.evidence import evidence
 from sparc3_pl.report.overlap import overlap
-from sparc3_pl.report.terminal import print_summary
+from sparc3_pl.report.terminal import print_result, print_summary, unfailing_output
 from sparc3_pl.run_config import RunConfig
 from sparc3_pl.scoring import ScoringModule
 from sparc3_pl.trainer import Trainer
+from sparc3_pl.yaml_format import dump_yaml, load_yaml
 
 __all__ = ["CLI", "main"]
+
+
+def load_value(text: str) -> Any:
+    """A value of the command line as jsonargparse wants it: a text that YAML takes for nothing (``#x``) is a text."""
+    value = load_yaml(text)
+    return text if value is None and text.strip() not in ("null", "Null", "NULL", "~", "") else value
+
+
+set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump_yaml)
 
 
 class Parser(LightningArgumentParser):
@@ -67,6 +80,55 @@ class Parser(LightningArgumentParser):
         sys.stderr.write(f"error: {redacted(text)}{files}{self._did_you_mean(named)} (see --help)\n")
         raise SystemExit(2)
 
+    def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Reads a config file.
+
+        Raises:
+            TypeError: if it cannot be read, or is not UTF-8.
+        """
+        try:
+            Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise TypeError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise TypeError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        return super().parse_path(path, *args, **kwargs)
+
+    def _load_config_parser_mode(
+        self, content: str, path: str | os.PathLike = "", ext_vars: dict | None = None, prev_cfg: Any = None
+    ) -> Any:
+        """Reads a config file's text; one without any key says nothing."""
+        try:
+            settings = load_yaml(content)
+        except yaml.YAMLError as error:
+            raise TypeError(f"Problems parsing config: {error}") from error
+        settings = {} if settings is None else settings
+        if not isinstance(settings, dict):
+            raise TypeError(f"Unexpected config: holds a {type(settings).__name__}, not keys and their values")
+        for section in (action.dest for action in self._actions if isinstance(action, _ActionConfigLoad)):
+            if settings.get(section, "") is None:
+                del settings[section]
+            elif not isinstance(settings.get(section, {}), dict | str):
+                raise TypeError(f'Parser key "{section}": holds {settings[section]!r}, not keys and their values')
+        if left_out := next(_left_out(settings), None):
+            raise TypeError(
+                f'Parser key "{left_out}": {REDACTED} stands for a secret that was left out of the file; give it again'
+            )
+        return self._apply_actions(settings, prev_cfg=prev_cfg)
+
+    def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
+        """As jsonargparse's, which takes null for every key.
+
+        Raises:
+            TypeError: if a value is not of its key's type.
+        """
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            is_null = action.default is not None and action.dest in namespace and namespace[action.dest] is None
+            if kind is not None and is_null and not _takes_null(kind):
+                raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {_type_name(kind)}')
+
     def _did_you_mean(self, named: Sequence[str]) -> str:
         commands = getattr(self, "_subcommands_action", None)
         parsers = [self, *(commands.choices[name] for name in named if commands and name in commands.choices)]
@@ -83,7 +145,7 @@ class Parser(LightningArgumentParser):
         pairs = zip(cls.words, [*cls.words[1:], ""], strict=False)
         given = [after if word == "--config" else word.removeprefix("--config=") for word, after in pairs
                  if word == "--config" or word.startswith("--config=")]  # fmt: skip
-        return [path for name in given if len(name) < 256 and (path := Path(name)).is_file()]
+        return [Path(name) for name in given if os.path.isfile(name)]  # unlike a Path's, never raises
 
 
 NAMED = re.compile(r"[\"'](?:--)?([\w.]+)[\"']|--([\w.]+)")
@@ -97,16 +159,42 @@ def _shorter(text: str) -> str:
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
+def _left_out(settings: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys of secrets that ``redacted`` took out of a config file."""
+    items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict | list):
+            yield from _left_out(value, where)
+        elif isinstance(value, str) and (value == REDACTED or f"://{REDACTED}@" in value):
+            yield where
+
+
+def _takes_null(kind: Any) -> bool:
+    return kind in (Any, None, NoneType) or any(_takes_null(part) for part in get_args(kind) if _is_union(kind))
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
 def _is_at_fault(path: Path, named: Sequence[str]) -> bool:
     """Whether a config file cannot be read as one, or holds one of the ``named`` keys."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return True
-    return not isinstance(content, dict | NoneType) or any("." in key and _holds(content, key) for key in named)
+    return not isinstance(content, dict | NoneType) or any(_holds(content, key) for key in named)
 
 
 def _holds(content: Any, key: str) -> bool:
+    """Whether ``key`` is in ``content``: a dotted one from the top, a word alone (a class's argument) at any depth."""
+    if "." not in key:
+        return isinstance(content, dict) and (key in content or any(_holds(part, key) for part in content.values()))
     for part in key.split("."):
         if not isinstance(content, dict) or part not in content:
             return False
@@ -254,9 +342,16 @@ class CLI(LightningCLI):
         path = self.config[self.subcommand].get("plan")
         if path is not None:
             self.trainer_defaults["callbacks"].append(PruningCallback(PrunePlan.load(path)))
-        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
-        self.trainer_defaults["callbacks"].append(RunConfig(redacted(config)))
+        self.trainer_defaults["callbacks"].append(RunConfig(self._resolved_config()))
         super().instantiate_classes()
+
+    def _resolved_config(self) -> str:
+        """The configuration as YAML, without its secrets, which are named in the first lines."""
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        settings = redacted(load_yaml(text))
+        missing = list(_left_out(settings))
+        note = "# Secrets are left out; before this file runs it again, give: " + ", ".join(missing) + "\n"
+        return (note if missing else "") + dump_yaml(settings)
 
     def _wants_bar(self) -> bool:
         return self.config[self.subcommand].trainer.enable_progress_bar
@@ -274,7 +369,7 @@ class CLI(LightningCLI):
         if self.model.manifest is not None:
             print_summary(self.model.manifest, Path(self.model.output))
         elif self.model.part is not None and self.model.output is not None:
-            print(self.model.output)
+            print_result(self.model.output)
 
 
 def _is_asked_for(command: str) -> bool:
@@ -306,17 +401,18 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(REDACTING)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise)
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # rank 0 speaks for all
-        logging.getLogger().setLevel(logging.ERROR)
-        warnings.simplefilter("ignore")
-    return supervised(partial(execute, args))
+    with unfailing_output():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(REDACTING)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        for noise in NOISE:
+            warnings.filterwarnings("ignore", message=noise)
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # rank 0 speaks for all
+            logging.getLogger().setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+        return supervised(partial(execute, args))
 
 
 REDACTING = RedactingFilter()

@@ -25,16 +25,17 @@ from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interv
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.families import swapped
-from sparc3_pl.files import json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
 from sparc3_pl.language_model import ModelSource
 from sparc3_pl.processes import run_child
-from sparc3_pl.provenance import command_line, now, redacted_values, versions
+from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.pruning.controls import Control
 from sparc3_pl.report.effects import largest_within
 from sparc3_pl.scores import MARKER as SCORES_MARKER
+from sparc3_pl.yaml_format import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
 
 __all__ = ["Outcome", "largest_within", "run"]
 
@@ -104,6 +105,9 @@ def run(
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
     """
+    from sparc3_pl.report.command import KIND as REPORT
+
+    check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
     size = _size_key(plan, score or {})
     experiment = _Experiment(Path(output), model or {}, score or {}, trainer or {})
     measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
@@ -242,8 +246,8 @@ class _Experiment:
 
     def conclude(self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage]) -> None:
         """Writes and prints what was found, and makes the report of it."""
-        from sparc3_pl.evaluation.reporting import stdout_console
         from sparc3_pl.report.command import report
+        from sparc3_pl.report.terminal import print_result
 
         best = largest_within(outcomes, bound)
         rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
@@ -251,15 +255,13 @@ class _Experiment:
         made = {"versions": versions(), "command": command_line(), "created": now()}
         path = self.folder / "experiment.json"
         _write_json(path, summary | made)
-        console = stdout_console()
-        console.print(outcome_table(outcomes))
-        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
-        if all(outcome.rise is None for outcome in outcomes):
-            verdict = "not known, no perplexity was measured"
-        console.print(f"largest edit within {bound:+.1%} perplexity: {verdict}", soft_wrap=True, highlight=False)
         told = [path, *(stage.output for stage in stages), *(self._settings_file(stage.name) for stage in stages)]
         told += [self._comparison_path(outcome.name) for outcome in outcomes]
         report([str(one) for one in told], output=str(self.folder / "report"), overwrite=True)
+        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
+        if all(outcome.rise is None for outcome in outcomes):
+            verdict = "not known, no perplexity was measured"
+        print_result(outcome_table(outcomes), f"largest edit within {bound:+.1%} perplexity: {verdict}")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -281,13 +283,11 @@ class _Experiment:
         Raises:
             InputError: naming the first that differs.
         """
-        import yaml
-
         path = self._settings_file(stage.name)
         if not stage.output.exists() or not path.exists():
             return
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = next(_differing(before, redacted_values(stage.settings)), None)
+        before = load_yaml(path.read_text(encoding="utf-8"))
+        differing = next(_differing(before, redacted(stage.settings)), None)
         if differing is not None:
             raise InputError(
                 f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
@@ -296,8 +296,6 @@ class _Experiment:
 
     def do(self, stage: Stage) -> None:
         """Makes the stage's result, unless it is there and made from what the stage reads now."""
-        import yaml
-
         inputs = stage.inputs()
         reason = self._reason(stage, inputs)
         if reason is None:
@@ -305,7 +303,7 @@ class _Experiment:
         log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
         self._record_file(stage.name).unlink(missing_ok=True)
         self._settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings_file(stage.name), yaml.safe_dump(redacted_values(stage.settings), sort_keys=True))
+        write_text(self._settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
         stage.make(stage.output.exists())
         made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
         _write_json(self._record_file(stage.name), made)
@@ -397,15 +395,13 @@ def _options(given: Settings) -> Iterator[str]:
 @contextmanager
 def _config_file(settings: Settings, kept: Path) -> Iterator[Path]:
     """A file with the settings: the one that is kept, or, if secrets were left out there, one that goes afterwards."""
-    import yaml
-
-    if redacted_values(settings) == settings:
+    if redacted(settings) == settings:
         yield kept
         return
     handle, name = tempfile.mkstemp(suffix=".yaml")  # for its owner's eyes only
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            yaml.safe_dump(settings, stream)
+            stream.write(dump_yaml(settings))
         yield Path(name)
     finally:
         Path(name).unlink()
@@ -439,11 +435,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
 
-    table = Table(title="Against the model as it was", title_justify="left")
-    for name in ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity"):
-        table.add_column(name, justify="left" if name == "edit" else "right")
+    rows = []
     for outcome in outcomes:
         found = outcome.comparison
         perplexity = "" if outcome.rise is None else f"{outcome.rise:+.2%}"
@@ -459,5 +453,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                     p_value(change.p_value),
                 ]
             name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
-            table.add_row(name, str(outcome.count), *cells, perplexity)
-    return table
+            rows.append((name, str(outcome.count), *cells, perplexity))
+    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
+    return Table.of(columns, rows, title="Against the model as it was")

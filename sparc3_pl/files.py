@@ -6,24 +6,28 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
 
 __all__ = [
+    "FileKind",
+    "FolderKind",
     "check_output",
     "fsync",
     "inside",
     "json_digest",
     "new_file",
     "new_folder",
+    "open_tensors",
     "read_json",
     "save_tensors",
     "sha256_of_file",
@@ -34,8 +38,13 @@ __all__ = [
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """``value`` as JSON that every reader accepts: a NaN or an infinity becomes ``null``."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """``value`` as JSON that every reader accepts: a NaN or an infinity becomes ``null``.
+
+    Bytes of a path that are not UTF-8 are lone surrogates in a ``str``; they are written as escapes, as all are that
+    cannot be encoded, and are read back as they were.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _finite(value: Any) -> Any:
@@ -108,12 +117,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` and waits until it is on the disk.
+    """Writes ``text`` and waits until it is on the disk; what UTF-8 cannot encode (bytes of a path) is escaped.
 
     Raises:
         InputError: if it cannot be written.
     """
-    with writing(path), path.open("w", encoding="utf-8") as stream:
+    with writing(path), path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -133,40 +142,165 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         fsync(path)
 
 
-def check_output(path: str | Path, overwrite: bool = False, marker: str | None = None) -> Path:
+def open_tensors(path: Path) -> Any:
+    """``safetensors.safe_open`` for PyTorch, also where a name in ``path`` is not UTF-8, which it refuses.
+
+    Raises:
+        OSError, SafetensorError: if the file cannot be opened, or is damaged.
+    """
+    if _is_utf8(path):
+        return safe_open(path, "pt")
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return safe_open(f"/dev/fd/{handle}", "pt")  # it maps the file while it opens it
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of result that is a folder, and what such a folder holds.
+
+    Attributes:
+        name: What it is called, with its article.
+        marker: The JSON file, with a ``format_version``, by which it is known.
+        files: Names of the files that it holds.
+        listed: Names of further files, from the content of the marker.
+        is_marker: Whether a file of the marker's name is one, where it is not such a JSON file.
+        names_are_utf8: Whether the libraries that read it open only paths that are UTF-8.
+    """
+
+    name: str
+    marker: str
+    files: tuple[str, ...] = ()
+    listed: Callable[[dict[str, Any]], Iterable[str]] = lambda content: ()
+    is_marker: Callable[[Path], bool] | None = None
+    names_are_utf8: bool = False
+
+    def check_earlier(self, path: Path) -> None:
+        """Refuses a folder that is not an earlier result of this kind, or holds anything else beside it.
+
+        Raises:
+            InputError: naming what is there.
+        """
+        marker = path / self.marker
+        content = _json_object(marker)
+        known = self.is_marker(marker) if self.is_marker else "format_version" in content
+        if not known:
+            raise InputError(
+                f"{path}: is not {self.name} (it has no {self.marker} of ours), so not an earlier result to replace; "
+                "choose another output"
+            )
+        try:
+            ours = {self.marker, *self.files, *self.listed(content)}
+        except (AttributeError, KeyError, TypeError):  # a marker of another format: nothing is known to be ours
+            ours = {self.marker}
+        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours or entry.is_dir()):
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            raise InputError(
+                f"{path}: holds {others[0]!r}{more} beside {self.name}; "
+                "--overwrite would delete it: move it away, or choose another output"
+            )
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of result that is a file.
+
+    Attributes:
+        name: What it is called, with its article.
+        is_one: Whether a file is an earlier result of this kind.
+    """
+
+    name: str
+    is_one: Callable[[Path], bool]
+
+    @classmethod
+    def json(cls, name: str, is_one: Callable[[dict[str, Any]], bool]) -> "FileKind":
+        """A JSON file that is known by its content."""
+        return cls(name, lambda path: is_one(_json_object(path)))
+
+    def check_earlier(self, path: Path) -> None:
+        """Refuses a file that is not an earlier result of this kind.
+
+        Raises:
+            InputError: naming it.
+        """
+        if not self.is_one(path):
+            raise InputError(f"{path}: is not {self.name}, so it is not overwritten; choose another output")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty if there is none."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
+
+
+def check_output(path: str | Path, overwrite: bool, kind: FolderKind | FileKind) -> Path:
     """Refuses a place that a result cannot go to; cheap, so that a long run can ask before it starts.
 
     Args:
         path: The folder or file to be written.
-        overwrite: Whether an earlier result there may be replaced.
-        marker: For folders: the file by which an earlier result of the same kind is known. Without it a folder is
-            never replaced, whatever ``overwrite`` says: it holds something else of the user's.
+        overwrite: Whether an earlier result of this kind may be replaced; nothing else ever is.
+        kind: What is to be written.
 
     Raises:
-        InputError: if the place is taken or cannot be written.
+        InputError: if the place is taken, cannot be written, or has a name that is too long.
     """
-    path = Path(path).absolute()
-    path = path.resolve() if path.is_symlink() else path  # what a link points to is replaced, not the link
-    if path.is_dir() and marker is None:
-        raise InputError(f"{path}: is a folder, but a file is to be written there; give a file name")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise InputError(f"{path}: already exists; give --overwrite to replace it, or choose another output")
-        if not (path / marker).is_file():
-            raise InputError(f"{path}: holds no {marker}, so it is not an earlier result; choose another output")
-    elif path.exists() and not path.is_dir():
-        if marker is not None:
+    path = _checked_name(Path(path).absolute())
+    with writing(path):
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path  # what a link points to is replaced
+        parent = next(folder for folder in path.parents if os.path.exists(folder))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{path}: cannot be written ({parent} is not a writable folder); choose another output")
+        is_folder = isinstance(kind, FolderKind)
+        if path.is_dir() and not is_folder:
+            raise InputError(f"{path}: is a folder, but a file is to be written there; give a file name")
+        if path.exists() and not path.is_dir() and is_folder:
             raise InputError(f"{path}: is a file, but a folder is to be written there; choose another output")
-        if not overwrite:
-            raise InputError(f"{path}: already exists; give --overwrite to replace it, or choose another output")
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written ({parent} is not a writable folder); choose another output")
+        if any(path.iterdir()) if path.is_dir() else path.exists():
+            if not overwrite:
+                raise InputError(f"{path}: already exists; give --overwrite to replace it, or choose another output")
+            kind.check_earlier(path)
+    if isinstance(kind, FolderKind) and kind.names_are_utf8 and not _is_utf8(path):
+        raise InputError(f"{path}: has a name that is not UTF-8, which safetensors cannot open; choose another output")
     return path
 
 
+_LONGEST_ADDITION = 40
+"""Bytes that the names of hidden siblings (``.NAME.completions.partial``) add to a name."""
+_LONGEST_NAME = 128
+"""Bytes left for the names of the files in a folder."""
+
+
+def _checked_name(path: Path) -> Path:
+    try:
+        names = [len(os.fsencode(name)) for name in path.parts]
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError as error:
+        raise InputError(f"{str(path)!r}: is no name for a file ({error.reason}); choose another output") from error
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: is no name for a file (it holds a NUL); choose another output")
+    if max(names[:-1], default=0) > 255 or names[-1] + _LONGEST_ADDITION > 255 or length + _LONGEST_NAME > 4095:
+        raise InputError(
+            f"{path}: is too long: a name may have {255 - _LONGEST_ADDITION} bytes, and a path "
+            f"{4095 - _LONGEST_NAME}; choose a shorter output"
+        )
+    return path
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool, kind: FolderKind) -> Iterator[Path]:
     """A folder to fill, which takes its name only when the block ends well.
 
     The work is done in a hidden sibling of ``path``. At the end everything is flushed to the disk and the sibling is
@@ -175,14 +309,14 @@ def new_folder(path: str | Path, overwrite: bool = False, marker: str = "manifes
     Raises:
         InputError: as ``check_output``, before the block and again before the renaming.
     """
-    path = check_output(path, overwrite, marker)
+    path = check_output(path, overwrite, kind)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _sibling(path, "partial")
         temporary.mkdir()
     try:
         yield temporary
-        check_output(path, overwrite, marker)
+        check_output(path, overwrite, kind)
         with writing(path):
             for item in (*temporary.rglob("*"), temporary):
                 fsync(item)
@@ -192,15 +326,15 @@ def new_folder(path: str | Path, overwrite: bool = False, marker: str = "manifes
 
 
 @contextmanager
-def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_file(path: str | Path, overwrite: bool, kind: FileKind) -> Iterator[Path]:
     """As ``new_folder``, for one file: yields the temporary name to write to."""
-    path = check_output(path, overwrite)
+    path = check_output(path, overwrite, kind)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "partial")
     try:
         yield temporary
-        check_output(path, overwrite)
+        check_output(path, overwrite, kind)
         with writing(path):
             fsync(temporary)
             temporary.replace(path)

@@ -29,18 +29,19 @@ from sparc3_pl.attribution.scorers import LayerScores, groups_of, layer_scores
 from sparc3_pl.components import Group
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import weight_matrix
-from sparc3_pl.files import check_output, json_digest, new_folder, read_json, strict_json, write_text
+from sparc3_pl.files import FolderKind, check_output, json_digest, new_folder, read_json, strict_json, write_text
 from sparc3_pl.language_model import ModelSource, fingerprint, load_model
 from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.resume import LayerTensors, Records, SumsFile, added, differing_settings, sums_of, write_sums
-from sparc3_pl.scores import MARKER as SCORES_MARKER
+from sparc3_pl.scores import KIND as SCORES
 from sparc3_pl.scores import About, Manifest, ScoredSample, write_scores
 
-__all__ = ["MARKER", "ScorePart", "merge", "parse_part", "write_part"]
+__all__ = ["KIND", "MARKER", "ScorePart", "merge", "parse_part", "write_part"]
 
 MARKER = "shard.json"
 FORMAT_VERSION = 1
 _SUMS = "sums.safetensors"
+KIND = FolderKind("a shard", MARKER, (_SUMS, "config.yaml"))
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -85,7 +86,7 @@ def write_part(
         InputError: if the place is taken or cannot be written.
     """
     records = [sample.to_json() for sample in samples]
-    with new_folder(folder, overwrite, MARKER) as temporary:
+    with new_folder(folder, overwrite, KIND) as temporary:
         shapes, load = sums_of(tensors)
         digests = write_sums(temporary / _SUMS, shapes, load, records)
         if config is not None:
@@ -224,7 +225,7 @@ def merge(
     """
     from sparc3_pl.report.terminal import print_summary
 
-    check_output(output, overwrite, SCORES_MARKER)
+    check_output(output, overwrite, SCORES)
     parts = sorted((ScorePart.open(folder) for folder in folders), key=lambda part: part.number)
     _require_whole(parts)
     manifest = _write(parts, output, overwrite, pretrained, trust_remote_code)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sparc3_pl.run_config import resolved_config
+from sparc3_pl.yaml_format import load_yaml
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -67,11 +68,9 @@ def hyperparameters(trainer: pl.Trainer, config: str | None, figures: Mapping[st
         config: The resolved configuration as YAML; of its keys, those of ``model`` and ``data``.
         figures: By ``stage/name``.
     """
-    import yaml
-
     if config is None or tensorboard(trainer) is None:
         return
-    settings = yaml.safe_load(config)
+    settings = load_yaml(config)
     chosen = {part: settings.get(part) or {} for part in ("model", "data")}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

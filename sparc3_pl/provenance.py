@@ -28,7 +28,6 @@ __all__ = [
     "now",
     "redacted",
     "redacted_command",
-    "redacted_values",
     "versions",
 ]
 
@@ -117,7 +116,6 @@ def redacted(value: Any) -> Any:
     return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-redacted_values = redacted
 """The same."""
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sparc3_pl.distributed import whole
 from sparc3_pl.errors import InputError
-from sparc3_pl.files import fsync, read_json, strict_json, write_text, writing
-from sparc3_pl.provenance import redacted_values
+from sparc3_pl.files import fsync, open_tensors, read_json, strict_json, write_text, writing
+from sparc3_pl.provenance import redacted
 
 __all__ = ["PartialSums", "SumsFile", "added", "differing_settings", "partial_folder", "sums_of", "write_sums"]
 
@@ -92,7 +92,7 @@ class SumsFile:
 
     def _open(self) -> Any:
         try:
-            return safe_open(self.path, "pt")
+            return open_tensors(self.path)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{self.path}: cannot be read ({error}); delete it, its samples are scored again"
@@ -220,7 +220,7 @@ class PartialSums:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / _SETTINGS
-        now = json.loads(strict_json(redacted_values(dict(settings))))
+        now = json.loads(strict_json(redacted(dict(settings))))
         if path.exists():
             key = next(differing_settings(read_json(path), now), None)
             if key is not None:

@@ -35,6 +35,7 @@ from sparc3_pl.attribution.scorers import LayerScores
 from sparc3_pl.components import COMPONENTS, Component
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import (
+    FolderKind,
     inside,
     json_digest,
     new_folder,
@@ -48,6 +49,7 @@ from sparc3_pl.files import (
 __all__ = [
     "BLOCK",
     "FORMAT_VERSION",
+    "KIND",
     "MARKER",
     "About",
     "LayerStats",
@@ -67,6 +69,12 @@ MARKER = "manifest.json"
 """The file by which a score folder is known."""
 _MANIFEST, _SAMPLES, _SCORES, _SQUARES = "manifest.json", "samples.jsonl", "scores.safetensors", "squares.safetensors"
 _GROUPS = "groups.safetensors"
+KIND = FolderKind(
+    "a score folder",
+    MARKER,
+    (_SAMPLES, _SCORES, _SQUARES, _GROUPS, "config.yaml"),
+    lambda manifest: [layer["file"] for layer in manifest["layers"].values()],
+)
 
 
 @dataclass(frozen=True)
@@ -384,7 +392,7 @@ class ScoreWriter:
         self._finished = False
 
     def __enter__(self) -> Self:
-        self._path = self._exit.enter_context(new_folder(self.folder, self._overwrite, _MANIFEST))
+        self._path = self._exit.enter_context(new_folder(self.folder, self._overwrite, KIND))
         return self
 
     def __exit__(
@@ -482,7 +490,7 @@ class ScoreWriter:
         write_text(self._path / _SAMPLES, "".join(strict_json(dict(sample)) + "\n" for sample in samples))
         total = math.fsum(layer.sum for layer in self._layers.values())
         manifest = Manifest(
-            **provenance.redacted_values(vars(known)),
+            **provenance.redacted(vars(known)),
             num_samples=num_samples,
             num_tokens=num_tokens,
             layers=self._layers,
@@ -496,7 +504,7 @@ class ScoreWriter:
             samples_sha256=sha256_of_file(self._path / _SAMPLES),
             neuron_rows={name: layer.rows for name, layer in self._layers.items() if layer.rows is not None},
             hardware=provenance.hardware(),
-            shards=provenance.redacted_values(list(shards)),
+            shards=provenance.redacted(list(shards)),
         )
         manifest._check(self.folder)
         write_text(self._path / _MANIFEST, json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")

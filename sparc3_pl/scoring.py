@@ -17,13 +17,13 @@ from sparc3_pl.distributed import from_rank_zero, gather_lists
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model
-from sparc3_pl.merge import MARKER as PART_MARKER
+from sparc3_pl.merge import KIND as PART
 from sparc3_pl.merge import parse_part
 from sparc3_pl.processes import deferring_stop, stop_requested
 from sparc3_pl.resume import PartialSums
 from sparc3_pl.run_config import resolved_config
 from sparc3_pl.score_run import Destination, ScoreRequest, ScoreRun, settings_of
-from sparc3_pl.scores import MARKER as SCORES_MARKER
+from sparc3_pl.scores import KIND as SCORES
 from sparc3_pl.scores import About, Manifest, ScoredSample
 from sparc3_pl.sharding import shard as share_out
 from sparc3_pl.trainer import check_precision
@@ -151,7 +151,7 @@ class ScoringModule(pl.LightningModule):
         if self.output is None and log_dir is not None:
             self.output = str(Path(log_dir) / "scores")
         if self.output is not None and self.trainer.is_global_zero:
-            check_output(self.output, self.overwrite, SCORES_MARKER if self.part is None else PART_MARKER)
+            check_output(self.output, self.overwrite, SCORES if self.part is None else PART)
         if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:
             raise InputError(
                 f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} counts from where a run goes on, "

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from sparc3_pl.cli import COMMANDS, PASSES, main
 from sparc3_pl.scores import ScoreFolder
+from sparc3_pl.yaml_format import load_yaml
 
 SMALL = ["--data.num_samples", "3", "--data.seq_len", "32", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
 
@@ -76,6 +77,82 @@ def test_later_configs_win(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["score", *(f"--config={tmp_path / name}.yaml" for name in ("one", "two")), "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["data"]["num_samples"] == 7
+
+
+def printed_config(args, capsys):
+    """What ``--print_config`` prints: text and value."""
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0, err
+    return out, load_yaml(out)
+
+
+TEXTS = ("source", "split", "text_field", "subset", "filter", "match", "match_field", "match_filter")
+ODD = (
+    "77950e8",
+    "1e3",
+    "012",
+    "1_000",
+    "1:30",
+    "2026-01-01",
+    "#x",
+    "&a",
+    "---",
+    "=",
+    ".inf",
+    "{a}",
+    "é",
+    " x",
+    "on",
+    "!",
+)
+
+
+@pytest.mark.parametrize("values", [ODD[:8], ODD[8:]])
+def test_a_printed_configuration_holds_for_every_value(values, tmp_path, capsys):
+    """A configuration that was printed says the same when it is read, whatever the values look like."""
+    chosen = dict(zip(TEXTS, values, strict=True))
+    args = [f"--data.{key}={value}" for key, value in chosen.items()]
+    out, config = printed_config(["score", *args, "--trainer.devices=2"], capsys)
+    assert {key: config["data"][key] for key in TEXTS} == chosen
+    (tmp_path / "config.yaml").write_text(out, encoding="utf-8")
+    assert printed_config(["score", "--config", str(tmp_path / "config.yaml")], capsys)[0] == out
+
+
+@pytest.mark.parametrize("text", ["# all of it is a comment\n", "data:\n"])
+def test_an_overlay_may_say_nothing(text, tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text(text)
+    assert printed_config(["score", "--config", str(tmp_path / "empty.yaml")], capsys)[1]["data"]["source"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        ("score", b"model: {granularity: null}", "model.granularity"),
+        ("score", b"data: {seed: null}", "data.seed"),
+        ("score", b"trainer: {devices: null}", "trainer.devices"),
+        ("score", b"overwrite: null", "overwrite"),
+        ("score", b"data: 5", "data"),
+        ("score", b"data: {seed: 1, seed: 2}", "'seed' stands twice"),
+        ("score", b"data: {source: '\xe9'}", "UTF-8"),
+        ("score", b"[1]", "list"),
+        ("prune", b"protect: null", "protect"),
+        ("eval", b"model: {judge: {class_path: DetoxifyJudge, init_args: {batch_size: null}}}", "batch_size"),
+        ("score", b"data: {source: '***'}", "left out"),
+    ],
+)
+def test_a_config_file_that_is_wrong_is_named_with_its_key(command, text, says, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_bytes(text)
+    given = ["--general", "a", "--num_neurons", "1"] if command == "prune" else []
+    with pytest.raises(SystemExit) as stop:
+        main([command, *given, "--config", str(tmp_path / "wrong.yaml"), "--print_config"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert not out
+    assert says in err
+    assert "wrong.yaml" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,38 @@ def test_planted_tokens_are_nowhere(files, monkeypatch, capfd):
         assert not [path for path in Path().rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
+class KeyJudge:
+    """Asks for a key, as a judge behind an interface does."""
+
+    def __init__(self, api_key: str, headers: dict[str, str], max_tokens: int = 5) -> None:
+        assert (api_key, headers["Authorization"]) == ("open", "me")
+
+    def score(self, texts, /):
+        return {"label": [0.5] * len(texts)}
+
+
+def test_a_judges_secrets_are_nowhere_and_config_yaml_says_what_is_missing(files, monkeypatch, capfd):
+    """Short ones that look like words: known by the key that they stand under, in each way to give them."""
+    judge = ["--model.judge=test_security.KeyJudge", "--model.judge.api_key", "open"]
+    judge += ["--model.judge.headers", "{Authorization: me, x: visible}"]
+    prompts = [f"--data.prompts_source={files / 'texts.jsonl'}", "--data.prompts_field=text", "--data.num_prompts=1"]
+    words = [f"--model.pretrained={files}", *judge, *prompts, "--data.text_source=null", "--model.max_new_tokens=1"]
+    monkeypatch.setattr(sys, "argv", ["sparc3", "eval", *words])
+    assert main(["eval", *words, *QUIET, "--output=out"]) == 0
+    assert "visible" in Path("out/config.yaml").read_text()
+    written = [path for path in Path().rglob("*") if path.is_file()]
+    assert any("events.out.tfevents" in path.name for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not re.search(rb"api_key\W+open|Authorization\W+me\b", content), path
+    first = Path("out/config.yaml").read_text().splitlines()[0]
+    assert first.endswith("give: model.judge.init_args.api_key, model.judge.init_args.headers.Authorization")
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(["eval", "--config=out/config.yaml", "--output=again"])
+    assert "model.judge.init_args.api_key" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [

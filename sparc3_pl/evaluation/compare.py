@@ -22,10 +22,12 @@ from sparc3_pl.evaluation.statistics import (
     ratio_change,
 )
 from sparc3_pl.evaluation.toxicity import THRESHOLD
-from sparc3_pl.files import new_file, strict_json, write_text
+from sparc3_pl.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.provenance import command_line, now, versions
 
 __all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
+
+KIND = FileKind.json("a comparison", lambda data: {"before", "after", "perplexity", "toxicity"} <= data.keys())
 
 _OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambda s: float(np.max(s) >= THRESHOLD)}
 """How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
@@ -82,6 +84,8 @@ def compare(
     Raises:
         InputError: if a folder is damaged, or the two differ in prompts, text, settings or judge.
     """
+    if output is not None:
+        check_output(output, overwrite, KIND)
     found = compare_evaluations(Evaluation.open(before), Evaluation.open(after), seed=seed, num_resamples=num_resamples)
     if output is not None:
         write_comparison(output, found, seed=seed, num_resamples=num_resamples, overwrite=overwrite)
@@ -261,29 +265,21 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _print(found: Comparison, path: Path | None) -> None:
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
+    from sparc3_pl.report.terminal import print_result
 
-    from sparc3_pl.evaluation.reporting import stdout_console
-
-    table = Table(title="After against before", title_justify="left")
-    for name in ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %"):
-        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
-    for row in _rows(found):
-        table.add_row(*row)
-    console = stdout_console()
-    console.print(table)
-    for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
+    lines = [f"note: {note}" for note in found.notes]
     if (p := found.perplexity) is not None and p.block > 1:
-        console.print(
+        lines.append(
             f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
-            f"{p.num_blocks} blocks of {p.block}",
-            highlight=False,
+            f"{p.num_blocks} blocks of {p.block}"
         )
     if found.num_dropped:
-        console.print(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
+        lines.append(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
     if path is not None:
-        console.print(f"comparison: {path}", soft_wrap=True, highlight=False, markup=False)
+        lines.append(f"comparison: {path}")
+    print_result(Table.of(columns, _rows(found), title="After against before"), *lines)
 
 
 def _rows(found: Comparison) -> list[tuple[str, ...]]:

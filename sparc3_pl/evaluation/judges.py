@@ -19,7 +19,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.files import sha256_of_file
 from sparc3_pl.hub import first_line, hub_available, hub_name, local_path
 from sparc3_pl.language_model import fingerprint
-from sparc3_pl.provenance import redacted_values
+from sparc3_pl.provenance import redacted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -85,9 +85,9 @@ def describe_judge(judge: Judge) -> dict[str, Any]:
     """
     name = f"{type(judge).__module__}.{type(judge).__qualname__}"
     if isinstance(judge, SequenceJudge):
-        return {"class": name, **redacted_values(judge.describe())}
+        return {"class": name, **redacted(judge.describe())}
     plain = {k: v for k, v in getattr(judge, "__dict__", {}).items() if isinstance(v, str | int | float | bool | None)}
-    return {"class": name, **redacted_values({k: v for k, v in plain.items() if not k.startswith("_")})}
+    return {"class": name, **redacted({k: v for k, v in plain.items() if not k.startswith("_")})}
 
 
 class SequenceJudge(ABC):

@@ -19,7 +19,7 @@ from sparc3_pl.evaluation.generation import Completion, Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge, describe_judge, judged
 from sparc3_pl.evaluation.perplexity import Perplexity, WindowScorer
 from sparc3_pl.evaluation.repetition import Repetition, uniqueness
-from sparc3_pl.evaluation.results import MARKER, CompletionStore, Row, write_evaluation
+from sparc3_pl.evaluation.results import KIND, CompletionStore, Row, write_evaluation
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model
@@ -205,7 +205,7 @@ class EvaluationModule(pl.LightningModule):
         if self.output is None and log_dir is not None:
             self.output = str(Path(log_dir) / "evaluation")
         if self.output is not None and self.trainer.is_global_zero:
-            check_output(self.output, self.overwrite, MARKER)
+            check_output(self.output, self.overwrite, KIND)
 
     def _identify(self) -> EvaluatedModel:
         """What is evaluated: asks the Trainer's callbacks, which have edited the model by now, and the weights."""

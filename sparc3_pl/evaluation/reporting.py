@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,10 @@ from sparc3_pl.evaluation.results import Row
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from rich.console import Console
 
     from sparc3_pl.evaluation.module import EvaluationModule
 
-__all__ = ["print_results", "scalars", "show_progress", "stdout_console", "to_tensorboard"]
+__all__ = ["print_results", "scalars", "show_progress", "to_tensorboard"]
 
 MAX_TEXTS = 100
 """Completions shown in TensorBoard."""
@@ -107,27 +105,13 @@ def _as_markdown(row: Row) -> str:
     return f"{block}\n\n{scores}"
 
 
-def stdout_console() -> Console:
-    """Where results are printed; wide enough for a table where no terminal says its width."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=150)
-
-
 def print_results(results: dict[str, Any], folder: Path | None) -> None:
     """The figures as a table on stdout."""
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
+    from sparc3_pl.report.terminal import print_result
 
-    table = Table(title="Evaluation", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("of")
-    for row in _table_rows(results):
-        table.add_row(*row)
-    console = stdout_console()
-    console.print(table)
-    if folder is not None:
-        console.print(f"results: {folder}", soft_wrap=True, highlight=False, markup=False)
+    table = Table.of(("figure", "value", "of"), _table_rows(results), title="Evaluation")
+    print_result(table, *([] if folder is None else [f"results: {folder}"]))
 
 
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:

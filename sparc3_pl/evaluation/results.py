@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.files import inside, new_folder, read_json, sha256_of_file, strict_json, write_text, writing
-from sparc3_pl.provenance import command_line, hardware, now, redacted_values, versions
+from sparc3_pl.files import FolderKind, inside, new_folder, read_json, sha256_of_file, strict_json, write_text, writing
+from sparc3_pl.provenance import command_line, hardware, now, redacted, versions
 
-__all__ = ["FORMAT_VERSION", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
+__all__ = ["FORMAT_VERSION", "KIND", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MARKER = "results.json"
+KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"])
 _REQUIRED = ("perplexity", "toxicity", "model", "data", "files")
 
 Row = dict[str, Any]
@@ -53,7 +54,7 @@ def write_evaluation(
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    with new_folder(folder, overwrite, MARKER) as temporary:
+    with new_folder(folder, overwrite, KIND) as temporary:
         write_text(temporary / "completions.jsonl", _lines(completions))
         write_text(temporary / "windows.jsonl", _lines(windows))
         if config is not None:
@@ -61,7 +62,7 @@ def write_evaluation(
         files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
         about = {"versions": versions(), "hardware": hardware(), "command": command_line(), "created": now()}
         content = {"format_version": FORMAT_VERSION, **results, "files": files, **about}
-        content = json.loads(strict_json(redacted_values(content)))  # as it will be read back
+        content = json.loads(strict_json(redacted(content)))  # as it will be read back
         write_text(temporary / MARKER, strict_json({**content, "sha256": _digest(content)}, indent=2) + "\n")
     return Path(folder)
 

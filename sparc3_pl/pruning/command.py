@@ -1,6 +1,7 @@
 """The ``prune`` command."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
 from sparc3_pl.pruning.contrast import ContrastKind
+from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import Edit, PrunePlan
 from sparc3_pl.scores import ScoreFolder
 
@@ -140,9 +142,12 @@ def _check_places(
     output: str, save_model: str | None, shrink: bool, edit: str, mean_source: str | None, overwrite: bool
 ) -> None:
     """What can be refused before any score is read."""
-    check_output(output, overwrite)
+    place = check_output(output, overwrite, PLAN)
     if save_model is not None:
-        check_output(save_model, overwrite, marker="plan.json")
+        from sparc3_pl.pruning.save import KIND as MODEL
+
+        if check_output(save_model, overwrite, MODEL) in (place, *place.parents):
+            raise InputError(f"output={output!r} lies in save_model={save_model!r}, which holds a plan of its own")
     if shrink and save_model is None:
         raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
     if edit == "mean" and mean_source is None:
@@ -210,24 +215,14 @@ def _save_model(
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     """The result, on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from sparc3_pl.report.document import Table
+    from sparc3_pl.report.terminal import print_result
 
     counts, unit = plan.counts(), f"{plan.granularity}s"
-    console = Console(soft_wrap=True)
-    table = Table("layer", unit, "of", title=f"{sum(counts.values())} {unit} of {plan.num_candidates} scored")
-    for layer, count in counts.items():
-        size = 1
-        for length in plan.shapes[layer]:
-            size *= length
-        table.add_row(escape(layer), str(count), str(size))
-    console.print(table)
+    rows = [(layer, str(count), str(math.prod(plan.shapes[layer]))) for layer, count in counts.items()]
+    title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
     factor = f" by {plan.alpha}" if plan.edit == "scale" else ""
     chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
-    console.print(f"{chosen}, edit {plan.edit}{factor}", highlight=False)
-    for warning in plan.warnings:
-        console.print(f"warning: {escape(warning)}", highlight=False, style="yellow")
-    console.print(f"plan: {escape(str(path))}", highlight=False)
-    if saved is not None:
-        console.print(f"model: {escape(str(saved))}", highlight=False)
+    lines = [f"{chosen}, edit {plan.edit}{factor}", *(f"warning: {warning}" for warning in plan.warnings)]
+    lines += [f"plan: {path}", *([] if saved is None else [f"model: {saved}"])]
+    print_result(Table.of(("layer", unit, "of"), rows, title=title), *lines)

@@ -15,15 +15,16 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sparc3_pl import provenance
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import (
+    FileKind,
     inside,
     json_digest,
     new_file,
+    open_tensors,
     read_json,
     save_tensors,
     sha256_of_file,
@@ -31,11 +32,12 @@ from sparc3_pl.files import (
     write_text,
 )
 
-__all__ = ["Edit", "PlannedNeuron", "PrunePlan"]
+__all__ = ["KIND", "Edit", "PlannedNeuron", "PrunePlan"]
 
 FORMAT_VERSION = 1
 Edit = Literal["zero", "scale", "mean"]
 _COMPANIONS = ("weights", "means", "kept")
+KIND = FileKind.json("a plan", lambda data: {"neurons", "format_version", "model"} <= data.keys())
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,12 @@ class PrunePlan:
         """
         path = Path(path)
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
-            plan_file = files.enter_context(new_file(path, overwrite))
+            plan_file = files.enter_context(new_file(path, overwrite, KIND))
             named = {}
             for kind in _COMPANIONS:
                 if tensors := getattr(self, kind):
                     name = f"{path.stem}.{kind}.safetensors"
-                    temporary = files.enter_context(new_file(path.with_name(name), overwrite))
+                    temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
                     named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
             data = self.to_json() | {"files": named}
@@ -311,6 +313,13 @@ def _neuron(entry: Any, where: str | Path) -> PlannedNeuron:
     return PlannedNeuron(**entry)
 
 
+def _companion_of(plan: Path) -> FileKind:
+    """A file of tensors that the earlier plan at this path names."""
+    before = read_json(plan).get("files") if plan.is_file() and KIND.is_one(plan) else None
+    names = {entry.get("file") for entry in (before or {}).values()}
+    return FileKind(f"a part of {plan}", lambda path: path.name in names)
+
+
 def _companion(path: Path, entry: Any, kind: str) -> dict[str, Tensor]:
     """The tensors of a file beside the plan, once its bytes are those that the plan was saved with."""
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
@@ -321,6 +330,7 @@ def _companion(path: Path, entry: Any, kind: str) -> dict[str, Tensor]:
     if sha256_of_file(file) != entry.get("sha256"):
         raise InputError(f"{file}: does not match the sha256 in {path}; it was changed or damaged, make the plan again")
     try:
-        return load_file(file)
+        with open_tensors(file) as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise InputError(f"{file}: not a safetensors file ({error}); make the plan again") from error

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import MLP, mlps, swapped, weight_matrix
-from sparc3_pl.files import new_folder, write_text, writing
+from sparc3_pl.files import FolderKind, new_folder, strict_json, write_text, writing
 from sparc3_pl.pruning.edit import check_plan, pruned
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SavedModel", "save_pruned", "save_shrunk", "shrink"]
+__all__ = ["KIND", "SavedModel", "save_pruned", "save_shrunk", "shrink"]
 
 log = logging.getLogger(__name__)
+
+KIND = FolderKind("a pruned model", "pruned_model.json", (), lambda marker: marker["files"], names_are_utf8=True)
+"""Known by a file of its own: a plan may lie in any folder."""
 
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_embed_dim", "inner_dim")
 # How far logits may differ, as a share of the largest. Weights must be equal bit for bit; but a matrix product can
@@ -211,7 +214,7 @@ def _save(
 ) -> SavedModel:
     """Writes ``model``; its reloaded copy must do what ``reference``, the pruned model in memory, does."""
     (before, old), (after, new) = size
-    with new_folder(folder, overwrite, marker="plan.json") as temporary:
+    with new_folder(folder, overwrite, KIND) as temporary:
         with writing(Path(folder)):
             _write_model(model, temporary)
             if tokenizer is not None:
@@ -220,6 +223,8 @@ def _save(
         difference = _compare(temporary, model, reference)
         result = SavedModel(Path(folder), difference, (before, after), (old, new))
         write_text(temporary / "README.md", _model_card(model, plan, result))
+        listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
+        write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")
     return result
 
 

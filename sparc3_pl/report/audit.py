@@ -172,7 +172,7 @@ def audit(folders: list[str], output: str | None = None, html: str | None = None
     """
     from sparc3_pl.report.audit_sections import audit_sections
 
-    check_places(output, html, overwrite)
+    check_places("audit", output, html, overwrite)
     found = audit_folders([ScoreFolder.open(path) for path in folders])
     publish(
         "Audit of scores",

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparc3_pl.files import check_output, new_folder, write_text
+from sparc3_pl.files import FolderKind, check_output, new_folder, write_text
 from sparc3_pl.provenance import now
 from sparc3_pl.report.audit import Audit, audit_folders
 from sparc3_pl.report.collect import Found, collect
 from sparc3_pl.report.effects import effects
-from sparc3_pl.report.html import page
+from sparc3_pl.report.html import PAGE, page
 from sparc3_pl.report.markdown import markdown
 from sparc3_pl.report.sections import report_sections
 
 __all__ = ["Report", "make_report", "report"]
 
 _PAGE, _TEXT = "report.html", "report.md"
+KIND = FolderKind("a report", _PAGE, (_TEXT,), is_marker=lambda path: path.is_file() and PAGE.is_one(path))
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
     Raises:
         InputError: If something is missing or damaged, nothing is known, or the output is taken.
     """
-    from rich.console import Console
+    from sparc3_pl.report.terminal import print_result
 
-    check_output(output, overwrite, _PAGE)
+    check_output(output, overwrite, KIND)
     made = make_report(folders, leave_out=Path(output))
-    with new_folder(output, overwrite, _PAGE) as folder:
+    with new_folder(output, overwrite, KIND) as folder:
         write_text(folder / _PAGE, made.html)
         write_text(folder / _TEXT, made.markdown)
     path = Path(output) / _PAGE
-    Console().print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
+    print_result(f"report: {path}")
     return path
 
 

@@ -119,7 +119,7 @@ def doctor(
         InputError: If the model or the text cannot be loaded, or an output is taken.
     """
     start = time.perf_counter()
-    check_places(output, html, overwrite)
+    check_places("doctor", output, html, overwrite)
     if num_samples < 1 or seq_len < 4:
         raise InputError(f"num_samples={num_samples}, seq_len={seq_len}: give at least 1 sample of 4 tokens")
     model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code)

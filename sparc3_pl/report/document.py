@@ -22,6 +22,7 @@ __all__ = [
     "Text",
     "TextPair",
     "count",
+    "is_figure",
     "number",
     "percent",
 ]
@@ -57,7 +58,7 @@ class Table:
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold figures only, and are set flush right; never the first."""
         return tuple(
-            place > 0 and all(_FIGURE.fullmatch(row[place]) for row in self.rows) for place in range(len(self.columns))
+            place > 0 and all(is_figure(row[place]) for row in self.rows) for place in range(len(self.columns))
         )
 
 
@@ -135,6 +136,11 @@ class Section:
 
 
 Block = Text | Table | Facts | Checks | Picture | Code | SideBySide | Folded
+
+
+def is_figure(text: str) -> bool:
+    """Whether ``text`` is a figure, several of them, or nothing."""
+    return _FIGURE.fullmatch(text) is not None
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -141,7 +141,7 @@ def evidence(
     Raises:
         InputError: If the scores cannot be compared or are not of neurons, or an output is taken.
     """
-    check_places(output, html, overwrite)
+    check_places("evidence", output, html, overwrite)
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     require_comparable([folder for side in sides for folder in side])
     found = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)

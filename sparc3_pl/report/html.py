@@ -7,15 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparc3_pl.files import FileKind
 from sparc3_pl.report.document import Section
 from sparc3_pl.verdicts import Status
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["page"]
+__all__ = ["PAGE", "page"]
 
 _HERE = Path(__file__).parent
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    return b'name="generator" content="sparc3_pl"' in head or b"--pass-back" in head  # pages of earlier versions
+
+
+PAGE = FileKind("a page of this program", _is_page)
 
 
 def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: Status | None = None) -> str:

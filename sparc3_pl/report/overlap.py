@@ -122,7 +122,7 @@ def overlap(
     Raises:
         InputError: If fewer than two are given, they are not of one model, or an output is taken.
     """
-    check_places(output, html, overwrite)
+    check_places("overlap", output, html, overwrite)
     if len(folders) < 2:
         raise InputError(f"overlap of {len(folders)} selection; give two or more plans or score folders")
     if num_permutations < 1 or stratum < 1:

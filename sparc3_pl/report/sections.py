@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparc3_pl.agreement import spread_positions
 from sparc3_pl.evaluation.compare import interval, p_value
-from sparc3_pl.provenance import redacted_values
+from sparc3_pl.provenance import redacted
 from sparc3_pl.pruning.contrast import Scores, contrast
 from sparc3_pl.pruning.selection import Passes
 from sparc3_pl.pruning.stability import Choice, WeighedContrast
@@ -342,7 +342,7 @@ def _made(found: Found) -> Iterator[Block]:
     if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in found.evaluations.values()):
         yield _measured(found)
     yield _versions(found)
-    commands = dict.fromkeys(redacted_values(text) for text in _commands(found) if text)
+    commands = dict.fromkeys(redacted(text) for text in _commands(found) if text)
     if commands:
         yield Code("\n".join(commands), "Commands")
     if found.configs:
@@ -389,7 +389,7 @@ def _measured(found: Found) -> Table:
 
 def _settings(values: Mapping[str, Any] | None) -> str:
     """Plain settings in a row; long and nested ones are in the configuration."""
-    shown = redacted_values(values or {})
+    shown = redacted(values or {})
     plain = {k: v for k, v in shown.items() if isinstance(v, str | int | float) and len(str(v)) < 40}
     return " ".join(f"{key}={value}" for key, value in plain.items())
 
