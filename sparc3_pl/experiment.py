@@ -19,7 +19,7 @@ from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.files import strict_json, write_text
 from sparc3_pl.processes import run_child
 from sparc3_pl.provenance import command_line, now, versions
-from sparc3_pl.pruning.controls import Control
+from sparc3_pl.pruning.controls import ControlName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def run(
     trainer: Settings | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed; shown by --help)
     counts: list[int] | None = None,
-    controls: list[Control] = ["random_matched"],  # noqa: B006
+    controls: list[ControlName] = ["random_matched"],  # noqa: B006
     max_perplexity_increase: float = 0.01,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.components import Neuron
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import MLP, mlps, swapped, weight_matrix
 from sparc3_pl.files import new_folder, write_text, writing
-from sparc3_pl.pruning.edit import check_plan, pruned
+from sparc3_pl.pruning.edit import planned_changes, pruned
+from sparc3_pl.pruning.edits import Mean, Zero
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ff
 # memory has rotary frequencies of 16 bit, which the reloaded one has in full.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _TOLERANCE_16_BIT = 0.03
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     Raises:
         InputError: if the plan does not fit the model, or the architecture does not permit it.
     """
-    check_plan(model, plan)
+    planned_changes(model, plan)
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
     key = _width_key(model.config, width)
@@ -129,17 +132,17 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
 
 def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
-    if plan.granularity != "neuron" or plan.edit == "scale":
+    if not isinstance(plan.load_component(), Neuron) or not isinstance(plan.load_edit(), Zero | Mean):
         raise InputError(
-            f"shrink removes whole neurons, but the plan is for {plan.granularity}s with edit={plan.edit}; "
-            "use zero or mean"
+            f"shrink removes whole neurons, but the plan is for {plan.unit} with edit={plan.edit}; use zero or mean"
         )
-    by_layer, blocks = plan.by_layer(), mlps(model)
-    if strange := set(by_layer) - {mlp.up for mlp in blocks}:
+    blocks = mlps(model)
+    if strange := set(plan.entries) - {mlp.up for mlp in blocks}:
         raise InputError(
             f"shrink removes MLP neurons, but the plan names {sorted(strange)[0]}; plan up-projections only"
         )
-    removed = {mlp.up: {i % mlp.width for i in by_layer.get(mlp.up, [])} for mlp in blocks}
+    chosen = {layer: entries.index for layer, entries in plan.entries.items()}
+    removed = {mlp.up: set((chosen.get(mlp.up, _NONE) % mlp.width).tolist()) for mlp in blocks}
     widths = {mlp.width - len(removed[mlp.up]) for mlp in blocks}
     if len(widths) > 1 or len({mlp.width for mlp in blocks}) > 1:
         counts = sorted({len(gone) for gone in removed.values()})

@@ -71,10 +71,10 @@ def test_protected_neurons_are_not_chosen(general, behaviour):
 
 
 def test_same_number_in_each_layer(general, behaviour):
-    plan = make_plan(general, behaviour, num_neurons=9, per_layer=True)
+    plan = make_plan(general, behaviour, num_neurons=9, scope="layer")
     assert plan.counts() == dict.fromkeys(LAYERS, 3)
     for layer in LAYERS:
-        assert plan.by_layer()[layer] == [i for name, i in expected_order() if name == layer][:3]
+        assert plan.entries[layer].index.tolist() == [i for name, i in expected_order() if name == layer][:3]
 
 
 def test_weight_plan(tmp_path):
@@ -184,13 +184,13 @@ def test_shared_samples_are_flagged(tmp_path):
         ({"num_neurons": 3, "contrast": "best"}, "contrast='best' is unknown"),
         ({"num_neurons": 3, "control": "best"}, "control='best' is unknown"),
         ({"num_neurons": 3, "edit": "burn"}, "edit='burn' is unknown"),
-        ({"num_neurons": 3, "edit": "scale"}, "edit=scale with alpha=None"),
-        ({"num_neurons": 3, "alpha": 0.5}, "edit=zero with alpha=0.5"),
+        ({"num_neurons": 3, "edit": "scale"}, "edit=scale needs a finite alpha, but alpha=None"),
+        ({"num_neurons": 3, "scope": "row"}, "scope='row' is unknown; known are model, layer"),
         ({"num_neurons": 3, "protect": 1.0}, "protect=1.0 is not a share"),
         ({"num_neurons": 100, "protect": 0.5}, r"only 60 of 120 may be chosen \(protect=0.5\)"),
         ({"num_neurons": 3, "layers": ["y*"]}, "matches no scored layer"),
-        ({"num_neurons": 10, "per_layer": True}, "not the same number in each of 3 layers; e.g. 9 is"),
-        ({"num_neurons": 120, "per_layer": True}, "not the same number"),
+        ({"num_neurons": 10, "scope": "layer"}, "not the same number in each of 3 layers; e.g. 9 is"),
+        ({"num_neurons": 120, "scope": "layer"}, "not the same number"),
         ({"num_neurons": 60, "contrast": "set_difference"}, "only .* of 120 may be chosen .*top_behaviour=0.05"),
     ],
 )

@@ -11,7 +11,9 @@ from tiny_models import tiny, tokens
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps, weight_matrix
 from sparc3_pl.language_model import fingerprint
-from sparc3_pl.pruning.edit import apply_plan, mean_activations, pruned, revert
+from sparc3_pl.pruning.edit import apply_plan, pruned, revert
+from sparc3_pl.pruning.edits import mean_activations
+from sparc3_pl.pruning.plan import entries_of
 
 IDS = tokens(2, 9)
 
@@ -230,7 +232,7 @@ def test_plan_that_is_applied_already(tiny_llama):
 def test_missing_layer(tiny_llama):
     plan = plan_for(tiny_llama)
     neurons = [dataclasses.replace(plan.neurons[0], layer="model.layers.7.mlp.up_proj"), *plan.neurons[1:]]
-    plan = dataclasses.replace(plan, neurons=neurons, shapes={})
+    plan = dataclasses.replace(plan, entries=entries_of(neurons), shapes={})
     refused(
         tiny_llama, plan, r"layer model.layers.7.mlp.up_proj is not in this LlamaForCausalLM \(nearest: model.layers"
     )
@@ -249,7 +251,7 @@ def test_other_shape(tiny_llama):
 
 def test_weight_beyond_the_layer(tiny_llama):
     plan = weight_plan_for(tiny_llama, "model.layers.0.mlp.up_proj", [24 * 32])
-    refused(tiny_llama, dataclasses.replace(plan, shapes={}), "beyond its 768")
+    refused(tiny_llama, dataclasses.replace(plan, shapes={}), "weight 768 .* out of range: the layer has 768 weights")
 
 
 def test_tied_head_is_refused():

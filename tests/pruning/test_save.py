@@ -12,7 +12,8 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps
 from sparc3_pl.language_model import fingerprint
 from sparc3_pl.pruning import save as save_module
-from sparc3_pl.pruning.edit import mean_activations, pruned, revert
+from sparc3_pl.pruning.edit import pruned, revert
+from sparc3_pl.pruning.edits import mean_activations
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.pruning.save import save_pruned, save_shrunk, shrink
 

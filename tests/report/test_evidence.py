@@ -8,7 +8,6 @@ from pruning.score_folders import write
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.pruning.contrast import Scores, contrast
-from sparc3_pl.pruning.selection import collect
 from sparc3_pl.report.evidence import evidence
 from sparc3_pl.scores import ScoreFolder, ScoreWriter
 
@@ -61,7 +60,7 @@ def test_a_sound_contrast_passes(tmp_path, strengths):
         html=str(tmp_path / "evidence.html"),
     )
     assert set(statuses(found).values()) == {"pass"}, found.checks
-    assert found.strongest["0.05"] == 0
+    assert found.strongest.top_5 == 0
     assert found.stability.halves[-1] > 0.9
     assert json.loads((tmp_path / "evidence.json").read_text())["kind"] == "evidence"
     assert "<svg" in (tmp_path / "evidence.html").read_text()
@@ -77,7 +76,7 @@ def test_the_published_failure_is_flagged(tmp_path, strengths):
     assert statuses(found)["strongest neurons"] == "fail"
     assert statuses(found)["totals"] == "warn"
     assert found.verdict == "fail"
-    assert found.strongest["0.05"] == 1.0
+    assert found.strongest.top_5 == 1.0
     assert found.correlation < -0.9
 
 
@@ -104,11 +103,11 @@ def test_t_is_that_of_the_t_contrast(tmp_path, strengths):
     used[1, :20] += 3
     paths = folder(tmp_path / "g", strengths, source="g"), folder(tmp_path / "b", used, seed=1, source="b")
     sides = [Scores.of([ScoreFolder.open(path)]) for path in paths]
-    expected = torch.cat([part for _, part in collect(contrast("t", *sides)).values()])
-    difference = torch.cat([part for _, part in collect(contrast("difference", *sides)).values()])
+    expected = torch.cat([block.values for block in contrast("t", *sides)()])
+    difference = torch.cat([block.values for block in contrast("difference", *sides)()])
     lowest = difference.argsort(stable=True)[:20]
     found = evidence(*([path] for path in paths), num_neurons=20)
-    assert found.t[0] == pytest.approx(float(expected[lowest].median()), rel=1e-4)
+    assert found.t.median == pytest.approx(float(expected[lowest].median()), rel=1e-4)
 
 
 def test_refusals(tmp_path, strengths):
