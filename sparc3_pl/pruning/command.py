@@ -88,7 +88,7 @@ def prune(
         seed: Seed for drawing the control, and the samples for edit=mean.
         edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer); or
             the class path of an Edit.
-        alpha: Factor of edit=scale.
+        alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
         save_model: Folder to write the pruned model to, for transformers' from_pretrained.
         shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
         keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.

@@ -78,6 +78,10 @@ class Edit(ABC):
         """A factor for each component, to be kept in the plan, from the ``[n]`` float64 values they were chosen by."""
         return None
 
+    def participle(self) -> str:
+        """What was done to the components, to follow their name: ``zeroed``."""
+        return f"edited by {EDITS.name_of(self)}"
+
     def arguments(self) -> dict[str, Any]:
         """Its arguments, by name."""
         return asdict(self) if is_dataclass(self) else {}
@@ -89,6 +93,9 @@ class Zero(Edit):
 
     def changes(self, model: nn.Module, chosen: Chosen) -> list[Change]:
         return [Change(part, 0.0) for part in chosen.parts]
+
+    def participle(self) -> str:
+        return "zeroed"
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,9 @@ class Scale(Edit):
     def changes(self, model: nn.Module, chosen: Chosen) -> list[Change]:
         return [Change(part, self.alpha) for part in contributing(chosen.parts)]
 
+    def participle(self) -> str:
+        return f"multiplied by {self.alpha:g}"
+
 
 @dataclass(frozen=True)
 class Mean(Edit):
@@ -121,6 +131,9 @@ class Mean(Edit):
         if not readers:
             raise InputError(f"edit=mean is for MLP neurons, and {chosen.layer} is no up-projection; use zero or scale")
         return [*Zero().changes(model, chosen), *(self._folded(model, chosen, part) for part in readers)]
+
+    def participle(self) -> str:
+        return "replaced by their mean activation"
 
     def _folded(self, model: nn.Module, chosen: Chosen, part: Part) -> Change:
         """What the components add to the reader's output on average: W[:, i] * mean_i, summed over i."""

@@ -103,20 +103,26 @@ def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What to edit in which model. The file has these keys, and lists the entries as ``neurons``, best first.
+    """What to edit in which model.
+
+    In Python, ``entries`` holds the chosen components by layer; what the file says of them is made from it.
 
     Attributes:
-        entries: The chosen components by layer.
+        neurons: The chosen components, best first: ``layer``, ``index``, ``score``, and ``factor`` for an edit that
+            gives each its own; empty for single weights.
         model: The manifest's ``model`` entry; ``fingerprint`` ties the plan to the model. ``pruned_fingerprint`` is
             added when the plan keeps values: it is that of the pruned model.
         granularity: The kind of component: ``neuron``, ``weight``, or a class path.
+        num_neurons: Number of listed components.
+        num_weights: Number of chosen single weights.
         num_candidates: How many the choice was made from.
         contrast: What the choice is by (``contrast.py``).
         edit: ``zero``, ``scale``, ``mean``, or a class path.
         alpha: Factor of ``scale``.
         control: The control that the plan is, or None.
         seed: Seed of the control.
-        settings: ``protect``, ``layers``, ``per_layer``, ``top_general``, ``top_behaviour``.
+        settings: ``protect``, ``layers``, ``per_layer`` (scope ``layer``), ``top_general``, ``top_behaviour``; the
+            arguments of a user's own ``contrast`` and ``edit``, and the class path of a user's own ``scope``.
         shapes: Shape of the scores of every layer that is touched.
         scores: ``general`` and ``behaviour``: a list of folder name, sha256 of its manifest, samples, source, seed.
         behaviour_samples: IDs of the behaviour's samples: they must not be evaluated on.
@@ -125,6 +131,7 @@ class PrunePlan:
         command: The command line that made it.
         created: UTC, ISO 8601.
         format_version: Version of the file's layout.
+        weights: By layer, the chosen weights' flat indices into ``[out, in]``, ascending (companion file).
         means: By layer, mean activations ``[neurons]`` (companion file).
         kept: Values before the edit, for ``revert`` (companion file).
     """

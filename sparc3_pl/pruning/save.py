@@ -6,6 +6,7 @@ import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,17 +45,26 @@ class SavedModel:
         max_difference: Largest difference between the logits of the reloaded model and of the pruned one in memory.
         parameters: Number of parameters before and after.
         bytes: Their size before and after.
+        done: What was done to the chosen: ``neurons zeroed``.
     """
 
     folder: Path
     max_difference: float
     parameters: tuple[int, int]
     bytes: tuple[int, int]
+    done: str
+
+    @property
+    def effect(self) -> str:
+        """What became of the model, in words."""
+        if self.parameters[0] == self.parameters[1]:
+            return f"same size: {self.done}"
+        return "smaller: the neurons are removed from the matrices"
 
     def __str__(self) -> str:
         (before, after), (old, new) = self.parameters, self.bytes
         if before == after:
-            size = f"same size: rows zeroed ({after:,} parameters, {new / 2**20:,.1f} MiB)"
+            size = f"{self.effect} ({after:,} parameters, {new / 2**20:,.1f} MiB)"
         else:
             size = f"smaller: {before:,} -> {after:,} parameters, {old / 2**20:,.1f} -> {new / 2**20:,.1f} MiB"
         checked = f"reloaded and compared: largest difference of a logit {self.max_difference:.2g}"
@@ -220,7 +230,8 @@ def _save(
             tokenizer.save_pretrained(temporary)
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
-        result = SavedModel(Path(folder), difference, (before, after), (old, new))
+        done = f"{plan.unit} {plan.load_edit().participle()}"
+        result = SavedModel(Path(folder), difference, (before, after), (old, new), done)
         write_text(temporary / "README.md", _model_card(model, plan, result))
     return result
 
@@ -279,53 +290,37 @@ def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -
     """README.md: what was removed from what, on what evidence, and how to check it."""
     base = str(plan.model.get("pretrained"))
     name = base if not Path(base).exists() else Path(base).name  # a path says nothing to anyone else
-    hub = f"base_model: {name}\n" if "/" in name else ""
-    unit, count = ("neurons", plan.num_neurons) if plan.granularity == "neuron" else ("weights", plan.num_weights)
-    share = f" of {plan.num_candidates:,} scored" if plan.num_candidates else ""
-    how = f"`{plan.edit}`" + (f" (alpha {plan.alpha})" if plan.edit == "scale" else "")
-    same = result.parameters[0] == result.parameters[1]
-    size = "Same size: rows zeroed." if same else "Smaller: the neurons are removed from the matrices."
-    warned = "".join(f"\n- Warning: {text}" for text in plan.warnings)
-    versions = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
-    command = re.sub(
-        r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command
-    )  # a card is published: no folders of this machine
-    layers = "\n".join(f"| `{layer}` | {number} |" for layer, number in plan.counts().items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{hub}tags:
-- pruned
-- sparc3
----
-
-# {Path(name).stem if name.endswith(".gguf") else name.rsplit("/")[-1]}, pruned
-
-{count:,} {unit}{share} were edited ({how}) in `{name}` ({type(model).__name__}), chosen by attribution
-(SparC3, arXiv 2506.13727). {size} {result.parameters[1]:,} parameters. It loads with
-`AutoModelForCausalLM.from_pretrained`.
-
-## Provenance
-
-- Base model: `{name}`, revision `{plan.model.get("revision")}`, weights `{plan.fingerprint}`
-- Contrast: `{plan.contrast}`; control: `{plan.control}`; settings: `{plan.settings}`
-- General scores: {_told(plan, "general")}
-- Behaviour scores: {_told(plan, "behaviour")}
-- Made {plan.created} by `{command}`
-- Versions: {versions}{warned}
-
-`plan.json` lists what was edited. Loaded again, this folder gave the logits of the pruned model in memory (largest
-difference {result.max_difference:.2g}).
-
-| layer | {unit} |
-|---|---|
-{layers}
-
-The base model's licence applies. What the edit did to behaviour and quality was not measured here: evaluate before use.
-"""
+    size = result.effect[:1].upper() + result.effect[1:]
+    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    card = template.substitute(
+        hub=f"base_model: {name}\n" if "/" in name else "",
+        title=Path(name).stem if name.endswith(".gguf") else name.rsplit("/")[-1],
+        count=f"{sum(plan.counts().values()):,}",
+        unit=plan.unit,
+        share=f" of {plan.num_candidates:,} scored" if plan.num_candidates else "",
+        how=f"`{plan.edit}`" + ("" if plan.alpha is None else f" (alpha {plan.alpha})"),
+        name=name,
+        architecture=type(model).__name__,
+        size=size,
+        parameters=f"{result.parameters[1]:,}",
+        revision=plan.model.get("revision"),
+        fingerprint=plan.fingerprint,
+        contrast=plan.contrast,
+        control=plan.control,
+        settings=plan.settings,
+        general=_scores_told(plan, "general"),
+        behaviour=_scores_told(plan, "behaviour"),
+        created=plan.created,
+        command=re.sub(r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command),  # no folders of this machine are published
+        versions=", ".join(f"{package} {version}" for package, version in plan.versions.items()),
+        warnings="".join(f"\n- Warning: {text}" for text in plan.warnings),
+        difference=f"{result.max_difference:.2g}",
+        layers="\n".join(f"| `{layer}` | {number} |" for layer, number in plan.counts().items()),
+    )
+    return card.encode("utf-8", "backslashreplace").decode()  # bytes of a path that are not UTF-8
 
 
-def _told(plan: PrunePlan, side: str) -> str:
+def _scores_told(plan: PrunePlan, side: str) -> str:
     told = [
         f"`{s['name']}` ({s['method']}, {s['num_samples']} samples of {s['source']}, sha256 {s['sha256'][:12]})"
         for s in plan.scores.get(side, [])

@@ -88,6 +88,21 @@ def test_weight_plan(tmp_path):
     plan.check()
 
 
+@pytest.mark.parametrize("amount", [{"num_weights": 12}, {"share": 0.2}])
+def test_weights_compete_within_their_layer(tmp_path, amount):
+    """A share of layers of unlike width is a share of each."""
+    widths = dict(zip(LAYERS, (5, 5, 5) if "num_weights" in amount else (5, 9, 3), strict=True))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 3)]
+    sides = [{name: torch.rand(6, n, generator=generator) for name, n in widths.items()} for generator in generators]
+    general, behaviour = (write(tmp_path / name, scores) for name, scores in zip("gb", sides, strict=True))
+    plan = make_plan([general], [behaviour], scope="layer", **amount)
+    for layer, width in widths.items():
+        count = 4 if "num_weights" in amount else round(0.2 * 6 * width)
+        values = (sides[0][layer] - sides[1][layer]).flatten().numpy()
+        assert plan.weights[layer].tolist() == sorted(np.argsort(values, kind="stable")[:count].tolist())
+    plan.check()
+
+
 def test_growing_plans_are_nested(general, behaviour):
     large = make_plan(general, behaviour, num_neurons=20)
     assert pairs(large.first(8)) == pairs(make_plan(general, behaviour, num_neurons=8))

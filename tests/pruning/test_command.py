@@ -62,7 +62,7 @@ def test_needs_no_model_for_a_plan(tmp_path, monkeypatch):
 
 def test_save_model(scored, tmp_path, capsys):
     result = prune(**scored, num_neurons=8, save_model=str(tmp_path / "pruned"), keep_values=True)
-    assert "same size: rows zeroed" in capsys.readouterr().out
+    assert "same size: neurons zeroed" in capsys.readouterr().out
     original = load_model(ModelSource(str(tmp_path / "model")))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     ids = tokens(2, 8)

@@ -104,6 +104,20 @@ def test_t_of_dead_and_of_constant_neurons_is_finite(tmp_path):
     assert values[1] < -500
 
 
+def test_t_of_a_layer_that_is_read_in_several_blocks(tmp_path, monkeypatch):
+    """As with more rows than a block has; all of them have their t."""
+    monkeypatch.setattr(scores_module.mean_blocks, "__defaults__", (3,))
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.rand(n, 7, generator=generator).double() for n in (12, 5)]
+    sides = [
+        Scores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
+        for i, x in enumerate(samples)
+    ]
+    g, b = samples
+    expected = (g.mean(0) - b.mean(0)) / (g.var(0) / 12 + b.var(0) / 5).sqrt()
+    np.testing.assert_allclose(flat(contrast("t", *sides)), expected.numpy(), rtol=1e-4)
+
+
 def test_set_difference_by_sets(tmp_path):
     general, behaviour = side(tmp_path, "g", (1,)), side(tmp_path, "b", (3,))
     g, b = values_of((1,)), values_of((3,))
