@@ -380,7 +380,8 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
 
     def checked() -> Iterator[Block]:
         for block in passes():
-            if not block.candidates.isfinite().all():
+            finite = block.values.isfinite()
+            if not finite.all() and not (block.allowed is not None and finite[block.allowed].all()):
                 raise InputError(f"contrast={name}: layer {block.layer} has values that are not finite; use another")
             yield block
 
@@ -463,15 +464,15 @@ def format_warnings(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFol
     """
     sides = [[sample for folder in folders for sample in folder.samples()] for folders in (general, behaviour)]
     advice = "the contrast compares formats as well as behaviours; score general samples matched by data.match: FILE"
-    found = []
+    warnings = []
     lengths = [[s["num_tokens"] for s in side if s.get("num_tokens")] for side in sides]
     if all(lengths):
         g, b = (mean(side) for side in lengths)
         if max(g, b) > _LENGTH_RATIO * min(g, b):
-            found.append(f"general samples have {g:.1f} tokens on average, behaviour samples {b:.1f}: {advice}")
+            warnings.append(f"general samples have {g:.1f} tokens on average, behaviour samples {b:.1f}: {advice}")
     endings = [[s["ending"] == "stop" for s in side if s.get("ending")] for side in sides]
     if all(endings):
         g, b = (mean(map(float, side)) for side in endings)
         if abs(g - b) > _ENDING_GAP:
-            found.append(f"{g:.0%} of general samples end with a full stop, of behaviour samples {b:.0%}: {advice}")
-    return found
+            warnings.append(f"{g:.0%} of general samples end with a full stop, of behaviour samples {b:.0%}: {advice}")
+    return warnings

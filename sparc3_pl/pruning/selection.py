@@ -40,7 +40,7 @@ class Block:
     Attributes:
         layer: Name of the layer.
         offset: Index of the first component.
-        values: ``[n]`` float32, finite.
+        values: ``[n]`` float32, finite wherever a component may be chosen.
         allowed: ``[n]`` bool: which components may be chosen; None: all of them.
     """
 
@@ -48,11 +48,6 @@ class Block:
     offset: int
     values: Tensor
     allowed: Tensor | None = None
-
-    @property
-    def candidates(self) -> Tensor:
-        """The values of the components that may be chosen."""
-        return self.values if self.allowed is None else self.values[self.allowed]
 
 
 class TooFewCandidates(InputError):
@@ -139,11 +134,14 @@ def cut_lowest(passes: Passes, k: int) -> Cut:
     Raises:
         TooFewCandidates: if there are fewer than ``k`` candidates.
     """
-    raw = torch.zeros(_HALF, dtype=torch.int64)
+    raw = torch.zeros(_HALF + 1, dtype=torch.int64)  # one bucket more for what may not be chosen
     for block in passes():
-        raw += torch.bincount(_upper_halves(block.candidates), minlength=_HALF)
+        halves = _upper_halves(block.values)
+        if block.allowed is not None:
+            halves.masked_fill_(~block.allowed, _HALF)
+        raw += torch.bincount(halves, minlength=_HALF + 1)
     # Negative numbers have the upper half of all halves, in falling order: they come first.
-    negative, positive = raw[_HALF // 2 :], raw[: _HALF // 2]
+    negative, positive = raw[_HALF // 2 : _HALF], raw[: _HALF // 2]
     upper = torch.cat([negative.flip(0), positive])
     if k > (total := int(upper.sum())):
         raise TooFewCandidates(k, total)
@@ -151,8 +149,8 @@ def cut_lowest(passes: Passes, k: int) -> Cut:
     wanted = high - _HALF // 2 if high >= _HALF // 2 else _HALF - 1 - high
     lower = torch.zeros(_HALF, dtype=torch.int64)
     for block in passes():
-        values = block.candidates
-        keys = order_keys(values[_upper_halves(values) == wanted])
+        within = _upper_halves(block.values) == wanted
+        keys = order_keys(block.values[within if block.allowed is None else within & block.allowed])
         lower += torch.bincount(keys & (_HALF - 1), minlength=_HALF)
     low, below_low = _bucket(lower, k - below)
     return Cut(_value_of((high << 16) + low), k - below - below_low)

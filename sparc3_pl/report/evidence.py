@@ -174,12 +174,12 @@ def evidence(
     check_places(output, html, overwrite)
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     require_comparable([folder for side in sides for folder in side])
-    found = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)
-    json = as_json("evidence", found.to_json())
-    sections = evidence_sections(found)
+    result = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)
+    json = as_json("evidence", result.to_json())
+    sections = evidence_sections(result)
     title = "Evidence before pruning"
-    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=found.verdict)
-    return found
+    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=result.verdict)
+    return result
 
 
 def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) -> Evidence:
@@ -297,8 +297,8 @@ def _total_check(totals: tuple[float, float], choice: Choice) -> Check:
 
 
 def _format_checks(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> list[Check]:
-    found = format_warnings(general, behaviour)
-    return [Check("format", "warn", text) for text in found] or [
+    result = format_warnings(general, behaviour)
+    return [Check("format", "warn", text) for text in result] or [
         Check("format", "pass", "samples of both sides are of like length and ending")
     ]
 
@@ -312,67 +312,66 @@ def _t_check(t: Significance | None) -> Check:
     return Check(name, status, text if status == "pass" else f"{text}; {_MORE}, or choose by contrast=t")
 
 
-def _stability_checks(found: Stability) -> Iterator[Check]:
-    if not found.halves:
+def _stability_checks(result: Stability) -> Iterator[Check]:
+    if not result.halves:
         yield Check("split halves", "warn", f"not measured: {_GROUPS}, or give two folders a side")
     else:
-        status = grade(found.halves[-1], STABLE_WARN, STABLE_FAIL)
-        text = f"{percent(found.halves[-1], 0)} of a selection are found again in the other half of the samples"
+        status = grade(result.halves[-1], STABLE_WARN, STABLE_FAIL)
+        text = f"{percent(result.halves[-1], 0)} of a selection are found again in the other half of the samples"
         yield Check("split halves", status, text if status == "pass" else f"{text}; {_MORE}")
-    if found.null is None:
+    if result.null is None:
         yield Check("null contrast", "warn", f"not measured: {_GROUPS}, or give four general folders")
-    elif found.halves:
-        margin = found.halves[-1] - found.null
+    elif result.halves:
+        margin = result.halves[-1] - result.null
         status = grade(margin, MARGIN_WARN, MARGIN_FAIL)
-        text = f"two null selections (general against general) share {percent(found.null, 0)}, {100 * margin:.0f} less"
+        text = f"two null selections (general against general) share {percent(result.null, 0)}, {100 * margin:.0f} less"
         text = f"{text} than two of the behaviour"
         yield Check("null contrast", status, text if status == "pass" else f"{text}; {_MORE}, or another contrast")
-    if found.null_with_selection is not None:
-        share = found.null_with_selection
+    if result.null_with_selection is not None:
+        share = result.null_with_selection
         status = grade(share, 0.2, 0.5)
-        text = (
-            f"a null contrast would choose {percent(share, 0)} of the selection too (chance {percent(found.chance, 1)})"
-        )
+        chance = percent(result.chance, 1)
+        text = f"a null contrast would choose {percent(share, 0)} of the selection too (chance {chance})"
         yield Check("selection against null", status, text)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def evidence_sections(found: Evidence) -> list[Section]:
+def evidence_sections(result: Evidence) -> list[Section]:
     """Figures of the contrast, stability, verdicts."""
-    general, behaviour = found.totals
+    general, behaviour = result.totals
     rows = [
-        ("neurons to choose", f"{count(found.num_neurons)} of {count(found.num_candidates)}"),
+        ("neurons to choose", f"{count(result.num_neurons)} of {count(result.num_candidates)}"),
         ("total relevance, general text", number(general, 6)),
         ("total relevance, behaviour", number(behaviour, 6)),
-        ("t of the totals", number(found.total_t, 3)),
-        ("rank correlation of the difference with general relevance", number(found.correlation, 3)),
-        ("share of the selection in the strongest 1 %", percent(found.strongest.top_1)),
-        ("share of the selection in the strongest 5 %", percent(found.strongest.top_5)),
-        ("general relevance that the selection holds", percent(found.relevance_share, 2)),
-        ("median t of the selection", number(None if found.t is None else found.t.median, 3)),
+        ("t of the totals", number(result.total_t, 3)),
+        ("rank correlation of the difference with general relevance", number(result.correlation, 3)),
+        ("share of the selection in the strongest 1 %", percent(result.strongest.top_1)),
+        ("share of the selection in the strongest 5 %", percent(result.strongest.top_5)),
+        ("general relevance that the selection holds", percent(result.relevance_share, 2)),
+        ("median t of the selection", number(None if result.t is None else result.t.median, 3)),
     ]
-    sections = [Section("Contrast", (Table.of(("", found.contrast), rows),))]
-    stability = tuple(_stability_blocks(found.stability))
+    sections = [Section("Contrast", (Table.of(("", result.contrast), rows),))]
+    stability = tuple(_stability_blocks(result.stability))
     if stability:
         sections.append(Section("Stability of the selection", stability))
-    return [*sections, Section("Verdicts", (Checks(found.checks),))]
+    return [*sections, Section("Verdicts", (Checks(result.checks),))]
 
 
-def _stability_blocks(found: Stability) -> Iterator[Block]:
-    rows = [(f"{n:.0f} samples a half", percent(v)) for n, v in zip(found.samples, found.halves, strict=True)]
-    rows += [("two null selections", percent(found.null)), ("null and selection", percent(found.null_with_selection))]
-    rows += [("any two draws", percent(found.chance))]
+def _stability_blocks(result: Stability) -> Iterator[Block]:
+    rows = [(f"{n:.0f} samples a half", percent(v)) for n, v in zip(result.samples, result.halves, strict=True)]
+    rows += [("two null selections", percent(result.null)), ("null and selection", percent(result.null_with_selection))]
+    rows += [("any two draws", percent(result.chance))]
     yield Table.of(("selections from", "overlap"), rows)
-    if len(found.halves) > 1:
+    if len(result.halves) > 1:
         from sparc3_pl.report.figures import as_svg, curves
 
-        lines = {"two halves": found.halves, "chance": (found.chance,)}
-        lines |= {"null": (found.null,)} if found.null is not None else {}
-        figure = curves(found.samples, lines, "behaviour samples of one half", "overlap of two selections")
-        words = ", ".join(f"{percent(v, 0)} at {n:.0f}" for n, v in zip(found.samples, found.halves, strict=True))
-        alt = f"Overlap of selections from two halves, by samples of a half: {words}; null {percent(found.null, 0)}."
+        lines = {"two halves": result.halves, "chance": (result.chance,)}
+        lines |= {"null": (result.null,)} if result.null is not None else {}
+        figure = curves(result.samples, lines, "behaviour samples of one half", "overlap of two selections")
+        words = ", ".join(f"{percent(v, 0)} at {n:.0f}" for n, v in zip(result.samples, result.halves, strict=True))
+        alt = f"Overlap of selections from two halves, by samples of a half: {words}; null {percent(result.null, 0)}."
         yield Picture(as_svg(figure, "stability"), alt, "Where the curve still rises, more samples would help.")
-    elif not found.halves:
+    elif not result.halves:
         yield Text(f"To measure split halves, {_GROUPS}, or give two folders of unequal seeds a side.")

@@ -142,11 +142,11 @@ def overlap(
             plans[name] = PrunePlan.load(path)
     sides = Scores.of(base) if base else None
     options = {"num_permutations": num_permutations, "stratum": stratum, "seed": seed}
-    found = measure_overlap(plans, sides, contrasts, **options)
-    sections = overlap_sections(found)
-    json = as_json("overlap", asdict(found))
+    result = measure_overlap(plans, sides, contrasts, **options)
+    sections = overlap_sections(result)
+    json = as_json("overlap", asdict(result))
     publish("Overlap of selections", sections, json=json, output=output, html=html, overwrite=overwrite)
-    return found
+    return result
 
 
 def _from_scores(
@@ -277,19 +277,19 @@ def _common(
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def overlap_sections(found: Overlap) -> list[Section]:
+def overlap_sections(result: Overlap) -> list[Section]:
     """Intersections, correlations of contrasts, the figure."""
-    sizes = ", ".join(f"{name} {size}" for name, size in found.sizes.items())
-    of = "Chosen" if found.num_candidates is None else f"Chosen of {found.num_candidates:,} neurons"
+    sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
+    of = "Chosen" if result.num_candidates is None else f"Chosen of {result.num_candidates:,} neurons"
     intro = Text(f"{of}: {sizes}.")
-    sections = [Section("Intersections", (intro, _intersections(found), _picture(found)))]
-    correlated = [group for group in found.groups if group.quadrants]
+    sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
+    correlated = [group for group in result.groups if group.quadrants]
     if correlated:
         sections.append(Section("Contrasts", (_correlations(correlated),)))
     return sections
 
 
-def _intersections(found: Overlap) -> Table:
+def _intersections(result: Overlap) -> Table:
     rows = [
         (
             " & ".join(group.names),
@@ -300,14 +300,14 @@ def _intersections(found: Overlap) -> Table:
             number(group.expected_random, 3),
             "–" if group.p_hypergeometric is None else p_value(group.p_hypergeometric),
         )
-        for group in found.groups
+        for group in result.groups
     ]
     columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
     note = (
         f"Matched null: mean over random selections with the same number in every layer and general relevance (strata "
-        f"of {found.stratum}); p by {found.num_permutations:,} permutations. Blind null: any neuron is as likely."
+        f"of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: any neuron is as likely."
     )
-    return Table.of(columns, rows, note=note if found.groups[0].expected is not None else _NO_NULL)
+    return Table.of(columns, rows, note=note if result.groups[0].expected is not None else _NO_NULL)
 
 
 _NO_NULL = "Matched null: not measured, it needs --general. The blind null takes any neuron for as likely as any other."
@@ -328,11 +328,11 @@ def _correlations(groups: Sequence[Common]) -> Table:
     return Table.of(columns, rows, note=note)
 
 
-def _picture(found: Overlap) -> Picture:
+def _picture(result: Overlap) -> Picture:
     from sparc3_pl.report.figures import as_svg, upset
 
-    exclusive = {frozenset(names): size for names, size in found.exclusive}
-    largest = sorted(found.exclusive, key=lambda item: -item[1])[:8]
+    exclusive = {frozenset(names): size for names, size in result.exclusive}
+    largest = sorted(result.exclusive, key=lambda item: -item[1])[:8]
     words = "; ".join(f"{size} in {' and '.join(names)} only" for names, size in largest)
     caption = "Each column counts the neurons that are in exactly the selections marked below it."
-    return Picture(as_svg(upset(found.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)
+    return Picture(as_svg(upset(result.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)
