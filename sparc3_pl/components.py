@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import MLP, features, mlps, select_layers, weight_matrix
+from sparc3_pl.families import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
 __all__ = ["COMPONENTS", "Component", "Group", "Neuron", "Part", "Weight"]
@@ -99,6 +99,10 @@ class Part:
         where, index = self._locate(module)
         where[index] = values.to(where) if isinstance(values, Tensor) else values
 
+    def spread(self, values: Tensor, entries: Tensor) -> Tensor:
+        """``[n]`` values, one for each of ``index``, in a shape that multiplies the ``entries`` that ``read`` gives."""
+        return values if self.where == "columns" else values.view(-1, *[1] * (entries.dim() - 1))
+
     def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...]]:
         if self.where == "bias":
             bias = module.bias.detach()
@@ -157,11 +161,8 @@ class Neuron(Component):
         return result
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
-        module, mlp = model.get_submodule(layer), mlp_by_up(model).get(layer)
-        rows = features(module)[0]
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < rows:
-            wrong = int(index.max()) if int(index.max()) >= rows else int(index.min())
-            raise InputError(f"neuron {wrong} of {layer} is out of range: the layer has {rows} rows")
+        module, mlp = _linear(model, layer), mlp_by_up(model).get(layer)
+        _check_range("neuron", layer, index, features(module)[0], "rows")
         owner = torch.arange(len(index))
         if mlp is None:
             return _rows(layer, module, index, owner)
@@ -188,9 +189,8 @@ class Weight(Component):
         ]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
-        out, inner = features(model.get_submodule(layer))
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < out * inner:
-            raise InputError(f"weight {int(index.max())} of {layer} is out of range: the layer has {out * inner}")
+        out, inner = features(_linear(model, layer))
+        _check_range("weight", layer, index, out * inner, "weights")
         return [Part(layer, "weights", index, torch.arange(len(index)))]
 
 
@@ -207,6 +207,20 @@ def mlp_by_up(model: nn.Module) -> dict[str, MLP]:
         return {mlp.up: mlp for mlp in mlps(model)}
     except InputError:  # components of such a model are rows of named layers, or single weights
         return {}
+
+
+def _linear(model: nn.Module, layer: str) -> nn.Module:
+    module = model.get_submodule(layer)
+    if not is_linear(module):
+        raise InputError(f"{layer} is a {type(module).__name__}, not a linear layer; name one that is")
+    return module
+
+
+def _check_range(kind: str, layer: str, index: Tensor, size: int, unit: str) -> None:
+    """Refuses indices outside of ``0 .. size - 1``; the largest is named, or the smallest if that is the wrong one."""
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        wrong = int(index.max()) if int(index.max()) >= size else int(index.min())
+        raise InputError(f"{kind} {wrong} of {layer} is out of range: the layer has {size} {unit}")
 
 
 def _rows(layer: str, module: nn.Module, index: Tensor, owner: Tensor) -> list[Part]:

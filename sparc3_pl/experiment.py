@@ -29,7 +29,7 @@ from sparc3_pl.files import check_output, json_digest, read_json, sha256_of_file
 from sparc3_pl.language_model import ModelSource
 from sparc3_pl.processes import run_child
 from sparc3_pl.provenance import command_line, now, redacted, versions
-from sparc3_pl.pruning.controls import Control
+from sparc3_pl.pruning.controls import ControlName
 from sparc3_pl.report.effects import largest_within
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.yaml_format import dump_yaml, load_yaml
@@ -78,7 +78,7 @@ def run(
     trainer: Settings | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed; shown by --help)
     counts: list[int] | None = None,
-    controls: list[Control] = ["random_matched"],  # noqa: B006
+    controls: list[ControlName] = ["random_matched"],  # noqa: B006
     max_perplexity_increase: float = 0.01,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.

@@ -116,9 +116,6 @@ def redacted(value: Any) -> Any:
     return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-"""The same."""
-
-
 def _left_out(value: Any) -> Any:
     """``value`` with every text and whole number in it replaced."""
     if isinstance(value, Mapping):

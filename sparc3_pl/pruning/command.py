@@ -5,13 +5,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
-from sparc3_pl.pruning.contrast import ContrastKind
 from sparc3_pl.pruning.plan import KIND as PLAN
-from sparc3_pl.pruning.plan import Edit, PrunePlan
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.registry import Spec
 from sparc3_pl.scores import ScoreFolder
 
 if TYPE_CHECKING:
@@ -42,14 +42,15 @@ def prune(
     num_neurons: int | None = None,
     num_weights: int | None = None,
     share: float | None = None,
-    contrast: ContrastKind = "difference",
+    contrast: str | dict[str, Any] = "difference",
+    scope: str | dict[str, Any] = "model",
     protect: float = 0.0,
     layers: list[str] | None = None,
     top_general: float = 0.05,
     top_behaviour: float = 0.05,
     control: Literal["none", "random", "random_matched", "top_general", "null"] = "none",
     seed: int = 0,
-    edit: Edit = "zero",
+    edit: str | dict[str, Any] = "zero",
     alpha: float | None = None,
     save_model: str | None = None,
     shrink: bool = False,
@@ -77,16 +78,19 @@ def prune(
         share: A share of all scored neurons (or weights) instead of a number: 0.01 is 1 %.
         contrast: difference (general - behaviour), normalized (each divided by its total first), rank, t (difference
             over its standard error; needs scores made with squares), set_difference (top_behaviour without
-            top_general), general (the lowest general scores).
+            top_general), general (the lowest general scores), or the class path of a Contrast.
+        scope: Among whom components compete: model (all with all), layer (the same number, or share, in every layer),
+            or the class path of a Scope.
         protect: Share of the strongest neurons on general text that is never touched: 0.05 is 5 %.
         layers: Glob patterns of the layers to choose from. Default: all that are scored.
         top_general: For set_difference: the share of the highest general scores that is left out.
         top_behaviour: For set_difference: the share of the highest behaviour scores to choose from.
         control: Draw a control of the same size instead: random, random_matched (same layers, similar general score),
             top_general, or null (general folders against another general folder). none: no control.
-        seed: Of the control, and of the samples for edit=mean.
-        edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer).
-        alpha: Factor of edit=scale.
+        seed: Seed for drawing the control, and the samples for edit=mean.
+        edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer); or
+            the class path of an Edit.
+        alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
         save_model: Folder to write the pruned model to, for transformers' from_pretrained.
         shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
         keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.
@@ -112,21 +116,20 @@ def prune(
         num_neurons=num_neurons,
         num_weights=num_weights,
         share=share,
-        contrast=contrast,
+        contrast=_with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour}),
+        scope="layer" if shrink else scope,
         layers=layers,
         protect=protect,
-        top_general=top_general,
-        top_behaviour=top_behaviour,
         control=None if control == "none" else control,  # not None: on a command line "null" would mean that
         seed=seed,
-        edit=edit,
-        alpha=alpha,
-        per_layer=shrink,
+        edit=_scaled(edit, alpha),
     )
+    if shrink:
+        _check_shrinkable(plan)
     saved = None
-    if save_model or keep_values or edit == "mean":
+    if save_model or keep_values or plan.edit == "mean":
         model, encoder = _load(plan, pretrained, dtype, trust_remote_code)
-        if edit == "mean":
+        if plan.edit == "mean":
             batches = _windows(encoder, mean_source, mean_field, mean_samples, mean_seq_len, seed)
             plan = _with_means(plan, model, batches)
         plan = _with_kept_values(plan, model) if keep_values else plan
@@ -138,8 +141,20 @@ def prune(
     return PruneResult(plan, path, saved)
 
 
+def _with(spec: Spec, name: str, arguments: dict[str, Any]) -> Spec:
+    """``spec`` with the arguments that have options of their own, if it is the implementation ``name``."""
+    return {"class_path": name, "init_args": arguments} if spec == name else spec
+
+
+def _scaled(edit: Spec, alpha: float | None) -> Spec:
+    """The edit with its factor, which goes with ``scale`` and only with it."""
+    if (edit == "scale") != (alpha is not None):
+        raise InputError(f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5")
+    return _with(edit, "scale", {"alpha": alpha})
+
+
 def _check_places(
-    output: str, save_model: str | None, shrink: bool, edit: str, mean_source: str | None, overwrite: bool
+    output: str, save_model: str | None, shrink: bool, edit: Spec, mean_source: str | None, overwrite: bool
 ) -> None:
     """What can be refused before any score is read."""
     place = check_output(output, overwrite, PLAN)
@@ -152,6 +167,14 @@ def _check_places(
         raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
     if edit == "mean" and mean_source is None:
         raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
+
+
+def _check_shrinkable(plan: PrunePlan) -> None:
+    """What can be refused before the model is loaded."""
+    if plan.weights:
+        raise InputError("shrink removes whole neurons, but these are weight scores; give neuron scores")
+    if len(widths := {math.prod(shape) for shape in plan.shapes.values()}) > 1:
+        raise InputError(f"shrink needs layers of one width, but widths are {sorted(widths)}; narrow layers")
 
 
 def _load(
@@ -186,9 +209,12 @@ def _windows(
 
 
 def _with_means(plan: PrunePlan, model: "PreTrainedModel", batches: Iterator) -> PrunePlan:
-    from sparc3_pl.pruning.edit import mean_activations
+    from sparc3_pl.pruning.edit import planned_changes
+    from sparc3_pl.pruning.edits import mean_activations
 
-    return replace(plan, means=mean_activations(model, batches, plan.counts()))
+    plan = replace(plan, means=mean_activations(model, batches, plan.counts()))
+    planned_changes(model, plan)  # a plan that this model does not permit is refused here, not when it is applied
+    return plan
 
 
 def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
@@ -218,10 +244,10 @@ def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     from sparc3_pl.report.document import Table
     from sparc3_pl.report.terminal import print_result
 
-    counts, unit = plan.counts(), f"{plan.granularity}s"
+    counts, unit = plan.counts(), plan.unit
     rows = [(layer, str(count), str(math.prod(plan.shapes[layer]))) for layer, count in counts.items()]
     title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
-    factor = f" by {plan.alpha}" if plan.edit == "scale" else ""
+    factor = "" if plan.alpha is None else f" by {plan.alpha}"
     chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
     lines = [f"{chosen}, edit {plan.edit}{factor}", *(f"warning: {warning}" for warning in plan.warnings)]
     lines += [f"plan: {path}", *([] if saved is None else [f"model: {saved}"])]

@@ -12,18 +12,179 @@ avoids) the neurons that it is matched to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.pruning.selection import Block, Passes
+from sparc3_pl.pruning.contrast import Contrast, Side, contrast, protected, strongest
+from sparc3_pl.pruning.scope import Amount, Scope
+from sparc3_pl.pruning.selection import Block, Passes, Selection, TooFewCandidates, collect
+from sparc3_pl.registry import Registry
 
-__all__ = ["Control", "null_sides", "random_matched", "random_passes"]
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "ControlName",
+    "Question",
+    "best_first",
+    "null_sides",
+    "random_matched",
+    "random_passes",
+]
 
-Control = Literal["random", "random_matched", "top_general", "null"]
+ControlName = Literal["random", "random_matched", "top_general", "null"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be chosen, from what.
+
+    Attributes:
+        general: Scores on general text.
+        behaviour: Scores on the behaviour's samples, if there are any.
+        contrast: What the choice is by.
+        scope: Among whom components compete.
+        amount: How many to choose.
+        protect: Share of the general set's strongest that is left alone.
+    """
+
+    general: Side
+    behaviour: Side | None
+    contrast: Contrast
+    scope: Scope
+    amount: Amount
+    protect: float = 0.0
+
+    def ranked(self) -> Passes:
+        """The contrast, without what is protected."""
+        return self.without_protected(contrast(self.contrast, self.general, self.behaviour))
+
+    def without_protected(self, passes: Passes) -> Passes:
+        """``passes`` in which what is protected may not be chosen."""
+        return protected(passes, self.general, self.protect)
+
+    def select(self, passes: Passes) -> Selection:
+        """The lowest of ``passes``.
+
+        Raises:
+            InputError: if there are not so many, saying what was left out.
+        """
+        try:
+            return self.scope.select(passes, self.general, self.amount)
+        except TooFewCandidates as error:
+            reasons = [f"{name}={value}" for name, value in self.contrast.arguments().items()]
+            reasons += [f"protect={self.protect}"] if self.protect else []
+            left_out = f" ({', '.join(reasons)})" if reasons else ""
+            name = self.amount.name
+            raise InputError(
+                f"{error.where}{name}={error.asked}, but only {error.available} of {self.general.count} may be "
+                f"chosen{left_out}; lower {name}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Control:
+    """A choice in three steps, of which a control replaces one. As it stands here, it is no control.
+
+    Args:
+        seed: Seed for drawing the control.
+    """
+
+    seed: int = 0
+    uses_behaviour: ClassVar[bool] = True
+
+    def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        """The score folders of the two sides."""
+        return general, behaviour
+
+    def values(self, question: Question) -> Passes:
+        """The values whose lowest are chosen."""
+        return question.ranked()
+
+    def exchanged(self, question: Question, selection: Selection) -> Selection:
+        """What is chosen in the end, in place of the lowest."""
+        return selection
+
+
+@dataclass(frozen=True)
+class RandomControl(Control):
+    """At random among all candidates."""
+
+    uses_behaviour = False
+
+    def values(self, question: Question) -> Passes:
+        return question.without_protected(random_passes(question.general, self.seed))
+
+
+@dataclass(frozen=True)
+class TopGeneral(Control):
+    """The strongest on general text, protected or not."""
+
+    uses_behaviour = False
+
+    def values(self, question: Question) -> Passes:
+        return strongest(question.general)
+
+
+@dataclass(frozen=True)
+class Null(Control):
+    """General text against general text."""
+
+    def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        return null_sides(general, self.seed)
+
+
+@dataclass(frozen=True)
+class RandomMatched(Control):
+    """For every chosen neuron, another of its layer with a similar general score."""
+
+    def values(self, question: Question) -> Passes:
+        if question.general.holds_weights:
+            raise InputError("control=random_matched is for neuron scores; use random for weight scores")
+        return question.ranked()
+
+    def exchanged(self, question: Question, selection: Selection) -> Selection:
+        blocks = collect(question.without_protected(question.general))
+        allowed = {
+            layer: torch.ones(len(block.values), dtype=torch.bool) if block.allowed is None else block.allowed
+            for layer, block in blocks.items()
+        }
+        chosen = [(layer, index - blocks[layer].offset) for layer, index, _ in best_first(selection)]
+        drawn: dict[str, list[int]] = {}
+        general = {layer: block.values for layer, block in blocks.items()}
+        for layer, position in random_matched(chosen, general, allowed, self.seed):
+            drawn.setdefault(layer, []).append(position)
+        # The plain difference has a value for those, too, that the contrast leaves out.
+        behaviour = question.behaviour
+        values = collect(contrast("difference", question.general, behaviour)) if behaviour else blocks
+        positions = {layer: torch.tensor(sorted(drawn[layer])) for layer in blocks if layer in drawn}
+        return {layer: (at + blocks[layer].offset, values[layer].values[at]) for layer, at in positions.items()}
+
+
+CONTROLS: Registry[Control] = Registry(
+    "control",
+    Control,
+    {
+        "random": f"{__name__}.RandomControl",
+        "random_matched": f"{__name__}.RandomMatched",
+        "top_general": f"{__name__}.TopGeneral",
+        "null": f"{__name__}.Null",
+    },
+)
+
+
+def best_first(selection: Selection) -> list[tuple[str, int, float]]:
+    """Layer, index and value of the selected, lowest value first; equal values by layer and index."""
+    listed = [
+        (layer, index, value)
+        for layer, (indices, values) in selection.items()
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+    return sorted(listed, key=lambda entry: entry[2])
 
 
 def random_passes(passes: Passes, seed: int) -> Passes:
@@ -31,8 +192,8 @@ def random_passes(passes: Passes, seed: int) -> Passes:
 
     def drawn() -> Iterator[Block]:
         generator = torch.Generator().manual_seed(seed)
-        for layer, offset, values in passes():
-            yield layer, offset, torch.rand(len(values), generator=generator)
+        for block in passes():
+            yield Block(block.layer, block.offset, torch.rand(len(block.values), generator=generator))
 
     return drawn
 

@@ -28,11 +28,11 @@ Ints = NDArray[np.int64]
 
 def exclusive_intersections(sets: Mapping[str, Collection[object]]) -> dict[frozenset[str], int]:
     """For every combination of names, the number of elements that are in all of these sets and in no other."""
-    found: dict[frozenset[str], int] = {}
+    counts: dict[frozenset[str], int] = {}
     for element in set().union(*sets.values()):
         members = frozenset(name for name, one in sets.items() if element in one)
-        found[members] = found.get(members, 0) + 1
-    return found
+        counts[members] = counts.get(members, 0) + 1
+    return counts
 
 
 def strata_by_rank(layers: Sequence[NDArray[np.floating]], size: int) -> Ints:

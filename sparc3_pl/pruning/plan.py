@@ -1,23 +1,24 @@
-"""The plan: which neurons or weights are edited, how, in which model, and on what evidence.
+"""The plan: which components are edited, how, in which model, and on what evidence.
 
-A plan is a small JSON file. What does not belong in JSON lies beside it in safetensors files named in the plan with
-their sha256: the indices of a weight plan (``weights``), mean activations for the ``mean`` edit (``means``), and, when
-asked for, the removed values (``kept``).
+A plan is a small JSON file that lists the chosen components. What does not belong in JSON lies beside it in safetensors
+files named in the plan with their sha256: the indices of single weights, of which there may be millions (``weights``),
+mean activations for the ``mean`` edit (``means``), and, when asked for, the removed values (``kept``).
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from sparc3_pl import provenance
+from sparc3_pl.components import COMPONENTS, Component
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import (
     FileKind,
@@ -31,61 +32,116 @@ from sparc3_pl.files import (
     strict_json,
     write_text,
 )
+from sparc3_pl.pruning.edits import EDITS, Edit
 
-__all__ = ["KIND", "Edit", "PlannedNeuron", "PrunePlan"]
+__all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]
 
 FORMAT_VERSION = 1
-Edit = Literal["zero", "scale", "mean"]
 _COMPANIONS = ("weights", "means", "kept")
 KIND = FileKind.json("a plan", lambda data: {"neurons", "format_version", "model"} <= data.keys())
 
 
 @dataclass(frozen=True)
 class PlannedNeuron:
-    """One output row of a scored layer, and the value (of the contrast) by which it was chosen."""
+    """A chosen component as the file lists it: an output row of a scored layer, or what else has a score there.
+
+    Attributes:
+        layer: Name of the layer.
+        index: Index of its score.
+        score: The value (of the contrast) by which it was chosen.
+        factor: What it is multiplied by, for edits with a factor for each component.
+    """
 
     layer: str
     index: int
     score: float | None = None
+    factor: float | None = None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The chosen components of one layer, all of them in tensors ``[n]``.
+
+    Attributes:
+        index: Indices into the layer's flattened scores, integers.
+        rank: Place of each in the order of the whole choice, best first; None for single weights, whose indices ascend.
+        score: The values they were chosen by, float64, NaN where unknown; None for single weights.
+        factor: A factor for each, float64, for edits that need one.
+    """
+
+    index: Tensor
+    rank: Tensor | None = None
+    score: Tensor | None = None
+    factor: Tensor | None = None
+
+
+def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
+    """Listed components, best first, by layer.
+
+    Raises:
+        InputError: if only some of them have a factor.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, neuron in enumerate(neurons):
+        ranks.setdefault(neuron.layer, []).append(rank)
+    with_factor = [neuron.factor is not None for neuron in neurons]
+    if any(with_factor) and not all(with_factor):
+        raise InputError("some neurons of the plan have a factor and some have none; make the plan again")
+
+    def column(own: list[int], name: str) -> Tensor:
+        values = [getattr(neurons[i], name) for i in own]
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+    return {
+        layer: Entries(
+            torch.tensor([neurons[i].index for i in own]),
+            torch.tensor(own),
+            column(own, "score"),
+            column(own, "factor") if any(with_factor) else None,
+        )
+        for layer, own in ranks.items()
+    }
 
 
 @dataclass(frozen=True)
 class PrunePlan:
     """What to edit in which model.
 
+    In Python, ``entries`` holds the chosen components by layer; what the file says of them is made from it.
+
     Attributes:
-        neurons: The chosen neurons, best first; empty for a weight plan.
+        neurons: The chosen components, best first: ``layer``, ``index``, ``score``, and ``factor`` for an edit that
+            gives each its own; empty for single weights.
         model: The manifest's ``model`` entry; ``fingerprint`` ties the plan to the model. ``pruned_fingerprint`` is
             added when the plan keeps values: it is that of the pruned model.
-        granularity: ``neuron`` or ``weight``.
-        num_neurons: Their number.
-        num_weights: The number of chosen weights.
+        granularity: The kind of component: ``neuron``, ``weight``, or a class path.
+        num_neurons: Number of listed components.
+        num_weights: Number of chosen single weights.
         num_candidates: How many the choice was made from.
         contrast: What the choice is by (``contrast.py``).
-        edit: ``zero``, ``scale`` or ``mean``.
+        edit: ``zero``, ``scale``, ``mean``, or a class path.
         alpha: Factor of ``scale``.
         control: The control that the plan is, or None.
-        seed: Of the control.
-        settings: ``protect``, ``layers``, ``per_layer``, ``top_general``, ``top_behaviour``.
+        seed: Seed of the control.
+        settings: ``protect``, ``layers``, ``per_layer`` (scope ``layer``), ``top_general``, ``top_behaviour``; the
+            arguments of a user's own ``contrast`` and ``edit``, and the class path of a user's own ``scope``.
         shapes: Shape of the scores of every layer that is touched.
         scores: ``general`` and ``behaviour``: a list of folder name, sha256 of its manifest, samples, source, seed.
         behaviour_samples: Ids of the behaviour's samples and of the texts that they were made from: these must not be
             evaluated on.
         warnings: What whoever made the plan should have known.
-        versions: Of Python and the packages.
+        versions: Versions of Python and the packages.
         command: The command line that made it.
         created: UTC, ISO 8601.
-        format_version: Of the file's layout.
+        format_version: Version of the file's layout.
         weights: By layer, the chosen weights' flat indices into ``[out, in]``, ascending (companion file).
         means: By layer, mean activations ``[neurons]`` (companion file).
         kept: Values before the edit, for ``revert`` (companion file).
     """
 
-    neurons: list[PlannedNeuron]
+    entries: dict[str, Entries]
     model: dict[str, Any]
     granularity: str = "neuron"
-    num_neurons: int = 0
-    num_weights: int = 0
     num_candidates: int | None = None
     contrast: str = "difference"
     edit: str = "zero"
@@ -101,30 +157,72 @@ class PrunePlan:
     command: str = field(default_factory=provenance.command_line)
     created: str = field(default_factory=provenance.now)
     format_version: int = FORMAT_VERSION
-    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     means: dict[str, Tensor] = field(default_factory=dict, repr=False)
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that the plan is for."""
+        """Fingerprint of the model the plan was made for."""
         return self.model["fingerprint"]
 
-    def by_layer(self) -> dict[str, list[int]]:
-        """The neurons' indices by layer, in the order of the choice."""
-        found: dict[str, list[int]] = {}
-        for neuron in self.neurons:
-            found.setdefault(neuron.layer, []).append(neuron.index)
-        return found
+    @property
+    def neurons(self) -> list[PlannedNeuron]:
+        """The components in the order of the choice; empty for single weights, which have none."""
+        listed = []
+        for layer, entries in self.entries.items():
+            if entries.rank is not None:
+                columns = (entries.index, entries.score, entries.factor)
+                values = ([None] * len(entries.index) if c is None else c.tolist() for c in columns)
+                listed += zip(entries.rank.tolist(), *values, [layer] * len(entries.index), strict=True)
+        return [
+            PlannedNeuron(layer, index, None if score is None or math.isnan(score) else score, factor)
+            for _, index, score, factor, layer in sorted(listed, key=lambda entry: entry[0])
+        ]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By layer, the chosen weights' flat indices into ``[out, in]``, ascending; empty for listed components."""
+        return {layer: entries.index for layer, entries in self.entries.items() if entries.rank is None}
+
+    @property
+    def num_neurons(self) -> int:
+        """Number of listed components."""
+        return sum(len(entries.index) for entries in self.entries.values() if entries.rank is not None)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of chosen single weights."""
+        return sum(map(len, self.weights.values()))
+
+    @property
+    def unit(self) -> str:
+        """The word for the components in tables: ``neurons``."""
+        return self.load_component().unit
 
     def counts(self) -> dict[str, int]:
-        """How many neurons (or weights) of each layer are chosen, in the model's order."""
-        chosen = self.by_layer() if self.granularity == "neuron" else self.weights
+        """How many components of each layer are chosen, in the model's order."""
         order = [
-            *(layer for layer in self.shapes if layer in chosen),
-            *(layer for layer in chosen if layer not in self.shapes),
+            *(layer for layer in self.shapes if layer in self.entries),
+            *(layer for layer in self.entries if layer not in self.shapes),
         ]
-        return {layer: len(chosen[layer]) for layer in order}
+        return {layer: len(self.entries[layer].index) for layer in order}
+
+    def load_component(self) -> Component:
+        """The kind of component that the plan names.
+
+        Raises:
+            InputError: if there is no such kind, or the user has not allowed its module to be imported.
+        """
+        return COMPONENTS.from_file(self.granularity)
+
+    def load_edit(self) -> Edit:
+        """The edit that the plan names, with its arguments.
+
+        Raises:
+            InputError: as ``load_component``, or if its arguments are wrong.
+        """
+        alpha = {} if self.alpha is None else {"alpha": self.alpha}
+        return EDITS.from_file(self.edit, alpha | self.settings.get("edit", {}))
 
     def first(self, num_neurons: int) -> "PrunePlan":
         """The plan of the first ``num_neurons`` neurons: plans of growing size are nested.
@@ -132,14 +230,14 @@ class PrunePlan:
         Raises:
             InputError: if there are not so many, or the plan is for weights.
         """
-        if self.granularity != "neuron" or not 0 < num_neurons <= self.num_neurons:
+        if not 0 < num_neurons <= self.num_neurons:
             raise InputError(
                 f"num_neurons={num_neurons}, but the plan has {self.num_neurons} neurons; choose from 1 to that"
             )
-        kept = self.neurons[:num_neurons]
-        shapes = {layer: self.shapes[layer] for layer in self.shapes if any(n.layer == layer for n in kept)}
+        entries = entries_of(self.neurons[:num_neurons])
+        shapes = {layer: self.shapes[layer] for layer in self.shapes if layer in entries}
         model = {key: value for key, value in self.model.items() if key != "pruned_fingerprint"}
-        return replace(self, neurons=kept, num_neurons=num_neurons, model=model, shapes=shapes, kept={})
+        return replace(self, entries=entries, model=model, shapes=shapes, kept={})
 
     def summary(self) -> dict[str, Any]:
         """What results say of the plan that made them: small, without the neurons."""
@@ -152,9 +250,21 @@ class PrunePlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan without its tensors, as a JSON object."""
-        plain = replace(self, weights={}, means={}, kept={})
-        data = {key: value for key, value in asdict(plain).items() if key not in _COMPANIONS}
-        return {"format_version": data.pop("format_version")} | data
+        data = asdict(replace(self, entries={}, means={}, kept={}))
+        for key in ("entries", "means", "kept"):
+            del data[key]
+        neurons = [asdict(neuron) for neuron in self.neurons]
+        for neuron in neurons:
+            if neuron["factor"] is None:
+                del neuron["factor"]
+        return {
+            "format_version": data.pop("format_version"),
+            "neurons": neurons,
+            "model": data.pop("model"),
+            "granularity": data.pop("granularity"),
+            "num_neurons": self.num_neurons,
+            "num_weights": self.num_weights,
+        } | data
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Writes the plan and what lies beside it: all of it or nothing.
@@ -194,8 +304,18 @@ class PrunePlan:
         files = data.pop("files", {})
         plan = cls.from_json(data, path)
         tensors = {kind: _companion(path, files[kind], kind) for kind in _COMPANIONS if kind in files}
+        if weights := tensors.pop("weights", None):
+            if plan.entries:
+                raise InputError(f"{path}: it lists neurons and has weights beside it; make the plan again")
+            tensors["entries"] = {layer: Entries(index) for layer, index in weights.items()}
         plan = replace(plan, **tensors)
         plan.check(path)
+        for key in ("num_neurons", "num_weights"):
+            if data.get(key, getattr(plan, key)) != getattr(plan, key):
+                raise InputError(
+                    f"{path}: {key}={data[key]}, but {getattr(plan, key)} {key.removeprefix('num_')} are listed or lie "
+                    "beside it; make the plan again"
+                )
         return plan
 
     @classmethod
@@ -205,7 +325,8 @@ class PrunePlan:
         Raises:
             InputError: for a missing or unknown key, or a value of the wrong type.
         """
-        known = {item.name: item.type for item in fields(cls) if item.name not in _COMPANIONS}
+        known = {item.name: item.type for item in fields(cls) if item.name not in ("entries", *_COMPANIONS)}
+        known |= {"neurons": list, "num_neurons": int, "num_weights": int}
         if unknown := sorted(set(data) - set(known)):
             raise InputError(f"{where}: the key {unknown[0]!r} is unknown in a plan; remove it or make the plan again")
         for key in ("neurons", "model"):
@@ -214,8 +335,9 @@ class PrunePlan:
         for key, value in data.items():
             if not _is_of(value, known[key]):
                 raise InputError(f"{where}: {key}={value!r} is of the wrong type; make the plan again")
-        neurons = [_neuron(entry, where) for entry in data["neurons"]]
-        return cls(**{"num_neurons": len(neurons), **data, "neurons": neurons})
+        entries = entries_of([_neuron(entry, where) for entry in data["neurons"]])
+        counted = ("neurons", "num_neurons", "num_weights")
+        return cls(entries, **{key: value for key, value in data.items() if key not in counted})
 
     def check(self, where: str | Path = "plan") -> None:
         """Refuses a plan that contradicts itself.
@@ -226,46 +348,31 @@ class PrunePlan:
         problem = next(self._problems(), None)
         if problem:
             raise InputError(f"{where}: {problem}; make the plan again")
+        try:
+            self.load_component()
+            self.load_edit()
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     def _problems(self) -> Iterator[str]:
         if not isinstance(self.model.get("fingerprint"), str):
             yield "the model's fingerprint is missing"
-        if self.granularity not in ("neuron", "weight"):
-            yield f"granularity={self.granularity!r} is unknown"
-        if self.edit not in get_args(Edit):
-            yield f"edit={self.edit!r} is unknown; known are {', '.join(get_args(Edit))}"
-        if self.edit == "scale" and (self.alpha is None or not math.isfinite(self.alpha)):
-            yield f"edit=scale needs a finite alpha, but alpha={self.alpha}"
-        if self.granularity == "neuron":
-            yield from self._neuron_problems()
-        else:
-            yield from self._weight_problems()
-
-    def _neuron_problems(self) -> Iterator[str]:
-        if not self.neurons:
-            yield "it has no neurons"
-        if self.num_neurons != len(self.neurons):
-            yield f"num_neurons={self.num_neurons}, but {len(self.neurons)} neurons are listed"
-        if len({(neuron.layer, neuron.index) for neuron in self.neurons}) < len(self.neurons):
-            yield "a neuron is listed twice"
-        for neuron in self.neurons:
-            if not 0 <= neuron.index < self.shapes.get(neuron.layer, [math.inf])[0]:
-                yield f"neuron {neuron.index} of {neuron.layer} is out of range"
-
-    def _weight_problems(self) -> Iterator[str]:
-        if self.neurons:
-            yield "a weight plan lists neurons"
-        if self.edit == "mean":
-            yield "edit=mean is for neurons"
-        if not self.weights or self.num_weights != sum(map(len, self.weights.values())):
-            yield f"num_weights={self.num_weights}, but {sum(map(len, self.weights.values()))} indices lie beside it"
-        for layer, indices in self.weights.items():
-            if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not len(indices):
+        if not isinstance(self.settings.get("edit", {}), dict):
+            yield f"the edit's arguments are {self.settings['edit']!r}"
+        if not self.entries:
+            yield "it has no neurons listed, and no weights' indices lie beside it"
+        for layer, entries in self.entries.items():
+            index = entries.index
+            if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not len(index):
                 yield f"the indices of layer {layer} are not a list of integers"
-            elif indices[0] < 0 or indices[-1] >= math.prod(self.shapes.get(layer, [math.inf])):
-                yield f"a weight of {layer} is out of range"
-            elif not (indices[1:] > indices[:-1]).all():
+                continue
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= math.prod(self.shapes.get(layer, [math.inf])):
+                yield f"{self.granularity} {low if low < 0 else high} of {layer} is out of range"
+            if entries.rank is None and not (index[1:] > index[:-1]).all():
                 yield f"the indices of layer {layer} are not in ascending order"
+            if entries.rank is not None and len(index.unique()) < len(index):
+                yield f"a {self.granularity} of {layer} is listed twice"
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +416,7 @@ def _neuron(entry: Any, where: str | Path) -> PlannedNeuron:
     wanted = {item.name: item.type for item in fields(PlannedNeuron)}
     fits = isinstance(entry, dict) and {"layer", "index"} <= set(entry) <= set(wanted)
     if not fits or not all(_is_of(value, wanted[key]) for key, value in entry.items()):
-        raise InputError(f"{where}: {entry!r} is not a neuron (layer, index, score); make the plan again")
+        raise InputError(f"{where}: {entry!r} is not a neuron (layer, index, score, factor); make the plan again")
     return PlannedNeuron(**entry)
 
 

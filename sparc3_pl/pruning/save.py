@@ -6,15 +6,18 @@ import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.components import Neuron
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import MLP, mlps, swapped, weight_matrix
 from sparc3_pl.files import FolderKind, new_folder, strict_json, write_text, writing
-from sparc3_pl.pruning.edit import check_plan, pruned
+from sparc3_pl.pruning.edit import planned_changes, pruned
+from sparc3_pl.pruning.edits import Mean, Zero
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ff
 # memory has rotary frequencies of 16 bit, which the reloaded one has in full.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _TOLERANCE_16_BIT = 0.03
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,26 @@ class SavedModel:
         max_difference: Largest difference between the logits of the reloaded model and of the pruned one in memory.
         parameters: Number of parameters before and after.
         bytes: Their size before and after.
+        done: What was done to the chosen: ``neurons zeroed``.
     """
 
     folder: Path
     max_difference: float
     parameters: tuple[int, int]
     bytes: tuple[int, int]
+    done: str
+
+    @property
+    def effect(self) -> str:
+        """What became of the model, in words."""
+        if self.parameters[0] == self.parameters[1]:
+            return f"same size: {self.done}"
+        return "smaller: the neurons are removed from the matrices"
 
     def __str__(self) -> str:
         (before, after), (old, new) = self.parameters, self.bytes
         if before == after:
-            size = f"same size: rows zeroed ({after:,} parameters, {new / 2**20:,.1f} MiB)"
+            size = f"{self.effect} ({after:,} parameters, {new / 2**20:,.1f} MiB)"
         else:
             size = f"smaller: {before:,} -> {after:,} parameters, {old / 2**20:,.1f} -> {new / 2**20:,.1f} MiB"
         checked = f"reloaded and compared: largest difference of a logit {self.max_difference:.2g}"
@@ -117,7 +130,7 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     Raises:
         InputError: if the plan does not fit the model, or the architecture does not permit it.
     """
-    check_plan(model, plan)
+    planned_changes(model, plan)
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
     key = _width_key(model.config, width)
@@ -132,17 +145,17 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
 
 def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
-    if plan.granularity != "neuron" or plan.edit == "scale":
+    if not isinstance(plan.load_component(), Neuron) or not isinstance(plan.load_edit(), Zero | Mean):
         raise InputError(
-            f"shrink removes whole neurons, but the plan is for {plan.granularity}s with edit={plan.edit}; "
-            "use zero or mean"
+            f"shrink removes whole neurons, but the plan is for {plan.unit} with edit={plan.edit}; use zero or mean"
         )
-    by_layer, blocks = plan.by_layer(), mlps(model)
-    if strange := set(by_layer) - {mlp.up for mlp in blocks}:
+    blocks = mlps(model)
+    if strange := set(plan.entries) - {mlp.up for mlp in blocks}:
         raise InputError(
             f"shrink removes MLP neurons, but the plan names {sorted(strange)[0]}; plan up-projections only"
         )
-    removed = {mlp.up: {i % mlp.width for i in by_layer.get(mlp.up, [])} for mlp in blocks}
+    chosen = {layer: entries.index for layer, entries in plan.entries.items()}
+    removed = {mlp.up: set((chosen.get(mlp.up, _NONE) % mlp.width).tolist()) for mlp in blocks}
     widths = {mlp.width - len(removed[mlp.up]) for mlp in blocks}
     if len(widths) > 1 or len({mlp.width for mlp in blocks}) > 1:
         counts = sorted({len(gone) for gone in removed.values()})
@@ -221,7 +234,8 @@ def _save(
                 tokenizer.save_pretrained(temporary)
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
-        result = SavedModel(Path(folder), difference, (before, after), (old, new))
+        done = f"{plan.unit} {plan.load_edit().participle()}"
+        result = SavedModel(Path(folder), difference, (before, after), (old, new), done)
         write_text(temporary / "README.md", _model_card(model, plan, result))
         listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
         write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")
@@ -282,53 +296,37 @@ def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -
     """README.md: what was removed from what, on what evidence, and how to check it."""
     base = str(plan.model.get("pretrained"))
     name = base if not Path(base).exists() else Path(base).name  # a path says nothing to anyone else
-    hub = f"base_model: {name}\n" if "/" in name else ""
-    unit, count = ("neurons", plan.num_neurons) if plan.granularity == "neuron" else ("weights", plan.num_weights)
-    share = f" of {plan.num_candidates:,} scored" if plan.num_candidates else ""
-    how = f"`{plan.edit}`" + (f" (alpha {plan.alpha})" if plan.edit == "scale" else "")
-    same = result.parameters[0] == result.parameters[1]
-    size = "Same size: rows zeroed." if same else "Smaller: the neurons are removed from the matrices."
-    warned = "".join(f"\n- Warning: {text}" for text in plan.warnings)
-    versions = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
-    command = re.sub(
-        r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command
-    )  # a card is published: no folders of this machine
-    layers = "\n".join(f"| `{layer}` | {number} |" for layer, number in plan.counts().items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{hub}tags:
-- pruned
-- sparc3
----
-
-# {Path(name).stem if name.endswith(".gguf") else name.rsplit("/")[-1]}, pruned
-
-{count:,} {unit}{share} were edited ({how}) in `{name}` ({type(model).__name__}), chosen by attribution
-(SparC3, arXiv 2506.13727). {size} {result.parameters[1]:,} parameters. It loads with
-`AutoModelForCausalLM.from_pretrained`.
-
-## Provenance
-
-- Base model: `{name}`, revision `{plan.model.get("revision")}`, weights `{plan.fingerprint}`
-- Contrast: `{plan.contrast}`; control: `{plan.control}`; settings: `{plan.settings}`
-- General scores: {_told(plan, "general")}
-- Behaviour scores: {_told(plan, "behaviour")}
-- Made {plan.created} by `{command}`
-- Versions: {versions}{warned}
-
-`plan.json` lists what was edited. Loaded again, this folder gave the logits of the pruned model in memory (largest
-difference {result.max_difference:.2g}).
-
-| layer | {unit} |
-|---|---|
-{layers}
-
-The base model's licence applies. What the edit did to behaviour and quality was not measured here: evaluate before use.
-"""
+    size = result.effect[:1].upper() + result.effect[1:]
+    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    card = template.substitute(
+        hub=f"base_model: {name}\n" if "/" in name else "",
+        title=Path(name).stem if name.endswith(".gguf") else name.rsplit("/")[-1],
+        count=f"{sum(plan.counts().values()):,}",
+        unit=plan.unit,
+        share=f" of {plan.num_candidates:,} scored" if plan.num_candidates else "",
+        how=f"`{plan.edit}`" + ("" if plan.alpha is None else f" (alpha {plan.alpha})"),
+        name=name,
+        architecture=type(model).__name__,
+        size=size,
+        parameters=f"{result.parameters[1]:,}",
+        revision=plan.model.get("revision"),
+        fingerprint=plan.fingerprint,
+        contrast=plan.contrast,
+        control=plan.control,
+        settings=plan.settings,
+        general=_scores_told(plan, "general"),
+        behaviour=_scores_told(plan, "behaviour"),
+        created=plan.created,
+        command=re.sub(r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command),  # no folders of this machine are published
+        versions=", ".join(f"{package} {version}" for package, version in plan.versions.items()),
+        warnings="".join(f"\n- Warning: {text}" for text in plan.warnings),
+        difference=f"{result.max_difference:.2g}",
+        layers="\n".join(f"| `{layer}` | {number} |" for layer, number in plan.counts().items()),
+    )
+    return card.encode("utf-8", "backslashreplace").decode()  # bytes of a path that are not UTF-8
 
 
-def _told(plan: PrunePlan, side: str) -> str:
+def _scores_told(plan: PrunePlan, side: str) -> str:
     told = [
         f"`{s['name']}` ({s['method']}, {s['num_samples']} samples of {s['source']}, sha256 {s['sha256'][:12]})"
         for s in plan.scores.get(side, [])

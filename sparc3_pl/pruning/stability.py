@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_pl.pruning.contrast import average_ranks
+from sparc3_pl.pruning.contrast import Side, Vector, contrast, protected
+from sparc3_pl.pruning.selection import select_lowest
 
 __all__ = [
     "Choice",
@@ -30,7 +31,7 @@ __all__ = [
     "null_against_null",
     "null_against_selection",
     "overlap_of",
-    "share_of_strongest",
+    "positions",
     "split_half_overlaps",
 ]
 
@@ -45,11 +46,11 @@ class Unit:
 
     Attributes:
         scores: ``[n]``, all neurons of the model.
-        num_samples: How many samples they are the mean of.
+        weight: Their share in the mean of all units of a side, whatever the scale.
     """
 
     scores: Tensor
-    num_samples: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,27 @@ class Choice:
     protect: float = 0.0
 
 
-def mean_scores_of(units: Sequence[Unit]) -> Tensor:
-    """The mean over the samples of all ``units``, ``[n]`` float64."""
-    total = sum(unit.num_samples for unit in units)
-    return torch.stack([unit.scores.double() * (unit.num_samples / total) for unit in units]).sum(0)
+def mean_scores_of(units: Sequence[Unit]) -> Vector:
+    """The weighted mean of ``units``, summed in float64 and kept in float32, as the mean of score folders is."""
+    total = sum(unit.weight for unit in units)
+    return Vector(torch.stack([unit.scores.double() * (unit.weight / total) for unit in units]).sum(0).float())
 
 
-def chosen(general: Tensor, behaviour: Tensor, choice: Choice) -> Tensor:
-    """Positions of the chosen neurons, ``[num_neurons]``; equal contrasts by position."""
-    if choice.kind == "rank":
-        contrast = average_ranks(general) - average_ranks(behaviour)
-    elif choice.kind == "normalized":
-        contrast = general / general.abs().sum() - behaviour / behaviour.abs().sum()
-    else:
-        contrast = general - behaviour
-    if choice.protect:
-        strongest = general.abs().argsort(descending=True, stable=True)[: max(1, round(choice.protect * len(general)))]
-        contrast = contrast.index_fill(0, strongest, torch.inf)
-    return contrast.argsort(stable=True)[: choice.num_neurons]
+def chosen(general: Side, behaviour: Side, choice: Choice) -> dict[str, Tensor]:
+    """Indices of the neurons that ``prune`` would choose, ascending, by layer."""
+    values = protected(contrast(choice.kind, general, behaviour), general, choice.protect)
+    return {layer: index for layer, (index, _) in select_lowest(values, choice.num_neurons).items()}
+
+
+def positions(selection: dict[str, Tensor], side: Side) -> Tensor:
+    """The selected indices as positions in the scores of all layers of ``side``, one after the other."""
+    parts, before = [], 0
+    for layer in side.layers:
+        start, stop = side.span(layer)
+        if layer in selection:
+            parts.append(selection[layer] - start + before)
+        before += stop - start
+    return torch.cat(parts)
 
 
 def overlap_of(one: Tensor, other: Tensor) -> float:
@@ -92,10 +96,10 @@ def overlap_of(one: Tensor, other: Tensor) -> float:
     return float(torch.isin(one, other).float().mean())
 
 
-def share_of_strongest(selection: Tensor, general: Tensor, share: float) -> float:
-    """How much of a selection lies in the ``share`` of neurons that are strongest on general text."""
-    strongest = general.abs().argsort(descending=True, stable=True)[: max(1, round(share * len(general)))]
-    return overlap_of(selection, strongest)
+def _select(general: Sequence[Unit], behaviour: Sequence[Unit], choice: Choice) -> Tensor:
+    """Positions of the neurons chosen by the scores of some units."""
+    sides = mean_scores_of(general), mean_scores_of(behaviour)
+    return positions(chosen(*sides, choice), sides[0])
 
 
 def split_half_overlaps(
@@ -114,36 +118,27 @@ def split_half_overlaps(
         choice: How to choose.
         size: Behaviour units of a half, to see what fewer samples would give; of general text the same share.
         most: Ways to halve at most.
-        seed: Of the halving.
+        seed: Seed for the halves.
     """
     largest = len(behaviour) // 2
     size = largest if size is None else size
     general_size = max(1, round(len(general) // 2 * size / max(1, largest)))
     ways = zip(_parts(general, 2, general_size, most, seed), _parts(behaviour, 2, size, most, seed + 1), strict=False)
-    return [
-        overlap_of(*(chosen(mean_scores_of(g), mean_scores_of(b), choice) for g, b in zip(*sides, strict=True)))
-        for sides in ways
-    ]
+    return [overlap_of(*(_select(g, b, choice) for g, b in zip(*sides, strict=True))) for sides in ways]
 
 
 def null_against_null(general: Sequence[Unit], choice: Choice, most: int = 20, seed: int = 0) -> list[float]:
     """Overlaps of two null selections from four disjoint parts of general text; empty for fewer than four units."""
-    found = []
-    for parts in _parts(general, 4, len(general) // 4, most, seed):
-        a, b, c, d = map(mean_scores_of, parts)
-        found.append(overlap_of(chosen(a, b, choice), chosen(c, d, choice)))
-    return found
+    ways = _parts(general, 4, len(general) // 4, most, seed)
+    return [overlap_of(_select(a, b, choice), _select(c, d, choice)) for a, b, c, d in ways]
 
 
 def null_against_selection(
     general: Sequence[Unit], selection: Tensor, choice: Choice, most: int = 20, seed: int = 0
 ) -> list[float]:
-    """Overlaps of a selection with null selections, from halves of general text in either order."""
-    found = []
-    for parts in _parts(general, 2, len(general) // 2, most, seed):
-        a, b = map(mean_scores_of, parts)
-        found += [overlap_of(selection, chosen(*sides, choice)) for sides in ((a, b), (b, a))]
-    return found
+    """Overlaps of a selection (positions) with null selections, from halves of general text in either order."""
+    ways = _parts(general, 2, len(general) // 2, most, seed)
+    return [overlap_of(selection, _select(*sides, choice)) for a, b in ways for sides in ((a, b), (b, a))]
 
 
 def _parts(units: Sequence[Unit], count: int, size: int, most: int, seed: int) -> Iterator[list[list[Unit]]]:

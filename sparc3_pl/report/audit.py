@@ -9,14 +9,13 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparc3_pl.agreement import jaccard, rank_correlation, spread_positions
+from sparc3_pl.agreement import jaccard, rank_correlation
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import strict_json
 from sparc3_pl.pruning.contrast import Scores, strongest
-from sparc3_pl.pruning.selection import select_lowest
+from sparc3_pl.pruning.selection import sample, select_lowest
 from sparc3_pl.report.architecture import check_architecture
 from sparc3_pl.report.document import number, percent
 from sparc3_pl.report.publish import as_json, check_places, publish
@@ -426,13 +425,7 @@ def _pairs(group: dict[str, ScoreFolder]) -> list[Pair]:
 
 def drawn_scores(scores: Scores, most: int = MOST_RANKED) -> Tensor:
     """All scores as one vector, or ``most`` of them at positions that depend on their number only."""
-    positions = spread_positions(scores.count, most)
-    parts, start = [], 0
-    for _, _, values in scores():
-        first, last = torch.searchsorted(positions, torch.tensor([start, start + len(values)])).tolist()
-        parts.append(values[positions[first:last] - start])
-        start += len(values)
-    return torch.cat(parts)
+    return sample(scores, scores.count, most)
 
 
 def _strongest(scores: Scores, most: int) -> list[tuple[str, int]]:

@@ -6,23 +6,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparc3_pl.agreement import rank_correlation
 from sparc3_pl.errors import InputError
-from sparc3_pl.pruning.contrast import Scores, format_warnings, welch_t
-from sparc3_pl.pruning.selection import collect
+from sparc3_pl.pruning.contrast import Scores, format_warnings, share_of_strongest
+from sparc3_pl.pruning.contrast import contrast as contrast_of
 from sparc3_pl.pruning.stability import (
     Choice,
     Unit,
     WeighedContrast,
     chosen,
-    mean_scores_of,
     null_against_null,
     null_against_selection,
-    share_of_strongest,
+    positions,
     split_half_overlaps,
 )
 from sparc3_pl.report.document import Block, Checks, Picture, Section, Table, Text, count, number, percent
@@ -30,9 +30,8 @@ from sparc3_pl.report.publish import as_json, check_places, publish
 from sparc3_pl.scores import ScoreFolder, require_comparable
 from sparc3_pl.verdicts import Check, Status, grade, worst
 
-__all__ = ["Evidence", "Stability", "evidence", "evidence_sections", "weigh"]
+__all__ = ["Evidence", "Significance", "Stability", "Strongest", "evidence", "evidence_sections", "weigh"]
 
-TOP_SHARES = (0.01, 0.05)
 STRONG_WARN, STRONG_FAIL = 0.2, 0.5
 """Share of the selection among the 5 % that general text uses most (by chance 5 %). Half of it there is the failure
 that raised a published experiment's perplexity 139-fold."""
@@ -48,6 +47,32 @@ EACH_WARN, EACH_FAIL = 0.8, 0.5
 """Share of the selection whose own t-statistic reaches it."""
 _MORE = "score with more samples"
 _GROUPS = "score with model.groups: 8"
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """How much of a selection is among the neurons that general text uses most.
+
+    Attributes:
+        top_1: Share of the selection among the strongest 1 %.
+        top_5: Share of the selection among the strongest 5 %.
+    """
+
+    top_1: float
+    top_5: float
+
+
+@dataclass(frozen=True)
+class Significance:
+    """The selected neurons' own t-statistics, negative where the behaviour uses a neuron more.
+
+    Attributes:
+        median: Their median.
+        share: Share of the selection at or below -``SIGNIFICANT``.
+    """
+
+    median: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -82,10 +107,9 @@ class Evidence:
         totals: Total relevance on general and on the behaviour's samples.
         total_t: Welch's t of the two totals over samples; None if the samples' totals are not known.
         correlation: Rank correlation of the contrast with general relevance: near -1, the contrast is mere strength.
-        strongest: By share, how much of the selection is among the general set's strongest.
+        strongest: How much of the selection is among the general set's strongest.
         relevance_share: Share of all general relevance that the selection holds.
-        t: Of the selected neurons' t-statistics: the median, and the share at or below -``SIGNIFICANT``; None without
-            squares.
+        t: The selected neurons' t-statistics; None without squares.
         stability: Split halves and null.
         checks: The verdicts.
     """
@@ -96,9 +120,9 @@ class Evidence:
     totals: tuple[float, float]
     total_t: float | None
     correlation: float
-    strongest: dict[str, float]
+    strongest: Strongest
     relevance_share: float
-    t: tuple[float, float] | None
+    t: Significance | None
     stability: Stability
     checks: tuple[Check, ...]
 
@@ -106,6 +130,12 @@ class Evidence:
     def verdict(self) -> Status:
         """The worst of all checks."""
         return worst(self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file holds it."""
+        strongest = {"0.01": self.strongest.top_1, "0.05": self.strongest.top_5}
+        t = None if self.t is None else [self.t.median, self.t.share]
+        return {"verdict": self.verdict} | asdict(self) | {"strongest": strongest, "t": t}
 
 
 def evidence(
@@ -127,13 +157,13 @@ def evidence(
     for t-statistics.
 
     Args:
-        general: Score folders of general text, one a seed.
-        behaviour: Score folders of the behaviour's samples, one a seed.
+        general: Score folders of general text, one per seed.
+        behaviour: Score folders of the behaviour's samples, one per seed.
         num_neurons: How many neurons prune would choose.
         contrast: By which contrast.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.
-        seed: Of the ways to halve the samples.
+        seed: Seed for the split halves.
         output: JSON file for the result.
         html: HTML page for the result.
         overwrite: Replace earlier files at output and html.
@@ -144,12 +174,12 @@ def evidence(
     check_places("evidence", output, html, overwrite)
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     require_comparable([folder for side in sides for folder in side])
-    found = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)
-    json = as_json("evidence", {"verdict": found.verdict, **asdict(found)})
-    sections = evidence_sections(found)
+    result = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)
+    json = as_json("evidence", result.to_json())
+    sections = evidence_sections(result)
     title = "Evidence before pruning"
-    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=found.verdict)
-    return found
+    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=result.verdict)
+    return result
 
 
 def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) -> Evidence:
@@ -158,19 +188,19 @@ def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) 
     Raises:
         InputError: if the scores are of weights, or there are fewer neurons than to be chosen.
     """
-    if general.granularity != "neuron":
+    if general.holds_weights:
         raise InputError("evidence is for neuron scores; for weight scores see the warnings of prune")
     if not 0 < choice.num_neurons < general.count:
         raise InputError(f"num_neurons={choice.num_neurons}: give 1 or more, less than the {general.count} scored")
-    units = [_units(side) for side in (general, behaviour)]
-    g, b = map(mean_scores_of, units)
-    selection = chosen(g, b, choice)
-    strongest = {f"{share:g}": share_of_strongest(selection, g, share) for share in TOP_SHARES}
+    by_layer = chosen(general, behaviour, choice)
+    selection = positions(by_layer, general)
+    g, b = (torch.cat([block.values.double() for block in side()]) for side in (general, behaviour))
+    strongest = Strongest(*(share_of_strongest(by_layer, general, share) for share in (0.01, 0.05)))
     totals = (float(g.sum()), float(b.sum()))
     t = _t_of(general, behaviour, selection)
-    stability = _stability(*units, selection, choice, seed)
+    stability = _stability(general, behaviour, selection, choice, seed)
     checks = (
-        _strong_check(strongest, choice),
+        _strong_check(strongest),
         _total_check(totals, choice),
         *_format_checks(general.folders, behaviour.folders),
         _t_check(t),
@@ -192,17 +222,19 @@ def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) 
 
 
 def _units(scores: Scores) -> list[Unit]:
-    """The groups of samples of every folder, or the folders where those were not stored."""
-    return [unit for folder in scores.folders for unit in _units_of(folder, scores)]
+    """The groups of samples of every folder, or the folders where those were not stored.
 
-
-def _units_of(folder: ScoreFolder, scores: Scores) -> list[Unit]:
-    spans = {layer: slice(*scores.span(layer)) for layer in scores.layers}
-    if not folder.manifest.groups:
-        values = torch.cat([folder.load(layer)[rows] for layer, rows in spans.items()])
-        return [Unit(values, max(1, folder.manifest.num_samples))]
-    groups = torch.cat([folder.load_groups(layer)[:, rows] for layer, rows in spans.items()], dim=1)
-    return [Unit(values, size) for values, size in zip(groups, folder.manifest.group_sizes, strict=True) if size]
+    Each folder weighs the same, and its groups as they have samples: the mean of all units is that of ``scores``.
+    """
+    spans, units = {layer: slice(*scores.span(layer)) for layer in scores.layers}, []
+    for folder in scores.folders:
+        if not folder.manifest.groups:
+            units.append(Unit(torch.cat([folder.load(layer)[rows] for layer, rows in spans.items()]), 1.0))
+            continue
+        groups = torch.cat([folder.load_groups(layer)[:, rows] for layer, rows in spans.items()], dim=1)
+        sizes = folder.manifest.group_sizes
+        units += [Unit(values, n / sum(sizes)) for values, n in zip(groups, sizes, strict=True) if n]
+    return units
 
 
 def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> float | None:
@@ -217,51 +249,40 @@ def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -
     return (fmean(sides[0]) - fmean(sides[1])) / error if error else None
 
 
-def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> tuple[float, float] | None:
-    """Median t of the selection, and the share of it that is significant; None without squares."""
+def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance | None:
+    """The t-statistics of the selection; None without squares."""
     folders = (*general.folders, *behaviour.folders)
     if not all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in folders):
         return None
-    parts = []
-    for (layer, start, g), (_, _, b) in zip(_whole_layers(general), _whole_layers(behaviour), strict=True):
-        error = (general.squared_error(layer) + behaviour.squared_error(layer))[start : start + len(g)]
-        parts.append(welch_t(g.double() - b.double(), error))
-    t = torch.cat(parts)[selection]
-    return float(t.median()), float((t <= -SIGNIFICANT).double().mean())
+    t = torch.cat([block.values for block in contrast_of("t", general, behaviour)()])[selection].double()
+    return Significance(float(t.median()), float((t <= -SIGNIFICANT).double().mean()))
 
 
-def _whole_layers(scores: Scores) -> Iterator[tuple[str, int, Tensor]]:
-    """Each layer's neurons at once."""
-    return ((layer, start, values) for layer, (start, values) in collect(scores).items())
-
-
-def _stability(
-    general: Sequence[Unit], behaviour: Sequence[Unit], selection: Tensor, choice: Choice, seed: int
-) -> Stability:
-    sizes = range(1, len(behaviour) // 2 + 1) if len(general) > 1 else ()
-    each = sum(unit.num_samples for unit in behaviour) / len(behaviour)
-    overlaps = [split_half_overlaps(general, behaviour, choice, size, seed=seed) for size in sizes]
-    null = null_against_null(general, choice, seed=seed)
-    mixed = null_against_selection(general, selection, choice, seed=seed)
+def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Choice, seed: int) -> Stability:
+    units, used = _units(general), _units(behaviour)
+    sizes = range(1, len(used) // 2 + 1) if len(units) > 1 else ()
+    each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(used)
+    overlaps = [split_half_overlaps(units, used, choice, size, seed=seed) for size in sizes]
+    null = null_against_null(units, choice, seed=seed)
+    mixed = null_against_selection(units, selection, choice, seed=seed)
     return Stability(
         samples=tuple(size * each for size in sizes),
         halves=tuple(map(fmean, overlaps)),
         spread=stdev(overlaps[-1]) if overlaps and len(overlaps[-1]) > 1 else None,
         null=fmean(null) if null else None,
         null_with_selection=fmean(mixed) if mixed else None,
-        chance=choice.num_neurons / len(general[0].scores),
+        chance=choice.num_neurons / general.count,
     )
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def _strong_check(strongest: dict[str, float], choice: Choice) -> Check:
-    share = strongest["0.05"]
-    status = grade(share, STRONG_WARN, STRONG_FAIL)
+def _strong_check(strongest: Strongest) -> Check:
+    status = grade(strongest.top_5, STRONG_WARN, STRONG_FAIL)
     text = (
-        f"{percent(share, 0)} of the selection are among the 5 % that general text uses most, "
-        f"{percent(strongest['0.01'], 0)} among the 1 % (chance: 5 and 1 %)"
+        f"{percent(strongest.top_5, 0)} of the selection are among the 5 % that general text uses most, "
+        f"{percent(strongest.top_1, 0)} among the 1 % (chance: 5 and 1 %)"
     )
     advice = "" if status == "pass" else "; the edit would harm the model: give protect=0.05, or contrast=rank"
     return Check("strongest neurons", status, text + advice)
@@ -276,81 +297,81 @@ def _total_check(totals: tuple[float, float], choice: Choice) -> Check:
 
 
 def _format_checks(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> list[Check]:
-    found = format_warnings(general, behaviour)
-    return [Check("format", "warn", text) for text in found] or [
+    result = format_warnings(general, behaviour)
+    return [Check("format", "warn", text) for text in result] or [
         Check("format", "pass", "samples of both sides are of like length and ending")
     ]
 
 
-def _t_check(t: tuple[float, float] | None) -> Check:
+def _t_check(t: Significance | None) -> Check:
     name = "each neuron's t"
     if t is None:
         return Check(name, "warn", "not measured: score with model.squares: true and two or more samples")
-    status = grade(t[1], EACH_WARN, EACH_FAIL)
-    text = f"{percent(t[1], 0)} of the selection have t <= -{SIGNIFICANT:g}, the median is {t[0]:.1f}"
+    status = grade(t.share, EACH_WARN, EACH_FAIL)
+    text = f"{percent(t.share, 0)} of the selection have t <= -{SIGNIFICANT:g}, the median is {t.median:.1f}"
     return Check(name, status, text if status == "pass" else f"{text}; {_MORE}, or choose by contrast=t")
 
 
-def _stability_checks(found: Stability) -> Iterator[Check]:
-    if not found.halves:
+def _stability_checks(result: Stability) -> Iterator[Check]:
+    if not result.halves:
         yield Check("split halves", "warn", f"not measured: {_GROUPS}, or give two folders a side")
     else:
-        status = grade(found.halves[-1], STABLE_WARN, STABLE_FAIL)
-        text = f"{percent(found.halves[-1], 0)} of a selection are found again in the other half of the samples"
+        status = grade(result.halves[-1], STABLE_WARN, STABLE_FAIL)
+        text = f"{percent(result.halves[-1], 0)} of a selection are found again in the other half of the samples"
         yield Check("split halves", status, text if status == "pass" else f"{text}; {_MORE}")
-    if found.null is None:
+    if result.null is None:
         yield Check("null contrast", "warn", f"not measured: {_GROUPS}, or give four general folders")
-    elif found.halves:
-        margin = found.halves[-1] - found.null
+    elif result.halves:
+        margin = result.halves[-1] - result.null
         status = grade(margin, MARGIN_WARN, MARGIN_FAIL)
-        text = f"two null selections (general against general) share {percent(found.null, 0)}, {100 * margin:.0f} less"
+        text = f"two null selections (general against general) share {percent(result.null, 0)}, {100 * margin:.0f} less"
         text = f"{text} than two of the behaviour"
         yield Check("null contrast", status, text if status == "pass" else f"{text}; {_MORE}, or another contrast")
-    if found.null_with_selection is not None:
-        share = found.null_with_selection
+    if result.null_with_selection is not None:
+        share = result.null_with_selection
         status = grade(share, 0.2, 0.5)
-        text = (
-            f"a null contrast would choose {percent(share, 0)} of the selection too (chance {percent(found.chance, 1)})"
-        )
+        chance = percent(result.chance, 1)
+        text = f"a null contrast would choose {percent(share, 0)} of the selection too (chance {chance})"
         yield Check("selection against null", status, text)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def evidence_sections(found: Evidence) -> list[Section]:
+def evidence_sections(result: Evidence) -> list[Section]:
     """Figures of the contrast, stability, verdicts."""
-    general, behaviour = found.totals
+    general, behaviour = result.totals
     rows = [
-        ("neurons to choose", f"{count(found.num_neurons)} of {count(found.num_candidates)}"),
+        ("neurons to choose", f"{count(result.num_neurons)} of {count(result.num_candidates)}"),
         ("total relevance, general text", number(general, 6)),
         ("total relevance, behaviour", number(behaviour, 6)),
-        ("t of the totals", number(found.total_t, 3)),
-        ("rank correlation of the difference with general relevance", number(found.correlation, 3)),
-        *((f"of the selection, in the strongest {100 * float(s):g} %", percent(v)) for s, v in found.strongest.items()),
-        ("general relevance that the selection holds", percent(found.relevance_share, 2)),
-        ("median t of the selection", number(found.t and found.t[0], 3)),
+        ("t of the totals", number(result.total_t, 3)),
+        ("rank correlation of the difference with general relevance", number(result.correlation, 3)),
+        ("share of the selection in the strongest 1 %", percent(result.strongest.top_1)),
+        ("share of the selection in the strongest 5 %", percent(result.strongest.top_5)),
+        ("general relevance that the selection holds", percent(result.relevance_share, 2)),
+        ("median t of the selection", number(None if result.t is None else result.t.median, 3)),
     ]
-    sections = [Section("Contrast", (Table.of(("", found.contrast), rows),))]
-    stability = tuple(_stability_blocks(found.stability))
+    sections = [Section("Contrast", (Table.of(("", result.contrast), rows),))]
+    stability = tuple(_stability_blocks(result.stability))
     if stability:
         sections.append(Section("Stability of the selection", stability))
-    return [*sections, Section("Verdicts", (Checks(found.checks),))]
+    return [*sections, Section("Verdicts", (Checks(result.checks),))]
 
 
-def _stability_blocks(found: Stability) -> Iterator[Block]:
-    rows = [(f"{n:.0f} samples a half", percent(v)) for n, v in zip(found.samples, found.halves, strict=True)]
-    rows += [("two null selections", percent(found.null)), ("null and selection", percent(found.null_with_selection))]
-    rows += [("any two draws", percent(found.chance))]
+def _stability_blocks(result: Stability) -> Iterator[Block]:
+    rows = [(f"{n:.0f} samples a half", percent(v)) for n, v in zip(result.samples, result.halves, strict=True)]
+    rows += [("two null selections", percent(result.null)), ("null and selection", percent(result.null_with_selection))]
+    rows += [("any two draws", percent(result.chance))]
     yield Table.of(("selections from", "overlap"), rows)
-    if len(found.halves) > 1:
+    if len(result.halves) > 1:
         from sparc3_pl.report.figures import as_svg, curves
 
-        lines = {"two halves": found.halves, "chance": (found.chance,)}
-        lines |= {"null": (found.null,)} if found.null is not None else {}
-        figure = curves(found.samples, lines, "behaviour samples of one half", "overlap of two selections")
-        words = ", ".join(f"{percent(v, 0)} at {n:.0f}" for n, v in zip(found.samples, found.halves, strict=True))
-        alt = f"Overlap of selections from two halves, by samples of a half: {words}; null {percent(found.null, 0)}."
+        lines = {"two halves": result.halves, "chance": (result.chance,)}
+        lines |= {"null": (result.null,)} if result.null is not None else {}
+        figure = curves(result.samples, lines, "behaviour samples of one half", "overlap of two selections")
+        words = ", ".join(f"{percent(v, 0)} at {n:.0f}" for n, v in zip(result.samples, result.halves, strict=True))
+        alt = f"Overlap of selections from two halves, by samples of a half: {words}; null {percent(result.null, 0)}."
         yield Picture(as_svg(figure, "stability"), alt, "Where the curve still rises, more samples would help.")
-    elif not found.halves:
+    elif not result.halves:
         yield Text(f"To measure split halves, {_GROUPS}, or give two folders of unequal seeds a side.")

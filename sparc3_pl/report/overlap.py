@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sparc3_pl.agreement import jaccard, rank_correlation
 from sparc3_pl.errors import InputError
 from sparc3_pl.pruning.choose import make_plan
-from sparc3_pl.pruning.contrast import ContrastKind, Scores
+from sparc3_pl.pruning.contrast import Scores
 from sparc3_pl.pruning.contrast import contrast as contrast_of
 from sparc3_pl.pruning.intersections import (
     Ints,
@@ -28,6 +29,7 @@ from sparc3_pl.pruning.intersections import (
 )
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.pruning.selection import collect
+from sparc3_pl.registry import Spec
 from sparc3_pl.report.collect import distinct_names
 from sparc3_pl.report.document import Picture, Section, Table, Text, count, number, percent
 from sparc3_pl.report.effects import p_value
@@ -42,14 +44,14 @@ class Common:
     """What two or more selections have in common.
 
     Attributes:
-        names: Of the selections.
+        names: Names of the selections.
         common: Neurons that are in all of them.
         jaccard: Common neurons over those that are in any.
         expected: Common neurons of random selections matched by layer and general relevance; None without general
             scores.
         p_value: Chance that such selections have as many in common, by permutation; likewise.
-        expected_random: Common neurons of selections drawn from all neurons alike.
-        p_hypergeometric: The same chance for those; None for more than two.
+        expected_random: Common neurons of selections drawn from all neurons alike; None if their number is unknown.
+        p_hypergeometric: The same chance for those; None for more than two, likewise.
         correlation: Spearman's of the two contrasts; None unless both are given as scores.
         quadrants: Shares of neurons by the signs of the two contrasts; likewise.
     """
@@ -59,7 +61,7 @@ class Common:
     jaccard: float
     expected: float | None
     p_value: float | None
-    expected_random: float
+    expected_random: float | None
     p_hypergeometric: float | None
     correlation: float | None = None
     quadrants: dict[str, float] | None = None
@@ -71,7 +73,7 @@ class Overlap:
 
     Attributes:
         sizes: Name of a selection to its size.
-        num_candidates: Neurons that could be chosen.
+        num_candidates: Neurons that could be chosen; None if neither a plan nor general scores say how many.
         groups: Every two selections, and all together.
         exclusive: Names of selections, and the number of neurons in exactly these.
         num_permutations: Draws behind the p-values.
@@ -80,7 +82,7 @@ class Overlap:
     """
 
     sizes: dict[str, int]
-    num_candidates: int
+    num_candidates: int | None
     groups: tuple[Common, ...]
     exclusive: tuple[tuple[tuple[str, ...], int], ...]
     num_permutations: int
@@ -92,7 +94,7 @@ def overlap(
     folders: list[str],
     general: list[str] | None = None,
     num_neurons: int = 100,
-    contrast: ContrastKind = "difference",
+    contrast: str | dict[str, Any] = "difference",
     protect: float = 0.0,
     num_permutations: int = 1000,
     stratum: int = 20,
@@ -140,23 +142,23 @@ def overlap(
             plans[name] = PrunePlan.load(path)
     sides = Scores.of(base) if base else None
     options = {"num_permutations": num_permutations, "stratum": stratum, "seed": seed}
-    found = measure_overlap(plans, sides, contrasts, **options)
-    sections = overlap_sections(found)
-    json = as_json("overlap", asdict(found))
+    result = measure_overlap(plans, sides, contrasts, **options)
+    sections = overlap_sections(result)
+    json = as_json("overlap", asdict(result))
     publish("Overlap of selections", sections, json=json, output=output, html=html, overwrite=overwrite)
-    return found
+    return result
 
 
 def _from_scores(
-    path: Path, general: Sequence[ScoreFolder], num_neurons: int, kind: ContrastKind, protect: float
+    path: Path, general: Sequence[ScoreFolder], num_neurons: int, kind: Spec, protect: float
 ) -> tuple[PrunePlan, Tensor]:
     """The plan that ``prune`` would make of a behaviour's scores, and the contrast of all neurons, ``[n]``."""
     if not general:
         raise InputError(f"{path}: scores of a behaviour need general scores to be contrasted with; give --general DIR")
     behaviour = ScoreFolder.open(path)
     plan = make_plan(general, [behaviour], num_neurons=num_neurons, contrast=kind, protect=protect)
-    values = collect(contrast_of(kind, Scores.of(general), Scores.of([behaviour])))
-    return plan, torch.cat([part for _, part in values.values()])
+    values = contrast_of(kind, Scores.of(general), Scores.of([behaviour]))
+    return plan, torch.cat([block.values for block in values()])
 
 
 def measure_overlap(
@@ -183,7 +185,8 @@ def measure_overlap(
     """
     _check_plans(plans, general)
     sets = {name: {(n.layer, n.index) for n in plan.neurons} for name, plan in plans.items()}
-    total = general.count if general else min(plan.num_candidates or 0 for plan in plans.values())
+    known = [plan.num_candidates for plan in plans.values() if plan.num_candidates]
+    total = general.count if general else min(known) if len(known) == len(plans) else None
     groups = pairs_and_all(list(plans))
     null = _null(sets, general, groups, num_permutations, stratum, seed) if general else {}
     exclusive = exclusive_intersections(sets)
@@ -201,15 +204,22 @@ def measure_overlap(
 def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None:
     (first, one), *others = plans.items()
     for name, plan in plans.items():
-        if plan.granularity != "neuron":
+        if plan.weights:
             raise InputError(f"{name}: is a plan of weights; overlap compares neurons")
     for name, plan in others:
         if plan.fingerprint != one.fingerprint:
             raise InputError(f"{first} and {name} are plans for different models, whose neurons have nothing in common")
+        if plan.granularity != one.granularity:
+            raise InputError(
+                f"{first} is a plan of {one.granularity}s and {name} of {plan.granularity}s; compare plans of one kind"
+            )
     if general is None:
         return
-    if general.granularity != "neuron" or general.folders[0].manifest.model["fingerprint"] != one.fingerprint:
-        raise InputError(f"{general.folders[0].path}: not neuron scores of the plans' model; give the right --general")
+    scored = general.folders[0].manifest
+    if (scored.granularity, scored.model["fingerprint"]) != (one.granularity, one.fingerprint):
+        raise InputError(
+            f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
+        )
     missing = sorted({n.layer for plan in plans.values() for n in plan.neurons} - set(general.layers))
     if missing:
         raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those that it was made from")
@@ -225,10 +235,10 @@ def _null(
 ) -> dict[tuple[str, ...], tuple[float, list[int]]]:
     """For every group: the exact mean of matched draws, and the intersection sizes of the drawn ones."""
     layers = collect(general)
-    strata = strata_by_rank([values.abs().numpy() for _, values in layers.values()], stratum)
-    starts = dict(zip(layers, np.cumsum([0, *(len(v) for _, v in layers.values())]), strict=False))
+    strata = strata_by_rank([block.values.abs().numpy() for block in layers.values()], stratum)
+    starts = dict(zip(layers, np.cumsum([0, *(len(block.values) for block in layers.values())]), strict=False))
     positions: dict[str, Ints] = {
-        name: np.array([starts[layer] + index - layers[layer][0] for layer, index in sorted(members)])
+        name: np.array([starts[layer] + index - layers[layer].offset for layer, index in sorted(members)])
         for name, members in sets.items()
     }
     drawn: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
@@ -242,7 +252,7 @@ def _null(
 def _common(
     group: tuple[str, ...],
     sets: Mapping[str, set[tuple[str, int]]],
-    total: int,
+    total: int | None,
     null: tuple[float, list[int]] | None,
     contrasts: Mapping[str, Tensor],
 ) -> Common:
@@ -257,8 +267,8 @@ def _common(
         jaccard=jaccard(*members) if pair else common / len(set.union(*members)),
         expected=null and null[0],
         p_value=null and permutation_p(common, null[1]),
-        expected_random=total * float(np.prod([size / total for size in sizes])),
-        p_hypergeometric=hypergeometric_p(common, *sizes, total) if pair else None,
+        expected_random=None if total is None else total * float(np.prod([size / total for size in sizes])),
+        p_hypergeometric=hypergeometric_p(common, *sizes, total) if pair and total is not None else None,
         correlation=rank_correlation(*(contrasts[name] for name in group)) if known else None,
         quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if known else None,
     )
@@ -267,18 +277,19 @@ def _common(
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def overlap_sections(found: Overlap) -> list[Section]:
+def overlap_sections(result: Overlap) -> list[Section]:
     """Intersections, correlations of contrasts, the figure."""
-    sizes = ", ".join(f"{name} {size}" for name, size in found.sizes.items())
-    intro = Text(f"Chosen of {found.num_candidates:,} neurons: {sizes}.")
-    sections = [Section("Intersections", (intro, _intersections(found), _picture(found)))]
-    correlated = [group for group in found.groups if group.quadrants]
+    sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
+    of = "Chosen" if result.num_candidates is None else f"Chosen of {result.num_candidates:,} neurons"
+    intro = Text(f"{of}: {sizes}.")
+    sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
+    correlated = [group for group in result.groups if group.quadrants]
     if correlated:
         sections.append(Section("Contrasts", (_correlations(correlated),)))
     return sections
 
 
-def _intersections(found: Overlap) -> Table:
+def _intersections(result: Overlap) -> Table:
     rows = [
         (
             " & ".join(group.names),
@@ -289,14 +300,14 @@ def _intersections(found: Overlap) -> Table:
             number(group.expected_random, 3),
             "–" if group.p_hypergeometric is None else p_value(group.p_hypergeometric),
         )
-        for group in found.groups
+        for group in result.groups
     ]
     columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
     note = (
         f"Matched null: mean over random selections with the same number in every layer and general relevance (strata "
-        f"of {found.stratum}); p by {found.num_permutations:,} permutations. Blind null: any neuron is as likely."
+        f"of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: any neuron is as likely."
     )
-    return Table.of(columns, rows, note=note if found.groups[0].expected is not None else _NO_NULL)
+    return Table.of(columns, rows, note=note if result.groups[0].expected is not None else _NO_NULL)
 
 
 _NO_NULL = "Matched null: not measured, it needs --general. The blind null takes any neuron for as likely as any other."
@@ -317,11 +328,11 @@ def _correlations(groups: Sequence[Common]) -> Table:
     return Table.of(columns, rows, note=note)
 
 
-def _picture(found: Overlap) -> Picture:
+def _picture(result: Overlap) -> Picture:
     from sparc3_pl.report.figures import as_svg, upset
 
-    exclusive = {frozenset(names): size for names, size in found.exclusive}
-    largest = sorted(found.exclusive, key=lambda item: -item[1])[:8]
+    exclusive = {frozenset(names): size for names, size in result.exclusive}
+    largest = sorted(result.exclusive, key=lambda item: -item[1])[:8]
     words = "; ".join(f"{size} in {' and '.join(names)} only" for names, size in largest)
     caption = "Each column counts the neurons that are in exactly the selections marked below it."
-    return Picture(as_svg(upset(found.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)
+    return Picture(as_svg(upset(result.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)

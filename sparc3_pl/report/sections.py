@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
-from sparc3_pl.agreement import spread_positions
 from sparc3_pl.evaluation.compare import interval, p_value
 from sparc3_pl.provenance import redacted
-from sparc3_pl.pruning.contrast import Scores, contrast
-from sparc3_pl.pruning.selection import Passes
+from sparc3_pl.pruning.contrast import Scores, contrast, named_in_plan
+from sparc3_pl.pruning.selection import sample
 from sparc3_pl.pruning.stability import Choice, WeighedContrast
 from sparc3_pl.report.audit import Audit
 from sparc3_pl.report.audit_sections import audit_sections, verdicts
@@ -217,7 +215,7 @@ def _enough_samples(found: Found, spoken: Sequence[str]) -> Iterator[Section]:
         plan = entry.plan
         if not entry.is_complete or not entry.behaviour or plan.control:
             continue
-        if plan.granularity != "neuron" or plan.contrast not in get_args(WeighedContrast):
+        if plan.weights or plan.contrast not in get_args(WeighedContrast):
             continue
         sides = (Scores.of(side, plan.settings.get("layers")) for side in (entry.general, entry.behaviour))
         choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
@@ -270,7 +268,8 @@ def _distribution(name: str, entry: Plan, picture: str) -> Picture:
     sides = (Scores.of(entry.general, plan.settings.get("layers")), None)
     if entry.behaviour:
         sides = (sides[0], Scores.of(entry.behaviour, plan.settings.get("layers")))
-    values = _drawn(contrast(plan.contrast, *sides), sides[0].count)
+    passes = contrast(named_in_plan(plan.contrast, plan.settings), *sides)
+    values = sample(passes, sides[0].count, MOST_BINNED)
     scores = torch.tensor([n.score for n in plan.neurons if n.score is not None])
     chosen = scores if len(scores) else values[:0]
     figure = contrast_distribution(values.numpy(), chosen.numpy(), plan.contrast)
@@ -280,18 +279,6 @@ def _distribution(name: str, entry: Plan, picture: str) -> Picture:
     )
     alt += f"The {len(chosen)} chosen are at or below {number(float(chosen.max()))}." if len(chosen) else ""
     return Picture(as_svg(figure, picture), alt, f"Distribution of the contrast behind {name}.")
-
-
-def _drawn(passes: Passes, total: int) -> Tensor:
-    """The finite values of a contrast, or of a random draw of ``MOST_BINNED``."""
-    positions = spread_positions(total, MOST_BINNED)
-    parts, start = [], 0
-    for _, _, values in passes():
-        first, last = torch.searchsorted(positions, torch.tensor([start, start + len(values)])).tolist()
-        parts.append(values[positions[first:last] - start])
-        start += len(values)
-    drawn = torch.cat(parts)
-    return drawn[drawn.isfinite()]
 
 
 def _by_layer(shown: Mapping[str, Plan], picture: str) -> Picture:

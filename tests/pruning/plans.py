@@ -4,7 +4,7 @@ import torch
 
 from sparc3_pl.families import features, mlps
 from sparc3_pl.language_model import fingerprint
-from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan
+from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 
 
 def plan_for(model, neurons: list[tuple[str, int]] | None = None, per_layer: int = 3, **fields) -> PrunePlan:
@@ -17,9 +17,8 @@ def plan_for(model, neurons: list[tuple[str, int]] | None = None, per_layer: int
             for i in torch.randperm(mlp.width, generator=generator)[:per_layer].tolist()
         ]
     return PrunePlan(
-        neurons=[PlannedNeuron(layer, index, -1.0) for layer, index in neurons],
+        entries=entries_of([PlannedNeuron(layer, index, -1.0) for layer, index in neurons]),
         model={"pretrained": "demo", "revision": None, "fingerprint": fingerprint(model), "dtype": "float32"},
-        num_neurons=len(neurons),
         shapes={layer: [features(model.get_submodule(layer))[0]] for layer, _ in neurons},
         **fields,
     )
@@ -27,12 +26,10 @@ def plan_for(model, neurons: list[tuple[str, int]] | None = None, per_layer: int
 
 def weight_plan_for(model, layer: str, indices: list[int], **fields) -> PrunePlan:
     return PrunePlan(
-        neurons=[],
+        entries={layer: Entries(torch.tensor(indices, dtype=torch.int32))},
         granularity="weight",
         model={"pretrained": "demo", "fingerprint": fingerprint(model)},
-        num_weights=len(indices),
         shapes={layer: list(features(model.get_submodule(layer)))},
-        weights={layer: torch.tensor(indices, dtype=torch.int32)},
         **fields,
     )
 

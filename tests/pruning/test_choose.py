@@ -77,10 +77,10 @@ def test_protected_neurons_are_not_chosen(general, behaviour):
 
 
 def test_same_number_in_each_layer(general, behaviour):
-    plan = make_plan(general, behaviour, num_neurons=9, per_layer=True)
+    plan = make_plan(general, behaviour, num_neurons=9, scope="layer")
     assert plan.counts() == dict.fromkeys(LAYERS, 3)
     for layer in LAYERS:
-        assert plan.by_layer()[layer] == [i for name, i in expected_order() if name == layer][:3]
+        assert plan.entries[layer].index.tolist() == [i for name, i in expected_order() if name == layer][:3]
 
 
 def test_weight_plan(tmp_path):
@@ -91,6 +91,21 @@ def test_weight_plan(tmp_path):
     expected = sorted(np.argsort(values.numpy(), kind="stable")[:7].tolist())
     assert [LAYERS.index(layer) * 30 + i for layer, index in plan.weights.items() for i in index.tolist()] == expected
     assert (plan.num_weights, plan.num_neurons, plan.neurons) == (7, 0, [])
+    plan.check()
+
+
+@pytest.mark.parametrize("amount", [{"num_weights": 12}, {"share": 0.2}])
+def test_weights_compete_within_their_layer(tmp_path, amount):
+    """A share of layers of unlike width is a share of each."""
+    widths = dict(zip(LAYERS, (5, 5, 5) if "num_weights" in amount else (5, 9, 3), strict=True))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 3)]
+    sides = [{name: torch.rand(6, n, generator=generator) for name, n in widths.items()} for generator in generators]
+    general, behaviour = (write(tmp_path / name, scores) for name, scores in zip("gb", sides, strict=True))
+    plan = make_plan([general], [behaviour], scope="layer", **amount)
+    for layer, width in widths.items():
+        count = 4 if "num_weights" in amount else round(0.2 * 6 * width)
+        values = (sides[0][layer] - sides[1][layer]).flatten().numpy()
+        assert plan.weights[layer].tolist() == sorted(np.argsort(values, kind="stable")[:count].tolist())
     plan.check()
 
 
@@ -190,13 +205,13 @@ def test_shared_samples_are_flagged(tmp_path):
         ({"num_neurons": 3, "contrast": "best"}, "contrast='best' is unknown"),
         ({"num_neurons": 3, "control": "best"}, "control='best' is unknown"),
         ({"num_neurons": 3, "edit": "burn"}, "edit='burn' is unknown"),
-        ({"num_neurons": 3, "edit": "scale"}, "edit=scale with alpha=None"),
-        ({"num_neurons": 3, "alpha": 0.5}, "edit=zero with alpha=0.5"),
+        ({"num_neurons": 3, "edit": "scale"}, "edit=scale needs a finite alpha, but alpha=None"),
+        ({"num_neurons": 3, "scope": "row"}, "scope='row' is unknown; known are model, layer"),
         ({"num_neurons": 3, "protect": 1.0}, "protect=1.0 is not a share"),
         ({"num_neurons": 100, "protect": 0.5}, r"only 60 of 120 may be chosen \(protect=0.5\)"),
         ({"num_neurons": 3, "layers": ["y*"]}, "matches no scored layer"),
-        ({"num_neurons": 10, "per_layer": True}, "not the same number in each of 3 layers; e.g. 9 is"),
-        ({"num_neurons": 120, "per_layer": True}, "not the same number"),
+        ({"num_neurons": 10, "scope": "layer"}, "not the same number in each of 3 layers; e.g. 9 is"),
+        ({"num_neurons": 120, "scope": "layer"}, "not the same number"),
         ({"num_neurons": 60, "contrast": "set_difference"}, "only .* of 120 may be chosen .*top_behaviour=0.05"),
     ],
 )

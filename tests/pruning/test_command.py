@@ -62,7 +62,7 @@ def test_needs_no_model_for_a_plan(tmp_path, monkeypatch):
 
 def test_save_model(scored, tmp_path, capsys):
     result = prune(**scored, num_neurons=8, save_model=str(tmp_path / "pruned"), keep_values=True)
-    assert "same size: rows zeroed" in capsys.readouterr().out
+    assert "same size: neurons zeroed" in capsys.readouterr().out
     original = load_model(ModelSource(str(tmp_path / "model")))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     ids = tokens(2, 8)
@@ -145,6 +145,10 @@ def test_no_path_of_the_machine_in_the_plan_but_the_models(scored, tmp_path):
         ({"num_neurons": 4, "general": ["@/none"]}, "no such score folder"),
         ({"num_neurons": 4, "general": ["@"]}, "not a score folder"),
         ({"num_neurons": 4, "general": []}, "no score folder"),
+        ({"num_neurons": 4, "edit": "scale"}, "edit=scale with alpha=None"),
+        ({"num_neurons": 4, "alpha": 0.5}, "edit=zero with alpha=0.5"),
+        ({"num_neurons": 4, "edit": "scale", "alpha": float("inf")}, "needs a finite alpha, but alpha=inf"),
+        ({"num_neurons": 4, "edit": "scale", "alpha": float("nan")}, "needs a finite alpha, but alpha=nan"),
         ({"num_neurons": 4, "behaviour": None}, "needs behaviour scores"),
         ({"num_neurons": 4, "save_model": "@/model"}, "already exists"),
         ({"num_neurons": 4, "save_model": "@/model", "overwrite": True}, "not an earlier result"),

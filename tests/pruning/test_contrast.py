@@ -9,13 +9,19 @@ from score_folders import LAYERS, random_scores, write
 
 from sparc3_pl import scores as scores_module
 from sparc3_pl.errors import InputError
-from sparc3_pl.pruning.contrast import Scores, average_ranks, contrast, format_warnings, protected
+from sparc3_pl.pruning.contrast import Scores, SetDifference, average_ranks, contrast, format_warnings, protected
 from sparc3_pl.pruning.selection import collect
 from sparc3_pl.scores import ScoreFolder
 
 
 def flat(passes) -> np.ndarray:
-    return torch.cat([values for _, values in collect(passes).values()]).numpy().astype(np.float64)
+    return torch.cat([block.values for block in collect(passes).values()]).numpy().astype(np.float64)
+
+
+def open_to_choice(passes) -> np.ndarray:
+    """Positions of the components that may be chosen."""
+    blocks = collect(passes).values()
+    return torch.cat([torch.ones(len(b.values)) if b.allowed is None else b.allowed for b in blocks]).bool().numpy()
 
 
 def side(tmp_path, name, seeds, shape=(7,), **kwargs) -> Scores:
@@ -98,19 +104,36 @@ def test_t_of_dead_and_of_constant_neurons_is_finite(tmp_path):
     assert values[1] < -500
 
 
+def test_t_of_a_layer_that_is_read_in_several_blocks(tmp_path, monkeypatch):
+    """As with more rows than a block has; all of them have their t."""
+    monkeypatch.setattr(scores_module.mean_blocks, "__defaults__", (3,))
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.rand(n, 7, generator=generator).double() for n in (12, 5)]
+    sides = [
+        Scores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
+        for i, x in enumerate(samples)
+    ]
+    g, b = samples
+    expected = (g.mean(0) - b.mean(0)) / (g.var(0) / 12 + b.var(0) / 5).sqrt()
+    np.testing.assert_allclose(flat(contrast("t", *sides)), expected.numpy(), rtol=1e-4)
+
+
 def test_set_difference_by_sets(tmp_path):
     general, behaviour = side(tmp_path, "g", (1,)), side(tmp_path, "b", (3,))
     g, b = values_of((1,)), values_of((3,))
     top_g, top_b = set(np.argsort(-g)[: round(0.2 * 21)]), set(np.argsort(-b)[: round(0.4 * 21)])
-    values = flat(contrast("set_difference", general, behaviour, top_general=0.2, top_behaviour=0.4))
-    assert set(np.flatnonzero(np.isfinite(values))) == top_b - top_g
+    passes = contrast(SetDifference(top_general=0.2, top_behaviour=0.4), general, behaviour)
+    values = flat(passes)
+    assert np.isfinite(values).all()
+    assert set(np.flatnonzero(open_to_choice(passes))) == top_b - top_g
     np.testing.assert_allclose(values[list(top_b - top_g)], -b[list(top_b - top_g)], rtol=1e-6)
 
 
 def test_protected_are_the_strongest_by_magnitude(tmp_path):
     general = Scores.of([write(tmp_path / "g", {"a": torch.tensor([1.0, -9.0, 8.0, 0.5, -2.0])}, signed=True)])
-    values = flat(protected(general, general, 0.4))
-    assert np.flatnonzero(np.isinf(values)).tolist() == [1, 2]
+    passes = protected(general, general, 0.4)
+    assert np.flatnonzero(~open_to_choice(passes)).tolist() == [1, 2]
+    assert flat(passes).tolist() == [1.0, -9.0, 8.0, 0.5, -2.0]
     assert flat(protected(general, general, 0)).tolist() == [1.0, -9.0, 8.0, 0.5, -2.0]
 
 
@@ -125,7 +148,7 @@ def test_rows_of_a_fused_map_that_are_not_neurons_are_left_out(tmp_path):
     folder = write(tmp_path / "g", {"a": torch.arange(6.0), "b": torch.arange(6.0)}, neuron_rows={"a": [3, 6]})
     scores = Scores.of([folder])
     assert scores.count == 9
-    assert [(layer, offset, v.tolist()) for layer, (offset, v) in collect(scores).items()] == [
+    assert [(layer, block.offset, block.values.tolist()) for layer, block in collect(scores).items()] == [
         ("a", 3, [3.0, 4.0, 5.0]),
         ("b", 0, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
     ]
@@ -138,7 +161,8 @@ def test_one_block_at_a_time(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(scores_module, "BLOCK", 8)
     monkeypatch.setattr(scores_module.mean_blocks, "__defaults__", (8,))
     general, behaviour = side(tmp_path, "g", (1, 2), (7, 5)), side(tmp_path, "b", (3,), (7, 5))
-    sizes = [len(values) for _, _, values in contrast(kind, general, behaviour, 0.3, 0.3)()]
+    kind = SetDifference(0.3, 0.3) if kind == "set_difference" else kind
+    sizes = [len(block.values) for block in contrast(kind, general, behaviour)()]
     assert sizes == [8, 8, 8, 8, 3] * 3
     assert sum(sizes) == 3 * 35
 

@@ -11,7 +11,9 @@ from tiny_models import tiny, tokens
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps, weight_matrix
 from sparc3_pl.language_model import fingerprint
-from sparc3_pl.pruning.edit import apply_plan, mean_activations, pruned, revert
+from sparc3_pl.pruning.edit import apply_plan, pruned, revert
+from sparc3_pl.pruning.edits import mean_activations
+from sparc3_pl.pruning.plan import entries_of
 
 IDS = tokens(2, 9)
 
@@ -168,6 +170,17 @@ def test_weight_plan(family, edit, alpha):
     assert same_bits(state(model), before)
 
 
+def test_a_row_that_two_layers_of_the_plan_name(tiny_llama):
+    """As a row of the gate and as part of a whole neuron: it is kept once, and comes back."""
+    before = state(tiny_llama)
+    up, gate = (f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate"))
+    plan = plan_for(tiny_llama, [(up, 5), (gate, 5), (gate, 2)])
+    with pruned(tiny_llama, plan) as applied:
+        assert applied.kept[f"{gate}.rows"].shape == (2, 32)
+        assert not tiny_llama.model.layers[0].mlp.gate_proj.weight[[2, 5]].any()
+    assert same_bits(state(tiny_llama), before)
+
+
 def test_values_that_are_not_finite_become_zero_too(tiny_llama):
     plan = plan_for(tiny_llama, [("model.layers.0.mlp.up_proj", 3)])
     with torch.no_grad():
@@ -230,7 +243,7 @@ def test_plan_that_is_applied_already(tiny_llama):
 def test_missing_layer(tiny_llama):
     plan = plan_for(tiny_llama)
     neurons = [dataclasses.replace(plan.neurons[0], layer="model.layers.7.mlp.up_proj"), *plan.neurons[1:]]
-    plan = dataclasses.replace(plan, neurons=neurons, shapes={})
+    plan = dataclasses.replace(plan, entries=entries_of(neurons), shapes={})
     refused(
         tiny_llama, plan, r"layer model.layers.7.mlp.up_proj is not in this LlamaForCausalLM \(nearest: model.layers"
     )
@@ -249,12 +262,18 @@ def test_other_shape(tiny_llama):
 
 def test_weight_beyond_the_layer(tiny_llama):
     plan = weight_plan_for(tiny_llama, "model.layers.0.mlp.up_proj", [24 * 32])
-    refused(tiny_llama, dataclasses.replace(plan, shapes={}), "beyond its 768")
+    refused(tiny_llama, dataclasses.replace(plan, shapes={}), "weight 768 .* out of range: the layer has 768 weights")
 
 
 def test_tied_head_is_refused():
     model = tiny("qwen2")
     refused(model, plan_for(model, [("lm_head", 3)]), "lm_head shares its weight with model.embed_tokens")
+
+
+def test_a_factor_beyond_the_number_format(tiny_llama):
+    """Finite in itself; the weights would be infinite."""
+    plan = plan_for(tiny_llama, edit="scale", alpha=1e39)
+    refused(tiny_llama, plan, r"takes weights of .*down_proj beyond the range of torch.float32; use a smaller factor")
 
 
 def test_a_fused_neuron_named_twice():

@@ -78,7 +78,7 @@ def refused(path, match):
         ({"neurons": [{"layer": LAYER, "index": -1}], "num_neurons": 1}, "neuron -1 of .* is out of range"),
         ({"neurons": [{"layer": LAYER, "index": 24}], "num_neurons": 1}, "neuron 24 of .* is out of range"),
         ({"neurons": [{"layer": LAYER, "index": 2}] * 2, "num_neurons": 2}, "listed twice"),
-        ({"num_neurons": 7}, "num_neurons=7, but 6 neurons are listed"),
+        ({"num_neurons": 7}, "num_neurons=7, but 6 neurons are listed or lie beside it"),
         ({"model": {}}, "fingerprint is missing"),
         ({"model": "demo"}, "wrong type"),
         ({"edit": "burn"}, "edit='burn' is unknown"),

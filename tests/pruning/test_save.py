@@ -12,9 +12,10 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps
 from sparc3_pl.language_model import fingerprint
 from sparc3_pl.pruning import save as save_module
-from sparc3_pl.pruning.edit import mean_activations, pruned, revert
+from sparc3_pl.pruning.edit import pruned, revert
+from sparc3_pl.pruning.edits import mean_activations
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.pruning.save import save_pruned, save_shrunk, shrink
+from sparc3_pl.pruning.save import SavedModel, _model_card, save_pruned, save_shrunk, shrink
 
 IDS = tokens(3, 11, seed=7)
 
@@ -43,7 +44,7 @@ def test_loads_plainly_with_equal_logits(tiny_model, tokenizer, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert torch.equal(logits(loaded), expected)
     assert result.max_difference == 0
-    assert "same size: rows zeroed" in str(result)
+    assert "same size: neurons zeroed" in str(result)
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("a b")["input_ids"] == [3, 4]
     assert PrunePlan.load(tmp_path / "m/plan.json").neurons == plan.neurons
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -86,7 +87,7 @@ def test_model_card_tells_the_provenance(tiny_llama, tokenizer, tmp_path):
     text = (tmp_path / "m/README.md").read_text()
     for part in (
         plan.fingerprint,
-        "Same size: rows zeroed",
+        "Same size: neurons zeroed. ",
         "general samples are long",
         "model.layers.1.mlp.up_proj",
         "6 neurons",
@@ -95,6 +96,25 @@ def test_model_card_tells_the_provenance(tiny_llama, tokenizer, tmp_path):
     assert "`sparc3 prune --general g --output=p.json`" in text
     assert str(tmp_path) not in text
     assert re.match(r"---\n.*\n---\n", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({"edit": "scale", "alpha": 0.5}, "neurons multiplied by 0.5"), ({"edit": "mean"}, "replaced by their mean")],
+)
+def test_what_is_said_of_an_edit_is_what_it_did(tokenizer, tmp_path, fields, told):
+    model = tiny("opt")
+    means = mean_activations(model, [(IDS, torch.ones_like(IDS))])
+    result = save_pruned(model, tokenizer, plan_for(model, means=means, **fields), tmp_path / "m")
+    assert f"same size: {told if told.startswith('neurons') else 'neurons ' + told}" in str(result)
+    assert told in (tmp_path / "m/README.md").read_text()
+    assert "zeroed" not in (tmp_path / "m/README.md").read_text()
+
+
+def test_model_card_of_a_plan_from_a_folder_whose_name_is_not_utf8(tiny_llama, tokenizer, tmp_path):
+    plan = plan_for(tiny_llama, command="sparc3 prune --general caf\udce9")
+    result = SavedModel(tmp_path, 0.0, (1, 1), (4, 4), "neurons zeroed")
+    assert r"--general caf\udce9" in _model_card(tiny_llama, plan, result).encode().decode()
 
 
 def test_a_model_that_differs_is_not_kept(tiny_llama, tokenizer, tmp_path, monkeypatch):

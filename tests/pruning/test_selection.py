@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.pruning.selection import _value_of, collect, cut_lowest, order_keys, select_lowest
+from sparc3_pl.pruning.selection import Block, _value_of, collect, cut_lowest, order_keys, sample, select_lowest
 
 
-def passes_over(layers: dict[str, torch.Tensor], block: int = 5):
+def passes_over(layers: dict[str, torch.Tensor], block: int = 5, allowed: dict[str, torch.Tensor] | None = None):
     def passes():
         for name, values in layers.items():
             for start in range(0, len(values), block):
-                yield name, start, values[start : start + block]
+                mask = None if allowed is None else allowed[name][start : start + block]
+                yield Block(name, start, values[start : start + block], mask)
 
     return passes
 
@@ -61,11 +62,24 @@ def test_keys_are_in_the_order_of_the_floats():
     assert [_value_of(key) for key in keys] == values.tolist()
 
 
-def test_infinite_candidates_are_never_taken():
-    values = torch.tensor([5.0, torch.inf, 1.0, torch.inf, 3.0])
-    assert chosen(select_lowest(passes_over({"a": values}), 3)) == {("a", 0), ("a", 2), ("a", 4)}
-    with pytest.raises(InputError, match="k=4, but there are only 3 candidates"):
-        cut_lowest(passes_over({"a": values}), 4)
+def test_what_is_not_allowed_is_never_taken():
+    """However low it is, and among equals too."""
+    values = torch.tensor([5.0, -9.0, 1.0, 5.0, 5.0])
+    passes = passes_over({"a": values}, 2, {"a": torch.tensor([True, False, True, False, True])})
+    assert chosen(select_lowest(passes, 2)) == {("a", 0), ("a", 2)}
+    assert chosen(select_lowest(passes, 3)) == {("a", 0), ("a", 2), ("a", 4)}
+    with pytest.raises(InputError, match="4 are to be chosen, but there are only 3 candidates"):
+        cut_lowest(passes, 4)
+
+
+def test_a_sample_is_of_the_same_components_whatever_the_blocks():
+    values = torch.arange(100.0)
+    drawn = sample(passes_over({"a": values[:40], "b": values[40:]}, 7), 100, 20)
+    assert len(drawn) == 20
+    assert drawn.tolist() == sorted(drawn.tolist())
+    assert torch.equal(drawn, sample(passes_over({"a": values}, 100), 100, 20))
+    even = {"a": values % 2 == 0}
+    assert sample(passes_over({"a": values}, 9, even), 100, 100).tolist() == values[::2].tolist()
 
 
 def test_choices_of_growing_size_are_nested():
@@ -83,4 +97,4 @@ def test_block_size_does_not_matter():
 def test_collect():
     layers = {"a": torch.randn(12), "b": torch.randn(3)}
     found = collect(passes_over(layers))
-    assert all(offset == 0 and torch.equal(values, layers[name]) for name, (offset, values) in found.items())
+    assert all(block.offset == 0 and torch.equal(block.values, layers[name]) for name, block in found.items())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparc3_pl.pruning.contrast import Vector, share_of_strongest
 from sparc3_pl.pruning.stability import (
     Choice,
     Unit,
@@ -11,20 +12,20 @@ from sparc3_pl.pruning.stability import (
     null_against_null,
     null_against_selection,
     overlap_of,
-    share_of_strongest,
+    positions,
     split_half_overlaps,
 )
 
 
-def population(mean, noise, units, seed, num_samples=4):
+def population(mean, noise, units, seed):
     """Units of samples around ``mean``; each neuron's noise has its own size."""
     generator = torch.Generator().manual_seed(seed)
-    return [Unit(mean + noise * torch.randn(len(mean), generator=generator), num_samples) for _ in range(units)]
+    return [Unit(mean + noise * torch.randn(len(mean), generator=generator), 1.0) for _ in range(units)]
 
 
-def test_means_are_over_samples_not_units():
-    found = mean_scores_of([Unit(torch.tensor([1.0, 0.0]), 1), Unit(torch.tensor([5.0, 4.0]), 3)])
-    assert found.tolist() == [4.0, 3.0]
+def test_units_weigh_as_they_say():
+    mean = mean_scores_of([Unit(torch.tensor([1.0, 0.0]), 1), Unit(torch.tensor([5.0, 4.0]), 3)])
+    assert mean.scores.tolist() == [4.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -37,18 +38,21 @@ def test_means_are_over_samples_not_units():
     ],
 )
 def test_chosen_by_hand(kind, protect, expected):
-    general = torch.tensor([1.0, 3.0, 4.0, 10.0, 5.0]).double()
-    behaviour = torch.tensor([3.0, 2.0, 7.0, 19.0, 4.0]).double()
+    general, behaviour = (
+        Vector(torch.tensor([1.0, 3.0, 4.0, 10.0, 5.0])),
+        Vector(torch.tensor([3.0, 2.0, 7.0, 19.0, 4.0])),
+    )
     if kind == "rank":  # ranks 1 2 3 5 4 and 2 1 4 5 3: differences -1 1 -1 0 1
         expected = [0, 2]
     if kind == "normalized":  # 1/23-3/35 = -.042, 4/23-7/35 = -.026, 10/23-19/35 = -.108
         expected = [3, 0]
-    assert chosen(general, behaviour, Choice(kind, 2, protect)).tolist() == expected
+    assert positions(chosen(general, behaviour, Choice(kind, 2, protect)), general).tolist() == sorted(expected)
 
 
 def test_overlap_and_strength():
     assert overlap_of(torch.tensor([1, 2, 3, 4]), torch.tensor([4, 9, 2, 7])) == 0.5
-    assert share_of_strongest(torch.tensor([0, 5]), torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1, 1, 1]), 0.1) == 0.5
+    general = Vector(torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1, 1, 1]))
+    assert share_of_strongest({"": torch.tensor([0, 5])}, general, 0.1) == 0.5
 
 
 def test_a_real_behaviour_is_found_in_both_halves_and_beats_the_null():

@@ -7,9 +7,10 @@ import torch
 from pruning.score_folders import write
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.pruning.choose import make_plan
 from sparc3_pl.pruning.contrast import Scores, contrast
-from sparc3_pl.pruning.selection import collect
-from sparc3_pl.report.evidence import evidence
+from sparc3_pl.pruning.stability import Choice
+from sparc3_pl.report.evidence import evidence, weigh
 from sparc3_pl.scores import ScoreFolder, ScoreWriter
 
 LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
@@ -61,7 +62,7 @@ def test_a_sound_contrast_passes(tmp_path, strengths):
         html=str(tmp_path / "evidence.html"),
     )
     assert set(statuses(found).values()) == {"pass"}, found.checks
-    assert found.strongest["0.05"] == 0
+    assert found.strongest.top_5 == 0
     assert found.stability.halves[-1] > 0.9
     assert json.loads((tmp_path / "evidence.json").read_text())["kind"] == "evidence"
     assert "<svg" in (tmp_path / "evidence.html").read_text()
@@ -77,7 +78,7 @@ def test_the_published_failure_is_flagged(tmp_path, strengths):
     assert statuses(found)["strongest neurons"] == "fail"
     assert statuses(found)["totals"] == "warn"
     assert found.verdict == "fail"
-    assert found.strongest["0.05"] == 1.0
+    assert found.strongest.top_5 == 1.0
     assert found.correlation < -0.9
 
 
@@ -99,16 +100,37 @@ def test_folders_stand_in_for_groups_and_less_is_told(tmp_path, strengths):
     assert {c.status for c in alone.checks if "not measured" in c.reason} == {"warn"}
 
 
+@pytest.mark.parametrize("kind", ["difference", "normalized", "rank"])
+def test_the_selection_is_that_of_prune(tmp_path, strengths, kind):
+    """Two general folders of 32 and of 4 samples, far apart: prune lets each count the same."""
+    general = [folder(tmp_path / "g0", strengths, source="g")]
+    other = torch.rand(2, WIDTH, generator=torch.Generator().manual_seed(3)) * 100
+    scores = {layer: other[i] for i, layer in enumerate(LAYERS)}
+    about = {"pretrained": "./nowhere", "revision": None, "fingerprint": "sha256:00"}
+    general.append(str(write(tmp_path / "g1", scores, num_samples=4, model=about).path))
+    behaviour = [folder(tmp_path / "b", strengths.flip(1), seed=1, source="b")]
+    sides = [[ScoreFolder.open(path) for path in side] for side in (general, behaviour)]
+    plan = make_plan(*sides, num_neurons=20, contrast=kind)
+    totals = [torch.cat([f.load(layer).double() for layer in LAYERS]) for f in sides[0]]
+    mean = (totals[0] + totals[1]) / 2
+    chosen = [LAYERS.index(n.layer) * WIDTH + n.index for n in plan.neurons]
+    measured = weigh(*(Scores.of(side) for side in sides), Choice(kind, 20))
+    top = set(mean.argsort(descending=True)[: round(0.05 * 2 * WIDTH)].tolist())
+    assert measured.strongest.top_5 == len(top & set(chosen)) / 20
+    assert measured.totals[0] == pytest.approx(float(mean.sum()), rel=1e-6)
+    assert measured.relevance_share == pytest.approx(float(mean[chosen].sum() / mean.sum()), rel=1e-6)
+
+
 def test_t_is_that_of_the_t_contrast(tmp_path, strengths):
     used = strengths.clone()
     used[1, :20] += 3
     paths = folder(tmp_path / "g", strengths, source="g"), folder(tmp_path / "b", used, seed=1, source="b")
     sides = [Scores.of([ScoreFolder.open(path)]) for path in paths]
-    expected = torch.cat([part for _, part in collect(contrast("t", *sides)).values()])
-    difference = torch.cat([part for _, part in collect(contrast("difference", *sides)).values()])
+    expected = torch.cat([block.values for block in contrast("t", *sides)()])
+    difference = torch.cat([block.values for block in contrast("difference", *sides)()])
     lowest = difference.argsort(stable=True)[:20]
     found = evidence(*([path] for path in paths), num_neurons=20)
-    assert found.t[0] == pytest.approx(float(expected[lowest].median()), rel=1e-4)
+    assert found.t.median == pytest.approx(float(expected[lowest].median()), rel=1e-4)
 
 
 def test_refusals(tmp_path, strengths):

@@ -76,6 +76,22 @@ def test_plans_without_general_scores(folders):
     assert with_null.groups[0].p_value is not None
 
 
+def test_plans_that_do_not_say_how_many_candidates_there_were(folders):
+    """As hand-written ones: what needs their number is not measured."""
+    for name, indices in {"a": [1, 2, 3], "b": [2, 3, 4]}.items():
+        neurons = [{"layer": LAYERS[0], "index": i} for i in indices]
+        plan = {"format_version": 1, "neurons": neurons, "model": {"fingerprint": "sha256:00"}}
+        (folders / f"{name}.json").write_text(json.dumps(plan))
+    paths = [str(folders / f"{name}.json") for name in "ab"]
+    found = overlap(paths, output=str(folders / "overlap.json"))
+    (pair,) = found.groups
+    assert (pair.common, pair.jaccard) == (2, 0.5)
+    assert pair.expected_random is pair.p_hypergeometric is found.num_candidates is None
+    assert json.loads((folders / "overlap.json").read_text())["groups"][0]["expected_random"] is None
+    with_general = overlap(paths, general=[str(folders / "general")])
+    assert with_general.groups[0].expected_random == pytest.approx(3 * 3 / 400)
+
+
 def test_refusals(folders):
     with pytest.raises(InputError, match="two or more"):
         overlap([str(folders / "a")], general=[str(folders / "general")])
