@@ -17,7 +17,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.files import strict_json, write_text
-from sparc3_pl.processes import run_child
+from sparc3_pl.processes import kept, run_child
 from sparc3_pl.provenance import command_line, now, versions
 from sparc3_pl.pruning.controls import Control
 
@@ -216,6 +216,8 @@ class _Experiment:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+        if output.exists():
+            kept(output)  # so a stop from here on can say that the same command resumes
         return output.exists()
 
 

@@ -27,7 +27,7 @@ from sparc3_pl.attribution.scorers import WandaScorer, group_means
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import linear_layers
 from sparc3_pl.files import check_output, json_digest, new_folder, read_json, strict_json, write_text
-from sparc3_pl.language_model import ModelSource, fingerprint, load_model
+from sparc3_pl.language_model import ModelSource, differing_config, fingerprint, load_model, model_config
 from sparc3_pl.provenance import command_line, now, redacted_values, versions
 from sparc3_pl.resume import LayerTensors, Records, SumsFile, differing_settings, sums_of, write_sums
 from sparc3_pl.scores import MARKER as SCORES_MARKER
@@ -288,6 +288,8 @@ def _wanda_scores(shard: Shard, source: ModelSource) -> Scores:
             f"pretrained={source.pretrained!r}: is another model ({found[:19]}...) than the shards have scored "
             f"({wanted[:19]}...); give the model of the shards"
         )
+    if (key := differing_config(about["model"].get("config") or {}, model_config(model))) is not None:
+        raise InputError(f"pretrained={source.pretrained!r}: has another {key} than the shards have scored")
     modules = linear_layers(model)
 
     def scores(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -41,6 +41,7 @@ from sparc3_pl.files import (
     strict_json,
     write_text,
 )
+from sparc3_pl.language_model import differing_config
 
 __all__ = [
     "BLOCK",
@@ -620,6 +621,8 @@ def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
     found = []
     if one.model["fingerprint"] != two.model["fingerprint"]:
         found.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
+    if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
+        found.append(f"model.config.{key} in {other.path}")
     for key in ("method", "granularity", "signed"):
         if getattr(one, key) != getattr(two, key):
             found.append(told(key, getattr(one, key), getattr(two, key)))

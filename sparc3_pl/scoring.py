@@ -14,16 +14,17 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from sparc3_pl.attribution.precheck import checked_rules
 from sparc3_pl.attribution.rules import PreparedRules
 from sparc3_pl.attribution.scorers import GradientScorer, MagnitudeScorer, RandomScorer, Scorer, WandaScorer
-from sparc3_pl.distributed import barrier, from_rank_zero, gather_lists, sum_over_ranks
+from sparc3_pl.distributed import after_rank_zero, from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import mlps, select_layers
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model, load_tokenizer
 from sparc3_pl.merge import MARKER as SHARD_MARKER
 from sparc3_pl.merge import parse_shard, write_shard
-from sparc3_pl.processes import deferring_stop, stop_requested
+from sparc3_pl.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.resume import PartialSums, sums_of
 from sparc3_pl.scores import MARKER as SCORES_MARKER
 from sparc3_pl.scores import Manifest, ScoreWriter
@@ -116,8 +117,8 @@ class ScoringModule(pl.LightningModule):
             from them after a crash, on any number of processes. Needs ``output``.
         shard: ``i/n``: score only the i-th of n parts of the samples, for ``merge`` to join.
         sums_on_host: Keep the sums of weight scores (as large as the weights in float32) in the host's memory, where
-            they do not fit beside the model. Larger batches then mean fewer transfers. With several processes it
-            needs a backend that reduces tensors of the host, as gloo does.
+            they do not fit beside the model. Larger batches then mean fewer transfers. The processes add them up
+            through gloo, whatever connects their devices.
         gradient_checkpointing: Keep the activations of one decoder layer at a time and make the others again, for
             windows that do not fit: about a third slower, the same scores.
     """
@@ -166,6 +167,8 @@ class ScoringModule(pl.LightningModule):
         self._description: dict[str, Any] = {}
         """On rank 0, the model's entry in the manifest."""
         self._rules = rules_of(method)
+        self._account: dict[str, Any] | None = None
+        """What the relevance account of a sample said of the rules; LRP only."""
         self._partial: PartialSums | None = None
         self._unsaved = False
         self._loop = ExitStack()
@@ -232,10 +235,16 @@ class ScoringModule(pl.LightningModule):
             )
 
     def _shard(self, model: PreTrainedModel) -> None:
+        self._check_rules(model)  # now, for the same reason
         with self._rules(model):  # they look at the modules once: now, while the weights are whole
             pass
         shard(model, self.device_mesh["data_parallel"])
         self.trainer.datamodule.equal_passes = True  # type: ignore[attr-defined]
+
+    def _check_rules(self, model: PreTrainedModel) -> None:
+        samples = getattr(self.trainer.datamodule, "samples", [])  # type: ignore[attr-defined]
+        if self.method == "lrp" and self._account is None:
+            self._account = checked_rules(model, samples[0].input_ids if samples else [])
 
     def _drop_samples(self) -> None:
         """Those of other shards, and those whose sums an interrupted run has left."""
@@ -247,17 +256,20 @@ class ScoringModule(pl.LightningModule):
         if self.checkpoint_every is not None and self.method in WITH_SAMPLES:
             assert self.output is not None
             self._partial = PartialSums(self.output, self.global_rank)
-            self._partial.join(from_rank_zero(lambda: self._partial.take_up(self._settings())))
+            part = {"part": None if self.shard is None else self.shard[0]}
+            self._partial.join(from_rank_zero(lambda: self._partial.take_up(self._settings() | part)))
             data.exclude(self._partial.ids)
-            if self._partial.ids and self.trainer.is_global_zero:
-                log.info("going on: %d samples are scored already", len(self._partial.ids))
+            if self._partial.ids:
+                kept(self._partial.folder)
+                if self.trainer.is_global_zero:
+                    log.info("resuming: %d samples are scored already", len(self._partial.ids))
 
     def _settings(self) -> dict[str, Any]:
         """What sums must have in common to be added up."""
         assert self.model is not None
         data = self.trainer.datamodule.describe()  # type: ignore[attr-defined]
         return {
-            "model": {key: self._description[key] for key in ("fingerprint", "dtype")},
+            "model": {key: self._description[key] for key in ("fingerprint", "dtype", "config")},
             "method": self.method,
             "granularity": self.granularity,
             "signed": self.signed,
@@ -279,6 +291,7 @@ class ScoringModule(pl.LightningModule):
             raise InputError("scoring needs gradients: give the Trainer inference_mode=False")
         assert self.model is not None
         self.model.eval()
+        self._check_rules(self.model)
         layers = select_layers(self.model, self.targets)
         zero = self.nonfinite == "zero"
         self.scorer = build_scorer(
@@ -286,6 +299,10 @@ class ScoringModule(pl.LightningModule):
             signed=self.signed, squares=self.squares, groups=self.groups, zero_nonfinite=zero, seed=self.seed,
             sums_on_host=self.sums_on_host, gradient_checkpointing=self.gradient_checkpointing, rules=self._rules,
         )  # fmt: skip
+        if self.sums_on_host:
+            sum_over_ranks(
+                torch.zeros(1)
+            )  # connects the hosts now: at the end it would be too late to learn they cannot
         if self._partial is not None:
             self._loop.enter_context(deferring_stop())  # until the sums hold whole batches
 
@@ -310,6 +327,7 @@ class ScoringModule(pl.LightningModule):
         assert self.scorer is not None
         if self._partial is not None and self._unsaved:
             self._partial.save(self.scorer.tensors, self.records)
+            kept(self._partial.folder)
             self._unsaved = False
 
     def _stop_if_asked(self) -> None:
@@ -337,7 +355,7 @@ class ScoringModule(pl.LightningModule):
             self._write(sorted(records, key=lambda record: record["id"]))
         elif self.is_sharded and self.output is not None:
             self._give_parts()
-        barrier()  # if rank 0 fails to write, the others fail too
+        after_rank_zero()  # if it fails to write, the others fail too
 
     def _add_base(self) -> list[dict[str, Any]]:
         """Adds the sums of earlier runs, one tensor at a time; gives their samples' records."""
@@ -377,6 +395,7 @@ class ScoringModule(pl.LightningModule):
             self.written_to = Path(self.output)
         if self._partial is not None:
             self._partial.remove()
+            kept(self._partial.folder, exists=False)
 
     def _write_shard(self, records: list[dict[str, Any]]) -> None:
         assert self.scorer is not None and self.output is not None and self.shard is not None
@@ -425,6 +444,7 @@ class ScoringModule(pl.LightningModule):
             "targets": self.targets,
             "nonfinite": self.nonfinite,
             "seed": self.seed if self.method == "random" else None,
+            "relevance_account": self._account,
             "neuron_rows": _neuron_rows(self.model, self.scorer.layers) if self.granularity == "neuron" else {},
         }
 

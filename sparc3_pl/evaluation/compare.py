@@ -21,6 +21,7 @@ from sparc3_pl.evaluation.statistics import (
 )
 from sparc3_pl.evaluation.toxicity import THRESHOLD
 from sparc3_pl.files import new_file, strict_json, write_text
+from sparc3_pl.language_model import differing_config
 from sparc3_pl.provenance import command_line, now, versions
 
 __all__ = ["Comparison", "compare", "compare_evaluations"]
@@ -206,6 +207,8 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     models = [side.results["model"] for side in (before, after)]
     if models[0]["fingerprint"] != models[1]["fingerprint"]:
         notes.append(f"the models were loaded with other weights: {models[0]['pretrained']}, {models[1]['pretrained']}")
+    elif key := differing_config(models[0].get("config") or {}, models[1].get("config") or {}):
+        notes.append(f"the models have the same weights but another {key} in their configs")
     elif models[0]["evaluated_fingerprint"] == models[1]["evaluated_fingerprint"]:
         notes.append("both evaluations are of the same weights")
     if models[0]["dtype"] != models[1]["dtype"]:

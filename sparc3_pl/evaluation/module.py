@@ -21,6 +21,7 @@ from sparc3_pl.evaluation.results import MARKER, CompletionStore, Row, write_eva
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model, load_tokenizer
+from sparc3_pl.processes import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -221,6 +222,8 @@ class EvaluationModule(pl.LightningModule):
         if self.output is not None:
             self._store = CompletionStore(self.output, self._store_key(), self.global_rank)
             self._known = self._store.load()
+            if self._known:
+                kept(self._store.folder)
             self.trainer.strategy.barrier()  # all have read before anyone writes
 
     def _store_key(self) -> dict[str, Any]:
@@ -264,6 +267,7 @@ class EvaluationModule(pl.LightningModule):
             fresh = _judged_rows(made, self.judge, self.toxicity.labels)
             if self._store is not None:
                 self._store.add(fresh)
+                kept(self._store.folder)
             rows += fresh
         self._count(rows)
 
@@ -357,6 +361,7 @@ class EvaluationModule(pl.LightningModule):
             )
             if self._store is not None:
                 self._store.remove()
+                kept(self._store.folder, exists=False)
         to_tensorboard(self.trainer, results, rows, self.resolved_config)
 
     def on_test_end(self) -> None:

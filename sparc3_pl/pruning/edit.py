@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import MLP, features, linear_layers, mlps, weight_matrix
-from sparc3_pl.language_model import fingerprint
+from sparc3_pl.language_model import differing_config, fingerprint, model_config
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -246,6 +246,8 @@ def check_plan(model: nn.Module, plan: PrunePlan, check_fingerprint: bool = True
 def _check_fingerprint(model: nn.Module, plan: PrunePlan) -> None:
     found = fingerprint(model)
     if found == plan.fingerprint:
+        if (key := differing_config(plan.model.get("config") or {}, model_config(model))) is not None:
+            raise InputError(f"the plan was made for these weights with another {key} in the config; make it again")
         return
     if found == plan.model.get("pruned_fingerprint"):
         raise InputError("the model is already pruned by this plan; give the original model, or leave out the plan")
