@@ -142,9 +142,13 @@ class Trainer(pl.Trainer):
             theirs = strategy.launcher
             strategy._launcher = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
 
+    def _output_of(self, model: pl.LightningModule) -> str | None:
+        """Where the run's result goes, on the rank that writes it; a module of the user's may have no such place."""
+        return getattr(model, "output", None) if self.is_global_zero else None
+
     def score(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Score a model's weights or neurons on reference samples."""
-        with _clean_refusal(self), sole_run(model.output if self.is_global_zero else None):
+        with _clean_refusal(self), sole_run(self._output_of(model)):
             self.predict(model, datamodule=datamodule, return_predictions=False)
 
     def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
@@ -154,7 +158,7 @@ class Trainer(pl.Trainer):
                 "trainer.strategy=ModelParallelStrategy is for score; eval of a model larger than one GPU runs in one "
                 "process: give model.device_map: auto and trainer.devices: 1 instead"
             )
-        with _clean_refusal(self), sole_run(model.output if self.is_global_zero else None):
+        with _clean_refusal(self), sole_run(self._output_of(model)):
             self.test(model, datamodule=datamodule, verbose=False)
 
 
