@@ -1,13 +1,26 @@
-"""The few collectives that the passes need; with one process they do nothing."""
+"""The few collectives that the passes need; with one process they do nothing.
 
+Ranks wait for each other's batches no longer than ``trainer.rank_timeout``, but for what rank 0 alone does (it writes
+the scores, it folds earlier sums) they wait as long as that takes: a slow disk is no dead rank. A rank that has died
+is noticed by those that started the ranks, and by the connection that it held.
+"""
+
+import itertools
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["barrier", "from_rank_zero", "gather_lists", "is_rank_zero", "is_sharded", "sum_over_ranks", "whole"]
+__all__ = ["after_rank_zero", "from_rank_zero", "gather_lists", "is_rank_zero", "is_sharded", "sum_over_ranks", "whole"]
+
+POLL_SECONDS = 0.1
+_host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+"""By group of all ranks: the group that carries tensors of the host, where the former cannot."""
+_waits = itertools.count()
+"""Numbers the waits for rank 0, alike on every rank."""
 
 
 def _many() -> bool:
@@ -28,10 +41,22 @@ def is_rank_zero() -> bool:
 def sum_over_ranks(tensor: Tensor) -> None:
     """Replaces ``tensor`` on every rank by the sum over ranks, in place: no second copy of a large one.
 
-    A sharded tensor (``DTensor``) is that sum already: it is one tensor, of which every rank holds a part.
+    A sharded tensor (``DTensor``) is that sum already: it is one tensor, of which every rank holds a part. A tensor of
+    the host goes through gloo where the ranks are connected by a backend for devices only, such as NCCL.
     """
     if _many() and not is_sharded(tensor):
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_host_group() if tensor.device.type == "cpu" else None)
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    """The group that carries tensors of the host; None: the group of all ranks does."""
+    if any(entry.startswith("cpu:") for entry in dist.get_backend_config().split(",")):
+        return None
+    everyone = dist.group.WORLD
+    if everyone not in _host_groups:
+        _host_groups.clear()  # those of groups that are gone
+        _host_groups[everyone] = dist.new_group(backend="gloo")
+    return _host_groups[everyone]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -49,15 +74,26 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def from_rank_zero(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives on rank 0, on every rank; the others do not call it."""
+    """What ``make`` gives on rank 0, on every rank; the others do not call it, and wait as long as it takes."""
     if not _many():
         return make()
     box = [make() if dist.get_rank() == 0 else None]
+    after_rank_zero()
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if _many():
-        dist.barrier()
+def after_rank_zero() -> None:
+    """Waits until rank 0 is here, however long that takes; if rank 0 dies or fails first, the others fail too.
+
+    Raises:
+        torch.distributed.DistError: if the connection to rank 0 is lost.
+    """
+    if not _many():
+        return
+    store, key = dist.group.WORLD.get_group_store(), f"sparc3-after-rank-0-{next(_waits)}"
+    if dist.get_rank() == 0:
+        store.set(key, "here")
+    while not store.check([key]):
+        time.sleep(POLL_SECONDS)
+    dist.barrier()  # rank 0 may keep the store: it stays until the others have read

@@ -27,7 +27,7 @@ from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.families import swapped
 from sparc3_pl.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
 from sparc3_pl.language_model import ModelSource
-from sparc3_pl.processes import run_child
+from sparc3_pl.processes import kept, run_child
 from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.pruning.controls import ControlName
 from sparc3_pl.report.effects import largest_within
@@ -299,6 +299,7 @@ class _Experiment:
         inputs = stage.inputs()
         reason = self._reason(stage, inputs)
         if reason is None:
+            kept(stage.output)  # from here on a stop can say that the same command resumes
             return
         log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
         self._record_file(stage.name).unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from sparc3_pl.components import Group
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import weight_matrix
 from sparc3_pl.files import FolderKind, check_output, json_digest, new_folder, read_json, strict_json, write_text
-from sparc3_pl.language_model import ModelSource, fingerprint, load_model
+from sparc3_pl.language_model import ModelSource, differing_config, fingerprint, load_model, model_config
 from sparc3_pl.provenance import command_line, now, redacted, versions
 from sparc3_pl.resume import LayerTensors, Records, SumsFile, added, differing_settings, sums_of, write_sums
 from sparc3_pl.scores import KIND as SCORES
@@ -311,6 +311,8 @@ def _model_of(about: About, source: ModelSource) -> nn.Module:
             f"pretrained={source.pretrained!r}: is another model ({here[:19]}...) than the parts have scored "
             f"({wanted[:19]}...); give the model of the parts"
         )
+    if (key := differing_config(about.model.get("config") or {}, model_config(model))) is not None:
+        raise InputError(f"pretrained={source.pretrained!r}: has another {key} than the parts have scored; check it")
     return model
 
 

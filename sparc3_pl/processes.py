@@ -4,7 +4,11 @@ The process that the user started is rank 0; Lightning's launcher starts the oth
 agree on the first failure through a small file that only one of them can create, and rank 0 shows it last. Ranks that
 were started by others (``srun``, ``torchrun``) each speak for themselves.
 
-Exit codes: 0 done; 1 failed; 2 the input is wrong; 143 (130) stopped by SIGTERM (Ctrl-C): the same command goes on.
+Exit codes: 0 done; 1 failed; 2 the input is wrong; 143 (130) stopped by SIGTERM (Ctrl-C).
+
+A terminal sends Ctrl-C to every process that was started from it, and Slurm sends SIGTERM to every process of a step,
+so a rank may be asked to stop twice for one request: by the system, and by the process that has started it. Only a
+second Ctrl-C, on the process that the user has started, means that the user will not wait for the work to be saved.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from sparc3_pl.errors import InputError
 from sparc3_pl.provenance import redacted
 
-__all__ = ["Launcher", "NoSignals", "Stop", "deferring_stop", "run_child", "stop_requested", "supervised"]
+__all__ = ["Launcher", "NoSignals", "Stop", "deferring_stop", "kept", "run_child", "stop_requested", "supervised"]
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
@@ -122,7 +126,9 @@ class _Process:
         self.children: list[subprocess.Popen[Any]] = []
         self.own: Failure | None = None
         self.signum: int | None = None
+        self.stopping = False
         self.deferred = 0
+        self.kept: set[Path] = set()
         self.peer_failed = False
         self.leaving = False
 
@@ -140,17 +146,19 @@ class _Process:
             return
         if self.peer_failed:
             raise PeerFailed
-        again = self.signum is not None
-        self.signum = signum
-        if not again:
-            self.forward(signum)
-        if not self.deferred or (again and signum == signal.SIGINT):
+        insists = self.signum is not None and signum == signal.SIGINT and self.launcher is None
+        if self.signum is None:
+            self.signum = signum
+            self.forward()
+        if insists or not (self.deferred or self.stopping):
+            self.stopping = True
             raise Stop(signum)
 
-    def forward(self, signum: int) -> None:
+    def forward(self) -> None:
+        """Asks the ranks that this process has started to stop: by SIGTERM, which never insists."""
         for child in self.children:
             if child.poll() is None:
-                child.send_signal(signum)
+                child.send_signal(signal.SIGTERM)
 
     # --- threads that watch the others --------------------------------------------------------------------------------
 
@@ -163,7 +171,8 @@ class _Process:
         while not self.leaving:
             code = self.record_ended()
             if code in STOPPED:  # it was asked to stop: so are all
-                os.kill(os.getpid(), code - 128)
+                if self.signum is None:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
             if code:
                 self._end_soon()
@@ -233,7 +242,8 @@ class _Process:
             dist.destroy_process_group()  # those that wait for this rank in a collective wake up
         self._wait_for_children(STOP_SECONDS)
         if self.launcher is None:
-            self.own = Failure(0, stop.code, f"{stop}: the same command goes on from what was saved")
+            advice = ": run the same command again to resume" if self.kept else ""
+            self.own = Failure(0, stop.code, f"{stop}{advice}")
         return stop.code
 
     def _wait_for_children(self, seconds: float) -> None:
@@ -343,13 +353,25 @@ def stop_requested() -> Stop | None:
     return None if _process is None or _process.signum is None else Stop(_process.signum)
 
 
+def kept(place: Path, exists: bool = True) -> None:
+    """Says that ``place`` now holds work from which the same command resumes (or that it no longer does).
+
+    A process that is stopped advises to run the command again only where there is such a place.
+    """
+    if _process is not None:
+        (_process.kept.add if exists else _process.kept.discard)(place)
+
+
 def run_child(command: Sequence[str]) -> int:
-    """Runs another process to its end and gives its exit code; a signal to stop is passed on and waited for."""
+    """Runs another process to its end and gives its exit code; a request to stop is passed on and waited for.
+
+    It is passed on as SIGTERM: of a Ctrl-C in a terminal the child has its own, and a second one would insist.
+    """
     with subprocess.Popen(command) as child:
         try:
             return child.wait()
-        except Stop as stop:
-            child.send_signal(stop.code - 128)
+        except Stop:
+            child.send_signal(signal.SIGTERM)
             child.wait()
             raise
 

@@ -6,9 +6,11 @@
   000002-base.safetensors                sums over all samples of earlier runs
   000002-4f1c9a02-00003.safetensors      sums of rank 3 of a later run: generation, run, rank
 ```
-A file of sums also holds the records of its samples, in its header: sums and ids cannot come apart. It is written to
-another name, flushed to the disk and renamed. At the next start rank 0 folds the files of the latest generation into
-the base of the next one, layer by layer; as soon as that has its name, the files of earlier generations are dead.
+A file of sums also holds the records of its samples, in its header: sums and ids cannot come apart. The header holds
+the sha256 of records and tensors too, so that a damaged file is refused, never added. It is written to another name,
+flushed to the disk and renamed. At the next start rank 0 folds the files of the latest generation into the base of the
+next one, layer by layer; as soon as that has its name, the files of earlier generations are dead. The run claims its
+output for as long as it lasts, so nothing here belongs to another run that is still going on.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sparc3_pl.claims import sole_run
 from sparc3_pl.distributed import whole
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import fsync, open_tensors, read_json, strict_json, write_text, writing
@@ -69,16 +73,23 @@ class SumsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as file:
-            records = (file.metadata() or {}).get("records")
+            about = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.shapes = {name: (item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
-        if records is None:
+        if "records" not in about:
             raise InputError(f"{path}: holds no records of samples, so it is no file of sums; score again")
-        self.records: Records = json.loads(records)
+        self._digests: dict[str, str] | None = None
+        if "digests" in about:  # files of earlier versions have none
+            if about.get("sha256") != _header_digest(about["records"], about["digests"]):
+                raise self._damaged("its header")
+            self._digests = json.loads(about["digests"])
+            if self._digests.keys() != self.shapes.keys():
+                raise self._damaged("its list of tensors")
+        self.records: Records = json.loads(about["records"])
 
     @property
     def ids(self) -> set[str]:
-        """Of the samples."""
+        """The ids of the samples in this file."""
         return {record["id"] for record in self.records}
 
     def keys(self, layer: str) -> list[str]:
@@ -86,9 +97,31 @@ class SumsFile:
         return [name.rpartition("/")[2] for name in self.shapes if name.rpartition("/")[0] == layer]
 
     def load(self, name: str) -> Tensor:
-        """The tensor ``LAYER/KEY``, in memory of its own."""
+        """The tensor ``LAYER/KEY``, in memory of its own.
+
+        Raises:
+            InputError: if its bytes are not those that were written.
+        """
         with self._open() as file:
-            return file.get_tensor(name).clone()
+            tensor = file.get_tensor(name).clone()
+        if self._digests is not None and _sha256(tensor) != self._digests[name]:
+            raise self._damaged(name)
+        return tensor
+
+    def verify(self) -> None:
+        """Reads every tensor once.
+
+        Raises:
+            InputError: if the bytes of one are not those that were written.
+        """
+        for name in self.shapes:
+            self.load(name)
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(
+            f"{self.path}: {what} does not match its sha256, so the file is damaged; delete it, its samples are scored "
+            "again"
+        )
 
     def _open(self) -> Any:
         try:
@@ -104,7 +137,8 @@ def write_sums(
 ) -> dict[str, str]:
     """Writes a safetensors file, one tensor at a time, and waits until it is on the disk.
 
-    The library's own function makes a second copy of everything in memory first.
+    The library's own function makes a second copy of everything in memory first. The digests are known only when the
+    tensors have been written; the header keeps room for them, and is written again at the end.
 
     Args:
         path: The file.
@@ -118,25 +152,46 @@ def write_sums(
     Raises:
         InputError: if it cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"records": json.dumps(records)}}
-    end = 0
-    for name, (kind, shape) in shapes.items():
-        start, end = end, end + math.prod(shape) * _BYTES[kind]
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    placeholders = dict.fromkeys(shapes, "0" * 64)
+    room = _header(shapes, records, placeholders)
     digests = {}
     with writing(path), path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(room)
         for name, (kind, shape) in shapes.items():
             tensor = load(name).detach().cpu().contiguous()
             assert (_KINDS[tensor.dtype], tuple(tensor.shape)) == (kind, shape), name
             view = memoryview(tensor.reshape(-1).numpy()).cast("B")
             stream.write(view)
             digests[name] = hashlib.sha256(view).hexdigest()
+        header = _header(shapes, records, digests)
+        assert len(header) == len(room)
+        stream.seek(0)
+        stream.write(header)
         stream.flush()
         os.fsync(stream.fileno())
     return digests
+
+
+def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: Records, digests: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file: the length of a JSON object, and that object."""
+    texts = {"records": json.dumps(records), "digests": json.dumps(dict(digests))}
+    about = texts | {"sha256": _header_digest(texts["records"], texts["digests"])}
+    entries: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, (kind, shape) in shapes.items():
+        start, end = end, end + math.prod(shape) * _BYTES[kind]
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _header_digest(records: str, digests: str) -> str:
+    return hashlib.sha256(f"{records}\n{digests}".encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
 
 
 def sums_of(tensors: LayerTensors) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Callable[[str], Tensor]]:
@@ -174,16 +229,20 @@ class PartialSums:
     def __init__(self, output: str | Path, rank: int) -> None:
         self.folder = partial_folder(output)
         self._rank = rank
+        self._output = output
+        self._claim = ExitStack()
         self._generation, self._run = 0, ""
         self.ids: frozenset[str] = frozenset()
-        """Of the samples that earlier runs have scored."""
+        """The ids of the samples that earlier runs have scored."""
 
     def take_up(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Folds what earlier runs have left into one base; on rank 0 only.
+        """Claims the output until ``remove``, and folds what earlier runs have left into one base; on rank 0 only.
 
         Raises:
-            InputError: if it was made with other settings, or cannot be read or written.
+            InputError: if another run is writing to the output, or what earlier runs have left was made with other
+                settings, is damaged, or cannot be read or written.
         """
+        self._claim.enter_context(sole_run(self._output))  # so what is here belongs to runs that have ended
         for half_written in self.folder.parent.glob(f"{self.folder.name}-*"):  # by a run that was killed meanwhile
             shutil.rmtree(half_written, ignore_errors=True)
         self._check_settings(settings)
@@ -192,6 +251,9 @@ class PartialSums:
         if live and (len(live) > 1 or not live[0].path.name.endswith(_BASE)):
             generation += 1
             self._fold(live, generation)
+        else:
+            for file in live:
+                file.verify()  # now, not when it is added to hours of work
         self._remove_dead(generation)
         ids = sorted(identity for file in live for identity in file.ids)
         return {"generation": generation, "run": secrets.token_hex(4), "ids": ids}
@@ -217,6 +279,7 @@ class PartialSums:
     def remove(self) -> None:
         """Deletes everything: the scores are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.close()
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / _SETTINGS
@@ -240,7 +303,7 @@ class PartialSums:
         at once have both scored them.
         """
         paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: (not path.name.endswith(_BASE), path.name))
-        latest = max((self._generation_of(path) for path in paths if path.name.endswith(_BASE)), default=0)
+        latest = max(map(self._generation_of, paths), default=0)  # its base may be gone: it was damaged and deleted
         found: list[SumsFile] = []
         held: set[str] = set()
         for path in paths:
@@ -293,10 +356,15 @@ def publish(draft: Path, path: Path) -> None:
 
 
 def differing_settings(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Dotted keys at which two settings differ, each with both values."""
+    """Dotted keys at which two settings differ, each with both values.
+
+    A key of the model's config that only one of them has is passed over: versions of the libraries differ in them.
+    """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in sorted({*one, *other}):
-            yield from differing_settings(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+            name = f"{path}.{key}" if path else str(key)
+            if (key in one and key in other) or not name.startswith("model.config"):
+                yield from differing_settings(one.get(key), other.get(key), name)
     elif one != other:
         yield f"{path} ({_short(one)}, here {_short(other)})"
 

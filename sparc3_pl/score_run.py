@@ -15,9 +15,10 @@ from sparc3_pl.attribution.scorers import LayerScores, Scorer, groups_of, requir
 from sparc3_pl.attribution.targets import TARGETS, Target
 from sparc3_pl.components import COMPONENTS, Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.distributed import barrier, gather_lists, is_rank_zero, sum_over_ranks
+from sparc3_pl.distributed import after_rank_zero, gather_lists, is_rank_zero, sum_over_ranks
 from sparc3_pl.errors import InputError
 from sparc3_pl.merge import write_part
+from sparc3_pl.processes import kept
 from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.resume import PartialSums, sums_of
 from sparc3_pl.scores import About, Manifest, ScoredSample, write_scores
@@ -108,7 +109,7 @@ def settings_of(about: About, options: Options, layers: Sequence[str], part: tup
         "target_args": about.target_args,
     }
     return {
-        "model": {key: about.model[key] for key in ("fingerprint", "dtype")},
+        "model": {key: about.model.get(key) for key in ("fingerprint", "dtype", "config")},
         "method": about.method,
         "granularity": about.granularity,
         "signed": about.signed,
@@ -184,6 +185,7 @@ class ScoreRun:
         """
         if self._partial is not None and self._unsaved:
             self._partial.save(self.scorer.sums, [sample.to_json() for sample in self.samples])
+            kept(self._partial.folder)
             self._unsaved = False
 
     def finish(self) -> None:
@@ -200,7 +202,7 @@ class ScoreRun:
             self._write(samples + self._add_earlier_sums())
         elif self.destination is not None and self.scorer.is_sharded:
             self._take_part_in_writing()
-        barrier()  # if rank 0 fails to write, the others fail too
+        after_rank_zero()  # if it fails to write, the others fail too
 
     def _add_earlier_sums(self) -> list[ScoredSample]:
         """Adds the sums of earlier runs, one tensor at a time; gives their samples."""
@@ -239,6 +241,7 @@ class ScoreRun:
             self.manifest = write_scores(where.folder, where.overwrite, layers, self.about, used, config=where.config)
         if self._partial is not None:
             self._partial.remove()
+            kept(self._partial.folder, exists=False)
 
     def _layer_scores(self, num_samples: int) -> Iterator[LayerScores]:
         return (self.scorer.scores(name, num_samples) for name in self.scorer.layers)

@@ -45,6 +45,7 @@ from sparc3_pl.files import (
     strict_json,
     write_text,
 )
+from sparc3_pl.language_model import differing_config
 
 __all__ = [
     "BLOCK",
@@ -129,6 +130,7 @@ class About:
     targets: list[str] | None = None
     nonfinite: str | None = None
     seed: int | None = None
+    relevance_account: dict[str, Any] | None = None
 
     def components(self) -> list[Component]:
         """The kinds of component that are scored.
@@ -209,6 +211,8 @@ class Manifest:
         targets: Globs of the scored layers; null: the component's own choice.
         nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
         seed: Seed of random scores; null for other methods.
+        relevance_account: Of a method that checks itself on one sample (LRP): ``relative_residual`` and
+            ``num_tokens``; where nothing was measured, the ``reason``.
         neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
             of those that do.
         hardware: The machine that wrote the scores.
@@ -240,6 +244,7 @@ class Manifest:
     targets: list[str] | None = None
     nonfinite: str | None = None
     seed: int | None = None
+    relevance_account: dict[str, Any] | None = None
     neuron_rows: dict[str, list[int]] = field(default_factory=dict)
     hardware: str | None = None
     shards: list[str] = field(default_factory=list)
@@ -814,6 +819,8 @@ def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
     found = []
     if one.model["fingerprint"] != two.model["fingerprint"]:
         found.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
+    if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
+        found.append(f"model.config.{key} in {other.path}")
     for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed"):
         if getattr(one, key) != getattr(two, key):
             found.append(told(key, getattr(one, key), getattr(two, key)))

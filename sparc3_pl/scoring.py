@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +14,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.distributed import from_rank_zero, gather_lists
+from sparc3_pl.distributed import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.errors import InputError
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, check_vocabulary, describe, load_model
 from sparc3_pl.merge import KIND as PART
 from sparc3_pl.merge import parse_part
-from sparc3_pl.processes import deferring_stop, stop_requested
+from sparc3_pl.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.resume import PartialSums
 from sparc3_pl.run_config import resolved_config
 from sparc3_pl.score_run import Destination, ScoreRequest, ScoreRun, settings_of
@@ -71,8 +72,8 @@ class ScoringModule(pl.LightningModule):
         part: ``i/n``: score only the i-th of n parts of the samples, for ``merge`` to join.
         shard: Earlier name of ``part``.
         sums_on_host: Keep the sums of weight scores (as large as the weights in float32) in the host's memory, where
-            they do not fit beside the model. Larger batches then mean fewer transfers. With several processes it
-            needs a backend that reduces tensors of the host, as gloo does.
+            they do not fit beside the model. Larger batches then mean fewer transfers. The processes add them up
+            through gloo, whatever connects their devices.
         gradient_checkpointing: Keep the activations of one decoder layer at a time and make the others again, for
             windows that do not fit: about a third slower, the same scores.
     """
@@ -115,6 +116,8 @@ class ScoringModule(pl.LightningModule):
         """From the first batch on."""
         self._description: dict[str, Any] = {}
         """On rank 0, the model's entry in the manifest."""
+        self._account: dict[str, Any] | None = None
+        """What the method's check of itself on one sample said."""
         self._partial: PartialSums | None = None
         self._loop = ExitStack()
 
@@ -195,7 +198,8 @@ class ScoringModule(pl.LightningModule):
         if self.checkpoint_every is not None and self.request.method.made.needs_samples:
             self._take_up_partial_sums(model)
         if self.is_sharded:
-            self.request.method.made.prepare(model)  # now, while the weights are whole
+            self._check_method(model)  # now, while the weights are whole
+            self.request.method.made.prepare(model)
             share_out(model, self.device_mesh["data_parallel"])
             self.trainer.datamodule.equal_passes = True  # type: ignore[attr-defined]
         if self.source.device_map is None:
@@ -209,15 +213,28 @@ class ScoringModule(pl.LightningModule):
         partial, data = PartialSums(self.output, self.global_rank), self.trainer.datamodule  # type: ignore[attr-defined]
         layers = [group.layer for group in self.request.groups(model)]
         partial.join(
-            from_rank_zero(lambda: partial.take_up(settings_of(self._about(), self.request.options, layers, self.part)))
+            from_rank_zero(
+                lambda: partial.take_up(
+                    settings_of(self._about(), self.request.options, layers, self.part)
+                    | {"part": None if self.part is None else self.part[0]}
+                )
+            )
         )
         data.exclude(partial.ids)
-        if partial.ids and self.trainer.is_global_zero:
-            log.info("resuming: %d samples already scored", len(partial.ids))
+        if partial.ids:
+            kept(partial.folder)
+            if self.trainer.is_global_zero:
+                log.info("resuming: %d samples already scored", len(partial.ids))
         self._partial = partial
 
+    def _check_method(self, model: PreTrainedModel) -> None:
+        if self._account is None:
+            samples = getattr(self.trainer.datamodule, "samples", [])  # type: ignore[attr-defined]
+            self._account = self.request.method.made.check(model, samples[0].input_ids if samples else [])
+
     def _about(self) -> About:
-        return self.request.about(self._description, self.trainer.datamodule.describe())  # type: ignore[attr-defined]
+        data = self.trainer.datamodule.describe()  # type: ignore[attr-defined]
+        return replace(self.request.about(self._description, data), relevance_account=self._account)
 
     def on_predict_start(self) -> None:
         """Makes the sums where the weights are.
@@ -229,10 +246,13 @@ class ScoringModule(pl.LightningModule):
             raise InputError("scoring needs gradients: give the Trainer inference_mode=False")
         assert self.model is not None
         self.model.eval()
+        self._check_method(self.model)
         config = resolved_config(self.trainer)
         destination = self.output and Destination(Path(self.output), self.overwrite, self.part, config)
         about = self._about() if self.trainer.is_global_zero else None
         self.run = ScoreRun(self.request.scorer(self.model), about, destination or None, self._partial)
+        if self.request.options.sums_on_host:
+            sum_over_ranks(torch.zeros(1))  # connects the hosts now: at the end it would be too late
         if self._partial is not None:
             self._loop.enter_context(deferring_stop())  # until the sums hold whole batches
 

@@ -1,5 +1,7 @@
 """The Trainer of the command line: Lightning's, with the arguments that make sense here and our two verbs."""
 
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
@@ -17,11 +28,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
+from sparc3_pl.claims import sole_run
 from sparc3_pl.errors import InputError
 from sparc3_pl.processes import Launcher, NoSignals
 
 __all__ = ["Trainer", "check_precision"]
 
+log = logging.getLogger(__name__)
 
 NOT_LIGHTNINGS = ("self", "__class__", "rank_timeout")
 
@@ -45,7 +58,7 @@ class Trainer(pl.Trainer):
     Lightning's own sampler repeats samples to even out the ranks, which would count them twice.
 
     Args:
-        accelerator: ``auto``, ``cpu``, ``gpu``, ...
+        accelerator: ``auto``, ``cpu``, ``gpu``, ... On Apple silicon ``auto`` is the CPU: the GPU there has no float64.
         strategy: ``auto``, ``ddp``, ...; each process scores its share of the samples.
         devices: Number of devices (on the CPU: of processes), or their indices.
         num_nodes: Number of machines.
@@ -86,19 +99,40 @@ class Trainer(pl.Trainer):
     ) -> None:
         arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in NOT_LIGHTNINGS}
         _check(rank_timeout, limit_predict_batches, limit_test_batches)
+        arguments["accelerator"] = _with_float64(accelerator)
         ours = {"inference_mode": False, "use_distributed_sampler": False, "enable_model_summary": False}
+        if (environment := _environment(strategy)) is not None:
+            ours["plugins"] = [environment]
         try:
             super().__init__(**arguments, **ours)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, RuntimeError, LookupError, OSError, ImportError) as error:
             given = ", ".join(f"trainer.{key}={arguments[key]!r}" for key in ("accelerator", "strategy", "devices"))
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) if not isinstance(error, LookupError) else f"no {error} is known"
             raise InputError(f"{given}: {reason[:200]}; change one of them (see score --help)") from error
+        self._check_number_of_processes()
         self._signal_connector = NoSignals(self)
         self.predict_loop = _ScoreLoop(self, inference_mode=False)
         self.test_loop = _EvalLoop(self, TrainerFn.TESTING, RunningStage.TESTING, inference_mode=False)
         self._watch_ranks(timedelta(minutes=rank_timeout))
         if isinstance(self.strategy, ModelParallelStrategy):
             _share_samples(self.strategy)
+
+    def _check_number_of_processes(self) -> None:
+        """Refuses processes that do not know of each other: each would do all the work, or wait for the others."""
+        environment, wanted = self._accelerator_connector.cluster_environment, self.num_devices * self.num_nodes
+        if isinstance(environment, LightningEnvironment):
+            started = int(os.environ.get("WORLD_SIZE", wanted))
+            if started == 1 and "LOCAL_RANK" not in os.environ:  # this process starts the others
+                return
+        else:
+            started = environment.world_size()
+        if started != wanted:
+            by = STARTERS.get(type(environment), type(environment).__name__)
+            raise InputError(
+                f"trainer.devices={self.num_devices}, trainer.num_nodes={self.num_nodes}: that is {wanted} processes, "
+                f"but {by} says that {started} were started; give trainer.devices the number on each machine and "
+                "trainer.num_nodes the number of machines"
+            )
 
     def _watch_ranks(self, timeout: timedelta) -> None:
         strategy = self.strategy
@@ -108,9 +142,13 @@ class Trainer(pl.Trainer):
             theirs = strategy.launcher
             strategy._launcher = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
 
+    def _output_of(self, model: pl.LightningModule) -> str | None:
+        """Where the run's result goes, on the rank that writes it; a module of the user's may have no such place."""
+        return getattr(model, "output", None) if self.is_global_zero else None
+
     def score(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Score a model's weights or neurons on reference samples."""
-        with _clean_refusal(self):
+        with _clean_refusal(self), sole_run(self._output_of(model)):
             self.predict(model, datamodule=datamodule, return_predictions=False)
 
     def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
@@ -120,8 +158,64 @@ class Trainer(pl.Trainer):
                 "trainer.strategy=ModelParallelStrategy is for score; eval of a model larger than one GPU runs in one "
                 "process: give model.device_map: auto and trainer.devices: 1 instead"
             )
-        with _clean_refusal(self):
+        with _clean_refusal(self), sole_run(self._output_of(model)):
             self.test(model, datamodule=datamodule, verbose=False)
+
+
+STARTERS = {
+    SLURMEnvironment: "srun (SLURM_NTASKS)",
+    TorchElasticEnvironment: "torchrun (WORLD_SIZE)",
+    LightningEnvironment: "the variable WORLD_SIZE",
+}
+"""What starts processes, by Lightning's name for it, as the user knows it."""
+
+
+def _with_float64(accelerator: str) -> str:
+    """The accelerator to use: one that has float64, in which sums are kept.
+
+    Raises:
+        InputError: if Apple's GPU was asked for.
+    """
+    if not MPSAccelerator.is_available():
+        return accelerator
+    if accelerator == "auto":
+        log.info("the CPU is used: Apple's GPU (mps) has no float64, in which sums are kept")
+        return "cpu"
+    if accelerator in ("mps", "gpu"):
+        raise InputError(
+            f"trainer.accelerator={accelerator!r}: Apple's GPU (mps) has no float64, in which sums are kept; give cpu"
+        )
+    return accelerator
+
+
+def _environment(strategy: str | Strategy) -> ClusterEnvironment | None:
+    """What Lightning is to take for the cluster where it would judge by variables that say too little.
+
+    A shell inside a Slurm allocation has Slurm's variables, but only a task that ``srun`` has started is one of several
+    (and the only task of a step starts its further processes itself). ``torchrun`` numbers the processes it starts.
+
+    Returns:
+        None: Lightning's own choice is right.
+    """
+    if isinstance(strategy, Strategy) and getattr(strategy, "cluster_environment", None) is not None:
+        return None
+    alone = LightningEnvironment()
+    if TorchElasticEnvironment.detect():
+        missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+        if missing:
+            log.info("torchrun has not started this process (%s is not set): it runs on its own", missing[0])
+        return alone if missing else None
+    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return None
+    if (other := next((kind for kind in (LSFEnvironment, MPIEnvironment) if kind.detect()), None)) is not None:
+        return other()
+    if "SLURM_STEP_NUM_TASKS" not in os.environ and os.environ["SLURM_NTASKS"] != "1":
+        log.info(
+            "SLURM_NTASKS=%s is set, but srun has not started this process: it runs on its own, with "
+            "the processes of trainer.devices",
+            os.environ["SLURM_NTASKS"],
+        )
+    return alone
 
 
 def check_precision(trainer: pl.Trainer) -> None:

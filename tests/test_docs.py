@@ -201,7 +201,7 @@ def calls_of(script: list[str]) -> list[list[str]]:
     fake.mkdir(exist_ok=True)
     calls = fake / "calls"
     calls.write_text("")
-    (fake / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (fake / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
     (fake / "python").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" END >> {shlex.quote(str(calls.absolute()))}\n')
     for program in ("srun", "python"):
         (fake / program).chmod(0o755)

@@ -28,9 +28,11 @@ from sparc3_pl.language_model import (
     ModelSource,
     check_vocabulary,
     describe,
+    differing_config,
     fingerprint,
     load_model,
     load_tokenizer,
+    model_config,
 )
 
 VOCAB = 320
@@ -83,7 +85,22 @@ def test_describe(whole):
         "fingerprint": fingerprint(model),
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",
+        "config": model_config(model),
     }
+
+
+def test_the_config_tells_models_of_the_same_weights_apart():
+    plain, turned = tiny("llama"), tiny("llama")
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 77.0}
+    turned.config.transformers_version = turned.config.name_or_path = "another"
+    assert fingerprint(plain) == fingerprint(turned)
+    here, there = model_config(plain), model_config(turned)
+    theta = plain.config.rope_parameters["rope_theta"]
+    assert differing_config(here, there) == f"rope_parameters.rope_theta ({theta!r}, here 77.0)"
+    assert differing_config(here, here) is None
+    assert differing_config({}, here) is None  # entries of earlier versions have no config
+    assert differing_config(here, {**here, "added_by_a_newer_library": 1}) is None
+    assert json.loads(json.dumps(here)) == here
 
 
 # --- fingerprint ------------------------------------------------------------------------------------------------------
@@ -105,6 +122,27 @@ def test_fingerprint_sees_one_weight(tiny_llama):
     before = fingerprint(tiny_llama)
     tiny_llama.model.layers[1].mlp.up_proj.weight.data[3, 4] *= 1.1
     assert fingerprint(tiny_llama) != before
+
+
+def test_fingerprint_is_kept_until_a_weight_changes(tiny_llama, monkeypatch):
+    weight = tiny_llama.model.layers[1].mlp.up_proj.weight
+    computed = []
+    real = language_model._named_values
+    monkeypatch.setattr(language_model, "_named_values", lambda model: computed.append(1) or real(model))
+    before = fingerprint(tiny_llama)
+    assert fingerprint(tiny_llama) == before
+    assert len(computed) == 1
+    kept = weight.detach().clone()
+    for change in (
+        lambda: weight.detach()[3].zero_(),
+        lambda: weight.detach()[[3, 4]].copy_(kept[[4, 3]]),
+        lambda: weight.detach().copy_(kept[kept.shape[0] - 1 - torch.arange(kept.shape[0])]),  # the same numbers
+        lambda: weight.data[0].mul_(2),
+    ):
+        change()
+        assert (fingerprint(tiny_llama) == before) == torch.equal(weight, kept)
+    weight.detach().copy_(kept)
+    assert fingerprint(tiny_llama) == before
 
 
 def test_fingerprint_counts_tied_weights_once():

@@ -1,14 +1,17 @@
 """A scoring run that was stopped or killed at any time goes on, on any number of processes, to the same scores."""
 
 import json
+import os
 import random
 import signal
+import struct
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Rank, Ranks, wait_until
+from safetensors.torch import save_file
 from score_checks import assert_same_scores
 from tiny_models import tiny
 from tiny_tokenizers import sentences, tiny_tokenizer
@@ -17,6 +20,7 @@ from sparc3_pl.cli import main
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.resume import PartialSums, SumsFile, partial_folder
+from sparc3_pl.scores import ScoreWriter
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 NUM_SAMPLES = 12
@@ -106,18 +110,25 @@ def test_killed_at_the_worst_points(ranks, files, whole, tmp_path, fault):
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_saves_and_asks_for_a_requeue(ranks, files, whole, tmp_path, world):
+@pytest.mark.parametrize(
+    ("world", "signum", "code"),
+    [(1, signal.SIGTERM, 143), (2, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
+    ids=["one process", "rank 0 of 2", "Ctrl-C on both"],
+)
+def test_a_stop_saves_and_says_so(ranks, files, whole, tmp_path, world, signum, code):
     output = tmp_path / "scores"
     words = score(files, output, "--checkpoint_every", 1000, "--trainer.devices", world)
     (rank,) = ranks.start(words, world, faults=dict.fromkeys(range(world), "slow 0.3"), launcher=True)
     wait_until((partial_folder(output) / "settings.json").exists, [rank])
     time.sleep(1.0)
-    rank.kill(signal.SIGTERM)
-    assert rank.wait() == 143, rank.text()
-    assert "stopped by SIGTERM" in rank.text().splitlines()[-1]
+    for pid in rank.family() if signum == signal.SIGINT else [rank.pid]:  # a terminal reaches every process
+        os.kill(pid, signum)
+    assert rank.wait() == code, rank.text()
+    advice = "run the same command again to resume"
+    assert rank.text().splitlines()[-1] == f"stopped by {signum.name}: {advice}"
     assert "Traceback" not in rank.text()
     assert 0 < scored(output) < NUM_SAMPLES
+    assert len(list(partial_folder(output).glob("*.safetensors"))) == world
     succeed(ranks.run(score(files, output, "--checkpoint_every", 1000)))
     assert_same_scores(output, whole, NUM_SAMPLES)
 
@@ -163,14 +174,74 @@ def test_samples_of_two_runs_at_once_are_counted_once(tmp_path):
     ]
 
 
-def test_a_damaged_file_of_sums_is_named(tmp_path):
-    run = PartialSums(tmp_path / "scores", 0)
-    run.join({"generation": 0, "run": "0", "ids": []})
-    run.save({"layer": {"sum": torch.ones(3)}}, [{"id": "a"}])
-    (path,) = partial_folder(tmp_path / "scores").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match="its samples are scored again"):
-        PartialSums(tmp_path / "scores", 0).take_up({})
+def saved(output: Path, generation: int, rank: int, sample: str, value: float) -> Path:
+    """A file of sums as a run leaves it."""
+    before = set(partial_folder(output).glob("*"))
+    run = PartialSums(output, rank)
+    run.join({"generation": generation, "run": f"{rank:08x}", "ids": []})
+    run.save({"layer": {"sum": torch.full((3,), value)}}, [{"id": sample}])
+    (path,) = set(partial_folder(output).glob("*")) - before
+    return path
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(struct.pack("<f", 2.5), struct.pack("<f", 2.25)), (b"sample-1", b"sample-9"), (None, b"")],
+    ids=["a sum", "an id", "cut short"],
+)
+def test_a_damaged_file_of_sums_is_refused_and_the_others_kept(tmp_path, files, old, new):
+    output = tmp_path / "scores"
+    damaged = saved(output, 3, 0, "sample-1", 2.5)
+    for rank in range(1, files):
+        saved(output, 3, rank, f"sample-{rank + 1}", 1.0)
+    if files == 1:  # a base is not folded, so nothing else would read it before the end of the run
+        damaged = damaged.rename(damaged.with_name("000003-base.safetensors"))
+    content = damaged.read_bytes()
+    assert old is None or content.count(old) in (1, 3)
+    damaged.write_bytes(content[:-4] if old is None else content.replace(old, new, 1))
+    with pytest.raises(InputError, match="its samples are scored again") as error:
+        PartialSums(output, 0).take_up({})
+    assert str(damaged) in str(error.value)
+    damaged.unlink()  # as the message advises
+    assert PartialSums(output, 0).take_up({})["ids"] == [f"sample-{rank + 1}" for rank in range(1, files)]
+
+
+def test_sums_survive_the_removal_of_their_damaged_base(tmp_path):
+    output = tmp_path / "scores"
+    saved(output, 3, 1, "sample-2", 1.0)  # written after the fold into base 3, which was damaged and deleted
+    assert PartialSums(output, 0).take_up({})["ids"] == ["sample-2"]
+
+
+def test_sums_of_an_earlier_version_without_digests(tmp_path):
+    save_file({"layer/sum": torch.ones(3)}, tmp_path / "old.safetensors", {"records": '[{"id": "a"}]'})
+    old = SumsFile(tmp_path / "old.safetensors")
+    old.verify()
+    assert old.ids == {"a"}
+
+
+def test_another_part_and_another_config_are_other_sums(tmp_path):
+    before = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e4}, "gone": 1}}, "part": 1}
+    PartialSums(tmp_path / "scores", 0).take_up(before)
+    PartialSums(tmp_path / "scores", 0).take_up(before)
+    new_library = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e4}, "new": 2}}, "part": 1}
+    PartialSums(tmp_path / "scores", 0).take_up(new_library)
+    with pytest.raises(InputError, match=r"another part \(1, here 2\)"):
+        PartialSums(tmp_path / "scores", 0).take_up(before | {"part": 2})
+    other = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e6}}}, "part": 1}
+    with pytest.raises(InputError, match=r"another model.config.rope.theta \(10000.0, here 1000000.0\)"):
+        PartialSums(tmp_path / "scores", 0).take_up(other)
+
+
+def test_a_part_does_not_take_up_another_part(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ScoreWriter, "__init__", lambda *_, **__: pytest.fail("not a part"))
+    monkeypatch.setattr("sparc3_pl.scoring.write_shard", lambda *_, **__: 1 / 0)
+    words = [str(word) for word in score(files, tmp_path / "scores", "--checkpoint_every", 1, "--trainer.devices", 1)]
+    assert main([*words, "--shard", "1/2"]) == 1
+    assert scored(tmp_path / "scores") == NUM_SAMPLES // 2
+    capsys.readouterr()
+    assert main([*words, "--shard", "2/2"]) == 2
+    assert "another part (1, here 2)" in capsys.readouterr().err
 
 
 def test_finished_completions_are_not_made_again(ranks, files, tmp_path):

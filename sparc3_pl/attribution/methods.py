@@ -7,11 +7,11 @@ whoever merges parts, asks the same object.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,21 @@ class Method(ABC):
 
     def prepare(self, model: nn.Module) -> None:
         """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
+        return None
+
+    def check(self, model: nn.Module, sample: Sequence[int]) -> dict[str, Any] | None:
+        """Checks the method on one short sample before any batch; every rank must call it.
+
+        Args:
+            model: In eval mode, its weights whole.
+            sample: Token ids.
+
+        Returns:
+            What the manifest keeps as ``relevance_account``; None for a method without such a check.
+
+        Raises:
+            InputError: if the method is not right on this model.
+        """
         return None
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
@@ -266,7 +281,7 @@ class Lrp(Gradient):
     def __init__(self, rules: RuleSet = "attn", unlisted: bool = False) -> None:
         if rules not in get_args(RuleSet):
             raise InputError(f"method lrp: rules={rules!r} is unknown; give {' or '.join(get_args(RuleSet))}")
-        self._rules = PreparedRules(rules=rules, unlisted=unlisted)
+        self._rules, self._unlisted = PreparedRules(rules=rules, unlisted=unlisted), unlisted
 
     def rules(self, model: nn.Module) -> AbstractContextManager[object]:
         return self._rules(model)
@@ -274,6 +289,11 @@ class Lrp(Gradient):
     def prepare(self, model: nn.Module) -> None:
         with self._rules(model):
             pass
+
+    def check(self, model: nn.Module, sample: Sequence[int]) -> dict[str, Any] | None:
+        from sparc3_pl.attribution.precheck import checked_rules
+
+        return checked_rules(model, sample, unlisted=self._unlisted)
 
 
 class Wanda(Method):

@@ -23,6 +23,7 @@ from sparc3_pl.evaluation.statistics import (
 )
 from sparc3_pl.evaluation.toxicity import THRESHOLD
 from sparc3_pl.files import FileKind, check_output, new_file, strict_json, write_text
+from sparc3_pl.language_model import differing_config
 from sparc3_pl.provenance import command_line, now, versions
 
 __all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
@@ -107,7 +108,7 @@ def write_comparison(
         InputError: if the place is taken or cannot be written.
     """
     about = {"seed": seed, "num_resamples": num_resamples, "versions": versions(), "command": command_line()}
-    with new_file(path, overwrite) as file:
+    with new_file(path, overwrite, KIND) as file:
         write_text(file, strict_json({**asdict(comparison), **about, "created": now()}, indent=2) + "\n")
 
 
@@ -248,6 +249,8 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     models = [side.results["model"] for side in (before, after)]
     if models[0]["fingerprint"] != models[1]["fingerprint"]:
         notes.append(f"the models were loaded with other weights: {models[0]['pretrained']}, {models[1]['pretrained']}")
+    elif key := differing_config(models[0].get("config") or {}, models[1].get("config") or {}):
+        notes.append(f"the models have the same weights but another {key} in their configs")
     elif models[0]["evaluated_fingerprint"] == models[1]["evaluated_fingerprint"]:
         notes.append("both evaluations are of the same weights")
     if models[0]["dtype"] != models[1]["dtype"]:

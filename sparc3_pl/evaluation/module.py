@@ -23,6 +23,7 @@ from sparc3_pl.evaluation.results import KIND, CompletionStore, Row, write_evalu
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.files import check_output
 from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model
+from sparc3_pl.processes import kept
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.run_config import resolved_config
 from sparc3_pl.trainer import check_precision
@@ -255,6 +256,8 @@ class EvaluationModule(pl.LightningModule):
         if self.output is not None:
             self._store = CompletionStore(self.output, self._store_key(), self.global_rank)
             self._known = self._store.load()
+            if self._known:
+                kept(self._store.folder)
             self.trainer.strategy.barrier()  # all have read before anyone writes
 
     def _store_key(self) -> dict[str, Any]:
@@ -298,6 +301,7 @@ class EvaluationModule(pl.LightningModule):
             fresh = _judged_rows(made, self.judge, self.toxicity.labels)
             if self._store is not None:
                 self._store.add(fresh)
+                kept(self._store.folder)
             rows += fresh
         self._count(rows)
 
@@ -387,6 +391,7 @@ class EvaluationModule(pl.LightningModule):
             )
             if self._store is not None:
                 self._store.remove()
+                kept(self._store.folder, exists=False)
         to_tensorboard(self.trainer, results, rows, config)
 
     def on_test_end(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparc3_pl.components import Part
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import linear_layers
-from sparc3_pl.language_model import fingerprint
+from sparc3_pl.language_model import differing_config, fingerprint, model_config
 from sparc3_pl.pruning.edits import Change, Chosen
 from sparc3_pl.pruning.plan import PrunePlan
 
@@ -171,6 +171,8 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
 def _check_fingerprint(model: nn.Module, plan: PrunePlan) -> None:
     own = fingerprint(model)
     if own == plan.fingerprint:
+        if (key := differing_config(plan.model.get("config") or {}, model_config(model))) is not None:
+            raise InputError(f"the plan was made for these weights with another {key} in the config; make it again")
         return
     if own == plan.model.get("pruned_fingerprint"):
         raise InputError("the model is already pruned by this plan; give the original model, or leave out the plan")

@@ -1,0 +1,67 @@
+"""Before the first batch of a scoring pass by LRP: the relevance account of one short sample must balance.
+
+A rule that is missing or wrong gives scores that look like any others. The account tells for about what one short
+sample costs, so no run is without it, and the score folder keeps what it said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparc3_pl.attribution.account import self_check
+from sparc3_pl.distributed import from_rank_zero
+from sparc3_pl.errors import InputError
+
+__all__ = ["NUM_TOKENS", "checked_rules"]
+
+log = logging.getLogger(__name__)
+
+NUM_TOKENS = 16
+"""Of the sample's beginning: what has no rule shows in any sentence, and the account's memory grows with its square."""
+
+
+def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = False) -> dict[str, Any]:
+    """Draws up the relevance account of the beginning of one sample on rank 0; every rank judges it alike.
+
+    Args:
+        model: A causal language model in eval mode, whole (not sharded yet).
+        sample: Token ids.
+        unlisted: As in ``attn_lrp``.
+
+    Returns:
+        The manifest's ``relevance_account``: ``relative_residual`` and ``num_tokens``; or ``relative_residual`` None
+        and the ``reason`` why nothing was measured.
+
+    Raises:
+        InputError: on every rank, if the account does not balance, or a module has no rule.
+    """
+    if reason := _reason_against(model, sample):
+        log.warning("the LRP rules were not checked by a relevance account: %s", reason)
+        return {"relative_residual": None, "num_tokens": 0, "reason": reason}
+    input_ids = torch.tensor(sample[:NUM_TOKENS])[None]
+    device = model.get_input_embeddings().weight.device
+    outcome = from_rank_zero(lambda: _outcome(model, input_ids.to(device), unlisted))
+    if isinstance(outcome, str):
+        raise InputError(outcome)
+    return {"relative_residual": outcome, "num_tokens": input_ids.shape[1]}
+
+
+def _reason_against(model: nn.Module, sample: Sequence[int]) -> str | None:
+    if not sample:
+        return "there is no sample"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "part of the model is offloaded (model.device_map); run sparc3 doctor where it fits"
+    return None
+
+
+def _outcome(model: nn.Module, input_ids_1T: torch.Tensor, unlisted: bool) -> float | str:
+    """The relative residual, or what is wrong: a text, so that it reaches the other ranks."""
+    try:
+        return self_check(model, input_ids_1T, unlisted=unlisted)
+    except InputError as error:
+        return str(error)
