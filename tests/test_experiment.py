@@ -187,7 +187,7 @@ def small(tmp_path, passes):
         "model": {"pretrained": str(tmp_path / "model")},
         "trainer": {"devices": 1},
         "seeds": [0, 1],
-        "controls": ["random"],
+        "controls": ["random_matched"],
     }
     run_experiment(**settings)
     assert passes.done == [*SCORES, "eval before", *EDITED]
@@ -196,7 +196,7 @@ def small(tmp_path, passes):
 
 
 SCORES = ["score behaviour", "score general-0", "score general-1"]
-EDITED = ["eval prune-4", "eval control-random"]
+EDITED = ["eval prune-4", "eval control-random_matched"]
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -220,7 +220,7 @@ def test_a_changed_file_at_the_same_path_is_read_again(small, passes, tmp_path, 
     (tmp_path / file).write_text("others")
     run_experiment(**small)
     assert passes.done == again
-    for name in ("prune-4", "control-random"):
+    for name in ("prune-4", "control-random_matched"):
         plan = PrunePlan.load(tmp_path / "out" / "plans" / f"{name}.json").summary()
         assert Evaluation.open(tmp_path / "out" / "evaluations" / name).results["plan"]["sha256"] == plan["sha256"]
     run_experiment(**small)

@@ -235,7 +235,7 @@ def test_another_part_and_another_config_are_other_sums(tmp_path):
 
 def test_a_part_does_not_take_up_another_part(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ScoreWriter, "__init__", lambda *_, **__: pytest.fail("not a part"))
-    monkeypatch.setattr("sparc3_pl.scoring.write_shard", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sparc3_pl.score_run.write_part", lambda *_, **__: 1 / 0)
     words = [str(word) for word in score(files, tmp_path / "scores", "--checkpoint_every", 1, "--trainer.devices", 1)]
     assert main([*words, "--shard", "1/2"]) == 1
     assert scored(tmp_path / "scores") == NUM_SAMPLES // 2

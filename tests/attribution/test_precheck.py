@@ -9,9 +9,10 @@ from tiny_models import tiny
 from sparc3_pl.attribution.account import relevance_account
 from sparc3_pl.attribution.precheck import NUM_TOKENS, checked_rules
 from sparc3_pl.cli import main
+from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.data.samples import pack_windows
 from sparc3_pl.data.texts import TextQuery
-from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
+from sparc3_pl.language_model import ModelSource, load_model
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 SCORE = ["score", "--trainer.devices", "1", "--data.num_samples", "2", *QUIET]
@@ -23,7 +24,7 @@ def account_in_manifest(folder):
 
 def test_the_manifest_keeps_the_residual(tmp_path, capsys):
     assert main([*SCORE, "--output", str(tmp_path / "lrp")]) == 0
-    window = pack_windows(TextQuery("demo", "text").texts(), load_tokenizer(ModelSource()), 64, 1, "demo")[0]
+    window = pack_windows(TextQuery("demo", "text").texts(), load_encoder(ModelSource()), 64, 1, "demo")[0]
     want = relevance_account(load_model(ModelSource()), torch.tensor(window.input_ids[:NUM_TOKENS])[None])
     found = account_in_manifest(tmp_path / "lrp")
     assert found["num_tokens"] == NUM_TOKENS
