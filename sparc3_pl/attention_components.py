@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.components import Component, Group, Part, rows_and_bias
+from sparc3_pl.components import Component, Group, Part, check_range, rows_and_bias
 from sparc3_pl.errors import InputError
 from sparc3_pl.families import features
 from sparc3_pl.heads import Attention, attentions
@@ -33,17 +33,20 @@ class Head(Component):
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
         block = _block(model, layer)
-        _check("head", layer, index, block.num_heads)
+        check_range("head", layer, index, block.num_heads, "heads")
         owner = torch.arange(len(index))
         name, rows = block.query
-        parts = rows_and_bias(model, name, rows[index].flatten(), owner.repeat_interleave(rows.shape[1]))
+        parts = rows_and_bias(
+            name, model.get_submodule(name), rows[index].flatten(), owner.repeat_interleave(rows.shape[1])
+        )
         shared = block.kv_heads_of(index)
         group = block.num_heads // block.num_kv_heads
         for name, rows in (block.key, block.value):
             # Of the heads that share it, the first in the list owns the rows: an edit writes them once.
             first = [int((index // group == kv).nonzero()[0, 0]) for kv in shared]
             owners = torch.tensor(first, dtype=torch.int64).repeat_interleave(rows.shape[1])
-            parts += rows_and_bias(model, name, rows[shared].flatten(), owners) if len(shared) else []
+            if len(shared):
+                parts += rows_and_bias(name, model.get_submodule(name), rows[shared].flatten(), owners)
         columns = block.columns(index)
         return [*parts, Part(block.output, "columns", columns, owner.repeat_interleave(block.head_dim), "reads")]
 
@@ -58,7 +61,8 @@ class Channel(Component):
         return [Group(output, (width,), "in", width) for output, width in widths.items()]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
-        _check("channel", layer, index, features(model.get_submodule(_block(model, layer).output))[1])
+        width = features(model.get_submodule(_block(model, layer).output))[1]
+        check_range("channel", layer, index, width, "channels")
         return [Part(layer, "columns", index, torch.arange(len(index)), "reads")]
 
 
@@ -78,11 +82,3 @@ def _block(model: nn.Module, layer: str) -> Attention:
     if block is None:
         raise InputError(f"{layer} is not the output projection of an attention block of this model")
     return block
-
-
-def _check(unit: str, layer: str, index: Tensor, count: int) -> None:
-    wrong = index[(index < 0) | (index >= count)]
-    if len(wrong):
-        raise InputError(f"{unit} {int(wrong[0])} of {layer} is out of range: there are {count}")
-    if len(index.unique()) < len(index):
-        raise InputError(f"a {unit} of {layer} is named twice")

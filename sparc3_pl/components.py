@@ -13,10 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import MLP, features, is_linear, mlps, select_layers, weight_matrix
+from sparc3_pl.families import MLP, features, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
-__all__ = ["COMPONENTS", "Component", "Group", "Neuron", "Part", "Weight"]
+__all__ = [
+    "COMPONENTS",
+    "Component",
+    "Group",
+    "Neuron",
+    "Part",
+    "Weight",
+    "check_range",
+    "linear_layer",
+    "mlp_by_up",
+    "rows_and_bias",
+]
 
 
 @dataclass(frozen=True)
@@ -161,18 +172,18 @@ class Neuron(Component):
         return result
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
-        module, mlp = _linear(model, layer), mlp_by_up(model).get(layer)
-        _check_range("neuron", layer, index, features(module)[0], "rows")
+        module, mlp = linear_layer(model, layer), mlp_by_up(model).get(layer)
+        check_range("neuron", layer, index, features(module)[0], "rows")
         owner = torch.arange(len(index))
         if mlp is None:
-            return _rows(layer, module, index, owner)
+            return rows_and_bias(layer, module, index, owner)
         neuron = index % mlp.width  # a fused map has two rows for each neuron
         if len(neuron.unique()) < len(neuron):
             raise InputError(f"a neuron of {layer} is named twice, by its gate row and its up row")
         parts = []
         for name in (name for name in (mlp.up, mlp.gate) if name is not None):
             own = torch.cat([neuron, neuron + mlp.width]) if mlp.fused else neuron
-            parts += _rows(name, model.get_submodule(name), own, owner.repeat(len(own) // max(1, len(neuron))))
+            parts += rows_and_bias(name, model.get_submodule(name), own, owner.repeat(len(own) // max(1, len(neuron))))
         return [*parts, Part(mlp.down, "columns", neuron, owner, "reads")]
 
 
@@ -189,15 +200,20 @@ class Weight(Component):
         ]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
-        out, inner = features(_linear(model, layer))
-        _check_range("weight", layer, index, out * inner, "weights")
+        out, inner = features(linear_layer(model, layer))
+        check_range("weight", layer, index, out * inner, "weights")
         return [Part(layer, "weights", index, torch.arange(len(index)))]
 
 
 COMPONENTS: Registry[Component] = Registry(
     "model.granularity",
     Component,
-    {"neuron": f"{__name__}.Neuron", "weight": f"{__name__}.Weight"},
+    {
+        "neuron": "sparc3_pl.components.Neuron",
+        "weight": "sparc3_pl.components.Weight",
+        "head": "sparc3_pl.attention_components.Head",
+        "channel": "sparc3_pl.attention_components.Channel",
+    },
 )
 
 
@@ -209,20 +225,26 @@ def mlp_by_up(model: nn.Module) -> dict[str, MLP]:
         return {}
 
 
-def _linear(model: nn.Module, layer: str) -> nn.Module:
+def linear_layer(model: nn.Module, layer: str) -> nn.Module:
+    """The linear layer of that name.
+
+    Raises:
+        InputError: if it is a module of another kind.
+    """
     module = model.get_submodule(layer)
     if not is_linear(module):
         raise InputError(f"{layer} is a {type(module).__name__}, not a linear layer; name one that is")
     return module
 
 
-def _check_range(kind: str, layer: str, index: Tensor, size: int, unit: str) -> None:
+def check_range(kind: str, layer: str, index: Tensor, size: int, unit: str) -> None:
     """Refuses indices outside of ``0 .. size - 1``; the largest is named, or the smallest if that is the wrong one."""
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
         wrong = int(index.max()) if int(index.max()) >= size else int(index.min())
         raise InputError(f"{kind} {wrong} of {layer} is out of range: the layer has {size} {unit}")
 
 
-def _rows(layer: str, module: nn.Module, index: Tensor, owner: Tensor) -> list[Part]:
+def rows_and_bias(layer: str, module: nn.Module, index: Tensor, owner: Tensor) -> list[Part]:
+    """Output rows of a linear layer and, where it has a bias, its entries."""
     parts = [Part(layer, "rows", index, owner)]
     return parts if module.bias is None else [*parts, Part(layer, "bias", index, owner)]
