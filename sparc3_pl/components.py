@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import MLP, features, mlps, select_layers, weight_matrix
+from sparc3_pl.families import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
 __all__ = [
