@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sparc3_pl.language_model import ModelSource, load_model
-from sparc3_pl.provenance import command_line, now, versions
+from sparc3_pl.io.provenance import command_line, now, versions
+from sparc3_pl.model.loading import ModelSource, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

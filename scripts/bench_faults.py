@@ -19,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ranks import Rank, Ranks
 
-from sparc3_pl.provenance import hardware, now, versions
-from sparc3_pl.resume import SumsFile, partial_folder
-from sparc3_pl.scores import ScoreFolder
+from sparc3_pl.io.provenance import hardware, now, versions
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.partial import partial_folder
+from sparc3_pl.scores.sums import SumsFile
 
 SLOW = 0.2
-STEP = "sparc3_pl.scoring:ScoringModule.predict_step"
-PUBLISH = "sparc3_pl.resume:publish"
+STEP = "sparc3_pl.scoring.module:ScoringModule.predict_step"
+FINISH = "sparc3_pl.scores.writer:ScoreWriter.finish"
+PUBLISH = "sparc3_pl.scores.partial:publish"
 
 
 @dataclass
@@ -58,7 +60,7 @@ FAULTS = [
     Fault("SIGTERM to every process", 2, every=1000, strike=family(signal.SIGTERM)),
     Fault("rank 1 raises an exception", 2, plant={1: f"raise 3 {STEP}"}),
     Fault("rank 0 killed before its file of sums gets its name", 2, plant={0: f"kill 4 {PUBLISH}"}),
-    Fault("rank 0 killed while the scores are written", 2, plant={0: "kill 1 sparc3_pl.scores:ScoreWriter.finish"}),
+    Fault("rank 0 killed while the scores are written", 2, plant={0: f"kill 1 {FINISH}"}),
 ]
 
 

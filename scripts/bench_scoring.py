@@ -43,7 +43,7 @@ from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.families import linear_layers, output_head, select_layers
+from sparc3_pl.model.structure import linear_layers, output_head, select_layers
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Largest difference of a layer's scores, relative to their norm. In half precision the plain procedure rounds its

@@ -19,8 +19,8 @@ from jsonargparse import Namespace
 from sparc3_pl.cli import CLI, COMMANDS, PASSES, Parser, argument_texts
 from sparc3_pl.evaluation.judges import ClassifierJudge, DetoxifyJudge
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.scores import LayerStats, Manifest
-from sparc3_pl.trainer import Trainer
+from sparc3_pl.runtime.trainer import Trainer
+from sparc3_pl.scores.manifest import LayerStats, Manifest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference.md"

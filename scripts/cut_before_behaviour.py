@@ -37,8 +37,8 @@ from sparc3_pl.data.reference import pad_right
 from sparc3_pl.data.sources import get_field, parse_filter, partition, read_records, text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
-from sparc3_pl.files import write_text
-from sparc3_pl.language_model import ModelSource, load_model
+from sparc3_pl.io.files import write_text
+from sparc3_pl.model.loading import ModelSource, load_model
 
 WORD = re.compile(r"[^\W\d_][\w'’*-]*")
 

@@ -29,26 +29,27 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sparc3_pl.data.evaluation_data import EvaluationData
 from sparc3_pl.data.reference import ReferenceData
+from sparc3_pl.diagnosis.audit import audit
+from sparc3_pl.diagnosis.doctor import doctor
+from sparc3_pl.diagnosis.evidence import evidence
+from sparc3_pl.diagnosis.overlap import overlap
+from sparc3_pl.document.terminal import print_result, print_summary, unfailing_output
 from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.module import EvaluationModule
-from sparc3_pl.experiment import run
-from sparc3_pl.merge import merge
-from sparc3_pl.monitoring import ProgressBar, ScoringMonitor
-from sparc3_pl.processes import supervised
-from sparc3_pl.provenance import REDACTED, RedactingFilter, redacted
+from sparc3_pl.experiment.run import run
+from sparc3_pl.io.provenance import REDACTED, RedactingFilter, redacted
+from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.pruning.callback import PruningCallback
-from sparc3_pl.pruning.command import prune
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.report.audit import audit
 from sparc3_pl.report.command import report
-from sparc3_pl.report.doctor import doctor
-from sparc3_pl.report.evidence import evidence
-from sparc3_pl.report.overlap import overlap
-from sparc3_pl.report.terminal import print_result, print_summary, unfailing_output
-from sparc3_pl.run_config import RunConfig
-from sparc3_pl.scoring import ScoringModule
-from sparc3_pl.trainer import Trainer
-from sparc3_pl.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.runtime.processes import supervised
+from sparc3_pl.runtime.progress import ProgressBar
+from sparc3_pl.runtime.run_config import RunConfig
+from sparc3_pl.runtime.trainer import Trainer
+from sparc3_pl.scoring.merge import merge
+from sparc3_pl.scoring.module import ScoringModule
+from sparc3_pl.scoring.monitor import ScoringMonitor
+from sparc3_pl.selection.command import prune
 
 __all__ = ["CLI", "main"]
 

@@ -1,15 +1,11 @@
 """Fixtures shared by all rooms."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny_models wherever they lie
-
 from ranks import Ranks
 from tiny_models import FAMILIES, tiny
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparc3_pl.processes import Launcher
+    from sparc3_pl.runtime.launcher import Launcher
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 180.0
@@ -190,7 +190,7 @@ def serve() -> None:
 def work(task: dict) -> None:
     """In the forked process: runs the command and ends."""
     from sparc3_pl.cli import main
-    from sparc3_pl.processes import Launcher
+    from sparc3_pl.runtime.launcher import Launcher
 
     out = os.open(task["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -261,7 +261,7 @@ def inject(fault: str, moment: Path) -> None:
     kind, _, rest = fault.partition(" ")
     if kind == "slow":
         seconds, _, target = rest.partition(" ")
-        wrap(target or "sparc3_pl.scoring:ScoringModule.predict_step", lambda count: time.sleep(float(seconds)))
+        wrap(target or "sparc3_pl.scoring.module:ScoringModule.predict_step", lambda count: time.sleep(float(seconds)))
     elif kind:
         number, target = rest.split()
         wrap(target, lambda count: strike(kind, moment) if count == int(number) else None)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sparc3_pl.scores import ScoreFolder
+from sparc3_pl.scores.folder import ScoreFolder
 
 TOLERANCE = 1e-6
 """Relative: of a layer as a whole (norm and sum), and of its largest score for every element. A small element that is a

@@ -1,14 +1,9 @@
 """The scoring benchmark at toy size: it compares before it times, and prints and keeps what was measured."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench_scoring
+import pytest
 
 TOY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "60"]
 TOY += ["--seq-len", "12", "--prompts", "5", "--prompt-min", "2", "--prompt-max", "6", "--batch-size", "3"]

@@ -9,8 +9,8 @@ import yaml
 from safetensors import safe_open
 
 from sparc3_pl.cli import COMMANDS, PASSES, main
-from sparc3_pl.scores import ScoreFolder
-from sparc3_pl.yaml_format import load_yaml
+from sparc3_pl.io.yaml_format import load_yaml
+from sparc3_pl.scores.folder import ScoreFolder
 
 SMALL = ["--data.num_samples", "3", "--data.seq_len", "32", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
 

@@ -1,20 +1,16 @@
 """Texts are cut before a word that the judge objects to and the model predicts; by the demo's model and judge."""
 
 import json
-import sys
 from pathlib import Path
 
+import cut_before_behaviour
 import pytest
 import torch
 
 from sparc3_pl import demo
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.evaluation.judges import DetoxifyJudge
-from sparc3_pl.language_model import ModelSource, load_model, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import cut_before_behaviour
+from sparc3_pl.model.loading import ModelSource, load_model, load_tokenizer
 
 FIELDS = ["--prompt_field", "prompt.text", "--text_field", "continuation.text", "--variant", "demo"]
 FIELDS += ["--criterion", "text"]  # the demo's judge makes nothing of single words

@@ -14,7 +14,7 @@ from tiny_tokenizers import sentences, tiny_tokenizer
 
 import sparc3_pl
 from sparc3_pl.cli import main
-from sparc3_pl.provenance import is_secret_name, redacted, redacted_command
+from sparc3_pl.io.provenance import is_secret_name, redacted, redacted_command
 
 PLANTED = "hf_PlantedInTheEnvironment123"
 IN_PATH = "hf_PlantedInAPath4567890"

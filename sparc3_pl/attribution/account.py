@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.attention import AttentionFunction, attention_modules, wrapped_attention
 from sparc3_pl.attribution.rules import RuleSet, attn_lrp
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, is_linear, output_head
+from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.structure import decoder, is_linear, output_head
 
 __all__ = ["RelevanceAccount", "relevance_account", "self_check"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparc3_pl.attribution.fused import fused_relevance, fusible
 from sparc3_pl.attribution.recording import LayerPass
-from sparc3_pl.components import Group
-from sparc3_pl.distributed import is_sharded
+from sparc3_pl.model.components import Group
+from sparc3_pl.runtime.collectives import is_sharded
 
 __all__ = [
     "Counts",

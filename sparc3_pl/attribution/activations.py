@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparc3_pl.families import is_activation
+from sparc3_pl.model.structure import is_activation
 
 __all__ = ["RATIOS", "activation_kind", "identity_rule"]
 

@@ -1,55 +1,15 @@
-"""Put a function of ours around the attention of single modules, whatever implementation they use.
-
-transformers' attention modules look their function up in a registry under the name that their config holds. A module
-gets a shallow copy of its config with our name; the model's own config, from which masks are made, stays as it is.
-"""
+"""The gradients of query, key and value, scaled as AttnLRP's rule for attention asks."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.families import swapped
+from sparc3_pl.model.attention import AttentionFunction
 
-__all__ = ["AttentionFunction", "attention_modules", "scale_gradient", "scaled_qkv", "wrapped_attention"]
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-"""(module, query [B,H,T,D], key, value, mask, **kwargs) -> (output [B,T,H,D], attention weights or None)."""
-
-_NAME = "sparc3"  # in transformers' registry
-_SLOT = "_sparc3_attention"  # on a module's copy of its config
-
-
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``model`` that call the attention registry, by name."""
-    return {n: m for n, m in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _names(m)}
-
-
-def base_function(module: nn.Module) -> AttentionFunction:
-    """The attention function that ``module`` uses as it stands."""
-    names = _forward(module).__globals__
-    registry = names["ALL_ATTENTION_FUNCTIONS"]
-    if module.config._attn_implementation == _NAME:
-        return getattr(module.config, _SLOT)
-    return registry.get_interface(module.config._attn_implementation, names.get("eager_attention_forward"))
-
-
-@contextmanager
-def wrapped_attention(module: nn.Module, wrap: Callable[[AttentionFunction], AttentionFunction]) -> Iterator[None]:
-    """Until the block ends, ``module`` attends by ``wrap(its own function)``. Blocks can be nested."""
-    _register()
-    config = copy.copy(module.config)
-    setattr(config, _SLOT, wrap(base_function(module)))
-    config._attn_implementation_internal = _NAME  # the public setter would also write to shared sub-configs
-    with swapped(module, "config", config):
-        yield
+__all__ = ["scale_gradient", "scaled_qkv"]
 
 
 def scaled_qkv(base: AttentionFunction, query_key: float, value: float) -> AttentionFunction:
@@ -78,25 +38,3 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     if factor == 0:
         return x.detach()
     return x if factor == 1 else _ScaleGradient.apply(x, factor)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The global names that the forward of ``module`` uses."""
-    code = getattr(_forward(module), "__code__", None)
-    return () if code is None else code.co_names
-
-
-def _forward(module: nn.Module) -> Callable[..., Any]:
-    """The plain function behind the class's forward, decorators taken off."""
-    return inspect.unwrap(type(module).forward)
-
-
-@functools.cache
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _dispatch)
-
-
-def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return getattr(module.config, _SLOT)(module, *args, **kwargs)

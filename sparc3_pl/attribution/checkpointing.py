@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparc3_pl.attribution.norms import forward_slot
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, swapped
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.structure import decoder
 
 __all__ = ["checkpointed"]
 

@@ -66,7 +66,7 @@ def fused_relevance(layer: LayerPass, total_OI: Tensor | None = None) -> Tensor:
         layer: The batch's pass; x and delta float32, bfloat16 or float16, alike, with any strides.
         total_OI: Float32, contiguous, on the layer's device; the sum over samples of |W * G| is added to it in place.
     """
-    from sparc3_pl.attribution.fused_kernel import relevance_kernel  # imports Triton, which not every machine has
+    from sparc3_pl.attribution.fused_kernel import relevance_kernel
 
     x_BTI, delta_BTO, weight_OI = layer.x_BTI, layer.delta_BTO, layer.weight_OI
     assert x_BTI.dtype == delta_BTO.dtype != torch.float64, (x_BTI.dtype, delta_BTO.dtype)

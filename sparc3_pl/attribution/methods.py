@@ -27,13 +27,13 @@ from sparc3_pl.attribution.checkpointing import checkpointed
 from sparc3_pl.attribution.recording import LayerPass, recording
 from sparc3_pl.attribution.rules import PreparedRules, RuleSet
 from sparc3_pl.attribution.targets import Attributed, Target, as_forward, attribute, last_hidden_state
-from sparc3_pl.components import Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.distributed import is_sharded
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import output_head
-from sparc3_pl.linear_kernels import onednn_linears
+from sparc3_pl.model.components import Component, Group
+from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Registry
+from sparc3_pl.runtime.collectives import is_sharded
 
 __all__ = [
     "METHODS",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.families import swapped
+from sparc3_pl.model.patching import swapped
 
 __all__ = ["NormKind", "forward_slot", "norm_kind", "normalised", "std_constant_rule"]
 

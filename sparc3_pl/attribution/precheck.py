@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sparc3_pl.attribution.account import self_check
-from sparc3_pl.distributed import from_rank_zero
 from sparc3_pl.errors import InputError
+from sparc3_pl.runtime.collectives import from_rank_zero
 
 __all__ = ["NUM_TOKENS", "checked_rules"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.families import weight_matrix
+from sparc3_pl.model.structure import weight_matrix
 
 __all__ = ["LayerPass", "recording"]
 

@@ -26,10 +26,12 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.activations import activation_kind, identity_rule
-from sparc3_pl.attribution.attention import attention_modules, scale_gradient, scaled_qkv, wrapped_attention
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv
 from sparc3_pl.attribution.norms import NormKind, forward_slot, norm_kind, std_constant_rule
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, is_linear, mlps, module_name, output_head, swapped
+from sparc3_pl.model.attention import attention_modules, wrapped_attention
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.structure import decoder, is_linear, mlps, module_name, output_head
 
 __all__ = ["SUPPORTED", "PreparedRules", "RuleSet", "attn_lrp", "rule_table"]
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from sparc3_pl.attribution.methods import METHODS, BatchFigures, Layer, Method, Options, Sums
 from sparc3_pl.attribution.targets import TARGETS, Predicted, Target
-from sparc3_pl.components import COMPONENTS, Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.distributed import is_sharded, whole
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import weight_matrix
+from sparc3_pl.model.components import COMPONENTS, Component, Group
+from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Spec
+from sparc3_pl.runtime.collectives import is_sharded, whole
 
 __all__ = ["LayerScores", "Scorer", "groups_of", "layer_scores", "require_heeded"]
 

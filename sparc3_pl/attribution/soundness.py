@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.agreement import jaccard, rank_correlation
 from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.targets import last_hidden_state, last_logits
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.families import output_head
+from sparc3_pl.model.structure import output_head
+from sparc3_pl.statistics.agreement import jaccard, rank_correlation
 
 __all__ = [
     "PrecisionAgreement",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.families import decoder, output_head, swapped
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.structure import decoder, output_head
 from sparc3_pl.registry import Registry
 
 __all__ = [

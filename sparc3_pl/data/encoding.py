@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
-from sparc3_pl.language_model import load_vocabulary
+from sparc3_pl.model.loading import load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparc3_pl.language_model import ModelSource
+    from sparc3_pl.model.loading import ModelSource
 
 __all__ = ["Encoder", "Text", "UnreadableTextError", "load_encoder", "special_affixes"]
 

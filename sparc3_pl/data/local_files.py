@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from sparc3_pl.hub import first_line
+from sparc3_pl.io.hub import first_line
 
 __all__ = ["ENDINGS", "BadFile", "Cell", "Row", "Unusable", "decoded", "ending", "open_binary", "rows", "shuffled_rows"]
 

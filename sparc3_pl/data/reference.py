@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
-from sparc3_pl.data.samples import Sample, Target, matched_samples, pack_windows, read_targets, text_samples
+from sparc3_pl.data.matching import Target, matched_samples, read_targets
+from sparc3_pl.data.samples import Sample, pack_windows, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
-from sparc3_pl.distributed import gather_lists
 from sparc3_pl.errors import InputError
+from sparc3_pl.runtime.collectives import gather_lists
 
 __all__ = ["ReferenceBatch", "ReferenceData", "build_samples", "build_targets"]
 

@@ -20,7 +20,7 @@ from sparc3_pl.data.local_files import ENDINGS, BadFile, Cell, Row, Unusable, de
 from sparc3_pl.data.local_files import rows as file_rows
 from sparc3_pl.data.local_files import shuffled_rows as shuffled_file_rows
 from sparc3_pl.errors import InputError
-from sparc3_pl.hub import first_line, hub_available, hub_name, local_path, offline
+from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path, offline
 
 __all__ = [
     "Condition",

@@ -12,7 +12,11 @@ import numpy as np
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, Row
-from sparc3_pl.evaluation.statistics import (
+from sparc3_pl.evaluation.toxicity import THRESHOLD
+from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
+from sparc3_pl.io.provenance import command_line, now, versions
+from sparc3_pl.model.identity import differing_config
+from sparc3_pl.statistics.paired import (
     LEAST_UNITS,
     NUM_RESAMPLES,
     Floats,
@@ -21,10 +25,6 @@ from sparc3_pl.evaluation.statistics import (
     paired_change,
     ratio_change,
 )
-from sparc3_pl.evaluation.toxicity import THRESHOLD
-from sparc3_pl.files import FileKind, check_output, new_file, strict_json, write_text
-from sparc3_pl.language_model import differing_config
-from sparc3_pl.provenance import command_line, now, versions
 
 __all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
 
@@ -268,8 +268,8 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _print(found: Comparison, path: Path | None) -> None:
-    from sparc3_pl.report.document import Table
-    from sparc3_pl.report.terminal import print_result
+    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.terminal import print_result
 
     columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
     lines = [f"note: {note}" for note in found.notes]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import swapped
-from sparc3_pl.linear_kernels import onednn_linears
+from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.patching import swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

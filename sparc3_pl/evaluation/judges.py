@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.files import sha256_of_file
-from sparc3_pl.hub import first_line, hub_available, hub_name, local_path
-from sparc3_pl.language_model import fingerprint
-from sparc3_pl.provenance import redacted
+from sparc3_pl.io.files import sha256_of_file
+from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path
+from sparc3_pl.io.provenance import redacted
+from sparc3_pl.model.identity import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

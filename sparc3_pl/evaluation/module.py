@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.distributed import from_rank_zero, gather_lists
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.generation import Completion, Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge, describe_judge, judged
@@ -21,12 +20,14 @@ from sparc3_pl.evaluation.perplexity import Perplexity, WindowScorer
 from sparc3_pl.evaluation.repetition import Repetition, uniqueness
 from sparc3_pl.evaluation.results import KIND, CompletionStore, Row, write_evaluation
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
-from sparc3_pl.files import check_output
-from sparc3_pl.language_model import ModelSource, describe, fingerprint, load_model
-from sparc3_pl.processes import kept
+from sparc3_pl.io.files import check_output
+from sparc3_pl.model.identity import describe, fingerprint
+from sparc3_pl.model.loading import ModelSource, load_model
 from sparc3_pl.pruning.callback import PruningCallback
-from sparc3_pl.run_config import resolved_config
-from sparc3_pl.trainer import check_precision
+from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists
+from sparc3_pl.runtime.processes import kept
+from sparc3_pl.runtime.run_config import resolved_config
+from sparc3_pl.runtime.trainer import check_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -276,7 +277,7 @@ class EvaluationModule(pl.LightningModule):
     def test_step(self, batch: WindowBatch | PromptBatch, batch_idx: int) -> None:
         """Takes in one batch of windows or of prompts."""
         from sparc3_pl.data.evaluation_data import PromptBatch
-        from sparc3_pl.evaluation.reporting import show_progress
+        from sparc3_pl.evaluation.show import show_progress
 
         if isinstance(batch, PromptBatch):
             self._complete(batch)
@@ -374,7 +375,7 @@ class EvaluationModule(pl.LightningModule):
         }
 
     def _publish(self, results: dict[str, Any], completions: list[Row], windows: list[Row]) -> None:
-        from sparc3_pl.evaluation.reporting import to_tensorboard
+        from sparc3_pl.evaluation.show import to_tensorboard
 
         rows = [{key: value for key, value in row.items() if key != "tokens"} for row in completions]
         self.results, config = results, resolved_config(self.trainer)
@@ -396,7 +397,7 @@ class EvaluationModule(pl.LightningModule):
 
     def on_test_end(self) -> None:
         """Prints the figures on rank 0, once the progress bar is closed."""
-        from sparc3_pl.evaluation.reporting import print_results
+        from sparc3_pl.evaluation.show import print_results
 
         if self.results is not None:
             print_results(self.results, self.written_to)

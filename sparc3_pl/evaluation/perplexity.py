@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from sparc3_pl.families import decoder, features, output_head
-from sparc3_pl.linear_kernels import onednn_linears
+from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.structure import decoder, features, output_head
 
 __all__ = ["IGNORE", "Perplexity", "WindowScorer", "token_nll"]
 

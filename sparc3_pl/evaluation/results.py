@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.files import FolderKind, inside, new_folder, read_json, sha256_of_file, strict_json, write_text, writing
-from sparc3_pl.provenance import command_line, hardware, now, redacted, versions
+from sparc3_pl.io.files import (
+    FolderKind,
+    inside,
+    new_folder,
+    read_json,
+    sha256_of_file,
+    strict_json,
+    write_text,
+    writing,
+)
+from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 
 __all__ = ["FORMAT_VERSION", "KIND", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.components import Part
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import linear_layers
-from sparc3_pl.language_model import differing_config, fingerprint, model_config
+from sparc3_pl.model.components import Part
+from sparc3_pl.model.identity import differing_config, fingerprint, model_config
+from sparc3_pl.model.structure import linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen
 from sparc3_pl.pruning.plan import PrunePlan
 

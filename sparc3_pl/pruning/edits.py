@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.components import Part
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import mlps
+from sparc3_pl.model.components import Part
+from sparc3_pl.model.structure import mlps
 from sparc3_pl.registry import Registry
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sparc3_pl import provenance
-from sparc3_pl.components import COMPONENTS, Component
 from sparc3_pl.errors import InputError
-from sparc3_pl.files import (
+from sparc3_pl.io import provenance
+from sparc3_pl.io.files import (
     FileKind,
     inside,
     json_digest,
@@ -32,6 +31,7 @@ from sparc3_pl.files import (
     strict_json,
     write_text,
 )
+from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.pruning.edits import EDITS, Edit
 
 __all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.components import Neuron
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import MLP, mlps, swapped, weight_matrix
-from sparc3_pl.files import FolderKind, new_folder, strict_json, write_text, writing
+from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
+from sparc3_pl.model.components import Neuron
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.structure import MLP, mlps, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
 from sparc3_pl.pruning.edits import Mean, Zero
 from sparc3_pl.pruning.plan import PrunePlan

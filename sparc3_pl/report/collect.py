@@ -10,10 +10,10 @@ from typing import Any
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.files import read_json, sha256_of_file
-from sparc3_pl.provenance import redacted
+from sparc3_pl.io.files import read_json, sha256_of_file
+from sparc3_pl.io.provenance import redacted
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.scores import ScoreFolder
+from sparc3_pl.scores.folder import ScoreFolder
 
 __all__ = ["Found", "Plan", "collect", "distinct_names"]
 

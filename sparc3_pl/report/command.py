@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparc3_pl.files import FolderKind, check_output, new_folder, write_text
-from sparc3_pl.provenance import now
-from sparc3_pl.report.audit import Audit, audit_folders
+from sparc3_pl.diagnosis.audit import Audit, audit_folders
+from sparc3_pl.document.markdown import markdown
+from sparc3_pl.document.page import PAGE, page
+from sparc3_pl.io.files import FolderKind, check_output, new_folder, write_text
+from sparc3_pl.io.provenance import now
 from sparc3_pl.report.collect import Found, collect
 from sparc3_pl.report.effects import effects
-from sparc3_pl.report.html import PAGE, page
-from sparc3_pl.report.markdown import markdown
 from sparc3_pl.report.sections import report_sections
 
 __all__ = ["Report", "make_report", "report"]
@@ -43,7 +43,7 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
     Raises:
         InputError: If something is missing or damaged, nothing is known, or the output is taken.
     """
-    from sparc3_pl.report.terminal import print_result
+    from sparc3_pl.document.terminal import print_result
 
     check_output(output, overwrite, KIND)
     made = make_report(folders, leave_out=Path(output))

@@ -12,11 +12,11 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from sparc3_pl.document.document import NOTHING, Block, Folded, Picture, SideBySide, Table, Text, TextPair, count
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value
 from sparc3_pl.evaluation.results import Evaluation, Row
 from sparc3_pl.report.collect import Found
-from sparc3_pl.report.document import NOTHING, Block, Folded, Picture, SideBySide, Table, Text, TextPair, count
 
 __all__ = [
     "Effect",
@@ -306,7 +306,7 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
         experiment: Its edits.
         name: Of the picture in the page; each needs its own.
     """
-    from sparc3_pl.report.figures import Dose, as_svg, dose_response
+    from sparc3_pl.document.figures import Dose, as_svg, dose_response
 
     series: dict[str, list[Dose]] = {}
     for effect in experiment:

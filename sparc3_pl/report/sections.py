@@ -8,15 +8,9 @@ from typing import Any, get_args
 
 import torch
 
-from sparc3_pl.evaluation.compare import interval, p_value
-from sparc3_pl.provenance import redacted
-from sparc3_pl.pruning.contrast import Scores, contrast, named_in_plan
-from sparc3_pl.pruning.selection import sample
-from sparc3_pl.pruning.stability import Choice, WeighedContrast
-from sparc3_pl.report.audit import Audit
-from sparc3_pl.report.audit_sections import audit_sections, verdicts
-from sparc3_pl.report.collect import Found, Plan
-from sparc3_pl.report.document import (
+from sparc3_pl.diagnosis.audit import Audit
+from sparc3_pl.diagnosis.audit_sections import audit_sections, verdicts
+from sparc3_pl.document.document import (
     NOTHING,
     Block,
     Checks,
@@ -31,16 +25,14 @@ from sparc3_pl.report.document import (
     number,
     percent,
 )
-from sparc3_pl.report.effects import (
-    Effect,
-    by_experiment,
-    completions,
-    dose_picture,
-    effect_table,
-    headline,
-    title_of,
-)
-from sparc3_pl.verdicts import Check
+from sparc3_pl.document.verdicts import Check
+from sparc3_pl.evaluation.compare import interval, p_value
+from sparc3_pl.io.provenance import redacted
+from sparc3_pl.report.collect import Found, Plan
+from sparc3_pl.report.effects import Effect, by_experiment, completions, dose_picture, effect_table, headline, title_of
+from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
+from sparc3_pl.selection.lowest import sample
+from sparc3_pl.selection.stability import Choice, WeighedContrast
 
 __all__ = ["report_sections"]
 
@@ -207,7 +199,7 @@ def _chosen(found: Found, spoken: Sequence[str]) -> Iterator[Block]:
 
 def _enough_samples(found: Found, spoken: Sequence[str]) -> Iterator[Section]:
     """The evidence for the plans that are spoken of, where their scores are here and they can be weighed."""
-    from sparc3_pl.report.evidence import evidence_sections, weigh
+    from sparc3_pl.diagnosis.evidence import evidence_sections, weigh
 
     blocks: list[Block] = []
     for name in spoken:
@@ -262,7 +254,7 @@ def _with_matched_control(plans: Mapping[str, Plan], name: str) -> dict[str, Pla
 
 
 def _distribution(name: str, entry: Plan, picture: str) -> Picture:
-    from sparc3_pl.report.figures import as_svg, contrast_distribution
+    from sparc3_pl.document.figures import as_svg, contrast_distribution
 
     plan = entry.plan
     sides = (Scores.of(entry.general, plan.settings.get("layers")), None)
@@ -282,7 +274,7 @@ def _distribution(name: str, entry: Plan, picture: str) -> Picture:
 
 
 def _by_layer(shown: Mapping[str, Plan], picture: str) -> Picture:
-    from sparc3_pl.report.figures import as_svg, chosen_by_layer
+    from sparc3_pl.document.figures import as_svg, chosen_by_layer
 
     first = next(iter(shown.values()))
     counts = [entry.plan.counts() for entry in shown.values()]
@@ -308,7 +300,7 @@ def _scores(audit: Audit) -> Iterator[Block]:
 
 def _relevance(audit: Audit) -> Iterator[Picture]:
     """One figure for the scores of each method and set of layers: only those can share an axis."""
-    from sparc3_pl.report.figures import as_svg, relevance_of_sets
+    from sparc3_pl.document.figures import as_svg, relevance_of_sets
 
     groups: dict[tuple[Any, ...], dict[str, dict[str, float]]] = {}
     for folder in audit.folders:

@@ -7,7 +7,7 @@ from tiny_models import FAMILIES, MORE_FAMILIES, VARIANTS, tiny, tokens, variant
 from sparc3_pl.attribution import norms, rules
 from sparc3_pl.attribution.account import relevance_account, self_check, softmax_retention
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import swapped
+from sparc3_pl.model.patching import swapped
 
 EVERYTHING = [*FAMILIES, *MORE_FAMILIES, *VARIANTS]
 IDS = tokens(1, 11)

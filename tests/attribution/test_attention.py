@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny, tokens
 
-from sparc3_pl.attribution.attention import attention_modules, scale_gradient, scaled_qkv, wrapped_attention
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv
+from sparc3_pl.model.attention import attention_modules, wrapped_attention
 
 
 def attend(module, q, k, v):

@@ -7,10 +7,10 @@ from tiny_models import tiny
 from sparc3_pl.attribution.methods import Options
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.soundness import padded
-from sparc3_pl.components import Component, Group
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import features, mlps, output_head, select_layers, weight_matrix
+from sparc3_pl.model.components import Component, Group
+from sparc3_pl.model.structure import features, mlps, output_head, select_layers, weight_matrix
 
 SAMPLES = [torch.arange(3, 3 + length) for length in (7, 4, 2)]
 

@@ -17,10 +17,9 @@ import torch
 from sparc3_pl.attribution import accumulators, fused
 from sparc3_pl.attribution.accumulators import add_weight_scores, component_scores, no_counts
 from sparc3_pl.attribution.recording import LayerPass
-from sparc3_pl.components import Group
+from sparc3_pl.model.components import Group
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+HERE = Path(__file__).parents[1]
 
 from interpret_fused import CARDS, runs_on  # noqa: E402
 

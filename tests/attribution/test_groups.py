@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruning.score_folders import LAYERS, random_scores
+from score_folders import LAYERS, random_scores
 from tiny_models import tiny, tokens
 
 from sparc3_pl.attribution.methods import Options, group_of
@@ -10,8 +10,9 @@ from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.soundness import padded
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.scores import ScoreFolder, ScoreWriter
-from sparc3_pl.scoring import ScoringModule
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.writer import ScoreWriter
+from sparc3_pl.scoring.module import ScoringModule
 
 GROUPS = 3
 SAMPLES = [tokens(1, length, seed=length)[0] for length in (9, 4, 6, 2, 7, 5)]

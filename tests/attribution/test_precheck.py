@@ -12,7 +12,7 @@ from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.data.samples import pack_windows
 from sparc3_pl.data.texts import TextQuery
-from sparc3_pl.language_model import ModelSource, load_model
+from sparc3_pl.model.loading import ModelSource, load_model
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 SCORE = ["score", "--trainer.devices", "1", "--data.num_samples", "2", *QUIET]
@@ -35,7 +35,9 @@ def test_the_manifest_keeps_the_residual(tmp_path, capsys):
 
 
 def test_a_wrong_rule_is_refused_before_the_first_batch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sparc3_pl.scoring.ScoringModule.predict_step", lambda *_: pytest.fail("a batch was scored"))
+    monkeypatch.setattr(
+        "sparc3_pl.scoring.module.ScoringModule.predict_step", lambda *_: pytest.fail("a batch was scored")
+    )
     real = relevance_account
 
     def wrong(model, input_ids, **keys):

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparc3_pl.attribution.rules import SUPPORTED, attn_lrp, rule_table
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, mlps
+from sparc3_pl.model.structure import decoder, mlps
 
 EVERYTHING = [*FAMILIES, *MORE_FAMILIES, *VARIANTS]
 

@@ -10,7 +10,7 @@ from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import decoder, linear_layers, output_head, select_layers, weight_matrix
+from sparc3_pl.model.structure import decoder, linear_layers, output_head, select_layers, weight_matrix
 
 LENGTHS = (9, 4, 6, 2)
 RULES = {"lrp": attn_lrp, "gradient": nullcontext}

@@ -6,7 +6,8 @@ import pytest
 from tiny_tokenizers import digits_tokenizer, documents, sentences, tiny_tokenizer, with_template
 
 from sparc3_pl.data.encoding import Encoder, UnreadableTextError
-from sparc3_pl.data.samples import Target, ending, matched_samples, pack_windows, read_targets, text_samples
+from sparc3_pl.data.matching import Target, matched_samples, read_targets
+from sparc3_pl.data.samples import ending, pack_windows, text_samples
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 

@@ -9,15 +9,7 @@ import pytest
 
 from sparc3_pl import demo
 from sparc3_pl.data import sources
-from sparc3_pl.data.sources import (
-    get_field,
-    local_source,
-    parse_filter,
-    partition,
-    read_records,
-    read_text,
-    text_id,
-)
+from sparc3_pl.data.sources import get_field, local_source, parse_filter, partition, read_records, read_text, text_id
 from sparc3_pl.errors import InputError
 
 RECORDS = [{"text": f"Text number {i}.", "prompt": {"score": None if i % 3 == 0 else i / 10}} for i in range(10)]

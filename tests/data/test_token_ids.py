@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
-from sparc3_pl.language_model import ModelSource, load_tokenizer
-from sparc3_pl.pruning.command import prune
-from sparc3_pl.scores import ScoreFolder
-from sparc3_pl.scoring import ScoringModule
-from sparc3_pl.trainer import Trainer
+from sparc3_pl.model.loading import ModelSource, load_tokenizer
+from sparc3_pl.runtime.trainer import Trainer
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scoring.module import ScoringModule
+from sparc3_pl.selection.command import prune
 
 VOCAB = 320
 LISTS = [tiny_tokenizer()(text).input_ids for text in sentences(6)]

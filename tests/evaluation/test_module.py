@@ -20,13 +20,14 @@ from sparc3_pl.evaluation import module as module_under_test
 from sparc3_pl.evaluation.generation import Generator
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
-from sparc3_pl.language_model import ModelSource, fingerprint, load_model
+from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.loading import ModelSource, load_model
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.edit import pruned
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.run_config import RunConfig
-from sparc3_pl.scoring import ScoringModule
-from sparc3_pl.trainer import Trainer
+from sparc3_pl.runtime.run_config import RunConfig
+from sparc3_pl.runtime.trainer import Trainer
+from sparc3_pl.scoring.module import ScoringModule
 
 PROMPTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(4, 18, 2)]
 
@@ -248,7 +249,7 @@ def test_a_refused_plan_says_nothing_of_the_model(files, plan):
 @pytest.mark.parametrize("with_plan", [False, True])
 def test_each_state_of_the_model_is_hashed_once(files, plan, monkeypatch, with_plan):
     hashed = []
-    for name in ("evaluation.module", "language_model", "pruning.edit"):
+    for name in ("evaluation.module", "model.identity", "pruning.edit"):
         monkeypatch.setattr(f"sparc3_pl.{name}.fingerprint", lambda model: hashed.append(model) or fingerprint(model))
     plan = replace(plan, behaviour_samples=[])
     module = module_of(files, max_new_tokens=2, samples_per_prompt=1)

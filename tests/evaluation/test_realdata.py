@@ -11,7 +11,7 @@ from sparc3_pl.data.evaluation_data import EvaluationData
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.trainer import Trainer
+from sparc3_pl.runtime.trainer import Trainer
 
 pytestmark = [pytest.mark.realdata, pytest.mark.timeout(3600)]  # minutes on two quiet cores
 

@@ -10,7 +10,7 @@ from tiny_models import tiny, tokens
 from torch.utils.data import DataLoader
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import mlps
+from sparc3_pl.model.structure import mlps
 from sparc3_pl.pruning.callback import PruningCallback, find_model
 
 STAGES = ("fit", "validate", "test", "predict")

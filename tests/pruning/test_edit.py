@@ -9,8 +9,8 @@ from plans import plan_for, same_bits, state, weight_plan_for
 from tiny_models import tiny, tokens
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import mlps, weight_matrix
-from sparc3_pl.language_model import fingerprint
+from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.structure import mlps, weight_matrix
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.edits import mean_activations
 from sparc3_pl.pruning.plan import entries_of
@@ -286,8 +286,8 @@ def test_a_fused_neuron_named_twice():
 
 
 def kept_plan(model, tmp_path, **fields):
-    from sparc3_pl.pruning.command import _with_kept_values
     from sparc3_pl.pruning.plan import PrunePlan
+    from sparc3_pl.selection.command import _with_kept_values
 
     plan = _with_kept_values(plan_for(model, **fields), model)
     return PrunePlan.load(plan.save(tmp_path / "plan.json"))

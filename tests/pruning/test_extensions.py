@@ -11,15 +11,15 @@ from score_folders import write
 from tiny_models import tiny
 
 from sparc3_pl.cli import main
-from sparc3_pl.components import COMPONENTS
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import mlps
-from sparc3_pl.language_model import fingerprint
-from sparc3_pl.pruning.choose import make_plan
-from sparc3_pl.pruning.command import _with_kept_values
-from sparc3_pl.pruning.contrast import Scores, contrast, named_in_plan
+from sparc3_pl.model.components import COMPONENTS
+from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.structure import mlps
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.selection.choose import make_plan
+from sparc3_pl.selection.command import _with_kept_values
+from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
 
 RATIO = {"class_path": "extensions.Ratio", "init_args": {"floor": 0.5}}
 GAINS = {"class_path": "extensions.Gains", "init_args": {"strength": 0.5}}

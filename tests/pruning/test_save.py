@@ -9,8 +9,8 @@ from tiny_models import tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.families import mlps
-from sparc3_pl.language_model import fingerprint
+from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.structure import mlps
 from sparc3_pl.pruning import save as save_module
 from sparc3_pl.pruning.edit import pruned, revert
 from sparc3_pl.pruning.edits import mean_activations
@@ -70,7 +70,7 @@ def test_a_model_that_says_it_is_quantised(tiny_llama, tokenizer, tmp_path):
 
 
 def test_saved_model_can_be_reverted(tiny_llama, tokenizer, tmp_path):
-    from sparc3_pl.pruning.command import _with_kept_values
+    from sparc3_pl.selection.command import _with_kept_values
 
     plan = _with_kept_values(plan_for(tiny_llama), tiny_llama)
     save_pruned(tiny_llama, tokenizer, plan, tmp_path / "m")

@@ -8,15 +8,15 @@ import subprocess
 
 import pytest
 import torch
-from pruning.score_folders import LAYERS, write
+from score_folders import LAYERS, write
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
-from sparc3_pl.pruning.choose import make_plan
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, effects, headline
+from sparc3_pl.selection.choose import make_plan
 
 MODEL = {
     "pretrained": "demo",

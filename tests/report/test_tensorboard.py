@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparc3_pl.cli import main
-from sparc3_pl.scores import ScoreFolder
+from sparc3_pl.scores.folder import ScoreFolder
 
 SMALL = ["--data.num_samples", "6", "--data.seq_len", "16", "--data.batch_size", "2"]
 ONE_PROCESS = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]

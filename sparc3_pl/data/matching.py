@@ -1,0 +1,232 @@
+"""Samples of general text that match the format of a behaviour's samples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
+from sparc3_pl.data.samples import Ending, Origins, Sample, ending_of_ids, made_from
+from sparc3_pl.data.sources import text_id
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.hub import first_line
+
+__all__ = ["Target", "matched_samples", "read_targets"]
+
+_Fits = Callable[["_Document", list[int], int, Ending], bool]
+
+_SENTENCE_START = re.compile(r"""[.!?…][”"'’»)\]]*\s+(?=\S)""")
+
+
+_SEARCH_DOCUMENTS = 50
+
+
+@dataclass(frozen=True)
+class Target:
+    """The format a matched sample must have: its length in tokens, special tokens included, and its ending."""
+
+    num_tokens: int
+    ending: Ending
+
+
+# --- matched samples --------------------------------------------------------------------------------------------------
+
+
+def read_targets(folder: Path) -> list[Target]:
+    """Lengths and endings of the samples of a score folder (its ``samples.jsonl``).
+
+    Raises:
+        InputError: If the folder has no such file, or the file lacks the numbers.
+    """
+    file = folder / "samples.jsonl"
+    if not file.is_file():
+        raise InputError(f"data.match={str(folder)!r}: no samples.jsonl in it; give a score folder or a data file")
+    targets = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if row["ending"] is None:
+                raise ValueError("its samples were token ids that no tokenizer could read")
+            targets.append(Target(int(row["num_tokens"]), "stop" if row["ending"] == "stop" else "cut"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"data.match: line {number} of {str(file)!r} has no num_tokens and ending ({first_line(error)}); "
+                "score the behaviour set again"
+            ) from error
+    if not targets:
+        raise InputError(f"data.match={str(folder)!r}: its samples.jsonl is empty; match a folder with samples")
+    return targets
+
+
+def matched_samples(
+    texts: Iterable[Text],
+    encoder: Encoder,
+    targets: Sequence[Target],
+    source: str = "the source",
+    counts: Counter[str] | None = None,
+    origins: Origins | None = None,
+) -> list[Sample]:
+    """General samples of exactly the targets' lengths and, as far as the texts permit, their endings.
+
+    Each comes from a document of its own and starts where a sentence starts (the document's first one if that fits).
+    A ``cut`` sample stops mid-sentence, after a whole word, with more text to follow; a ``stop`` sample ends where a
+    sentence ends. Documents that fit no target are passed over. Targets that no document met are filled last from
+    those, first with cuts inside a word, then ``stop`` targets with cuts; both are counted. At most
+    ``_SEARCH_DOCUMENTS`` documents for every target are looked at, so that an endless stream comes to an end.
+
+    Args:
+        texts: Documents; token ids have no sentences to start at and are refused.
+        encoder: The model's, with a tokenizer.
+        targets: Lengths and endings.
+        source: What the documents come from, for messages.
+        counts: Grows by ``num_too_short`` (documents shorter than every target), ``num_cut_in_word`` and
+            ``num_unmatched_endings``.
+        origins: Ids of the texts that a document was cut out of.
+
+    Returns:
+        The samples in the order of ``targets``.
+
+    Raises:
+        InputError: If the texts run out before every target has a sample.
+    """
+    counts = Counter() if counts is None else counts
+    counts.update(num_too_short=0, num_cut_in_word=0, num_unmatched_endings=0)
+    matcher = _Matcher(encoder, targets, origins)
+    documents = _documents(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(targets) + 1)), encoder, counts)
+    spare = matcher.fill(documents, _fits)
+    counts["num_too_short"] += sum(matcher.too_short(document) for document in spare)
+    spare = matcher.fill(spare, _fits_but_for_the_word, "num_cut_in_word", counts)
+    matcher.fill(spare, _is_cut, "num_unmatched_endings", counts)
+    if matcher.open:
+        longest = max(target.num_tokens for target in matcher.open)
+        raise InputError(
+            f"data.match: {source} gives only {len(matcher.samples)} samples for {len(targets)} lengths to match (the "
+            f"longest left: {longest} tokens); give more or longer documents"
+        )
+    return [matcher.samples[i] for i in range(len(targets))]
+
+
+def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids")
+        counts.update(encoder.special_counts(text))
+        yield text
+
+
+class _Matcher:
+    """Gives each target a document. Those that are hard to meet choose first: endings at a stop, then great lengths.
+
+    Targets of one format want the same of a document, so that a document is looked at once for each format, not once
+    for each target.
+    """
+
+    def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins | None) -> None:
+        self.encoder, self.origins = encoder, origins
+        self.open: dict[Target, deque[int]] = {}
+        """By format, in the order of choice: the places of the targets that have no sample yet."""
+        for i in sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i)):
+            self.open.setdefault(targets[i], deque()).append(i)
+        self.samples: dict[int, Sample] = {}
+        self._ids: set[str] = set()
+        self._special = len(encoder.prefix)
+        self._shortest = min((target.num_tokens for target in targets), default=0) - self._special
+
+    def fill(
+        self, texts: Iterable[str], fits: _Fits, counter: str | None = None, counts: Counter[str] | None = None
+    ) -> list[str]:
+        """Serve the open targets from ``texts``; returns the texts that were not used."""
+        texts, left = iter(texts), []
+        while self.open and (text := next(texts, None)) is not None:
+            if not self._take(text, fits):
+                left.append(text)
+            elif counter is not None and counts is not None:
+                counts[counter] += 1
+        return left
+
+    def too_short(self, text: str) -> bool:
+        """Whether the text is shorter than every target."""
+        return len(self.encoder.body(text)) <= self._shortest
+
+    def _take(self, text: str, fits: _Fits) -> bool:
+        """Give the first open target that some span of the text fits a sample of it."""
+        longest = max(target.num_tokens for target in self.open) - self._special
+        document = _Document(text, self.encoder, longest)
+        for target in self.open:
+            length = target.num_tokens - self._special
+            for span in document.spans():
+                if not (1 <= length <= len(span) and fits(document, span, length, target.ending)):
+                    continue
+                ids = self.encoder.prefix + span[:length]
+                identity = text_id(ids)
+                if identity in self._ids:
+                    continue
+                self._ids.add(identity)
+                text_ids = tuple(sorted(made_from(text, self.encoder, self.origins)))
+                place = self.open[target].popleft()
+                self.samples[place] = Sample(identity, ids, document.ending(span[:length]), text_ids)
+                if not self.open[target]:
+                    del self.open[target]
+                return True
+        return False
+
+
+class _Document:
+    """A document to cut samples from; its tokens and endings are made when they are asked for, once.
+
+    Args:
+        text: The document.
+        encoder: The model's.
+        length: Of the longest sample that may be cut from it, in tokens.
+        limit: Sentence starts that are tried.
+    """
+
+    def __init__(self, text: str, encoder: Encoder, length: int, limit: int = 32) -> None:
+        self.encoder = encoder
+        self._text, self._length = text, length
+        self._starts = iter([0, *(match.end() for match in _SENTENCE_START.finditer(text))][:limit])
+        self._spans: list[list[int]] = []
+        self._endings: dict[tuple[int, ...], Ending | None] = {}
+
+    def spans(self) -> Iterator[list[int]]:
+        """Tokens from each sentence start on, at least one more than the longest sample has where there are."""
+        yield from self._spans
+        for start in self._starts:
+            # 16 characters a token are more than enough for nearly all text: no need to tokenise the rest each time.
+            ids = self.encoder.body(self._text[start : start + 16 * (self._length + 4)])
+            self._spans.append(ids if len(ids) > self._length + 1 else self.encoder.body(self._text[start:]))
+            yield self._spans[-1]
+
+    def ending(self, input_ids: Sequence[int]) -> Ending | None:
+        """``stop`` or ``cut``."""
+        key = tuple(input_ids[-16:])
+        if key not in self._endings:
+            self._endings[key] = ending_of_ids(self.encoder, key)
+        return self._endings[key]
+
+    def ends_in_a_word(self, span: list[int], length: int) -> bool:
+        """Whether the span, cut to ``length``, breaks off inside a word."""
+        decode = self.encoder.tokenizer.decode
+        shorter, longer = (decode(span[max(0, length - 8) : end]) for end in (length, length + 1))
+        return longer[len(shorter) : len(shorter) + 1].isalnum()
+
+
+def _fits(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
+    """Whether the span, cut to ``length``, ends as wanted, and after a whole word."""
+    return _fits_but_for_the_word(document, span, length, wanted) and not document.ends_in_a_word(span, length)
+
+
+def _fits_but_for_the_word(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
+    if wanted == "cut":
+        return _is_cut(document, span, length, wanted)
+    return document.ending(span[:length]) == "stop"
+
+
+def _is_cut(document: _Document, span: list[int], length: int, _wanted: Ending) -> bool:
+    """A cut has text after it: a headline without a full stop is no text broken off."""
+    return len(span) > length and document.ending(span[:length]) == "cut"

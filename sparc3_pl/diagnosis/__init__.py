@@ -1,0 +1,1 @@
+"""Whether scores, evidence and attribution are sound."""

@@ -1,0 +1,320 @@
+"""The ``doctor`` command: whether the attribution of a model is right."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from sparc3_pl.attribution.account import TOLERANCE, RelevanceAccount, relevance_account
+from sparc3_pl.attribution.rules import attn_lrp, rule_table
+from sparc3_pl.attribution.soundness import (
+    NeuronScores,
+    PrecisionAgreement,
+    forward_change,
+    neuron_scores,
+    padded,
+    padding_error,
+    parameters_as,
+    precision_agreement,
+)
+from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.data.samples import pack_windows
+from sparc3_pl.data.texts import TextQuery
+from sparc3_pl.document.document import Checks, Section, Table, Text, count, number, percent
+from sparc3_pl.document.publish import as_json, check_places, publish
+from sparc3_pl.document.verdicts import Check, Status, grade, worst
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.loading import ModelSource, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Diagnosis", "check_tokenizer", "diagnose", "doctor", "doctor_sections"]
+
+FORWARD_WARN, FORWARD_FAIL = 0.0, 1e-5
+"""The rules change no forward value at all; a kernel that is not deterministic may move the last bits (1e-7)."""
+PADDING_WARN, PADDING_FAIL = 1e-4, 1e-2
+"""Right padding moves float32 scores by some 1e-5 of the largest; a mask that leaks moves them by tenths."""
+RANK_WARN, RANK_FAIL = 0.99, 0.9
+"""Rank correlation of half-precision scores with float32 ones; bfloat16 scores are 1 to 3 % off."""
+TOKENIZED = 100
+"""Texts that the tokenizer is tried on: it takes milliseconds, and one that depends on the text shows soon."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found; a part that could not be measured is None, and a check says why.
+
+    Attributes:
+        pretrained: The model as it was named.
+        architecture: Its class.
+        dtype: Of the half-precision copy.
+        rules: The rule of every module.
+        accounts: Balance sheet of every sample.
+        forward: Largest relative change of a logit under the rules.
+        nonfinite: By precision and layer, relevances that were NaN or infinite.
+        precision: Half precision against float32.
+        padding: By side, the relative error of a padded batch.
+        checks: The verdicts.
+        seconds: That it all took, loading included.
+    """
+
+    pretrained: str
+    architecture: str
+    dtype: str
+    rules: dict[str, str]
+    accounts: tuple[RelevanceAccount, ...] = ()
+    forward: float | None = None
+    nonfinite: dict[str, dict[str, int]] | None = None
+    precision: PrecisionAgreement | None = None
+    padding: dict[str, float] | None = None
+    checks: tuple[Check, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Status:
+        """The worst of all checks."""
+        return worst(self.checks)
+
+
+def doctor(
+    pretrained: str = "demo",
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    source: str = "demo",
+    text_field: str = "text",
+    num_samples: int = 3,
+    seq_len: int = 32,
+    output: str | None = None,
+    html: str | None = None,
+    overwrite: bool = False,
+) -> Diagnosis:
+    """Check that the AttnLRP attribution of a model is right, on a few samples.
+
+    The relevance account of every sample must balance, the rules must not change what the model computes, gradients
+    must be finite, and neither padding nor half precision may change the scores much.
+
+    Args:
+        pretrained: Hub id, local folder, FILE.gguf, or demo. It is loaded in float32: have memory for that.
+        dtype: The half precision to compare with float32.
+        revision: Commit, branch or tag of a hub model.
+        trust_remote_code: Run Python code that the checkpoint brings along.
+        source: Text to try it on, as data.source of score.
+        text_field: Field of the text.
+        num_samples: Number of samples.
+        seq_len: Tokens of the longest sample; the others are shorter.
+        output: JSON file for the result, with the rule of every single module.
+        html: HTML page for the result.
+        overwrite: Replace earlier files at output and html.
+
+    Raises:
+        InputError: If the model or the text cannot be loaded, or an output is taken.
+    """
+    start = time.perf_counter()
+    check_places("doctor", output, html, overwrite)
+    if num_samples < 1 or seq_len < 4:
+        raise InputError(f"num_samples={num_samples}, seq_len={seq_len}: give at least 1 sample of 4 tokens")
+    model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code)
+    encoder = load_encoder(model_source)
+    samples = _samples(encoder, source, text_field, num_samples, seq_len)
+    model = load_model(model_source)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = diagnose(model, samples, pretrained=pretrained, dtype=dtype, start=start)
+    texts = list(itertools.islice(TextQuery(source, text_field).texts(), TOKENIZED))
+    found = replace(found, checks=(check_tokenizer(encoder, texts), *found.checks))
+    sections = doctor_sections(found)
+    json = as_json("doctor", {"verdict": found.verdict, **asdict(found)})
+    title = f"Attribution of {pretrained}"
+    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=found.verdict)
+    return found
+
+
+def _samples(encoder: Encoder, source: str, text_field: str, num_samples: int, seq_len: int) -> list[Tensor]:
+    """Samples of unequal length: the first has ``seq_len`` tokens, the last about half."""
+    windows = pack_windows(TextQuery(source, text_field).texts(), encoder, seq_len, num_samples, source)
+    shortest = seq_len // 2
+    cut = [seq_len - i * (seq_len - shortest) // max(1, num_samples - 1) for i in range(num_samples)]
+    return [torch.tensor(window.input_ids[:length]) for window, length in zip(windows, cut, strict=True)]
+
+
+def diagnose(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor],
+    *,
+    pretrained: str = "",
+    dtype: str = "bfloat16",
+    start: float | None = None,
+) -> Diagnosis:
+    """Measure and judge.
+
+    Args:
+        model: In float32 and eval mode, parameters frozen.
+        samples: Token ids ``[T]`` each, of unequal length.
+        pretrained: The model's name.
+        dtype: Half precision to compare with.
+        start: ``time.perf_counter()`` when the work began.
+    """
+    start = time.perf_counter() if start is None else start
+    named = {"pretrained": pretrained, "architecture": type(model).__name__, "dtype": dtype}
+    try:
+        with attn_lrp(model):
+            rules = rule_table(model)
+    except InputError as error:
+        checks = (Check("rules", "fail", str(error)),)
+        return Diagnosis(**named, rules={}, checks=checks, seconds=time.perf_counter() - start)
+    device = model.get_input_embeddings().weight.device
+    accounts = tuple(relevance_account(model, sample[None].to(device)) for sample in samples)
+    batch = padded(samples)
+    exact = neuron_scores(model, *batch)
+    forward = forward_change(model, *batch)
+    padding = {side: padding_error(model, samples, side) for side in ("right", "left")}
+    with parameters_as(model, getattr(torch, dtype)):
+        rough = neuron_scores(model, *batch)
+    precision = precision_agreement(exact.flat, rough.flat)
+    checks = _judge(rules, accounts, forward, {"float32": exact, dtype: rough}, precision, padding)
+    return Diagnosis(
+        **named,
+        rules=rules,
+        accounts=accounts,
+        forward=forward,
+        nonfinite={"float32": exact.nonfinite, dtype: rough.nonfinite},
+        precision=precision,
+        padding=padding,
+        checks=tuple(checks),
+        seconds=time.perf_counter() - start,
+    )
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check:
+    """Whether what the tokenizer makes of real texts is what a sample is made of: the same tokens before and after
+    every text, and in between the text's own. What it puts after a text is named: samples and prompts leave it out.
+    """
+    name, tokenizer = "tokenizer", encoder.tokenizer
+    if tokenizer is None:
+        return Check(name, "pass", "none: samples are lists of token ids")
+    for text in (text for text in texts if isinstance(text, str) and encoder.stripped(text) == text):
+        full, expected = tokenizer(text, verbose=False).input_ids, [*encoder(text), *encoder.suffix]
+        if full != expected:
+            reason = f"makes {full[:8]}... of {text[:40]!r}, whose sample begins with {expected[:8]}"
+            return Check(name, "fail", f"{reason}: what stands around a text depends on the text; give token ids")
+    before, after = (" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (encoder.prefix, encoder.suffix))
+    told = f"puts {before or 'nothing'} before every text"
+    return Check(name, "pass", f"{told}; {after}, which it puts after it, is left out" if after else told)
+
+
+def _judge(
+    rules: dict[str, str],
+    accounts: Sequence[RelevanceAccount],
+    forward: float,
+    scores: dict[str, NeuronScores],
+    precision: PrecisionAgreement,
+    padding: dict[str, float],
+) -> Iterator[Check]:
+    yield Check("rules", "pass", f"each of {len(rules)} modules and products has one")
+    yield _balance(accounts)
+    status = grade(forward, FORWARD_WARN, FORWARD_FAIL)
+    text = (
+        "bitwise equal with and without the rules"
+        if forward == 0
+        else f"largest change {forward:.2g} of the largest logit"
+    )
+    yield Check("forward values", status, text)
+    yield from (_finite(dtype, found) for dtype, found in scores.items())
+    yield from (_padding(side, error) for side, error in padding.items())
+    yield _precision(precision, list(scores)[-1])
+
+
+def _balance(accounts: Sequence[RelevanceAccount]) -> Check:
+    name, limit = "balance sheet", TOLERANCE[torch.float32]
+    largest = max(accounts, key=lambda account: account.relative_residual)
+    text = f"largest unexplained part {largest.relative_residual:.2g} of {len(accounts)} samples, allowed {limit:g}"
+    if not largest.relative_residual <= limit:
+        return Check(name, "fail", f"{text}: an operation has no rule or a wrong one; use method gradient or wanda")
+    return Check(name, "pass", text)
+
+
+def _finite(dtype: str, found: NeuronScores) -> Check:
+    name = f"finite in {dtype}"
+    if not found.nonfinite:
+        return Check(name, "pass", f"in all {len(found.scores)} layers")
+    first, total = next(iter(found.nonfinite)), sum(found.nonfinite.values())
+    status: Status = "fail" if dtype == "float32" else "warn"
+    text = f"{total} NaN or infinite relevances in {len(found.nonfinite)} layers, first {first}"
+    return Check(name, status, f"{text}; score in float32 (model.dtype)")
+
+
+def _padding(side: str, error: float) -> Check:
+    status = grade(error, PADDING_WARN, PADDING_FAIL)
+    advice = "" if status == "pass" else "; score with data.batch_size: 1"
+    return Check(f"padding on the {side}", status, f"scores differ by {error:.2g} of the largest{advice}")
+
+
+def _precision(found: PrecisionAgreement, dtype: str) -> Check:
+    status = grade(found.rank_correlation, RANK_WARN, RANK_FAIL)
+    text = (
+        f"rank correlation {found.rank_correlation:.4f}, Jaccard of the strongest {found.top} {found.jaccard:.2f}, "
+        f"total {100 * found.total_change:+.1f} %"
+    )
+    return Check(f"{dtype} against float32", status, text if status == "pass" else f"{text}; score in float32")
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def doctor_sections(found: Diagnosis) -> list[Section]:
+    """Rules, balance sheet, verdicts."""
+    sections = []
+    if found.rules:
+        sections.append(Section("Rules", (_rules(found.rules),)))
+    if found.accounts:
+        sections.append(Section("Balance sheet", (_accounts(found.accounts),)))
+    text = Text(f"{found.pretrained} ({found.architecture}), {found.seconds:.1f} s with loading.")
+    return [*sections, Section("Verdicts", (Checks(found.checks), text))]
+
+
+def _rules(rules: dict[str, str]) -> Table:
+    """Modules that differ only in their layer's number share a row."""
+    kinds: dict[tuple[str, str], int] = {}
+    for name, rule in rules.items():
+        key = (re.sub(r"\.\d+(?=\.|$| )", ".*", name), rule)
+        kinds[key] = kinds.get(key, 0) + 1
+    rows = [(name, rule, count(times)) for (name, rule), times in kinds.items()]
+    return Table.of(("module", "rule", "modules"), rows)
+
+
+def _accounts(accounts: Sequence[RelevanceAccount]) -> Table:
+    rows = [
+        (
+            f"sample {place}",
+            *(number(value) for value in (a.logit, a.input, a.position, a.linear_bias, a.norm_bias, a.softmax)),
+            f"{a.residual:.1e}",
+            percent(a.input / a.logit if a.logit else None, 0),
+        )
+        for place, a in enumerate(accounts, start=1)
+    ]
+    columns = (
+        "",
+        "logit",
+        "input",
+        "positions",
+        "linear biases",
+        "norm biases",
+        "softmax",
+        "residual",
+        "input / logit",
+    )
+    note = (
+        "The logit is the sum of all entries. Under AttnLRP the softmax keeps a part: the input's share is not 100 %."
+    )
+    return Table.of(columns, rows, note=note)

@@ -1,0 +1,338 @@
+"""The ``overlap`` command: what selections for several behaviours have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc3_pl.document.document import Picture, Section, Table, Text, count, number, percent
+from sparc3_pl.document.publish import as_json, check_places, publish
+from sparc3_pl.errors import InputError
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.registry import Spec
+from sparc3_pl.report.collect import distinct_names
+from sparc3_pl.report.effects import p_value
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.choose import make_plan
+from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import contrast as contrast_of
+from sparc3_pl.selection.intersections import (
+    Ints,
+    exclusive_intersections,
+    expected_common,
+    hypergeometric_p,
+    matched_draws,
+    pairs_and_all,
+    permutation_p,
+    quadrants,
+    strata_by_rank,
+)
+from sparc3_pl.selection.lowest import collect
+from sparc3_pl.statistics.agreement import jaccard, rank_correlation
+
+__all__ = ["Common", "Overlap", "measure_overlap", "overlap", "overlap_sections"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What two or more selections have in common.
+
+    Attributes:
+        names: Names of the selections.
+        common: Neurons that are in all of them.
+        jaccard: Common neurons over those that are in any.
+        expected: Common neurons of random selections matched by layer and general relevance; None without general
+            scores.
+        p_value: Chance that such selections have as many in common, by permutation; likewise.
+        expected_random: Common neurons of selections drawn from all neurons alike; None if their number is unknown.
+        p_hypergeometric: The same chance for those; None for more than two, likewise.
+        correlation: Spearman's of the two contrasts; None unless both are given as scores.
+        quadrants: Shares of neurons by the signs of the two contrasts; likewise.
+    """
+
+    names: tuple[str, ...]
+    common: int
+    jaccard: float
+    expected: float | None
+    p_value: float | None
+    expected_random: float | None
+    p_hypergeometric: float | None
+    correlation: float | None = None
+    quadrants: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The result of ``overlap``.
+
+    Attributes:
+        sizes: Name of a selection to its size.
+        num_candidates: Neurons that could be chosen; None if neither a plan nor general scores say how many.
+        groups: Every two selections, and all together.
+        exclusive: Names of selections, and the number of neurons in exactly these.
+        num_permutations: Draws behind the p-values.
+        stratum: Neurons of a stratum.
+        seed: Of the draws.
+    """
+
+    sizes: dict[str, int]
+    num_candidates: int | None
+    groups: tuple[Common, ...]
+    exclusive: tuple[tuple[tuple[str, ...], int], ...]
+    num_permutations: int
+    stratum: int
+    seed: int
+
+
+def overlap(
+    folders: list[str],
+    general: list[str] | None = None,
+    num_neurons: int = 100,
+    contrast: str | dict[str, Any] = "difference",
+    protect: float = 0.0,
+    num_permutations: int = 1000,
+    stratum: int = 20,
+    seed: int = 0,
+    output: str | None = None,
+    html: str | None = None,
+    overwrite: bool = False,
+) -> Overlap:
+    """Compare the neurons chosen for several behaviours: what they share, and whether that is more than chance.
+
+    Chance means random selections with the same number in each layer and the same general relevance: strong neurons
+    are chosen for any behaviour. The hypergeometric p-value, which ignores that, stands beside it.
+
+    Args:
+        folders: Plans, or score folders of behaviours (then give general too), two or more.
+        general: Score folders of general text; several (seeds) are averaged.
+        num_neurons: How many neurons to choose for a behaviour that is given as scores.
+        contrast: How these are chosen (see prune).
+        protect: Share of the general set's strongest that these leave alone.
+        num_permutations: Random selections behind the matched p-values.
+        stratum: Neurons that count as equally relevant: neighbours in a layer's ranking by general relevance.
+        seed: Of the random selections.
+        output: JSON file for the result.
+        html: HTML page for the result, with the figure.
+        overwrite: Replace earlier files at output and html.
+
+    Raises:
+        InputError: If fewer than two are given, they are not of one model, or an output is taken.
+    """
+    check_places("overlap", output, html, overwrite)
+    if len(folders) < 2:
+        raise InputError(f"overlap of {len(folders)} selection; give two or more plans or score folders")
+    if num_permutations < 1 or stratum < 1:
+        raise InputError(f"num_permutations={num_permutations}, stratum={stratum}: give at least 1")
+    base = [ScoreFolder.open(path) for path in general or ()]
+    names = distinct_names([Path(path) for path in folders])
+    if len(names) < len(folders):
+        raise InputError("a plan or score folder was given twice")
+    plans: dict[str, PrunePlan] = {}
+    contrasts: dict[str, Tensor] = {}
+    for path, name in names.items():
+        if path.is_dir():
+            plans[name], contrasts[name] = _from_scores(path, base, num_neurons, contrast, protect)
+        else:
+            plans[name] = PrunePlan.load(path)
+    sides = Scores.of(base) if base else None
+    options = {"num_permutations": num_permutations, "stratum": stratum, "seed": seed}
+    result = measure_overlap(plans, sides, contrasts, **options)
+    sections = overlap_sections(result)
+    json = as_json("overlap", asdict(result))
+    publish("Overlap of selections", sections, json=json, output=output, html=html, overwrite=overwrite)
+    return result
+
+
+def _from_scores(
+    path: Path, general: Sequence[ScoreFolder], num_neurons: int, kind: Spec, protect: float
+) -> tuple[PrunePlan, Tensor]:
+    """The plan that ``prune`` would make of a behaviour's scores, and the contrast of all neurons, ``[n]``."""
+    if not general:
+        raise InputError(f"{path}: scores of a behaviour need general scores to be contrasted with; give --general DIR")
+    behaviour = ScoreFolder.open(path)
+    plan = make_plan(general, [behaviour], num_neurons=num_neurons, contrast=kind, protect=protect)
+    values = contrast_of(kind, Scores.of(general), Scores.of([behaviour]))
+    return plan, torch.cat([block.values for block in values()])
+
+
+def measure_overlap(
+    plans: Mapping[str, PrunePlan],
+    general: Scores | None,
+    contrasts: Mapping[str, Tensor],
+    *,
+    num_permutations: int = 1000,
+    stratum: int = 20,
+    seed: int = 0,
+) -> Overlap:
+    """The same without reading, writing and printing.
+
+    Args:
+        plans: By name, two or more.
+        general: General scores of the candidates; without them there is no matched null.
+        contrasts: By name, the contrast of all candidates, as far as known.
+        num_permutations: Random selections.
+        stratum: Neurons of a stratum.
+        seed: Of the draws.
+
+    Raises:
+        InputError: if the plans are not for neurons of one model, or do not fit the general scores.
+    """
+    _check_plans(plans, general)
+    sets = {name: {(n.layer, n.index) for n in plan.neurons} for name, plan in plans.items()}
+    known = [plan.num_candidates for plan in plans.values() if plan.num_candidates]
+    total = general.count if general else min(known) if len(known) == len(plans) else None
+    groups = pairs_and_all(list(plans))
+    null = _null(sets, general, groups, num_permutations, stratum, seed) if general else {}
+    exclusive = exclusive_intersections(sets)
+    return Overlap(
+        sizes={name: len(members) for name, members in sets.items()},
+        num_candidates=total,
+        groups=tuple(_common(group, sets, total, null.get(group), contrasts) for group in groups),
+        exclusive=tuple((tuple(name for name in sets if name in members), n) for members, n in exclusive.items()),
+        num_permutations=num_permutations,
+        stratum=stratum,
+        seed=seed,
+    )
+
+
+def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None:
+    (first, one), *others = plans.items()
+    for name, plan in plans.items():
+        if plan.weights:
+            raise InputError(f"{name}: is a plan of weights; overlap compares neurons")
+    for name, plan in others:
+        if plan.fingerprint != one.fingerprint:
+            raise InputError(f"{first} and {name} are plans for different models, whose neurons have nothing in common")
+        if plan.granularity != one.granularity:
+            raise InputError(
+                f"{first} is a plan of {one.granularity}s and {name} of {plan.granularity}s; compare plans of one kind"
+            )
+    if general is None:
+        return
+    scored = general.folders[0].manifest
+    if (scored.granularity, scored.model["fingerprint"]) != (one.granularity, one.fingerprint):
+        raise InputError(
+            f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
+        )
+    missing = sorted({n.layer for plan in plans.values() for n in plan.neurons} - set(general.layers))
+    if missing:
+        raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those that it was made from")
+
+
+def _null(
+    sets: Mapping[str, set[tuple[str, int]]],
+    general: Scores,
+    groups: Sequence[tuple[str, ...]],
+    num_permutations: int,
+    stratum: int,
+    seed: int,
+) -> dict[tuple[str, ...], tuple[float, list[int]]]:
+    """For every group: the exact mean of matched draws, and the intersection sizes of the drawn ones."""
+    layers = collect(general)
+    strata = strata_by_rank([block.values.abs().numpy() for block in layers.values()], stratum)
+    starts = dict(zip(layers, np.cumsum([0, *(len(block.values) for block in layers.values())]), strict=False))
+    positions: dict[str, Ints] = {
+        name: np.array([starts[layer] + index - layers[layer].offset for layer, index in sorted(members)])
+        for name, members in sets.items()
+    }
+    drawn: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
+    for draw in matched_draws(list(positions.values()), strata, num_permutations, seed):
+        made = dict(zip(positions, map(set, (chosen.tolist() for chosen in draw)), strict=True))
+        for group in groups:
+            drawn[group].append(len(set.intersection(*(made[name] for name in group))))
+    return {group: (expected_common([positions[name] for name in group], strata), drawn[group]) for group in groups}
+
+
+def _common(
+    group: tuple[str, ...],
+    sets: Mapping[str, set[tuple[str, int]]],
+    total: int | None,
+    null: tuple[float, list[int]] | None,
+    contrasts: Mapping[str, Tensor],
+) -> Common:
+    members = [sets[name] for name in group]
+    common = len(set.intersection(*members))
+    sizes = [len(one) for one in members]
+    pair = len(group) == 2
+    known = pair and all(name in contrasts for name in group)
+    return Common(
+        names=group,
+        common=common,
+        jaccard=jaccard(*members) if pair else common / len(set.union(*members)),
+        expected=null and null[0],
+        p_value=null and permutation_p(common, null[1]),
+        expected_random=None if total is None else total * float(np.prod([size / total for size in sizes])),
+        p_hypergeometric=hypergeometric_p(common, *sizes, total) if pair and total is not None else None,
+        correlation=rank_correlation(*(contrasts[name] for name in group)) if known else None,
+        quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if known else None,
+    )
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def overlap_sections(result: Overlap) -> list[Section]:
+    """Intersections, correlations of contrasts, the figure."""
+    sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
+    of = "Chosen" if result.num_candidates is None else f"Chosen of {result.num_candidates:,} neurons"
+    intro = Text(f"{of}: {sizes}.")
+    sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
+    correlated = [group for group in result.groups if group.quadrants]
+    if correlated:
+        sections.append(Section("Contrasts", (_correlations(correlated),)))
+    return sections
+
+
+def _intersections(result: Overlap) -> Table:
+    rows = [
+        (
+            " & ".join(group.names),
+            count(group.common),
+            number(group.jaccard, 3),
+            number(group.expected, 3),
+            "–" if group.p_value is None else p_value(group.p_value),
+            number(group.expected_random, 3),
+            "–" if group.p_hypergeometric is None else p_value(group.p_hypergeometric),
+        )
+        for group in result.groups
+    ]
+    columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
+    note = (
+        f"Matched null: mean over random selections with the same number in every layer and general relevance (strata "
+        f"of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: any neuron is as likely."
+    )
+    return Table.of(columns, rows, note=note if result.groups[0].expected is not None else _NO_NULL)
+
+
+_NO_NULL = "Matched null: not measured, it needs --general. The blind null takes any neuron for as likely as any other."
+
+
+def _correlations(groups: Sequence[Common]) -> Table:
+    rows = [
+        (
+            " & ".join(g.names),
+            number(g.correlation, 3),
+            *(percent(g.quadrants[signs]) for signs in ("--", "-+", "+-", "++")),
+        )
+        for g in groups
+        if g.quadrants
+    ]
+    columns = ("contrasts", "rank correlation", "both use it more", "first only", "second only", "neither")
+    note = "The contrasts share their general scores, whose noise alone correlates them: compare with a null contrast."
+    return Table.of(columns, rows, note=note)
+
+
+def _picture(result: Overlap) -> Picture:
+    from sparc3_pl.document.figures import as_svg, upset
+
+    exclusive = {frozenset(names): size for names, size in result.exclusive}
+    largest = sorted(result.exclusive, key=lambda item: -item[1])[:8]
+    words = "; ".join(f"{size} in {' and '.join(names)} only" for names, size in largest)
+    caption = "Each column counts the neurons that are in exactly the selections marked below it."
+    return Picture(as_svg(upset(result.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)

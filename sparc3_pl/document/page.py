@@ -1,0 +1,53 @@
+"""A document as one self-contained HTML page: no script, no network, light and dark."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparc3_pl.document.document import Section
+from sparc3_pl.document.verdicts import Status
+from sparc3_pl.io.files import FileKind
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+__all__ = ["PAGE", "page"]
+
+_HERE = Path(__file__).parent
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    return b'name="generator" content="sparc3_pl"' in head or b"--pass-back" in head  # pages of earlier versions
+
+
+PAGE = FileKind("a page of this program", _is_page)
+
+
+def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: Status | None = None) -> str:
+    """The page's text. Everything but the figures is escaped; the figures are ours.
+
+    Args:
+        title: Of the page.
+        sections: Its content.
+        subtitle: A line under the title.
+        verdict: Shown beside the title.
+    """
+    template = _environment().get_template("page.html")
+    css = (_HERE / "page.css").read_text(encoding="utf-8")
+    return template.render(title=title, subtitle=subtitle, sections=sections, css=css, verdict=verdict)
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters["kind"] = lambda block: type(block).__name__
+    return made

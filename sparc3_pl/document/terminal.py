@@ -1,0 +1,247 @@
+"""Results for the terminal, on stdout: of any width, in any encoding, and never a reason to fail."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
+
+from sparc3_pl.document.document import Block, Checks, Code, Facts, Folded, Section, Table, Text, is_figure
+
+if TYPE_CHECKING:
+    from sparc3_pl.scores.manifest import Manifest
+
+__all__ = ["print_result", "print_sections", "print_summary", "printable", "unfailing_output"]
+
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+_WIDTH = 160  # where no terminal says its width
+_NARROWEST = 12
+"""Columns that a text may be wrapped to; longer words are folded."""
+_PLAIN = str.maketrans({"–": "-", "—": "-", "…": "...", "×": "x", "±": "+-", "≤": "<=", "≥": ">=", "’": "'"})
+"""For a terminal whose encoding has no dash."""
+
+
+def print_result(*parts: str | Table) -> None:
+    """Prints lines and tables. Nothing in them acts as markup or on the terminal."""
+    console = _console()
+    for part in parts:
+        if isinstance(part, str):
+            _print_line(console, part)
+        else:
+            _print_table(console, part)
+
+
+def print_sections(sections: Sequence[Section]) -> None:
+    """A document as text; figures are for the other renderers."""
+    console = _console()
+    for section in sections:
+        _print_line(console, f"\n{section.title}", "bold")
+        for block in section.blocks:
+            _print_block(console, block)
+
+
+def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
+    """What was scored, and the layers that hold most of the relevance.
+
+    Args:
+        manifest: Of the scores.
+        folder: Where they are.
+        most: Number of layers to show.
+    """
+    total = manifest.total_relevance
+    kind = f"{'signed ' if manifest.signed else ''}{manifest.granularity} scores by {manifest.method}"
+    largest = sorted(manifest.layers.items(), key=lambda item: -abs(item[1].sum))[:most]
+    rows = [
+        (name, " x ".join(map(str, layer.shape)), f"{layer.sum:.6g}", f"{layer.sum / total:.1%}" if total else "-")
+        for name, layer in largest
+    ]
+    print_result(
+        f"{kind}: {len(manifest.layers)} layers of {manifest.model['pretrained']}, {manifest.num_samples} samples, "
+        f"{manifest.num_tokens} tokens, total relevance {total:.6g}",
+        Table.of(("layer", "shape", "sum of scores", "share"), rows),
+        f"scores: {folder}",
+    )
+
+
+def printable(text: str, encoding: str | None = "utf-8") -> str:
+    """``text`` with escapes in place of what a terminal would obey, or cannot show in its encoding.
+
+    Those are control characters (but line ends and tabs), invisible ones that turn the direction of a line, bytes of a
+    path that are not UTF-8, and letters that ``encoding`` does not have.
+    """
+    text = "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode()
+        for c in text
+    )
+    encoding = encoding or "ascii"
+    if _fits(text, encoding):
+        return text
+    return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+
+
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _fits(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program."""
+        self.quiet = True
+
+
+def _console() -> Console:
+    return _Console() if sys.stdout.isatty() else _Console(width=_WIDTH)
+
+
+def _print_line(console: Console, text: str, style: str = "") -> None:
+    console.print(RichText(printable(text, console.encoding), style=style), soft_wrap=True)
+
+
+def _print_block(console: Console, block: Block) -> None:
+    match block:
+        case Text(text) if console.is_terminal:
+            console.print(RichText(printable(text, console.encoding), overflow="fold"))
+        case Text(text) | Code(text):
+            _print_line(console, text)
+        case Table():
+            _print_table(console, block)
+        case Facts(items):
+            _print_table(console, Table(("", ""), items))
+        case Checks(checks, of):
+            rows = [(check.status, check.name, check.reason) for check in checks]
+            _print_table(console, Table.of(("verdict", "check", "reason"), rows, of), _STYLES)
+        case Folded(_, blocks):
+            for inner in blocks:
+                _print_block(console, inner)
+
+
+def _print_table(console: Console, table: Table, styles: dict[str, str] | None = None) -> None:
+    """A table, or a list of its rows where it is wider than the terminal: no figure is ever cut or wrapped.
+
+    Args:
+        console: Where to.
+        table: What.
+        styles: By the text of a first cell.
+    """
+    columns = [printable(name, console.encoding) for name in table.columns]
+    rows = [[printable(cell, console.encoding) for cell in row] for row in table.rows]
+    if table.title:
+        _print_line(console, table.title, "italic")
+    widths = _widths(columns, rows, console.width - 3 * len(columns) - 1)  # a blank on either side, and between
+    if widths is None:
+        for first, *others in rows:
+            console.print(RichText(first, style=(styles or {}).get(first, "bold"), overflow="fold"))
+            for name, cell in zip(columns[1:], others, strict=True):
+                if cell:
+                    console.print(RichText(f"  {name}: {cell}" if name else f"  {cell}", overflow="fold"))
+    else:
+        made = RichTable(box=box.SIMPLE_HEAD, show_header=any(columns))
+        for name, numeric, width in zip(columns, table.numeric, widths, strict=True):
+            made.add_column(RichText(name), justify="right" if numeric else "left", overflow="fold", width=width)
+        for first, *others in rows:
+            made.add_row(RichText(first, style=(styles or {}).get(first, "")), *map(RichText, others))
+        console.print(made)
+    if table.note:
+        _print_line(console, table.note)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """Widths of the columns that add up to ``available`` or less; None if a figure would have to be broken."""
+    wanted, least = [], []
+    for place, name in enumerate(columns):
+        cells = [name, *(row[place] for row in rows)]
+        lines = [line for cell in cells for line in cell.split("\n")]
+        wanted.append(max(map(cell_len, lines), default=1) or 1)
+        words = [word for cell in cells[1:] for word in ([cell] if is_figure(cell) else cell.split())]
+        figures = max((cell_len(word) for word in words if is_figure(word)), default=1)
+        least.append(max(figures, min(wanted[-1], _NARROWEST)))
+    while sum(wanted) > available:
+        widest = max((place for place in range(len(wanted)) if wanted[place] > least[place]),
+                     key=wanted.__getitem__, default=None)  # fmt: skip
+        if widest is None:
+            return None
+        wanted[widest] -= 1
+    return wanted
+
+
+# --- what cannot be printed -----------------------------------------------------------------------------------------
+
+
+class _Unfailing:
+    """A text stream that drops what cannot be written: the reader is gone, the disk is full, the stream was closed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._is_lost = stream, False
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, action: Callable[..., Any], *args: str) -> None:
+        if self._is_lost:
+            return
+        try:
+            action(*args)
+        except UnicodeEncodeError:  # a stream whose errors cannot be set
+            action(*(printable(text, self._stream.encoding) for text in args))
+        except (OSError, ValueError):
+            self._is_lost = True
+            _to_nowhere(self._stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """What the stream still holds goes nowhere when Python flushes it at its end, in place of a last error."""
+    with suppress(OSError, ValueError):  # no file may be behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Inside the block nothing that is printed to stdout or stderr can raise, whatever they are connected to."""
+    before, kept = (sys.stdout, sys.stderr), []
+    try:
+        for name, stream in zip(("stdout", "stderr"), before, strict=True):
+            stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+            if isinstance(stream, io.TextIOWrapper):
+                kept.append((stream, stream.errors))
+                with suppress(OSError, ValueError):
+                    stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Unfailing(stream))
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+        for stream, errors in kept:
+            with suppress(OSError, ValueError):  # it is flushed first, or may be closed
+                stream.reconfigure(errors=errors)

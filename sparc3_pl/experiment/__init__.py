@@ -1,0 +1,1 @@
+"""A whole experiment from one file, in stages that are not done twice."""

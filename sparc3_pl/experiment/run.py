@@ -1,0 +1,459 @@
+"""The whole experiment from one YAML: score, contrast, plan, evaluate before and after, controls, dose-response.
+
+Every stage is a command that could have been typed; its configuration is kept in ``stages/``, its result in a folder
+of its own. A stage is done if its result is there and was made with the same settings from the same inputs: a record in
+``stages/`` names the digests of the files that it read (data, model, scores, plan) and of its result. So an experiment
+that was stopped goes on where it was, and a stage whose inputs have changed since is done again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparc3_pl.data.sources import local_source
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value, write_comparison
+from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
+from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.io.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.io.provenance import command_line, now, redacted, versions
+from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.model.loading import ModelSource
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.report.effects import largest_within
+from sparc3_pl.runtime.processes import kept, run_child
+from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
+from sparc3_pl.selection.controls import ControlName
+
+if TYPE_CHECKING:
+    from sparc3_pl.document.document import Table
+
+__all__ = ["Outcome", "largest_within", "run"]
+
+log = logging.getLogger(__name__)
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One edit, measured against the model as it was."""
+
+    name: str
+    count: int
+    """Neurons (or weights) edited."""
+    control: str | None
+    comparison: Comparison
+
+    @property
+    def size(self) -> int:
+        """Neurons (or weights) edited."""
+        return self.count
+
+    @property
+    def rise(self) -> float | None:
+        """Relative change of perplexity: 0.01 is 1 %; None where none was measured."""
+        change = self.comparison.perplexity
+        return None if change is None else change.ratio - 1
+
+
+def run(
+    output: str,
+    general: Settings,
+    behaviour: Settings,
+    eval_data: Settings,
+    plan: Settings,
+    eval_model: Settings | None = None,
+    model: Settings | None = None,
+    score: Settings | None = None,
+    trainer: Settings | None = None,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed; shown by --help)
+    counts: list[int] | None = None,
+    controls: list[ControlName] = ["random_matched"],  # noqa: B006
+    max_perplexity_increase: float = 0.01,
+) -> None:
+    """Run a whole experiment from one YAML; what is done already is not done again.
+
+    A stage is done again if a file that it reads has another content now: data, model, scores or plan. Of what lies on
+    the hub only the name and the revision are known.
+
+    Args:
+        output: Folder of the experiment: scores, plans, evaluations, comparisons, report.
+        general: Keys of ``data`` of the general samples (see score); ``match: behaviour`` matches their format to the
+            behaviour's samples.
+        behaviour: Keys of ``data`` of the behaviour's samples.
+        eval_data: Keys of ``data`` of eval.
+        plan: Arguments of prune: ``num_neurons`` (or ``num_weights``), ``contrast``, ``protect``, ``edit``, ...
+        eval_model: Further keys of ``model`` of eval: ``max_length``, ``samples_per_prompt``, ``judge``, ...
+        model: Keys of ``model`` that say which model it is, for all stages: ``pretrained``, ``dtype``, ...
+        score: Further keys of ``model`` of the scoring pass: ``method``, ``granularity``, ``targets``, ...
+        trainer: Keys of ``trainer``, for all stages.
+        seeds: Seeds of the general samples; their scores are averaged.
+        counts: Further numbers of neurons (or weights), for the dose-response curve.
+        controls: Controls of the plan's size: random_matched, random, top_general, null.
+        max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
+
+    Raises:
+        InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
+    """
+    from sparc3_pl.report.command import KIND as REPORT
+
+    check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
+    size = _size_key(plan, score or {})
+    experiment = _Experiment(Path(output), model or {}, score or {}, trainer or {})
+    measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
+    edits = {f"prune-{count}": (count, None) for count in sorted({plan[size], *(counts or [])})}
+    edits |= {f"control-{control}": (plan[size], control) for control in controls}
+    stages = experiment.scoring_stages(general, behaviour, seeds)
+    scores = {stage.name.removeprefix("score-"): stage.output for stage in stages}
+    for name, (count, control) in edits.items():
+        stages.append(experiment.plan_stage(name, scores, {**plan, size: count, "control": control}))
+    for name in ("before", *edits):
+        stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
+    for stage in stages:  # refused before anything is done
+        experiment.check_settings(stage)
+    for stage in stages:
+        experiment.do(stage)
+    outcomes = [Outcome(name, *edit, experiment.compare(name)) for name, edit in edits.items()]
+    experiment.conclude(outcomes, max_perplexity_increase, stages)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of an experiment.
+
+    Attributes:
+        name: Of its files in ``stages``.
+        settings: What it is made with.
+        output: The folder or file that it makes.
+        result: The file that stands for the output: in a folder the one that names the digests of the others.
+        reads: Results of earlier stages, by what they are to this one.
+        make: Makes the output; is told whether to replace an earlier one.
+    """
+
+    name: str
+    settings: Settings
+    output: Path
+    result: Path
+    reads: Mapping[str, Path]
+    make: Callable[[bool], None]
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all files that the stage reads, by the key that names them or by what they are."""
+        return {
+            **_digests_of_files(self.settings),
+            **{name: _digest_of_file(path) for name, path in self.reads.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """The folders of an experiment and the settings that all stages share."""
+
+    folder: Path
+    model: Settings
+    scoring: Settings
+    trainer: Settings
+
+    def scoring_stages(self, general: Settings, behaviour: Settings, seeds: Sequence[int]) -> list[Stage]:
+        """The behaviour first: general samples may be matched to it."""
+        if general.get("match") == "behaviour":
+            general = general | {"match": str(self.folder / "scores" / "behaviour")}
+        sides = {"behaviour": behaviour} | {f"general-{seed}": general | {"seed": seed} for seed in seeds}
+        return [
+            self._pass(
+                "score",
+                name,
+                {"model": self.model | self.scoring, "data": data},
+                self.folder / "scores" / name,
+                SCORES_MARKER,
+            )
+            for name, data in sides.items()
+        ]
+
+    def evaluation_stage(self, name: str, measuring: Settings, plan: str | None) -> Stage:
+        """Measures the model, with the plan of that name applied."""
+        plans = {} if plan is None else {"plan": self._plan_path(plan)}
+        return self._pass("eval", name, measuring, self.folder / "evaluations" / name, EVALUATION_MARKER, plans)
+
+    def plan_stage(self, name: str, scores: Mapping[str, Path], settings: Settings) -> Stage:
+        """Makes a plan from the scores: ``behaviour``, all others are general."""
+        path = self._plan_path(name)
+        general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
+        given = {"general": general, "behaviour": [str(scores["behaviour"])], "output": str(path)}
+        given |= settings | {"control": settings["control"] or "none"}
+
+        def make(overwrite: bool) -> None:
+            from sparc3_pl.selection.command import prune
+
+            try:
+                with _typed("prune", *_options(given)):
+                    prune(**given, overwrite=overwrite)
+            except TypeError as error:  # a key that prune does not have
+                raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
+
+        reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
+        return Stage(f"plan-{name}", settings, path, path, reads, make)
+
+    def _pass(
+        self,
+        command: str,
+        name: str,
+        settings: Settings,
+        output: Path,
+        marker: str,
+        plans: Mapping[str, Path] | None = None,
+    ) -> Stage:
+        """``score`` or ``eval`` with these settings."""
+        settings = {key: value for key, value in (settings | {"trainer": self.trainer}).items() if value}
+        stage, plans = f"{command}-{name}", plans or {}
+
+        def make(overwrite: bool) -> None:
+            rest = ["--output", str(output), *(word for key, path in plans.items() for word in (f"--{key}", str(path)))]
+            rest += ["--overwrite"] if overwrite else []
+            typed = [command, "--config", str(self._settings_file(stage)), *rest]
+            with _config_file(settings, self._settings_file(stage)) as config:
+                arguments = [command, "--config", str(config), *rest]
+                if self.trainer.get("devices") == 1:
+                    from sparc3_pl.cli import execute
+
+                    with _typed(*typed):
+                        execute(arguments)
+                    return
+                # Lightning starts further processes by repeating this process's command line: it needs one of its own
+                if code := run_child([sys.executable, "-m", "sparc3_pl.cli", *arguments]):
+                    raise SystemExit(code)  # it has said why
+
+        return Stage(stage, settings, output, output / marker, plans, make)
+
+    def compare(self, name: str) -> Comparison:
+        """Compares with the evaluation of the model as it was, and keeps the result."""
+        folders = [self.folder / "evaluations" / side for side in ("before", name)]
+        found = compare_evaluations(*map(Evaluation.open, folders))
+        path = self._comparison_path(name)
+        with _typed("compare", "--before", str(folders[0]), "--after", str(folders[1]), "--output", str(path)):
+            write_comparison(path, found, overwrite=True)
+        return found
+
+    def conclude(self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage]) -> None:
+        """Writes and prints what was found, and makes the report of it."""
+        from sparc3_pl.document.terminal import print_result
+        from sparc3_pl.report.command import report
+
+        best = largest_within(outcomes, bound)
+        rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
+        summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
+        made = {"versions": versions(), "command": command_line(), "created": now()}
+        path = self.folder / "experiment.json"
+        _write_json(path, summary | made)
+        told = [path, *(stage.output for stage in stages), *(self._settings_file(stage.name) for stage in stages)]
+        told += [self._comparison_path(outcome.name) for outcome in outcomes]
+        report([str(one) for one in told], output=str(self.folder / "report"), overwrite=True)
+        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
+        if all(outcome.rise is None for outcome in outcomes):
+            verdict = "not known, no perplexity was measured"
+        print_result(outcome_table(outcomes), f"largest edit within {bound:+.1%} perplexity: {verdict}")
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def _plan_path(self, name: str) -> Path:
+        return self.folder / "plans" / f"{name}.json"
+
+    def _comparison_path(self, name: str) -> Path:
+        return self.folder / "comparisons" / f"{name}.json"
+
+    def _settings_file(self, stage: str) -> Path:
+        return self.folder / "stages" / f"{stage}.yaml"
+
+    def _record_file(self, stage: str) -> Path:
+        return self.folder / "stages" / f"{stage}.json"
+
+    def check_settings(self, stage: Stage) -> None:
+        """Refuses to go on from a result that was made with other settings.
+
+        Raises:
+            InputError: naming the first that differs.
+        """
+        path = self._settings_file(stage.name)
+        if not stage.output.exists() or not path.exists():
+            return
+        before = load_yaml(path.read_text(encoding="utf-8"))
+        differing = next(_differing(before, redacted(stage.settings)), None)
+        if differing is not None:
+            raise InputError(
+                f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
+                "delete it"
+            )
+
+    def do(self, stage: Stage) -> None:
+        """Makes the stage's result, unless it is there and made from what the stage reads now."""
+        inputs = stage.inputs()
+        reason = self._reason(stage, inputs)
+        if reason is None:
+            kept(stage.output)  # from here on a stop can say that the same command resumes
+            return
+        log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
+        self._record_file(stage.name).unlink(missing_ok=True)
+        self._settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
+        stage.make(stage.output.exists())
+        made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
+        _write_json(self._record_file(stage.name), made)
+
+    def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
+        """Why the stage must be done; None if it is done already. Writes nothing."""
+        if not stage.result.is_file():
+            return "its result is not there"
+        path = self._record_file(stage.name)
+        if not path.is_file() or not self._settings_file(stage.name).is_file():
+            return "nothing says what the result that is there was made from"
+        record = read_json(path)
+        if record.get("result") != sha256_of_file(stage.result):
+            return "its result is not the one that it made"
+        before = record.get("inputs") or {}
+        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+        return f"changed since: {', '.join(changed)}" if changed else None
+
+
+# --- what a stage reads -----------------------------------------------------------------------------------------------
+
+
+def _digests_of_files(settings: Any, key: str = "") -> dict[str, str]:
+    """Digests of the local files and folders that settings name, by the key under which they stand."""
+    if isinstance(settings, Mapping):
+        items = ((f"{key}.{name}" if key else str(name), value) for name, value in settings.items())
+    elif isinstance(settings, list | tuple):
+        items = ((f"{key}.{place}", value) for place, value in enumerate(settings))
+    else:
+        path = _path_of(key, settings) if isinstance(settings, str) and settings else None
+        return {} if path is None else {key: _digest(path)}
+    return {name: digest for one, value in items for name, digest in _digests_of_files(value, one).items()}
+
+
+def _path_of(key: str, value: str) -> Path | None:
+    """The local file or folder that the value of a key names; None if it names none (a word, something on the hub).
+
+    Raises:
+        InputError: if it is written like a path and nothing is there.
+    """
+    name = key.rpartition(".")[2]
+    if name == "source" or name.endswith("_source"):
+        return local_source(value, key)
+    if key in ("model.pretrained", "pretrained"):
+        return ModelSource(value).path
+    path = Path(value).expanduser()
+    if name == "match" or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
+        return path if path.exists() else None
+    return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
+
+
+def _digest(path: Path) -> str:
+    """Digest of the content of a file or folder."""
+    if path.is_file():
+        return _digest_of_file(path)
+    if (path / SCORES_MARKER).is_file():  # it names the digests of the other files
+        return _digest_of_file(path / SCORES_MARKER)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return json_digest({str(file.relative_to(path)): _digest_of_file(file) for file in files})
+
+
+def _digest_of_file(path: Path) -> str:
+    about = path.stat()
+    return _digest_of_content(path.resolve(), about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
+    """Kept while the file looks the same: every stage asks for the model's."""
+    return sha256_of_file(path)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _typed(*words: str) -> AbstractContextManager[Any]:
+    """Inside the block results say that they were made by this command, not by the experiment's."""
+    return swapped(sys, "argv", ["sparc3", *words])
+
+
+def _options(given: Settings) -> Iterator[str]:
+    """Arguments of a function as words of a command line."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else ["true" if value is True else value]
+            yield from (f"--{name}", *map(str, values))
+
+
+@contextmanager
+def _config_file(settings: Settings, kept: Path) -> Iterator[Path]:
+    """A file with the settings: the one that is kept, or, if secrets were left out there, one that goes afterwards."""
+    if redacted(settings) == settings:
+        yield kept
+        return
+    handle, name = tempfile.mkstemp(suffix=".yaml")  # for its owner's eyes only
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(dump_yaml(settings))
+        yield Path(name)
+    finally:
+        Path(name).unlink()
+
+
+def _size_key(plan: Settings, score: Settings) -> str:
+    """The key of ``plan`` that says how many.
+
+    Raises:
+        InputError: if there is none.
+    """
+    key = "num_weights" if score.get("granularity") == "weight" else "num_neurons"
+    if not isinstance(plan.get(key), int):
+        raise InputError(f"plan.{key}={plan.get(key)!r}: say how many to choose; give a whole number")
+    return key
+
+
+def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys at which two configurations differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+    elif one != other:
+        yield f"{path} ({one!r}, now {other!r})"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, strict_json(value, indent=1) + "\n")
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+    """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
+    from sparc3_pl.document.document import Table
+
+    rows = []
+    for outcome in outcomes:
+        found = outcome.comparison
+        perplexity = "" if outcome.rise is None else f"{outcome.rise:+.2%}"
+        for label, figures in found.toxicity.items() or [("", {})]:
+            change = figures.get("mean")
+            cells = ["", "", "", ""]
+            if change is not None:
+                relative = "" if change.relative_change is None else f" ({change.relative_change:+.1%})"
+                cells = [
+                    f"{change.before:.3f} to {change.after:.3f}",
+                    f"{change.change:+.3f}{relative}",
+                    interval(change.low, change.high, change.num_pairs, "+.3f"),
+                    p_value(change.p_value),
+                ]
+            name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
+            rows.append((name, str(outcome.count), *cells, perplexity))
+    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
+    return Table.of(columns, rows, title="Against the model as it was")

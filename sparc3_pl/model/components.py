@@ -1,0 +1,250 @@
+"""What can be scored, chosen and edited: the only place that knows which rows and columns belong to a component.
+
+A component kind says where in the model its scores are read (``groups``) and which entries of which weights an edit
+touches (``parts``). Methods, contrasts, plans and edits work with these two answers and know no kind by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.structure import MLP, features, is_linear, mlps, select_layers, weight_matrix
+from sparc3_pl.registry import Registry
+
+__all__ = [
+    "COMPONENTS",
+    "Component",
+    "Group",
+    "Neuron",
+    "Part",
+    "Weight",
+    "check_range",
+    "linear_layer",
+    "mlp_by_up",
+    "rows_and_bias",
+]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The components whose scores are read at one linear layer.
+
+    Attributes:
+        layer: Name of the layer, and key of its scores.
+        shape: Of the scores: ``[out, in]`` for single weights, else ``[n]``.
+        axis: ``out``: a component is ``width`` consecutive rows of the layer's ``[out, in]`` matrix; ``in``:
+            ``width`` consecutive columns; ``both``: one weight.
+        width: Rows or columns of one component.
+        first: Index of the first score that belongs to a component. A fused map has the gates' rows before it.
+        count: Number of components.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    axis: Literal["out", "in", "both"]
+    count: int
+    width: int = 1
+    first: int = 0
+
+    @property
+    def own(self) -> slice:
+        """The scores along the first axis that belong to a component; what lies outside counts for nothing."""
+        return slice(0, self.shape[0]) if self.axis == "both" else slice(self.first, self.first + self.count)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the layer's matrix that belong to a component."""
+        own = self.own
+        return slice(own.start * self.width, own.stop * self.width) if self.axis == "out" else slice(None)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Sums over the rows (or columns) of each component: ``[..., n]`` of one value for each, ``[..., n * width]``.
+
+        The gates' rows of a fused map have their sums too, though nobody counts them.
+        """
+        return values if self.width == 1 else values.unflatten(-1, (-1, self.width)).sum(-1)
+
+    def reduced(self, matrix_OI: Tensor) -> Tensor:
+        """The sum over each component of a matrix ``[out, in]`` that has a value for every weight: of ``shape``."""
+        if self.axis == "both":
+            return matrix_OI
+        return self.gathered(matrix_OI.sum(1 if self.axis == "out" else 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Entries of one linear layer that belong to chosen components.
+
+    Attributes:
+        layer: Name of the layer.
+        where: ``rows`` or ``columns`` of its ``[out, in]`` matrix, entries of its ``bias``, or single ``weights``.
+        index: Which of them, ``[n]`` int64: rows, columns, or flat indices into ``[out, in]``.
+        owner: For each entry, the position of its component in the list of the chosen, ``[n]`` int64.
+        role: ``writes``: the entries make the component's value; ``reads``: they pass it on to the next layer.
+    """
+
+    layer: str
+    where: Literal["rows", "columns", "bias", "weights"]
+    index: Tensor
+    owner: Tensor
+    role: Literal["writes", "reads"] = "writes"
+
+    @property
+    def key(self) -> str:
+        """Names the part in a file of kept values."""
+        return f"{self.layer}.{self.where}"
+
+    def read(self, module: nn.Module) -> Tensor:
+        """A copy of the entries."""
+        values, index = self._locate(module)
+        return values[index].clone()
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, values: Tensor | float) -> None:
+        """Writes the entries in place."""
+        where, index = self._locate(module)
+        where[index] = values.to(where) if isinstance(values, Tensor) else values
+
+    def spread(self, values: Tensor, entries: Tensor) -> Tensor:
+        """``[n]`` values, one for each of ``index``, in a shape that multiplies the ``entries`` that ``read`` gives."""
+        return values if self.where == "columns" else values.view(-1, *[1] * (entries.dim() - 1))
+
+    def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...]]:
+        if self.where == "bias":
+            bias = module.bias.detach()
+            return bias, (self.index.to(bias.device),)
+        matrix = weight_matrix(module).detach()
+        index = self.index.to(matrix.device)
+        if self.where == "weights":
+            return matrix, (index // matrix.shape[1], index % matrix.shape[1])
+        return matrix, (index,) if self.where == "rows" else (slice(None), index)
+
+
+class Component(ABC):
+    """A kind of component."""
+
+    unit: str
+    """The word for several of them in tables and messages: ``neurons``."""
+    dims: int = 1
+    """Dimensions of a layer's scores: 1, or 2 where every weight has a score of its own."""
+
+    @abstractmethod
+    def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
+        """Where the components of ``model`` are scored, in the model's order.
+
+        Args:
+            model: A causal language model.
+            patterns: Globs of layer names, or None for the kind's own choice.
+
+        Raises:
+            InputError: if a pattern matches nothing, or the model has no such component.
+        """
+
+    @abstractmethod
+    def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
+        """The entries that belong to components ``index`` (``[n]`` int64) of ``layer``: what an edit may touch.
+
+        Raises:
+            InputError: if an index is out of range, or two of them are one component.
+        """
+
+
+class Neuron(Component):
+    """One output row of a linear layer; of an MLP's up-projection, the whole neuron.
+
+    A neuron of an MLP is written by its rows of the up and gate projections (and their biases' entries) and read by
+    its column of the down-projection. A row of any other layer stands for itself.
+    """
+
+    unit = "neurons"
+
+    def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
+        blocks, result = mlp_by_up(model), []
+        for name, module in select_layers(model, patterns).items():
+            rows = features(module)[0]
+            neurons = blocks[name].up_rows if name in blocks else slice(0, rows)
+            result.append(Group(name, (rows,), "out", neurons.stop - neurons.start, first=neurons.start))
+        return result
+
+    def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
+        module, mlp = linear_layer(model, layer), mlp_by_up(model).get(layer)
+        check_range("neuron", layer, index, features(module)[0], "rows")
+        owner = torch.arange(len(index))
+        if mlp is None:
+            return rows_and_bias(layer, module, index, owner)
+        neuron = index % mlp.width  # a fused map has two rows for each neuron
+        if len(neuron.unique()) < len(neuron):
+            raise InputError(f"a neuron of {layer} is named twice, by its gate row and its up row")
+        parts = []
+        for name in (name for name in (mlp.up, mlp.gate) if name is not None):
+            own = torch.cat([neuron, neuron + mlp.width]) if mlp.fused else neuron
+            parts += rows_and_bias(name, model.get_submodule(name), own, owner.repeat(len(own) // max(1, len(neuron))))
+        return [*parts, Part(mlp.down, "columns", neuron, owner, "reads")]
+
+
+class Weight(Component):
+    """One entry of a linear layer's matrix."""
+
+    unit = "weights"
+    dims = 2
+
+    def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
+        return [
+            Group(name, features(module), "both", features(module)[0] * features(module)[1])
+            for name, module in select_layers(model, patterns).items()
+        ]
+
+    def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
+        out, inner = features(linear_layer(model, layer))
+        check_range("weight", layer, index, out * inner, "weights")
+        return [Part(layer, "weights", index, torch.arange(len(index)))]
+
+
+COMPONENTS: Registry[Component] = Registry(
+    "model.granularity",
+    Component,
+    {
+        "neuron": "sparc3_pl.model.components.Neuron",
+        "weight": "sparc3_pl.model.components.Weight",
+        "head": "sparc3_pl.model.attention_components.Head",
+        "channel": "sparc3_pl.model.attention_components.Channel",
+    },
+)
+
+
+def mlp_by_up(model: nn.Module) -> dict[str, MLP]:
+    """MLPs by the name of their up-projection; none for a model whose MLPs are not recognised."""
+    try:
+        return {mlp.up: mlp for mlp in mlps(model)}
+    except InputError:  # components of such a model are rows of named layers, or single weights
+        return {}
+
+
+def linear_layer(model: nn.Module, layer: str) -> nn.Module:
+    """The linear layer of that name.
+
+    Raises:
+        InputError: if it is a module of another kind.
+    """
+    module = model.get_submodule(layer)
+    if not is_linear(module):
+        raise InputError(f"{layer} is a {type(module).__name__}, not a linear layer; name one that is")
+    return module
+
+
+def check_range(kind: str, layer: str, index: Tensor, size: int, unit: str) -> None:
+    """Refuses indices outside of ``0 .. size - 1``; the largest is named, or the smallest if that is the wrong one."""
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        wrong = int(index.max()) if int(index.max()) >= size else int(index.min())
+        raise InputError(f"{kind} {wrong} of {layer} is out of range: the layer has {size} {unit}")
+
+
+def rows_and_bias(layer: str, module: nn.Module, index: Tensor, owner: Tensor) -> list[Part]:
+    """Output rows of a linear layer and, where it has a bias, its entries."""
+    parts = [Part(layer, "rows", index, owner)]
+    return parts if module.bias is None else [*parts, Part(layer, "bias", index, owner)]

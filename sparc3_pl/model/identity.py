@@ -1,0 +1,145 @@
+"""What identifies a model: the digest of its weights, and its entry in manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparc3_pl.runtime.collectives import whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from sparc3_pl.model.loading import ModelSource
+
+__all__ = ["describe", "differing_config", "fingerprint", "model_config"]
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identity of a model's weights: ``sha256:`` over names, shapes and values rounded to bfloat16.
+
+    Rounding makes the fingerprint of a bfloat16 checkpoint, and of a float32 one loaded as float32 or bfloat16, the
+    same. (float16 cannot hold all of a bfloat16's range, so a model loaded as float16 may differ.) Tied weights count
+    once; one tensor at a time is brought to the CPU. About 1 s per gigabyte of bfloat16 weights. Of a model that is
+    sharded over ranks, each tensor is gathered: every rank must call this.
+
+    It is kept with the model: asking again costs a fraction of that, as long as no weight has changed.
+    """
+    state = _state(model)
+    known = _fingerprints.setdefault(model, {})
+    if state is not None and state in known:
+        return known[state]
+    digest = hashlib.sha256()
+    for name, value in named_values(model):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        rounded = value.detach().to(torch.bfloat16).cpu().contiguous()
+        digest.update(memoryview(rounded.view(torch.uint8).numpy()).cast("B"))
+    result = f"sha256:{digest.hexdigest()}"
+    if state is not None:
+        known.clear()  # one state a model: the one that it is in
+        known[state] = result
+    return result
+
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def _state(model: nn.Module) -> tuple[Any, ...] | None:
+    """What changes whenever a weight does, cheaply: where it lies, how often it was written to, the sum of its bits.
+
+    The count misses only what is written through ``.data``; that, the sum sees, unless it swaps equal numbers.
+
+    Returns:
+        None if it cannot be told: weights that are offloaded or sharded, or not in one piece.
+    """
+    state = []
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if parameter.is_meta or isinstance(parameter, DTensor) or value.is_inference() or not value.is_contiguous():
+            return None
+        bits = value.reshape(-1).view(torch.uint8)
+        even = bits.numel() // 8 * 8
+        whole_words = bits[:even].view(torch.int64) if bits.storage_offset() % 8 == 0 else bits[:even]
+        sums = [int(part.sum(dtype=torch.int64)) for part in (whole_words, bits[even:])]
+        state.append((name, value.dtype, tuple(value.shape), value.data_ptr(), parameter._version, *sums))
+    return tuple(state)
+
+
+def differing_config(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> str | None:
+    """The first key in which two models' ``config`` entries differ, with both values; None if they are alike.
+
+    A key that only one of them has is passed over: another version of the library may have added it, and entries made
+    before this program kept the config have none.
+    """
+    for key in sorted(one.keys() & other.keys()):
+        mine, yours, name = one[key], other[key], f"{path}{key}"
+        if isinstance(mine, Mapping) and isinstance(yours, Mapping):
+            if (inner := differing_config(mine, yours, f"{name}.")) is not None:
+                return inner
+        elif mine != yours:
+            return f"{name} ({mine!r}, here {yours!r})"
+    return None
+
+
+def model_config(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's ``config.json`` says of how it computes: sizes, activation, epsilon, rotary base, ...
+
+    Left out are names, versions, token ids, the number format, and what matters in training or for labels only.
+    """
+    return _computing(model.config.to_dict())
+
+
+def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _computing(value) if isinstance(value, Mapping) else value
+        for key, value in sorted(config.items())
+        if not (key.startswith("_") or key.endswith(_NOT_COMPUTING_ENDINGS) or key in _NOT_COMPUTING)
+        and isinstance(value, Mapping | list | str | int | float | None)
+    }
+
+
+_NOT_COMPUTING = {
+    "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map", "quantization_config",
+    "return_dict", "output_attentions", "output_hidden_states", "use_cache", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "initializer_range", "pretraining_tp", "tie_word_embeddings",
+}  # fmt: skip
+
+_NOT_COMPUTING_ENDINGS = ("_token_id", "dropout", "_pdrop")
+
+
+def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter once, by name; a value offloaded to CPU or disk is fetched while it is used."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            yield name, whole(parameter)
+            continue
+        from accelerate.utils import align_module_device
+
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module, "cpu"):
+            yield name, getattr(module, leaf)
+
+
+def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:
+    """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
+    ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
+
+    The fingerprint is not taken again if it is ``known``.
+    """
+    return {
+        "pretrained": source.pretrained,
+        "revision": getattr(model.config, "_commit_hash", None) or source.revision,
+        "fingerprint": known or fingerprint(model),
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": model_config(model),
+    }

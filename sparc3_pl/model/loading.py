@@ -1,0 +1,320 @@
+"""Load a causal language model and its tokenizer: hub id, local folder, GGUF file, or ``demo``.
+
+Everything that would turn into a wrong number later is refused here: weights that are not in the checkpoint (a library
+fills them with random values), weights that are not finite, attention that looks ahead, a tokenizer with more tokens
+than the model has embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path, offline
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from sparc3_pl.model.checks import (
+    Vocabulary,
+    check_causal,
+    check_complete,
+    check_finite,
+    check_plain_weights,
+    check_tokenizer,
+    compare_vocabularies,
+    ensure_pad_token,
+    forget_gguf,
+    has_tokenizer_files,
+)
+
+__all__ = ["DType", "ModelSource", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
+
+
+log = logging.getLogger(__name__)
+
+
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+_DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
+
+_WAY_OUT = "give a local folder or a .gguf file as model.pretrained"
+
+TOKENIZER_HINT = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
+
+_EXTRA = 'pip install "sparc3_pl[gguf]"'
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a language model comes from and how it is loaded.
+
+    Args:
+        pretrained: Hub id, local folder in the Hugging Face layout, ``FILE.gguf``, or ``demo`` (the embedded model).
+        dtype: Number format of the weights; ``auto`` takes the checkpoint's own.
+        revision: Branch, tag or commit of a hub id.
+        device_map: As in transformers (``auto``, or module name to device): spreads the model over devices.
+        trust_remote_code: Run Python code that the checkpoint brings along. Off unless you turn it on.
+    """
+
+    pretrained: str = "demo"
+    dtype: DType = "auto"
+    revision: str | None = None
+    device_map: str | dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise InputError(f"model.dtype={self.dtype!r} is not known; use one of {', '.join(_DTYPES)}")
+
+    @property
+    def path(self) -> Path | None:
+        """The local folder or file, or None for a hub id.
+
+        Raises:
+            InputError: If ``pretrained`` is written like a path and nothing is there.
+        """
+        if self.pretrained == "demo":
+            from sparc3_pl import demo
+
+            return Path(demo.MODEL)
+        return local_path(
+            self.pretrained, "model.pretrained", suffixes=(".gguf", ".safetensors", ".bin", ".pt", ".ckpt")
+        )
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """Load a causal language model in eval mode, its parameters frozen.
+
+    A GGUF file is unpacked into ordinary weights, and its config no longer says that it is quantised, so that the
+    model can be saved like any other.
+
+    Raises:
+        InputError: If nothing is there, the hub cannot be reached, the model is not a causal language model, the
+            checkpoint lacks weights, or a weight is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = _locate(source)
+    with _quiet_stdout(), _network(where), _as_input_error(source, where):
+        config = _causal_config(source, where)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **where, **_load_options(source, where), config=config, output_loading_info=True
+        )
+    if "gguf_file" in where:
+        forget_gguf(model)
+    model.eval().requires_grad_(False)
+    check_plain_weights(model, source)
+    check_finite(model, source)
+    check_causal(model, source)
+    check_complete(info, source)
+    return model
+
+
+def load_skeleton(source: ModelSource) -> PreTrainedModel:
+    """The model as its config describes it, on the meta device: names and shapes of its modules, no weights.
+
+    Raises:
+        InputError: If nothing is there, the hub cannot be reached, or the model is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = _locate(source)
+    with _quiet_stdout(), _network(where), _as_input_error(source, where, what="config"):
+        config = _causal_config(source, where)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, padding on the right, with a pad token and the model's context length.
+
+    A tokenizer without a pad token pads with its end-of-text token (or the unknown token): pads are masked wherever
+    they are used, so the choice has no effect on any number.
+
+    Raises:
+        InputError: If there is no tokenizer, or it has more tokens than the model has embeddings.
+    """
+    tokenizer = load_vocabulary(source).tokenizer
+    if tokenizer is None:
+        raise InputError(f"model.pretrained={source.pretrained!r} has no tokenizer; {TOKENIZER_HINT}")
+    return tokenizer
+
+
+def load_vocabulary(source: ModelSource) -> Vocabulary:
+    """Load the model's tokenizer as ``load_tokenizer`` does, and what the model's config says about token ids.
+
+    A local folder may be without a tokenizer: then the model reads token ids only.
+
+    Raises:
+        InputError: If the tokenizer cannot be loaded, or has more tokens than the model has embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    where = _locate(source)
+    tokenizer = None
+    with _quiet_stdout(), _network(where), _as_input_error(source, where, what="tokenizer"):
+        if has_tokenizer_files(source):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        config = _config(where).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if tokenizer is None:
+        return Vocabulary(None, config.vocab_size, context)
+    check_tokenizer(tokenizer, source)
+    compare_vocabularies(tokenizer, config.vocab_size, source.pretrained)
+    ensure_pad_token(tokenizer)
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+    known = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
+    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if known else None)
+
+
+def _locate(source: ModelSource) -> dict[str, Any]:
+    """What every ``from_pretrained`` of this source is called with."""
+    where: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    path = source.path
+    if path is None:
+        online = hub_available()
+        if not online:
+            log.info("the hub (%s) is not available: looking for %s in the local cache", hub_name(), source.pretrained)
+        where |= {"pretrained_model_name_or_path": source.pretrained, "local_files_only": not online}
+        return where | ({"revision": source.revision} if source.revision else {})
+    where["local_files_only"] = True
+    if path.is_dir():
+        _check_folder(path, source)
+        return where | {"pretrained_model_name_or_path": str(path)}
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"model.pretrained={source.pretrained!r} is a file but not a .gguf file; {_WAY_OUT}")
+    for package in ("gguf", "accelerate"):
+        _require(package, "loading a GGUF file", "model.pretrained")
+    return where | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _check_folder(path: Path, source: ModelSource) -> None:
+    if (path / "config.json").is_file():
+        return
+    files = sorted(entry.name for entry in path.glob("*.gguf"))
+    hint = f"name its file: {path / files[0]}" if files else "give a folder written by save_pretrained"
+    raise InputError(f"model.pretrained={source.pretrained!r}: the folder has no config.json; {hint}")
+
+
+def _require(package: str, what: str, key: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{key}: {what} needs the package {package}: {_EXTRA}")
+
+
+def _load_options(source: ModelSource, where: dict[str, Any]) -> dict[str, Any]:
+    # Mismatched shapes are let through to be named by check_complete: the library's own error names nothing.
+    options: dict[str, Any] = {"dtype": _DTYPES[source.dtype], "ignore_mismatched_sizes": True}
+    if source.device_map is not None:
+        _require("accelerate", "spreading a model over devices", "model.device_map")
+        options["device_map"] = source.device_map
+    if "gguf_file" in where:
+        import transformers
+
+        # Where GPU kernels for packed weights are installed, transformers would keep them packed: no plain matrices.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+def _config(where: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if "gguf_file" not in where:
+        return AutoConfig.from_pretrained(**where)
+    file = Path(where["pretrained_model_name_or_path"]) / where["gguf_file"]
+    return copy.deepcopy(_gguf_config(file.parent, file.name, file.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(folder: Path, name: str, _modified: int) -> PretrainedConfig:
+    """Kept, because parsing the vocabulary beside it takes seconds, and tokenizer and model both ask."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
+
+
+def _causal_config(source: ModelSource, where: dict[str, Any]) -> PretrainedConfig:
+    """The model's config, if it is one of a causal language model as far as a config can tell."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(where)
+    kind = f"model.pretrained={source.pretrained!r} is of type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{kind}, an encoder-decoder; give a decoder-only (causal) language model")
+    remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+        raise InputError(f"{kind}, which has no causal language model; give a decoder-only (causal) language model")
+    return config
+
+
+def _network(where: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    return offline() if where["local_files_only"] else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Keep what the library prints off stdout, and its bars off anything but a terminal."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _as_input_error(source: ModelSource, where: dict[str, Any], what: str = "model") -> Iterator[None]:
+    """Turn what the loader raises about the user's input into one line that says what, which value and the way out."""
+    from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled here
+
+    from safetensors import SafetensorError
+
+    name = f"model.pretrained={source.pretrained!r}"
+    try:
+        yield
+    except InputError:
+        raise
+    except UnpicklingError as error:
+        raise InputError(
+            f"{name}: its weights file is no plain checkpoint (a pickle of anything else is not opened); {_WAY_OUT}"
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name} brings Python code of its own, which is not run unless you say so; if you trust it, "
+                "set model.trust_remote_code: true"
+            ) from error
+        if isinstance(error, OSError) and source.path is None and where["local_files_only"]:
+            raise InputError(
+                f"{name}: the hub ({hub_name()}) cannot be reached and the {what} is not in the local cache; {_WAY_OUT}"
+            ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: the {what} cannot be loaded ({reason}); {_WAY_OUT}") from error

@@ -1,0 +1,1 @@
+"""The Trainer, its processes and what they tell each other, progress and logging."""

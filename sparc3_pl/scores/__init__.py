@@ -1,0 +1,1 @@
+"""The score folder: manifest, writer, reader, partial sums and parts."""

@@ -1,0 +1,319 @@
+"""What a score folder says of itself: ``manifest.json``, and of each sample a line of ``samples.jsonl``."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
+
+from sparc3_pl.attribution.methods import METHODS
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import FolderKind, json_digest, strict_json
+from sparc3_pl.model.components import COMPONENTS, Component
+
+__all__ = ["FORMAT_VERSION", "KIND", "MARKER", "About", "LayerStats", "Manifest", "ScoredSample"]
+
+
+FORMAT_VERSION = 1
+
+MARKER = "manifest.json"
+"""The file by which a score folder is known."""
+
+MANIFEST, SAMPLES, SCORES, SQUARES = "manifest.json", "samples.jsonl", "scores.safetensors", "squares.safetensors"
+
+GROUPS = "groups.safetensors"
+
+KIND = FolderKind(
+    "a score folder",
+    MARKER,
+    (SAMPLES, SCORES, SQUARES, GROUPS, "config.yaml"),
+    lambda manifest: [layer["file"] for layer in manifest["layers"].values()],
+)
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """What is kept of a sample: a line of ``samples.jsonl``.
+
+    Attributes:
+        id: Identity by content.
+        num_tokens: Its real tokens.
+        ending: ``stop``, ``cut``, or None where nothing can decode the tokens.
+        text_ids: Identities of the texts that it was made from; empty in folders that do not say.
+        relevance: The sum of its scores over the components of all layers; None for a method without a target.
+        first_token_share: Share of the first position in the relevance.
+        more: Whatever else is known, such as what the target records: its ``logit`` and token.
+    """
+
+    id: str
+    num_tokens: int
+    ending: str | None = None
+    text_ids: tuple[str, ...] = ()
+    relevance: float | None = None
+    first_token_share: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what is not known is left out."""
+        own = {name: value for name, value in vars(self).items() if name != "more" and value not in (None, ())}
+        return own | self.more
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what ``to_json`` has made."""
+        names = {item.name for item in fields(cls)} - {"more"}
+        own = {name: value for name, value in data.items() if name in names}
+        own["text_ids"] = tuple(own.get("text_ids") or ())
+        return cls(**own, more={name: value for name, value in data.items() if name not in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a manifest says before any sample is scored; its attributes are those of ``Manifest``."""
+
+    method: str
+    granularity: str
+    signed: bool
+    model: dict[str, Any]
+    data: dict[str, Any]
+    method_args: dict[str, Any] = field(default_factory=dict)
+    granularity_args: dict[str, Any] = field(default_factory=dict)
+    target: str = "predicted"
+    target_args: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] | None = None
+    nonfinite: str | None = None
+    seed: int | None = None
+    relevance_account: dict[str, Any] | None = None
+
+    def components(self) -> list[Component]:
+        """The kinds of component that are scored.
+
+        Raises:
+            InputError: as ``Registry.from_file``.
+        """
+        names = self.granularity.split("+")
+        arguments = self.granularity_args if len(names) > 1 else {names[0]: self.granularity_args}
+        return [COMPONENTS.from_file(name, arguments.get(name)) for name in names]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the JSON object of ``dataclasses.asdict``; keys that are unknown are passed over."""
+        names = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in names})
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """A layer's entry in the manifest.
+
+    Attributes:
+        shape: ``[out]`` or ``[out, in]``.
+        file: The file in the score folder that holds the tensor.
+        sum: The sum of the finite scores, in float64.
+        nan: Number of NaNs, those that were put to zero while scoring included.
+        inf: Number of infinities, likewise.
+        negative: Number of scores below zero.
+        zero: Number of scores equal to zero.
+        sha256: Of the tensor's bytes, in hex.
+        rows: First and last + 1 of the scores that ``sum``, ``negative`` and ``zero`` are of; null: all of them. The
+            gates' rows of a fused map are no neurons, and count for nothing.
+    """
+
+    shape: list[int]
+    file: str
+    sum: float
+    nan: int
+    inf: int
+    negative: int
+    zero: int
+    sha256: str
+    rows: list[int] | None = None
+
+    @property
+    def counted(self) -> slice:
+        """The scores, flattened, that the figures are of."""
+        return slice(0, math.prod(self.shape)) if self.rows is None else slice(*self.rows)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a score folder says of itself; the keys of ``manifest.json``.
+
+    Attributes:
+        method: ``lrp``, ``gradient``, ``wanda``, ``magnitude``, ``random``, or the class path of a user's own.
+        granularity: ``neuron`` or ``weight``, or the class path of a user's own component; several joined by ``+``.
+        signed: Whether neuron scores keep their sign.
+        num_samples: Samples in the mean.
+        num_tokens: Real tokens of those samples.
+        model: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``.
+        data: ``source``, ``seed``, ``seq_len``, ``filter``, ``sample_ids``, ...
+        layers: By module name, in the model's order.
+        total_relevance: Sum of all scores.
+        versions: Of Python and the packages.
+        command: The command line, without tokens.
+        created: UTC, ISO 8601.
+        format_version: Of this folder's layout.
+        squares: sha256 of the squares by module name; empty if they were not asked for.
+        groups: sha256 of the groups' scores by module name; empty if they were not asked for.
+        group_sizes: Samples of each group.
+        samples_sha256: sha256 of ``samples.jsonl``.
+        method_args: Arguments of the method, where it was given any.
+        granularity_args: Arguments of the component, likewise; of several components, by their names.
+        target: What is attributed: ``predicted``, or the class path of a user's own target.
+        target_args: Arguments of the target, likewise.
+        targets: Globs of the scored layers; null: the component's own choice.
+        nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
+        seed: Seed of random scores; null for other methods.
+        relevance_account: Of a method that checks itself on one sample (LRP): ``relative_residual`` and
+            ``num_tokens``; where nothing was measured, the ``reason``.
+        neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
+            of those that do.
+        hardware: The machine that wrote the scores.
+        shards: Commands of the parts that were merged.
+        extra: Any further top-level keys, kept as they were.
+    """
+
+    method: str
+    granularity: str
+    signed: bool
+    num_samples: int
+    num_tokens: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    layers: dict[str, LayerStats]
+    total_relevance: float
+    versions: dict[str, str]
+    command: str
+    created: str
+    format_version: int = FORMAT_VERSION
+    squares: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    group_sizes: list[int] = field(default_factory=list)
+    samples_sha256: str | None = None
+    method_args: dict[str, Any] = field(default_factory=dict)
+    granularity_args: dict[str, Any] = field(default_factory=dict)
+    target: str = "predicted"
+    target_args: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] | None = None
+    nonfinite: str | None = None
+    seed: int | None = None
+    relevance_account: dict[str, Any] | None = None
+    neuron_rows: dict[str, list[int]] = field(default_factory=dict)
+    hardware: str | None = None
+    shards: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_scores(self) -> int:
+        """Number of components that are scored."""
+        counted = (layer.counted for layer in self.layers.values())
+        return sum(part.stop - part.start for part in counted)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the JSON object, ``extra`` spread out, with its own sha256 as the last key."""
+        data = {"format_version": self.format_version} | asdict(self)
+        extra = data.pop("extra")
+        for name in _ONLY_WHERE_GIVEN:
+            if not data[name]:
+                del data[name]
+        for layer in data["layers"].values():
+            if layer["rows"] is None:
+                del layer["rows"]
+        data = json.loads(strict_json(data | extra))
+        return data | {"sha256": json_digest(data)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str | Path = MANIFEST) -> Self:
+        """Reads and checks the JSON object; ``where`` names the file in errors.
+
+        Raises:
+            InputError: for another format version, a changed byte, a missing key, or a value of the wrong type.
+        """
+        _check_version(data, where)
+        data = dict(data)
+        claimed = data.pop("sha256", None)
+        if claimed is not None and claimed != json_digest(data):
+            raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, score again")
+        known = {item.name: item for item in fields(cls) if item.name != "extra"}
+        for name in (name for name, item in known.items() if _required(item)):
+            if name not in data:
+                raise InputError(f"{where}: the key {name!r} is missing; the folder is incomplete, score again")
+        values = {name: _typed(name, data[name], known[name].type, where) for name in known if name in data}
+        values["layers"] = {name: _layer(name, entry, where) for name, entry in values["layers"].items()}
+        manifest = cls(**values, extra={key: value for key, value in data.items() if key not in known})
+        manifest._check(where)
+        return manifest
+
+    def _check(self, where: str | Path) -> None:
+        for kind, names, known in (
+            ("granularity", self.granularity.split("+"), COMPONENTS),
+            ("method", [self.method], METHODS),
+        ):
+            for name in names:
+                if name not in known and "." not in name:
+                    raise InputError(
+                        f"{where}: {kind}={name!r} is unknown; known are {', '.join(known)}; update sparc3_pl"
+                    )
+        if not self.layers:
+            raise InputError(f"{where}: no layer is scored; score again with other model.targets")
+        if not isinstance(self.model.get("fingerprint"), str):
+            raise InputError(f"{where}: the model's fingerprint is missing; score again")
+        dims = {len(layer.shape) for layer in self.layers.values()}
+        if self.granularity in COMPONENTS:  # what a class of the user's own scores, its shapes say
+            dims = {COMPONENTS.make(self.granularity).dims}
+        for name, layer in self.layers.items():
+            sizes_are_right = all(type(size) is int and size > 0 for size in layer.shape)
+            if {len(layer.shape)} != dims or not dims <= {1, 2} or not sizes_are_right:
+                raise InputError(
+                    f"{where}: layer {name} has shape {layer.shape}, which no {self.granularity} score has"
+                )
+        spans = [("neuron_rows", name, span) for name, span in self.neuron_rows.items()]
+        spans += [("rows", name, layer.rows) for name, layer in self.layers.items() if layer.rows is not None]
+        for key, name, span in spans:
+            whole = range(self.layers[name].shape[0] + 1) if name in self.layers else ()
+            if not (isinstance(span, list) and len(span) == 2 and all(i in whole for i in span) and span[0] < span[1]):
+                raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
+
+
+_ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "shards")
+"""Keys that most manifests do not have."""
+
+
+def _required(item: Any) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _check_version(data: Mapping[str, Any], where: str | Path) -> None:
+    version = data.get("format_version")
+    if version is None:
+        raise InputError(f"{where}: has no format_version, so it is not a score folder's manifest; score again")
+    if version != FORMAT_VERSION:
+        way = "score again with this program" if _is_older(version) else "update sparc3_pl"
+        raise InputError(f"{where}: format_version={version}, but this program reads {FORMAT_VERSION}; {way}")
+
+
+def _is_older(version: Any) -> bool:
+    return not isinstance(version, int) or version < FORMAT_VERSION
+
+
+def _typed(name: str, value: Any, kind: Any, where: str | Path) -> Any:
+    """``value`` if it is of the annotated type; an int passes for a float, and ``null`` for a float that overflowed."""
+    allowed = tuple(get_origin(part) or part for part in get_args(kind) if get_origin(kind) is UnionType)
+    allowed = allowed or (get_origin(kind) or kind,)
+    if float in allowed and type(value) in (int, float, type(None)):
+        return float("nan") if value is None else float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise InputError(f"{where}: {name}={value!r} is not of type {kind}; the file is damaged, score again")
+    if isinstance(value, int) and value < 0 and name != "seed":
+        raise InputError(f"{where}: {name}={value} is negative; the file is damaged, score again")
+    return value
+
+
+def _layer(name: str, entry: Any, where: str | Path) -> LayerStats:
+    known = {item.name: item for item in fields(LayerStats)}
+    if not isinstance(entry, dict) or {key for key, item in known.items() if _required(item)} - set(entry):
+        raise InputError(f"{where}: the entry of layer {name} is incomplete; the file is damaged, score again")
+    there = {key: item for key, item in known.items() if key in entry}
+    return LayerStats(**{k: _typed(f"layers.{name}.{k}", entry[k], item.type, where) for k, item in there.items()})

@@ -1,0 +1,1 @@
+"""The scoring pass: a thin LightningModule around a run."""

@@ -1,0 +1,156 @@
+"""Parts of one scoring run that were scored on separate machines, and how they become one score folder.
+
+A part holds sums over its samples of what the method accumulates: those add up whatever the method (|W| * ||x|| of
+Wanda does not, its sums of squares do).
+
+```
+part/
+  shard.json         settings, model, data, which part of how many; sha256 of every tensor and of the samples
+  sums.safetensors   by LAYER/KEY: sum, squares, nan, inf; the samples' records in the header
+  config.yaml
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparc3_pl.attribution.methods import METHODS, Method
+from sparc3_pl.attribution.scorers import LayerScores, groups_of, layer_scores
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import check_output
+from sparc3_pl.model.components import Group
+from sparc3_pl.model.identity import differing_config, fingerprint, model_config
+from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.structure import weight_matrix
+from sparc3_pl.scores.manifest import KIND as SCORES
+from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
+from sparc3_pl.scores.partial import differing_settings
+from sparc3_pl.scores.parts import ScorePart
+from sparc3_pl.scores.sums import added
+from sparc3_pl.scores.writer import write_scores
+
+__all__ = ["merge"]
+
+
+def merge(
+    folders: list[str],
+    output: str,
+    overwrite: bool = False,
+    pretrained: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Join the parts of one scoring run (score --part i/n) into the score folder of the whole run.
+
+    Args:
+        folders: All parts, in any order.
+        output: The score folder to write.
+        overwrite: Replace earlier scores in output.
+        pretrained: Where the model lies on this machine, if not where the parts found it; only for methods whose
+            scores need its weights, such as wanda.
+        trust_remote_code: Run the model code that a hub repository brings; only where the model is needed.
+
+    Raises:
+        InputError: If a part is missing, was given twice, or was made with other settings.
+    """
+    from sparc3_pl.document.terminal import print_summary
+
+    check_output(output, overwrite, SCORES)
+    parts = sorted((ScorePart.open(folder) for folder in folders), key=lambda part: part.number)
+    _require_whole(parts)
+    manifest = _write(parts, output, overwrite, pretrained, trust_remote_code)
+    print_summary(manifest, Path(output))
+
+
+def _require_whole(parts: Sequence[ScorePart]) -> None:
+    """They are parts of one run, all of them, and no sample is in two."""
+    first = parts[0]
+    for part in parts[1:]:
+        key = next(differing_settings(first.content["settings"], part.content["settings"]), None)
+        if key is not None:
+            raise InputError(
+                f"{part.path}: was made with another {key} than {first.path}; score it again like the others"
+            )
+    _require_disjoint(parts)
+    if missing := sorted(set(range(1, first.count + 1)) - {part.number for part in parts}):
+        listed = ", ".join(f"{number}/{first.count}" for number in missing[:5])
+        raise InputError(f"part {listed} is missing: {len(parts)} of {first.count} were given; score it and give all")
+    wanted, scored = set(first.about.data["sample_ids"]), {i for part in parts for i in part.sums.ids}
+    if wanted != scored:
+        raise InputError(
+            f"the parts hold {len(scored)} samples, but the run has {len(wanted)}; score the parts again, without "
+            "trainer.limit_predict_batches"
+        )
+
+
+def _require_disjoint(parts: Sequence[ScorePart]) -> None:
+    held: dict[str, ScorePart] = {}
+    for part in parts:
+        both = [identity for identity in sorted(part.sums.ids) if identity in held]
+        if both:
+            raise InputError(
+                f"{part.path}: {len(both)} of its samples are in {held[both[0]].path} too (first id: {both[0]}), so "
+                "they would count twice; give each part once"
+            )
+        held |= dict.fromkeys(part.sums.ids, part)
+
+
+def _write(
+    parts: Sequence[ScorePart], output: str, overwrite: bool, pretrained: str | None, trust_remote_code: bool
+) -> Manifest:
+    first, about = parts[0], parts[0].about
+    method = METHODS.from_file(about.method, about.method_args)
+    groups, model = None, None
+    if method.needs_weights:
+        model = _model_of(about, _source(about.model, pretrained, trust_remote_code))
+        groups = {group.layer: group for group in groups_of(model, about.components(), about.targets)}
+    samples = [ScoredSample.from_json(record) for part in parts for record in part.sums.records]
+    config = first.path / "config.yaml"
+    return write_scores(
+        output,
+        overwrite,
+        _merged(parts, method, groups or first.groups(), len(samples), model),
+        about,
+        samples,
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        shards=[part.content["command"] for part in parts],
+    )
+
+
+def _merged(
+    parts: Sequence[ScorePart], method: Method, groups: Mapping[str, Group], num_samples: int, model: nn.Module | None
+) -> Iterator[LayerScores]:
+    """The scores of every layer, from the sums of all parts: two tensors in memory at a time."""
+    load = added(parts)
+    for layer, group in groups.items():
+        sums = {key: load(f"{layer}/{key}") for key in parts[0].sums.keys(layer)}
+        weight_OI = None if model is None else weight_matrix(model.get_submodule(layer)).detach()
+        yield layer_scores(method, group, sums, num_samples, weight_OI, parts[0].options)
+
+
+def _model_of(about: About, source: ModelSource) -> nn.Module:
+    """The model that the parts have scored.
+
+    Raises:
+        InputError: if ``source`` is another one.
+    """
+    model = load_model(source)
+    here, wanted = fingerprint(model), about.model["fingerprint"]
+    if here != wanted:
+        raise InputError(
+            f"pretrained={source.pretrained!r}: is another model ({here[:19]}...) than the parts have scored "
+            f"({wanted[:19]}...); give the model of the parts"
+        )
+    if (key := differing_config(about.model.get("config") or {}, model_config(model))) is not None:
+        raise InputError(f"pretrained={source.pretrained!r}: has another {key} than the parts have scored; check it")
+    return model
+
+
+def _source(model: Mapping[str, Any], pretrained: str | None, trust_remote_code: bool) -> ModelSource:
+    if pretrained is not None:
+        return ModelSource(pretrained, model["dtype"], trust_remote_code=trust_remote_code)
+    return ModelSource(model["pretrained"], model["dtype"], model["revision"], trust_remote_code=trust_remote_code)

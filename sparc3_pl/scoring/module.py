@@ -1,0 +1,309 @@
+"""The scoring pass as a LightningModule: it loads the model, and forwards the Trainer's hooks to a ``ScoreRun``."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import check_output
+from sparc3_pl.model.checks import check_vocabulary
+from sparc3_pl.model.fsdp import shard as share_out
+from sparc3_pl.model.identity import describe
+from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
+from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
+from sparc3_pl.runtime.run_config import resolved_config
+from sparc3_pl.runtime.trainer import check_precision
+from sparc3_pl.scores.manifest import KIND as SCORES
+from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
+from sparc3_pl.scores.partial import PartialSums
+from sparc3_pl.scores.parts import KIND as PART
+from sparc3_pl.scores.parts import parse_part
+from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, settings_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparc3_pl.data.batches import ReferenceBatch
+
+__all__ = ["ScoringModule"]
+
+log = logging.getLogger(__name__)
+
+
+class ScoringModule(pl.LightningModule):
+    """Scores the weights or neurons of a causal language model on reference samples.
+
+    ``predict_step`` accumulates and returns nothing. At the end the ranks' sums are added up, and rank 0 writes the
+    mean over samples as a score folder (or the sums as a part). Under Lightning's ``ModelParallelStrategy`` the model
+    is sharded over the ranks (FSDP2), and the sums of weight scores with it.
+
+    Args:
+        pretrained: Hub id, local folder, ``FILE.gguf``, or ``demo``, the model that comes with the package.
+        dtype: Precision to load the model in; ``auto``: as it was saved. Sums are float32 or better in any case.
+        revision: Commit, branch or tag of a hub model.
+        device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
+        trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
+        method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude`` or ``random``; or ``class_path`` and
+            ``init_args`` of a method of your own.
+        granularity: What is scored: ``neuron`` (row sums), ``weight``, or a class of your own. A list scores several
+            kinds in one pass, each at layers of its own.
+        target: What is attributed: ``predicted`` (the largest logit after the sample), or a class of your own.
+        signed: Keep the sign of neuron scores (SparC3, App. B); needs no weight gradient.
+        targets: Glob patterns of linear layers, as ``["*.up_proj"]``; ``["*"]``: all of the decoder and the output
+            head; unset: the up-projection of every MLP.
+        squares: Store squared neuron scores too, for the ``t`` contrast.
+        groups: Store the neuron scores of this many groups of samples too (8 is a good number), by which ``evidence``
+            tells whether there are enough samples. 0: none.
+        nonfinite: ``error`` stops at the first NaN or infinity; ``zero`` counts them and takes them for 0.
+        seed: Seed of the ``random`` method.
+        output: Where the scores go; by default ``scores`` in the run's log folder.
+        overwrite: Replace earlier scores in ``output``.
+        checkpoint_every: Batches (of one process) between two savings of the partial sums; the same command goes on
+            from them after a crash, on any number of processes. Needs ``output``.
+        part: ``i/n``: score only the i-th of n parts of the samples, for ``merge`` to join.
+        shard: Earlier name of ``part``.
+        sums_on_host: Keep the sums of weight scores (as large as the weights in float32) in the host's memory, where
+            they do not fit beside the model. Larger batches then mean fewer transfers. The processes add them up
+            through gloo, whatever connects their devices.
+        gradient_checkpointing: Keep the activations of one decoder layer at a time and make the others again, for
+            windows that do not fit: about a third slower, the same scores.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        revision: str | None = None,
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        method: dict[str, Any] | str = "lrp",
+        granularity: dict[str, Any] | str | list[dict[str, Any] | str] = "neuron",
+        target: dict[str, Any] | str = "predicted",
+        signed: bool = False,
+        targets: list[str] | None = None,
+        squares: bool = False,
+        groups: int = 0,
+        nonfinite: Literal["error", "zero"] = "error",
+        seed: int = 0,
+        output: str | None = None,
+        overwrite: bool = False,
+        checkpoint_every: int | None = None,
+        part: str | None = None,
+        shard: str | None = None,
+        sums_on_host: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.request = ScoreRequest.of(
+            method, granularity, target, targets, signed=signed, squares=squares, groups=groups, nonfinite=nonfinite,
+            seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
+        self.output, self.overwrite = output, overwrite
+        self.part = _checked_part(part, shard, self.request)
+        self.checkpoint_every = _checked_interval(checkpoint_every, output)
+        self.model: PreTrainedModel | None = None
+        self.run: ScoreRun | None = None
+        """From the first batch on."""
+        self._description: dict[str, Any] = {}
+        """On rank 0, the model's entry in the manifest."""
+        self._account: dict[str, Any] | None = None
+        """What the method's check of itself on one sample said."""
+        self._partial: PartialSums | None = None
+        self._loop = ExitStack()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What turns texts into the model's token ids, loaded when the data module asks for it; the weights follow."""
+        return load_encoder(self.source)
+
+    @property
+    def samples(self) -> list[ScoredSample]:
+        """The samples that this rank has scored."""
+        return [] if self.run is None else self.run.samples
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """On rank 0, once the scores are written."""
+        return None if self.run is None else self.run.manifest
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of every weight, so that all must take part in every pass."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def setup(self, stage: str) -> None:
+        """Checks what would otherwise fail after the model was loaded, or hours later, and chooses the samples.
+
+        Raises:
+            InputError: if the output cannot be written, or an argument does not go with a sharded model.
+        """
+        check_precision(self.trainer)
+        if self.is_sharded:
+            self._check_sharded()
+        log_dir = self.trainer.log_dir  # on every rank: Lightning agrees on it by a broadcast
+        if self.output is None and log_dir is not None:
+            self.output = str(Path(log_dir) / "scores")
+        if self.output is not None and self.trainer.is_global_zero:
+            check_output(self.output, self.overwrite, SCORES if self.part is None else PART)
+        if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:
+            raise InputError(
+                f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} counts from where a run goes on, "
+                "so with checkpoint_every it says nothing; give data.num_samples instead"
+            )
+        if self.part is not None:
+            data, (number, count) = self.trainer.datamodule, self.part  # type: ignore[attr-defined]
+            ids = sorted(sample.id for sample in data.samples)
+            data.exclude(set(ids) - set(ids[number - 1 :: count]))
+
+    def _check_sharded(self) -> None:
+        if self.source.device_map is not None:
+            raise InputError(
+                f"model.device_map={self.source.device_map!r}: trainer.strategy=ModelParallelStrategy places the model "
+                "itself; leave out one of the two"
+            )
+        if self.request.options.sums_on_host:
+            raise InputError(
+                "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy each device keeps its part of "
+                "the sums; leave it out"
+            )
+        sums_are_sharded = self.request.method.made.needs_target and self.request.components[0].made.dims == 2
+        if self.checkpoint_every is not None and sums_are_sharded:
+            raise InputError(
+                f"model.checkpoint_every={self.checkpoint_every}: weight scores whose sums ModelParallelStrategy "
+                "shares out cannot be saved in between; leave it out, and score parts by --part i/n, which merge joins"
+            )
+
+    def configure_model(self) -> None:
+        """Loads the weights, once, and takes up what an interrupted run has left.
+
+        This is the last hook before Lightning asks for the batches, and whether sums of an earlier run may be taken up
+        depends on the model's fingerprint.
+        """
+        if self.model is not None:
+            return
+        model = load_model(self.source)
+        check_vocabulary(model, self.encoder.tokenizer)
+        if self.trainer.is_global_zero:
+            self._description = describe(model, self.source)
+        if self.checkpoint_every is not None and self.request.method.made.needs_samples:
+            self._take_up_partial_sums(model)
+        if self.is_sharded:
+            self._check_method(model)  # now, while the weights are whole
+            self.request.method.made.prepare(model)
+            share_out(model, self.device_mesh["data_parallel"])
+            self.trainer.datamodule.equal_passes = True  # type: ignore[attr-defined]
+        if self.source.device_map is None:
+            self.model = model
+        else:  # outside the module tree: nothing may move a model that is spread over devices
+            self.__dict__["model"] = model
+
+    def _take_up_partial_sums(self, model: PreTrainedModel) -> None:
+        """Leaves out the samples whose sums an interrupted run has saved."""
+        assert self.output is not None
+        partial, data = PartialSums(self.output, self.global_rank), self.trainer.datamodule  # type: ignore[attr-defined]
+        layers = [group.layer for group in self.request.groups(model)]
+        partial.join(
+            from_rank_zero(
+                lambda: partial.take_up(
+                    settings_of(self._about(), self.request.options, layers, self.part)
+                    | {"part": None if self.part is None else self.part[0]}
+                )
+            )
+        )
+        data.exclude(partial.ids)
+        if partial.ids:
+            kept(partial.folder)
+            if self.trainer.is_global_zero:
+                log.info("resuming: %d samples already scored", len(partial.ids))
+        self._partial = partial
+
+    def _check_method(self, model: PreTrainedModel) -> None:
+        if self._account is None:
+            samples = getattr(self.trainer.datamodule, "samples", [])  # type: ignore[attr-defined]
+            self._account = self.request.method.made.check(model, samples[0].input_ids if samples else [])
+
+    def _about(self) -> About:
+        data = self.trainer.datamodule.describe()  # type: ignore[attr-defined]
+        return replace(self.request.about(self._description, data), relevance_account=self._account)
+
+    def on_predict_start(self) -> None:
+        """Makes the sums where the weights are.
+
+        Raises:
+            InputError: if gradients are off, or the targets match nothing.
+        """
+        if torch.is_inference_mode_enabled():
+            raise InputError("scoring needs gradients: give the Trainer inference_mode=False")
+        assert self.model is not None
+        self.model.eval()
+        self._check_method(self.model)
+        config = resolved_config(self.trainer)
+        destination = self.output and Destination(Path(self.output), self.overwrite, self.part, config)
+        about = self._about() if self.trainer.is_global_zero else None
+        self.run = ScoreRun(self.request.scorer(self.model), about, destination or None, self._partial)
+        if self.request.options.sums_on_host:
+            sum_over_ranks(torch.zeros(1))  # connects the hosts now: at the end it would be too late
+        if self._partial is not None:
+            self._loop.enter_context(deferring_stop())  # until the sums hold whole batches
+
+    def predict_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
+        """Takes in one batch; ``samples`` grows by its samples (a stand-in has none)."""
+        assert self.run is not None
+        self.run.add(batch)
+        if self.checkpoint_every is not None and (batch_idx + 1) % self.checkpoint_every == 0:
+            self.run.save()
+        self._stop_if_asked(self.run)
+
+    def _stop_if_asked(self, run: ScoreRun) -> None:
+        if self._partial is None:
+            return
+        stop = stop_requested()
+        if self.is_sharded:  # after the same pass: a rank that goes on would wait for the others' weights in the next
+            stop = next((other for other in gather_lists([stop]) if other is not None), None)
+        if stop is not None:
+            run.save()
+            raise stop
+
+    def on_predict_epoch_end(self) -> None:
+        """Adds up the ranks and writes the scores."""
+        assert self.run is not None
+        self._stop_if_asked(self.run)
+        self.run.save()  # a rank that dies while the sums are added up or written costs nothing
+        self._loop.close()
+        self.run.finish()
+
+
+def _checked_interval(checkpoint_every: int | None, output: str | None) -> int | None:
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise InputError(f"model.checkpoint_every={checkpoint_every}; give 1 batch or more")
+    if checkpoint_every is not None and output is None:
+        raise InputError(
+            f"model.checkpoint_every={checkpoint_every} needs a place that is the same when the run goes on: give "
+            "--output"
+        )
+    return checkpoint_every
+
+
+def _checked_part(part: str | None, shard: str | None, request: ScoreRequest) -> tuple[int, int] | None:
+    if part is not None and shard is not None and part != shard:
+        raise InputError(f"part={part!r} and shard={shard!r} are two names of one setting; give part only")
+    given = shard if part is None else part
+    if given is None:
+        return None
+    if not request.method.made.needs_samples:
+        raise InputError(
+            f"part={given!r}: method {request.method.name} needs no sample, so there is nothing to share; leave it out"
+        )
+    return parse_part(given)

@@ -1,0 +1,259 @@
+"""A scoring run: what is asked for, the sums over batches, and what is written at the end. Plain Python, no Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparc3_pl.attribution.methods import METHODS, Method, Options
+from sparc3_pl.attribution.scorers import LayerScores, Scorer, groups_of, require_heeded
+from sparc3_pl.attribution.targets import TARGETS, Target
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.components import COMPONENTS, Component, Group
+from sparc3_pl.registry import Choice, Spec
+from sparc3_pl.runtime.collectives import after_rank_zero, gather_lists, is_rank_zero, sum_over_ranks
+from sparc3_pl.runtime.processes import kept
+from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
+from sparc3_pl.scores.partial import PartialSums
+from sparc3_pl.scores.parts import write_part
+from sparc3_pl.scores.sums import sums_of
+from sparc3_pl.scores.writer import write_scores
+
+__all__ = ["Destination", "ScoreRequest", "ScoreRun", "settings_of"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What is scored, and how: checked when it is made, before a model is loaded."""
+
+    method: Choice[Method]
+    components: tuple[Choice[Component], ...]
+    target: Choice[Target]
+    layers: list[str] | None
+    options: Options
+
+    @classmethod
+    def of(
+        cls,
+        method: Spec | Method = "lrp",
+        granularity: Spec | Component | list[Spec | Component] = "neuron",
+        target: Spec | Target = "predicted",
+        layers: list[str] | None = None,
+        **options: Any,
+    ) -> ScoreRequest:
+        """The request that the keys of ``model`` make; ``options`` are those of ``Options``.
+
+        Raises:
+            InputError: if a name is unknown, or the method ignores an option.
+        """
+        kinds = granularity if isinstance(granularity, list) else [granularity]
+        components = tuple(COMPONENTS.choose(kind) for kind in kinds)
+        request = cls(METHODS.choose(method), components, TARGETS.choose(target), layers, Options(**options))
+        if not components:
+            raise InputError("model.granularity is an empty list; name what is scored, as neuron")
+        for component in components:
+            require_heeded(request.method.made, component.made, request.target.made, request.options)
+        if len({component.made.dims for component in components}) > 1:
+            raise InputError("model.granularity: scores of single weights and of whole components need two runs")
+        return request
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        """The scorer of ``model``, which lies where it will run."""
+        components = [component.made for component in self.components]
+        return Scorer(model, self.method.made, components, self.layers, self.target.made, self.options)
+
+    def groups(self, model: nn.Module) -> list[Group]:
+        """Where the components are scored.
+
+        Raises:
+            InputError: if a glob matches nothing, or two components share a layer.
+        """
+        return groups_of(model, [component.made for component in self.components], self.layers)
+
+    def about(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> About:
+        """What the manifest says of the scores.
+
+        Args:
+            model: ``describe(model, source)`` of ``model.identity``.
+            data: ``ReferenceData.describe()``.
+        """
+        arguments = {kind.name: kind.arguments for kind in self.components if kind.arguments}
+        return About(
+            method=self.method.name,
+            method_args=self.method.arguments,
+            granularity="+".join(component.name for component in self.components),
+            granularity_args=arguments if len(self.components) > 1 else self.components[0].arguments,
+            target=self.target.name,
+            target_args=self.target.arguments,
+            signed=self.options.signed,
+            targets=self.layers,
+            nonfinite=self.options.nonfinite,
+            seed=self.options.seed if "seed" in self.method.made.heeds(self.components[0].made) else None,
+            model=dict(model),
+            data=dict(data),
+        )
+
+
+def settings_of(about: About, options: Options, layers: Sequence[str], part: tuple[int, int] | None) -> dict[str, Any]:
+    """What sums must have in common to be added up."""
+    newer = {
+        "method_args": about.method_args,
+        "granularity_args": about.granularity_args,
+        "target": None if about.target == "predicted" else about.target,
+        "target_args": about.target_args,
+    }
+    return {
+        "model": {key: about.model.get(key) for key in ("fingerprint", "dtype", "config")},
+        "method": about.method,
+        "granularity": about.granularity,
+        "signed": about.signed,
+        "squares": options.squares,
+        "groups": options.groups,
+        "nonfinite": about.nonfinite,
+        "layers": list(layers),
+        "data": {key: value for key, value in about.data.items() if not key.startswith("num_")},
+        "shard": None if part is None else part[1],
+        **{key: value for key, value in newer.items() if value},  # earlier versions wrote none of them
+    }
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a run writes.
+
+    Attributes:
+        folder: The folder of the scores, or of the part.
+        overwrite: Whether an earlier one may be replaced.
+        part: Which part of how many this run scores; None: all samples.
+        config: The resolved configuration as YAML, which is kept beside the scores.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    part: tuple[int, int] | None = None
+    config: str | None = None
+
+
+class ScoreRun:
+    """One scoring run of one process, or of one rank of several: ``add`` batches, then ``finish``.
+
+    Args:
+        scorer: Holds the model and the sums.
+        about: What the manifest says of the scores; needed on rank 0 only.
+        destination: None: nothing is written.
+        partial: Where the sums are saved in between, and those of earlier runs lie; joined already.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        about: About | None,
+        destination: Destination | None,
+        partial: PartialSums | None = None,
+    ) -> None:
+        self.scorer, self.about, self.destination = scorer, about, destination
+        self.samples: list[ScoredSample] = []
+        """Those that this rank has scored."""
+        self.manifest: Manifest | None = None
+        """On rank 0, once the scores are written."""
+        self._partial = partial
+        self._unsaved = False
+
+    def add(self, batch: ReferenceBatch) -> None:
+        """Takes in one batch; ``samples`` grows by its samples (a stand-in has none)."""
+        num_tokens = batch.attention_mask.sum(1)[: len(batch.ids)].tolist()
+        figures = self.scorer.update(batch)
+        rows = figures.rows() if figures else [{} for _ in batch.ids]
+        text_ids = batch.text_ids or [()] * len(batch.ids)
+        known = zip(batch.ids, num_tokens, batch.endings, text_ids, rows, strict=True)
+        for identity, tokens, ending, texts, row in known:
+            about = {"id": identity, "num_tokens": tokens, "ending": ending, "text_ids": texts}
+            self.samples.append(ScoredSample.from_json(about | row))
+        self._unsaved = True
+
+    def save(self) -> None:
+        """Puts this rank's sums on the disk, if the run keeps any and there are new ones.
+
+        Raises:
+            InputError: if they cannot be written.
+        """
+        if self._partial is not None and self._unsaved:
+            self._partial.save(self.scorer.sums, [sample.to_json() for sample in self.samples])
+            kept(self._partial.folder)
+            self._unsaved = False
+
+    def finish(self) -> None:
+        """Adds up the ranks, and writes scores or a part on rank 0. Every rank must call it.
+
+        Raises:
+            InputError: if no sample was scored, or the folder cannot be written.
+        """
+        samples = gather_lists(self.samples)
+        for sums in self.scorer.sums.values():
+            for tensor in sums.values():
+                sum_over_ranks(tensor)
+        if is_rank_zero():
+            self._write(samples + self._add_earlier_sums())
+        elif self.destination is not None and self.scorer.is_sharded:
+            self._take_part_in_writing()
+        after_rank_zero()  # if it fails to write, the others fail too
+
+    def _add_earlier_sums(self) -> list[ScoredSample]:
+        """Adds the sums of earlier runs, one tensor at a time; gives their samples."""
+        base = None if self._partial is None else self._partial.base()
+        if base is None:
+            return []
+        for name, sums in self.scorer.sums.items():
+            for key, tensor in sums.items():
+                tensor += base.load(f"{name}/{key}").to(tensor.device)
+        return [ScoredSample.from_json(record) for record in base.records]
+
+    def _write(self, samples: list[ScoredSample]) -> None:
+        assert len({sample.id for sample in samples}) == len(samples), "a sample was counted twice"
+        where, needs_samples = self.destination, self.scorer.method.needs_samples
+        if where is None:
+            log.info("fast_dev_run: no scores are written (give --output to write them)")
+            return
+        assert self.about is not None
+        if where.part is not None:
+            write_part(
+                where.folder,
+                where.overwrite,
+                part=where.part,
+                settings=settings_of(self.about, self.scorer.options, list(self.scorer.layers), where.part),
+                about=self.about,
+                groups=[layer.group for layer in self.scorer.layers.values()],
+                tensors=self.scorer.sums,
+                samples=sorted(samples, key=lambda sample: sample.id),
+                config=where.config,
+            )
+        elif needs_samples and not samples:
+            raise InputError("no sample was scored: raise trainer.limit_predict_batches or data.num_samples")
+        else:
+            used = samples if needs_samples else []
+            layers = self._layer_scores(len(used))
+            self.manifest = write_scores(where.folder, where.overwrite, layers, self.about, used, config=where.config)
+        if self._partial is not None:
+            self._partial.remove()
+            kept(self._partial.folder, exists=False)
+
+    def _layer_scores(self, num_samples: int) -> Iterator[LayerScores]:
+        return (self.scorer.scores(name, num_samples) for name in self.scorer.layers)
+
+    def _take_part_in_writing(self) -> None:
+        """While rank 0 writes: takes part in the gathering of what it writes, one tensor after the other."""
+        if self.destination is not None and self.destination.part is not None:
+            shapes, load = sums_of(self.scorer.sums)
+            for name in shapes:
+                load(name)
+        else:
+            for _ in self._layer_scores(1):
+                pass

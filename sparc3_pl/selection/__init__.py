@@ -1,0 +1,1 @@
+"""Which components a plan takes: contrasts, scopes, controls."""

@@ -1,0 +1,176 @@
+"""From score folders to a plan."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import sha256_of_file
+from sparc3_pl.pruning.edits import EDITS, Edit
+from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
+from sparc3_pl.registry import Spec
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
+from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
+from sparc3_pl.selection.lowest import Selection
+from sparc3_pl.selection.scope import SCOPES, Amount, Scope
+
+__all__ = ["make_plan"]
+
+_STRONG = 0.05  # a choice is checked for how much of it lies in this share of the general set's strongest
+_MANY = 0.3
+_INT32 = 2**31
+
+
+def make_plan(
+    general: Sequence[ScoreFolder],
+    behaviour: Sequence[ScoreFolder] = (),
+    *,
+    num_neurons: int | None = None,
+    num_weights: int | None = None,
+    share: float | None = None,
+    contrast: Spec | Contrast = "difference",
+    scope: Spec | Scope = "model",
+    layers: Sequence[str] | None = None,
+    protect: float = 0.0,
+    control: Spec | Control | None = None,
+    seed: int = 0,
+    edit: Spec | Edit = "zero",
+) -> PrunePlan:
+    """Chooses the components that the behaviour uses and general text does not.
+
+    Args:
+        general: Score folders of general text, one per seed.
+        behaviour: Score folders of the behaviour's samples; not needed for ``contrast=general`` and the controls
+            ``random``, ``top_general`` and ``null``.
+        num_neurons: How many, over all layers together.
+        num_weights: The same for folders of weight scores.
+        share: A share of all instead, in (0, 1).
+        contrast: How the sides are compared (``contrast.py``).
+        scope: Among whom components compete (``scope.py``).
+        layers: Globs of layer names to choose from (default: all that are scored).
+        protect: Share of the general set's strongest that is never touched (but by ``control=top_general``).
+        control: Draw a control of the same size instead (``controls.py``).
+        seed: Seed for drawing the control.
+        edit: What the plan does to what is chosen (``edits.py``).
+
+    Raises:
+        InputError: naming the argument that is wrong.
+    """
+    kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
+    steps = Control(seed) if control is None else _seeded(control, seed)
+    general, behaviour = steps.sides(general, behaviour)
+    sides = Scores.of(general, layers), Scores.of(behaviour, layers) if behaviour else None
+    amount = _amount(sides[0], num_neurons, num_weights, share)
+    question = Question(*sides, kind, among, amount, protect)
+    chosen = steps.exchanged(question, question.select(steps.values(question)))
+    used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
+    warnings = format_warnings(general, used) if used else []
+    if control is None and kind.needs_behaviour and not sides[0].holds_weights:
+        warnings += _strength_warnings(chosen, sides[0])
+    scope_name, arguments = SCOPES.name_of(among), change.arguments()
+    settings = {"protect": protect} | kind.settings()
+    settings |= {"share": share, "layers": layers and list(layers), "per_layer": scope_name == "layer"}
+    settings |= {} if scope_name in ("model", "layer") else {"scope": scope_name}
+    alpha = arguments.pop("alpha", None)
+    return PrunePlan(
+        entries=_entries(chosen, sides[0], change),
+        model=dict(general[0].manifest.model),
+        granularity=sides[0].granularity,
+        num_candidates=sides[0].count,
+        contrast=CONTRASTS.name_of(kind),
+        edit=EDITS.name_of(change),
+        alpha=alpha,
+        control=None if control is None else CONTROLS.name_of(steps),
+        seed=None if control is None else steps.seed,
+        settings=settings | ({"edit": arguments} if arguments else {}),
+        shapes={layer: list(general[0].shape(layer)) for layer in chosen},
+        scores={"general": _provenance(general), "behaviour": _provenance(used)},
+        behaviour_samples=_behaviour_ids(used),
+        warnings=warnings + _sample_warnings(general, used),
+    )
+
+
+def _seeded(control: Spec | Control, seed: int) -> Control:
+    """The control; a name alone is given the seed."""
+    return CONTROLS.make({"class_path": control, "init_args": {"seed": seed}} if isinstance(control, str) else control)
+
+
+def _amount(scores: Scores, num_neurons: int | None, num_weights: int | None, share: float | None) -> Amount:
+    """How many to choose, in the one way that was given and fits the scores."""
+    asked = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+    given = {name: value for name, value in asked.items() if value is not None}
+    own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
+    if len(given) != 1 or other in given:
+        told = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
+        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({told})")
+    return Amount(own, given.get(own), share)
+
+
+def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries]:
+    """The selection as a plan holds it: single weights by their indices, everything else listed best first."""
+    if scores.holds_weights:
+        if any(edit.factors(values[:1].double()) is not None for _, values in chosen.values()):
+            raise InputError(f"edit={EDITS.name_of(edit)} gives every component a factor: it is not for single weights")
+        return {
+            layer: Entries(index.int() if scores.span(layer)[1] <= _INT32 else index)
+            for layer, (index, _) in chosen.items()
+        }
+    listed = best_first(chosen)
+    factors = edit.factors(torch.tensor([value for *_, value in listed], dtype=torch.float64))
+    each = [None] * len(listed) if factors is None else factors.tolist()
+    return entries_of([PlannedNeuron(*entry, factor) for entry, factor in zip(listed, each, strict=True)])
+
+
+# --- what whoever makes the plan should know --------------------------------------------------------------------------
+
+
+def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:
+    part = share_of_strongest({layer: index for layer, (index, _) in chosen.items()}, general, _STRONG)
+    if part <= _MANY:
+        return []
+    return [
+        f"{part:.0%} of the chosen are among the {_STRONG:.0%} that general text uses most: the edit will harm "
+        f"the model; protect them (protect={_STRONG}) or use another contrast"
+    ]
+
+
+def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]) -> list[str]:
+    warnings = []
+    for name, folders in (("general", general), ("behaviour", used)):
+        sets = [set(folder.manifest.data.get("sample_ids") or ()) for folder in folders]
+        if len(set().union(*sets)) < sum(map(len, sets)):
+            warnings.append(f"{name} folders share samples, so they are not independent; score them with unequal seeds")
+    if set(_sample_ids(general)) & set(_sample_ids(used)):
+        warnings.append("general and behaviour folders share samples; score general text on other data")
+    return warnings
+
+
+def _provenance(folders: Sequence[ScoreFolder]) -> list[dict[str, Any]]:
+    """What a plan says of the scores that it came from: names, never paths."""
+    return [
+        {
+            "name": folder.path.resolve().name,
+            "sha256": sha256_of_file(folder.path / "manifest.json"),
+            "method": folder.manifest.method,
+            "signed": folder.manifest.signed,
+            "num_samples": folder.manifest.num_samples,
+            "num_tokens": folder.manifest.num_tokens,
+            "source": Path(str(folder.manifest.data.get("source"))).name,
+            "seed": folder.manifest.data.get("seed"),
+            "total_relevance": folder.manifest.total_relevance,
+        }
+        for folder in folders
+    ]
+
+
+def _sample_ids(folders: Sequence[ScoreFolder]) -> list[str]:
+    return sorted({str(name) for folder in folders for name in folder.manifest.data.get("sample_ids") or ()})
+
+
+def _behaviour_ids(folders: Sequence[ScoreFolder]) -> list[str]:
+    """Ids of the samples, and of the texts that they were made from: of packed or cut ones these are others."""
+    texts = {str(name) for folder in folders for sample in folder.samples() for name in sample.get("text_ids") or ()}
+    return sorted({*_sample_ids(folders), *texts})

@@ -1,0 +1,254 @@
+"""The ``prune`` command."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import check_output
+from sparc3_pl.pruning.plan import KIND as PLAN
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.registry import Spec
+from sparc3_pl.scores.folder import ScoreFolder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparc3_pl.data.encoding import Encoder
+    from sparc3_pl.pruning.save import SavedModel
+
+__all__ = ["PruneResult", "prune"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What ``prune`` wrote."""
+
+    plan: PrunePlan
+    path: Path
+    saved: "SavedModel | None" = None
+
+
+def prune(
+    general: list[str],
+    behaviour: list[str] | None = None,
+    output: str = "plan.json",
+    num_neurons: int | None = None,
+    num_weights: int | None = None,
+    share: float | None = None,
+    contrast: str | dict[str, Any] = "difference",
+    scope: str | dict[str, Any] = "model",
+    protect: float = 0.0,
+    layers: list[str] | None = None,
+    top_general: float = 0.05,
+    top_behaviour: float = 0.05,
+    control: Literal["none", "random", "random_matched", "top_general", "null"] = "none",
+    seed: int = 0,
+    edit: str | dict[str, Any] = "zero",
+    alpha: float | None = None,
+    save_model: str | None = None,
+    shrink: bool = False,
+    keep_values: bool = False,
+    pretrained: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto",
+    trust_remote_code: bool = False,
+    mean_source: str | None = None,
+    mean_field: str = "text",
+    mean_samples: int = 64,
+    mean_seq_len: int = 128,
+    overwrite: bool = False,
+) -> PruneResult:
+    """Choose what a behaviour uses and general text does not, and write it as a plan.
+
+    The plan is a JSON file that eval and the PruningCallback apply. With save_model, the pruned model is written too.
+
+    Args:
+        general: Score folders of general text; several (seeds) are averaged.
+        behaviour: Score folders of the behaviour's samples. Not needed for contrast=general (compression) and for
+            the controls random, top_general and null.
+        output: The plan file to write.
+        num_neurons: How many neurons to choose, over all layers together.
+        num_weights: How many weights, for folders of weight scores.
+        share: A share of all scored neurons (or weights) instead of a number: 0.01 is 1 %.
+        contrast: difference (general - behaviour), normalized (each divided by its total first), rank, t (difference
+            over its standard error; needs scores made with squares), set_difference (top_behaviour without
+            top_general), general (the lowest general scores), or the class path of a Contrast.
+        scope: Among whom components compete: model (all with all), layer (the same number, or share, in every layer),
+            or the class path of a Scope.
+        protect: Share of the strongest neurons on general text that is never touched: 0.05 is 5 %.
+        layers: Glob patterns of the layers to choose from. Default: all that are scored.
+        top_general: For set_difference: the share of the highest general scores that is left out.
+        top_behaviour: For set_difference: the share of the highest behaviour scores to choose from.
+        control: Draw a control of the same size instead: random, random_matched (same layers, similar general score),
+            top_general, or null (general folders against another general folder). none: no control.
+        seed: Seed for drawing the control, and the samples for edit=mean.
+        edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer); or
+            the class path of an Edit.
+        alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
+        save_model: Folder to write the pruned model to, for transformers' from_pretrained.
+        shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
+        keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.
+        pretrained: The model (hub id, folder, FILE.gguf). Default: the one that was scored.
+        dtype: Number format in which the model is loaded and saved; auto is the checkpoint's own.
+        trust_remote_code: Run Python code that the checkpoint brings along.
+        mean_source: For edit=mean: text to measure the mean activations on, as data.source.
+        mean_field: Field of the text in mean_source.
+        mean_samples: Number of windows to measure on.
+        mean_seq_len: Tokens in a window.
+        overwrite: Replace an earlier plan and saved model.
+
+    Raises:
+        InputError: If an argument is wrong, scores cannot be compared, the plan does not fit the model, or the output
+            is taken. Nothing is written then.
+    """
+    from sparc3_pl.selection.choose import make_plan
+
+    _check_places(output, save_model, shrink, edit, mean_source, overwrite)
+    plan = make_plan(
+        [ScoreFolder.open(path) for path in general],
+        [ScoreFolder.open(path) for path in behaviour or ()],
+        num_neurons=num_neurons,
+        num_weights=num_weights,
+        share=share,
+        contrast=_with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour}),
+        scope="layer" if shrink else scope,
+        layers=layers,
+        protect=protect,
+        control=None if control == "none" else control,  # not None: on a command line "null" would mean that
+        seed=seed,
+        edit=_scaled(edit, alpha),
+    )
+    if shrink:
+        _check_shrinkable(plan)
+    saved = None
+    if save_model or keep_values or plan.edit == "mean":
+        model, encoder = _load(plan, pretrained, dtype, trust_remote_code)
+        if plan.edit == "mean":
+            batches = _windows(encoder, mean_source, mean_field, mean_samples, mean_seq_len, seed)
+            plan = _with_means(plan, model, batches)
+        plan = _with_kept_values(plan, model) if keep_values else plan
+        saved = _save_model(model, encoder.tokenizer, plan, save_model, shrink, overwrite) if save_model else None
+    path = plan.save(output, overwrite)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+    _print(plan, path, saved)
+    return PruneResult(plan, path, saved)
+
+
+def _with(spec: Spec, name: str, arguments: dict[str, Any]) -> Spec:
+    """``spec`` with the arguments that have options of their own, if it is the implementation ``name``."""
+    return {"class_path": name, "init_args": arguments} if spec == name else spec
+
+
+def _scaled(edit: Spec, alpha: float | None) -> Spec:
+    """The edit with its factor, which goes with ``scale`` and only with it."""
+    if (edit == "scale") != (alpha is not None):
+        raise InputError(f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5")
+    return _with(edit, "scale", {"alpha": alpha})
+
+
+def _check_places(
+    output: str, save_model: str | None, shrink: bool, edit: Spec, mean_source: str | None, overwrite: bool
+) -> None:
+    """What can be refused before any score is read."""
+    place = check_output(output, overwrite, PLAN)
+    if save_model is not None:
+        from sparc3_pl.pruning.save import KIND as MODEL
+
+        if check_output(save_model, overwrite, MODEL) in (place, *place.parents):
+            raise InputError(f"output={output!r} lies in save_model={save_model!r}, which holds a plan of its own")
+    if shrink and save_model is None:
+        raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
+    if edit == "mean" and mean_source is None:
+        raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
+
+
+def _check_shrinkable(plan: PrunePlan) -> None:
+    """What can be refused before the model is loaded."""
+    if plan.weights:
+        raise InputError("shrink removes whole neurons, but these are weight scores; give neuron scores")
+    if len(widths := {math.prod(shape) for shape in plan.shapes.values()}) > 1:
+        raise InputError(f"shrink needs layers of one width, but widths are {sorted(widths)}; narrow layers")
+
+
+def _load(
+    plan: PrunePlan, pretrained: str | None, dtype: str, trust_remote_code: bool
+) -> tuple["PreTrainedModel", "Encoder"]:
+    from sparc3_pl.data.encoding import load_encoder
+    from sparc3_pl.model.loading import ModelSource, load_model
+
+    scored, revision = plan.model.get("pretrained"), plan.model.get("revision")
+    if pretrained is None and not isinstance(scored, str):
+        raise InputError("the scores do not name their model; give --pretrained")
+    name = pretrained or str(scored)
+    source = ModelSource(name, dtype, revision if name == scored else None, None, trust_remote_code)
+    return load_model(source), load_encoder(source)
+
+
+def _windows(
+    encoder: "Encoder", source: str | None, field: str, count: int, seq_len: int, seed: int
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Windows of text, one at a time, with their masks, each ``[1, T]``."""
+    import torch
+
+    from sparc3_pl.data.samples import pack_windows
+    from sparc3_pl.data.sources import get_field, read_records
+
+    assert source is not None
+    records = read_records(source, seed=seed, key="mean_source")
+    texts = (text for record in records if (text := get_field(record, field)))
+    for window in pack_windows(texts, encoder, seq_len, count, source):
+        ids = torch.tensor([window.input_ids])
+        yield ids, torch.ones_like(ids)
+
+
+def _with_means(plan: PrunePlan, model: "PreTrainedModel", batches: Iterator) -> PrunePlan:
+    from sparc3_pl.pruning.edit import planned_changes
+    from sparc3_pl.pruning.edits import mean_activations
+
+    plan = replace(plan, means=mean_activations(model, batches, plan.counts()))
+    planned_changes(model, plan)  # a plan that this model does not permit is refused here, not when it is applied
+    return plan
+
+
+def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
+    """The plan with the values that it replaces, and the fingerprint of the pruned model to which they belong."""
+    from sparc3_pl.model.identity import fingerprint
+    from sparc3_pl.pruning.edit import pruned
+
+    with pruned(model, plan) as applied:
+        return replace(plan, kept=applied.kept, model=plan.model | {"pruned_fingerprint": fingerprint(model)})
+
+
+def _save_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    plan: PrunePlan,
+    folder: str,
+    shrink: bool,
+    overwrite: bool,
+) -> "SavedModel":
+    from sparc3_pl.pruning.save import save_pruned, save_shrunk
+
+    return (save_shrunk if shrink else save_pruned)(model, tokenizer, plan, folder, overwrite)
+
+
+def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
+    """The result, on stdout."""
+    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.terminal import print_result
+
+    counts, unit = plan.counts(), plan.unit
+    rows = [(layer, str(count), str(math.prod(plan.shapes[layer]))) for layer, count in counts.items()]
+    title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
+    factor = "" if plan.alpha is None else f" by {plan.alpha}"
+    chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
+    lines = [f"{chosen}, edit {plan.edit}{factor}", *(f"warning: {warning}" for warning in plan.warnings)]
+    lines += [f"plan: {path}", *([] if saved is None else [f"model: {saved}"])]
+    print_result(Table.of(("layer", unit, "of"), rows, title=title), *lines)

@@ -1,0 +1,254 @@
+"""Controls: choices of the same size that know nothing, or something else, of the behaviour.
+
+| control | what is chosen |
+|---|---|
+| ``random`` | at random among all candidates |
+| ``random_matched`` | for every chosen neuron another of its layer with a similar general score |
+| ``top_general`` | the strongest on general text |
+| ``null`` | by the same contrast, of general folders against another general folder |
+
+All are seeded. Larger choices of the same seed hold the smaller ones, but for ``random_matched``, which follows (and
+avoids) the neurons that it is matched to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.registry import Registry
+from sparc3_pl.selection.contrast import Contrast, Side, contrast, protected, strongest
+from sparc3_pl.selection.lowest import Block, Passes, Selection, TooFewCandidates, collect
+from sparc3_pl.selection.scope import Amount, Scope
+
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "ControlName",
+    "Question",
+    "best_first",
+    "null_sides",
+    "random_matched",
+    "random_passes",
+]
+
+ControlName = Literal["random", "random_matched", "top_general", "null"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be chosen, from what.
+
+    Attributes:
+        general: Scores on general text.
+        behaviour: Scores on the behaviour's samples, if there are any.
+        contrast: What the choice is by.
+        scope: Among whom components compete.
+        amount: How many to choose.
+        protect: Share of the general set's strongest that is left alone.
+    """
+
+    general: Side
+    behaviour: Side | None
+    contrast: Contrast
+    scope: Scope
+    amount: Amount
+    protect: float = 0.0
+
+    def ranked(self) -> Passes:
+        """The contrast, without what is protected."""
+        return self.without_protected(contrast(self.contrast, self.general, self.behaviour))
+
+    def without_protected(self, passes: Passes) -> Passes:
+        """``passes`` in which what is protected may not be chosen."""
+        return protected(passes, self.general, self.protect)
+
+    def select(self, passes: Passes) -> Selection:
+        """The lowest of ``passes``.
+
+        Raises:
+            InputError: if there are not so many, saying what was left out.
+        """
+        try:
+            return self.scope.select(passes, self.general, self.amount)
+        except TooFewCandidates as error:
+            reasons = [f"{name}={value}" for name, value in self.contrast.arguments().items()]
+            reasons += [f"protect={self.protect}"] if self.protect else []
+            left_out = f" ({', '.join(reasons)})" if reasons else ""
+            name = self.amount.name
+            raise InputError(
+                f"{error.where}{name}={error.asked}, but only {error.available} of {self.general.count} may be "
+                f"chosen{left_out}; lower {name}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Control:
+    """A choice in three steps, of which a control replaces one. As it stands here, it is no control.
+
+    Args:
+        seed: Seed for drawing the control.
+    """
+
+    seed: int = 0
+    uses_behaviour: ClassVar[bool] = True
+
+    def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        """The score folders of the two sides."""
+        return general, behaviour
+
+    def values(self, question: Question) -> Passes:
+        """The values whose lowest are chosen."""
+        return question.ranked()
+
+    def exchanged(self, question: Question, selection: Selection) -> Selection:
+        """What is chosen in the end, in place of the lowest."""
+        return selection
+
+
+@dataclass(frozen=True)
+class RandomControl(Control):
+    """At random among all candidates."""
+
+    uses_behaviour = False
+
+    def values(self, question: Question) -> Passes:
+        return question.without_protected(random_passes(question.general, self.seed))
+
+
+@dataclass(frozen=True)
+class TopGeneral(Control):
+    """The strongest on general text, protected or not."""
+
+    uses_behaviour = False
+
+    def values(self, question: Question) -> Passes:
+        return strongest(question.general)
+
+
+@dataclass(frozen=True)
+class Null(Control):
+    """General text against general text."""
+
+    def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        return null_sides(general, self.seed)
+
+
+@dataclass(frozen=True)
+class RandomMatched(Control):
+    """For every chosen neuron, another of its layer with a similar general score."""
+
+    def values(self, question: Question) -> Passes:
+        if question.general.holds_weights:
+            raise InputError("control=random_matched is for neuron scores; use random for weight scores")
+        return question.ranked()
+
+    def exchanged(self, question: Question, selection: Selection) -> Selection:
+        blocks = collect(question.without_protected(question.general))
+        allowed = {
+            layer: torch.ones(len(block.values), dtype=torch.bool) if block.allowed is None else block.allowed
+            for layer, block in blocks.items()
+        }
+        chosen = [(layer, index - blocks[layer].offset) for layer, index, _ in best_first(selection)]
+        drawn: dict[str, list[int]] = {}
+        general = {layer: block.values for layer, block in blocks.items()}
+        for layer, position in random_matched(chosen, general, allowed, self.seed):
+            drawn.setdefault(layer, []).append(position)
+        # The plain difference has a value for those, too, that the contrast leaves out.
+        behaviour = question.behaviour
+        values = collect(contrast("difference", question.general, behaviour)) if behaviour else blocks
+        positions = {layer: torch.tensor(sorted(drawn[layer])) for layer in blocks if layer in drawn}
+        return {layer: (at + blocks[layer].offset, values[layer].values[at]) for layer, at in positions.items()}
+
+
+CONTROLS: Registry[Control] = Registry(
+    "control",
+    Control,
+    {
+        "random": f"{__name__}.RandomControl",
+        "random_matched": f"{__name__}.RandomMatched",
+        "top_general": f"{__name__}.TopGeneral",
+        "null": f"{__name__}.Null",
+    },
+)
+
+
+def best_first(selection: Selection) -> list[tuple[str, int, float]]:
+    """Layer, index and value of the selected, lowest value first; equal values by layer and index."""
+    listed = [
+        (layer, index, value)
+        for layer, (indices, values) in selection.items()
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+    return sorted(listed, key=lambda entry: entry[2])
+
+
+def random_passes(passes: Passes, seed: int) -> Passes:
+    """Passes over the same components with seeded random values: their k lowest are k at random."""
+
+    def drawn() -> Iterator[Block]:
+        generator = torch.Generator().manual_seed(seed)
+        for block in passes():
+            yield Block(block.layer, block.offset, torch.rand(len(block.values), generator=generator))
+
+    return drawn
+
+
+def null_sides(folders: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
+    """Splits general folders: one, by ``seed``, plays the behaviour; the others stay general.
+
+    Raises:
+        InputError: if there is only one folder.
+    """
+    if len(folders) < 2:
+        raise InputError(
+            f"control=null contrasts general scores with other general scores, but {len(folders)} folder was given; "
+            "give --general two folders of different seeds"
+        )
+    played = seed % len(folders)
+    return [folder for i, folder in enumerate(folders) if i != played], [folders[played]]
+
+
+def random_matched(
+    chosen: Sequence[tuple[str, int]],
+    general: Mapping[str, Tensor],
+    allowed: Mapping[str, Tensor],
+    seed: int,
+    candidates: int = 10,
+) -> list[tuple[str, int]]:
+    """For every chosen neuron, another one of the same layer with a similar general score.
+
+    One of the ``candidates`` free neurons that are nearest in the layer's ranking by general score is drawn.
+
+    Args:
+        chosen: (layer, position in the layer's vector), in the order of the choice.
+        general: By layer, general scores ``[n]``.
+        allowed: By layer, which neurons may be drawn ``[n]``; the chosen ones never are.
+        seed: Of the draw.
+        candidates: How many neighbours to draw from.
+
+    Raises:
+        InputError: if a layer has not enough other neurons.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    free = {layer: mask.clone() for layer, mask in allowed.items()}
+    for layer, position in chosen:
+        free[layer][position] = False
+    ranks = {layer: general[layer].argsort(stable=True).argsort() for layer in {layer for layer, _ in chosen}}
+    drawn = []
+    for layer, position in chosen:
+        distance = (ranks[layer] - ranks[layer][position]).abs()
+        near = distance.masked_fill(~free[layer], len(distance)).argsort(stable=True)[:candidates]
+        near = near[free[layer][near]]
+        if not len(near):
+            raise InputError(
+                f"control=random_matched: layer {layer} has no neuron left to match with; lower num_neurons or protect"
+            )
+        match = int(near[torch.randint(len(near), (), generator=generator)])
+        free[layer][match] = False
+        drawn.append((layer, match))
+    return drawn

@@ -1,0 +1,1 @@
+"""Paired intervals and tests, agreement of rankings."""

@@ -1,0 +1,143 @@
+"""Evidence: a sound contrast passes, the published failure is flagged."""
+
+import json
+
+import pytest
+import torch
+from score_folders import write
+
+from sparc3_pl.diagnosis.evidence import evidence, weigh
+from sparc3_pl.errors import InputError
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.writer import ScoreWriter
+from sparc3_pl.selection.choose import make_plan
+from sparc3_pl.selection.contrast import Scores, contrast
+from sparc3_pl.selection.stability import Choice
+
+LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+WIDTH, GROUPS, EACH = 500, 8, 4
+
+
+def folder(path, mean, noise=0.02, seed=0, groups=True, source="demo"):
+    """Scores of 32 samples in 8 groups around ``mean``, ``[2, WIDTH]``."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = mean + noise * mean * torch.randn(GROUPS, EACH, 2, WIDTH, generator=generator)
+    records = [
+        {"id": f"{source}{seed}-{i}", "num_tokens": 8, "ending": "cut", "relevance": float(total)}
+        for i, total in enumerate(samples.sum((2, 3)).flatten())
+    ]
+    flat = samples.flatten(0, 1)
+    with ScoreWriter(path) as writer:
+        for i, layer in enumerate(LAYERS):
+            parts = (samples[:, :, i].mean(1), [EACH] * GROUPS) if groups else None
+            writer.add_layer(layer, flat[:, i].mean(0), flat[:, i].double().square().mean(0), parts)
+        writer.finish(
+            method="lrp", num_samples=32, num_tokens=256,
+            model={"pretrained": "./nowhere", "revision": None, "fingerprint": "sha256:00"},
+            data={"source": source, "seed": seed, "sample_ids": [r["id"] for r in records]}, samples=records,
+        )  # fmt: skip
+    return str(path)
+
+
+@pytest.fixture
+def strengths():
+    """A few neurons are a hundred times as strong as most, as in real models."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.rand(2, WIDTH, generator=generator).pow(8) * 100 + 1
+
+
+def statuses(found):
+    return {check.name: check.status for check in found.checks}
+
+
+def test_a_sound_contrast_passes(tmp_path, strengths):
+    used = strengths.clone()
+    weak = strengths[0].argsort()[:20]
+    used[0, weak] += 3
+    found = evidence(
+        [folder(tmp_path / "g", strengths, source="g")],
+        [folder(tmp_path / "b", used, seed=1, source="b")],
+        num_neurons=20,
+        contrast="rank",
+        output=str(tmp_path / "evidence.json"),
+        html=str(tmp_path / "evidence.html"),
+    )
+    assert set(statuses(found).values()) == {"pass"}, found.checks
+    assert found.strongest.top_5 == 0
+    assert found.stability.halves[-1] > 0.9
+    assert json.loads((tmp_path / "evidence.json").read_text())["kind"] == "evidence"
+    assert "<svg" in (tmp_path / "evidence.html").read_text()
+
+
+def test_the_published_failure_is_flagged(tmp_path, strengths):
+    """A behaviour set that is merely stronger throughout: a raw difference takes the generally strongest."""
+    found = evidence(
+        [folder(tmp_path / "g", strengths, source="g")],
+        [folder(tmp_path / "b", strengths * 1.4, seed=1, source="b")],
+        num_neurons=20,
+    )
+    assert statuses(found)["strongest neurons"] == "fail"
+    assert statuses(found)["totals"] == "warn"
+    assert found.verdict == "fail"
+    assert found.strongest.top_5 == 1.0
+    assert found.correlation < -0.9
+
+
+def test_no_behaviour_at_all_does_not_beat_the_null(tmp_path, strengths):
+    sides = [[folder(tmp_path / name, strengths, seed=i, source=name)] for i, name in enumerate(("g", "b"))]
+    found = evidence(*sides, num_neurons=20)
+    assert statuses(found)["null contrast"] in ("warn", "fail")
+    assert found.stability.null > 5 * found.stability.chance  # large by itself, as measured on real models
+
+
+def test_folders_stand_in_for_groups_and_less_is_told(tmp_path, strengths):
+    general = [folder(tmp_path / f"g{i}", strengths, seed=i, groups=False, source="g") for i in range(4)]
+    behaviour = [folder(tmp_path / f"b{i}", strengths, seed=9 + i, groups=False, source="b") for i in range(2)]
+    found = evidence(general, behaviour, num_neurons=20)
+    assert found.stability.null is not None
+    assert len(found.stability.halves) == 1
+    alone = evidence(general[:1], behaviour[:1], num_neurons=20)
+    assert alone.stability.halves == ()
+    assert {c.status for c in alone.checks if "not measured" in c.reason} == {"warn"}
+
+
+@pytest.mark.parametrize("kind", ["difference", "normalized", "rank"])
+def test_the_selection_is_that_of_prune(tmp_path, strengths, kind):
+    """Two general folders of 32 and of 4 samples, far apart: prune lets each count the same."""
+    general = [folder(tmp_path / "g0", strengths, source="g")]
+    other = torch.rand(2, WIDTH, generator=torch.Generator().manual_seed(3)) * 100
+    scores = {layer: other[i] for i, layer in enumerate(LAYERS)}
+    about = {"pretrained": "./nowhere", "revision": None, "fingerprint": "sha256:00"}
+    general.append(str(write(tmp_path / "g1", scores, num_samples=4, model=about).path))
+    behaviour = [folder(tmp_path / "b", strengths.flip(1), seed=1, source="b")]
+    sides = [[ScoreFolder.open(path) for path in side] for side in (general, behaviour)]
+    plan = make_plan(*sides, num_neurons=20, contrast=kind)
+    totals = [torch.cat([f.load(layer).double() for layer in LAYERS]) for f in sides[0]]
+    mean = (totals[0] + totals[1]) / 2
+    chosen = [LAYERS.index(n.layer) * WIDTH + n.index for n in plan.neurons]
+    measured = weigh(*(Scores.of(side) for side in sides), Choice(kind, 20))
+    top = set(mean.argsort(descending=True)[: round(0.05 * 2 * WIDTH)].tolist())
+    assert measured.strongest.top_5 == len(top & set(chosen)) / 20
+    assert measured.totals[0] == pytest.approx(float(mean.sum()), rel=1e-6)
+    assert measured.relevance_share == pytest.approx(float(mean[chosen].sum() / mean.sum()), rel=1e-6)
+
+
+def test_t_is_that_of_the_t_contrast(tmp_path, strengths):
+    used = strengths.clone()
+    used[1, :20] += 3
+    paths = folder(tmp_path / "g", strengths, source="g"), folder(tmp_path / "b", used, seed=1, source="b")
+    sides = [Scores.of([ScoreFolder.open(path)]) for path in paths]
+    expected = torch.cat([block.values for block in contrast("t", *sides)()])
+    difference = torch.cat([block.values for block in contrast("difference", *sides)()])
+    lowest = difference.argsort(stable=True)[:20]
+    found = evidence(*([path] for path in paths), num_neurons=20)
+    assert found.t.median == pytest.approx(float(expected[lowest].median()), rel=1e-4)
+
+
+def test_refusals(tmp_path, strengths):
+    path = folder(tmp_path / "g", strengths)
+    with pytest.raises(InputError, match="num_neurons=1000"):
+        evidence([path], [path], num_neurons=1000)
+    weights = str(write(tmp_path / "w", {LAYERS[0]: torch.rand(3, 4)}).path)
+    with pytest.raises(InputError, match="neuron scores"):
+        evidence([weights], [weights], num_neurons=1)

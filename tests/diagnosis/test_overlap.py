@@ -1,0 +1,110 @@
+"""The overlap command on selections whose overlap is known."""
+
+import json
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from score_folders import write
+
+from sparc3_pl.diagnosis.overlap import overlap
+from sparc3_pl.errors import InputError
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.choose import make_plan
+
+LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+WIDTH = 200
+
+
+def scores(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(WIDTH, generator=generator) for name in LAYERS}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """General scores, and behaviours that use the neurons 0..9 of the first layer, 5..14, and 100..109."""
+    base = scores(0)
+    write(tmp_path / "general", base)
+    for name, used in {"a": slice(0, 10), "b": slice(5, 15), "c": slice(100, 110)}.items():
+        values = {layer: part.clone() for layer, part in base.items()}
+        values[LAYERS[0]][used] += 2
+        write(tmp_path / name, values, data={"source": name, "seed": 0, "sample_ids": [name]})
+    return tmp_path
+
+
+def test_known_intersections(folders, capsys):
+    found = overlap(
+        [str(folders / name) for name in "abc"],
+        general=[str(folders / "general")],
+        num_neurons=10,
+        output=str(folders / "overlap.json"),
+        html=str(folders / "overlap.html"),
+    )
+    by_names = {group.names: group for group in found.groups}
+    assert by_names["a", "b"].common == 5
+    assert by_names["a", "b"].jaccard == 5 / 15
+    assert by_names["a", "c"].common == by_names["a", "b", "c"].common == 0
+    assert by_names["a", "b"].p_value < 0.05 < by_names["a", "c"].p_value
+    assert by_names["a", "b"].expected_random == pytest.approx(10 * 10 / 400)
+    assert dict(found.exclusive) == {("a",): 5, ("a", "b"): 5, ("b",): 5, ("c",): 10}
+    base = torch.cat(list(scores(0).values()))
+    contrasts = []
+    for name in "ab":
+        folder = ScoreFolder.open(folders / name)
+        contrasts.append((base - torch.cat([folder.load(layer) for layer in LAYERS])).numpy())
+    assert by_names["a", "b"].correlation == pytest.approx(spearmanr(*contrasts).statistic)
+    assert by_names["a", "b"].quadrants["--"] == 5 / 400
+    said = json.loads((folders / "overlap.json").read_text())
+    assert said["kind"] == "overlap"
+    assert said["groups"][0]["common"] == 5
+    assert "matched null" in capsys.readouterr().out
+    assert "<svg" in (folders / "overlap.html").read_text()
+
+
+def test_plans_without_general_scores(folders):
+    general = [ScoreFolder.open(folders / "general")]
+    for name in "ab":
+        plan = make_plan(general, [ScoreFolder.open(folders / name)], num_neurons=10)
+        plan.save(folders / f"{name}.json")
+    found = overlap([str(folders / "a.json"), str(folders / "b.json")])
+    (pair,) = found.groups
+    assert pair.common == 5
+    assert pair.p_value is None
+    assert pair.p_hypergeometric < 1e-4
+    with_null = overlap([str(folders / "a.json"), str(folders / "b.json")], general=[str(folders / "general")])
+    assert with_null.groups[0].p_value is not None
+
+
+def test_plans_that_do_not_say_how_many_candidates_there_were(folders):
+    """As hand-written ones: what needs their number is not measured."""
+    for name, indices in {"a": [1, 2, 3], "b": [2, 3, 4]}.items():
+        neurons = [{"layer": LAYERS[0], "index": i} for i in indices]
+        plan = {"format_version": 1, "neurons": neurons, "model": {"fingerprint": "sha256:00"}}
+        (folders / f"{name}.json").write_text(json.dumps(plan))
+    paths = [str(folders / f"{name}.json") for name in "ab"]
+    found = overlap(paths, output=str(folders / "overlap.json"))
+    (pair,) = found.groups
+    assert (pair.common, pair.jaccard) == (2, 0.5)
+    assert pair.expected_random is pair.p_hypergeometric is found.num_candidates is None
+    assert json.loads((folders / "overlap.json").read_text())["groups"][0]["expected_random"] is None
+    with_general = overlap(paths, general=[str(folders / "general")])
+    assert with_general.groups[0].expected_random == pytest.approx(3 * 3 / 400)
+
+
+def test_refusals(folders):
+    with pytest.raises(InputError, match="two or more"):
+        overlap([str(folders / "a")], general=[str(folders / "general")])
+    with pytest.raises(InputError, match="--general"):
+        overlap([str(folders / "a"), str(folders / "b")])
+    with pytest.raises(InputError, match="given twice"):
+        overlap([str(folders / "a"), str(folders / "a")], general=[str(folders / "general")])
+    other = {"pretrained": "demo", "revision": None, "fingerprint": "sha256:11"}
+    foreign = write(folders / "other", scores(0), model=other)
+    made = make_plan([foreign], [foreign], num_neurons=3)
+    made.save(folders / "other.json")
+    make_plan([ScoreFolder.open(folders / "general")], [ScoreFolder.open(folders / "a")], num_neurons=3).save(
+        folders / "mine.json"
+    )
+    with pytest.raises(InputError, match="different models"):
+        overlap([str(folders / "mine.json"), str(folders / "other.json")])

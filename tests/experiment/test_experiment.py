@@ -1,0 +1,283 @@
+"""A whole experiment on the embedded demo, small; going on, and refusing to mix settings."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from score_folders import LAYERS, write
+
+from sparc3_pl.cli import main
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.results import Evaluation, write_evaluation
+from sparc3_pl.experiment.run import Outcome, largest_within
+from sparc3_pl.experiment.run import run as run_experiment
+from sparc3_pl.pruning.plan import PrunePlan
+
+DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "demo.yaml"
+SMALL = {
+    "seeds": [0, 1],
+    "counts": [5],
+    "controls": ["random_matched", "null"],
+    "general": {"num_samples": 4, "seq_len": 64},
+    "behaviour": {"num_samples": 8},
+    "eval_model": {"max_new_tokens": 8},
+    "eval_data": {"num_prompts": 6, "text_max_bytes": 2000},
+}
+
+
+def run(folder, *args):
+    """Runs the folder's experiment; one setting is given here, and must join its section, not replace it."""
+    return main(["run", "--config", str(folder / "experiment.yaml"), "--eval_data.num_prompts", "6", *args])
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment")
+    config = yaml.safe_load(DEMO.read_text()) | {"output": str(folder / "out")}
+    for key, value in SMALL.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    config["trainer"]["default_root_dir"] = str(folder)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+    config["eval_data"].pop("num_prompts")
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+    assert run(folder) == 0
+    return folder
+
+
+def test_everything_is_there(experiment):
+    out = experiment / "out"
+    assert {path.name for path in (out / "scores").iterdir()} == {"behaviour", "general-0", "general-1"}
+    edits = {"prune-5", "prune-40", "control-random_matched", "control-null"}
+    assert {path.stem for path in (out / "plans").glob("*.json")} == edits
+    assert {path.name for path in (out / "evaluations").iterdir()} == {"before", *edits}
+    summary = json.loads((out / "experiment.json").read_text())
+    assert {outcome["name"] for outcome in summary["outcomes"]} == edits
+
+
+def test_plans_of_growing_size_are_nested(experiment):
+    small, large = (PrunePlan.load(experiment / "out" / "plans" / f"prune-{n}.json") for n in (5, 40))
+    assert [(n.layer, n.index) for n in small.neurons] == [(n.layer, n.index) for n in large.neurons[:5]]
+
+
+def test_evaluations_name_their_plan_and_are_held_out(experiment):
+    after = Evaluation.open(experiment / "out" / "evaluations" / "prune-5")
+    assert after.results["plan"]["num_neurons"] == 5
+    assert after.results["overlap"] == "none"
+    model = after.results["model"]
+    assert model["fingerprint"] != model["evaluated_fingerprint"]
+
+
+def test_what_is_done_is_not_done_again(experiment):
+    files = {p: p.stat().st_mtime_ns for p in experiment.rglob("*.safetensors")}
+    files |= {p: p.stat().st_mtime_ns for p in experiment.rglob("results.json")}
+    assert len(files) >= 8
+    assert run(experiment) == 0
+    assert files == {p: p.stat().st_mtime_ns for p in files}
+
+
+def test_settings_of_the_command_line_join_those_of_the_file(experiment):
+    stage = yaml.safe_load((experiment / "out" / "stages" / "eval-before.yaml").read_text())
+    assert stage["data"]["num_prompts"] == 6
+    assert stage["data"]["prompts_source"] == "demo:prompts_heldout"
+
+
+def test_results_say_by_which_command_they_were_made(experiment):
+    out = experiment / "out"
+    manifest = json.loads((out / "scores" / "behaviour" / "manifest.json").read_text())
+    assert manifest["command"].startswith(f"sparc3 score --config {out}/stages/score-behaviour.yaml")
+    plan = PrunePlan.load(out / "plans" / "prune-5.json")
+    assert plan.command.startswith(f"sparc3 prune --general {out}/scores/general-0 {out}/scores/general-1 --behaviour")
+    assert "--num_neurons 5" in plan.command
+    after = Evaluation.open(out / "evaluations" / "prune-5").results["command"]
+    assert f"--plan {out}/plans/prune-5.json" in after
+    assert json.loads((out / "comparisons" / "prune-5.json").read_text())["command"].startswith("sparc3 compare")
+
+
+def test_other_settings_are_refused(experiment, capsys):
+    assert run(experiment, "--behaviour.num_samples", "7") == 2
+    assert "data.num_samples (8, now 7)" in capsys.readouterr().err
+
+
+def test_largest_within_the_bound():
+    class Stub:
+        def __init__(self, ratio):
+            self.perplexity = None if ratio is None else type("P", (), {"ratio": ratio})
+
+    outcomes = [
+        Outcome("a", 5, None, Stub(1.001)),
+        Outcome("b", 10, None, Stub(1.009)),
+        Outcome("c", 20, None, Stub(1.05)),
+        Outcome("d", 20, "random", Stub(1.0)),
+        Outcome("e", 30, None, Stub(None)),
+    ]
+    assert largest_within(outcomes, 0.01).name == "b"
+    assert largest_within(outcomes, 0.0001) is None
+
+
+# --- what is done again -----------------------------------------------------------------------------------------------
+
+
+class Passes:
+    """Stands for ``score`` and ``eval``: results that follow from what is read, without a model."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.typed: list[list[str]] = []
+        self.configs: list[dict] = []
+        self.fails_at: str | None = None
+
+    def __call__(self, words: list[str]) -> None:
+        options = dict(zip(words[1::2], words[2::2], strict=False))
+        config, output = yaml.safe_load(Path(options["--config"]).read_text()), Path(options["--output"])
+        assert output.exists() == ("--overwrite" in words)
+        if output.name == self.fails_at:
+            raise InputError("a full disk")
+        shutil.rmtree(output, ignore_errors=True)
+        (self.score if words[0] == "score" else self.evaluate)(config["data"], output, options.get("--plan"))
+        self.done.append(f"{words[0]} {output.name}")
+        self.typed.append(sys.argv)
+        self.configs.append(config)
+
+    def score(self, data: dict, output: Path, _: str | None) -> None:
+        content = Path(data["source"]).read_bytes() + str(data.get("seed")).encode()
+        generator = torch.Generator().manual_seed(int(hashlib.sha256(content).hexdigest()[:8], 16))
+        scores = {layer: torch.rand(20, generator=generator) for layer in LAYERS}
+        total = sum(float(values.double().sum()) for values in scores.values())
+        samples = [{"id": f"{output.name}{i}", "num_tokens": 9, "relevance": total} for i in range(2)]
+        write(output, scores, samples=samples)
+
+    def evaluate(self, data: dict, output: Path, plan: str | None) -> None:
+        summary = None if plan is None else PrunePlan.load(plan).summary()
+        rows = [
+            {"id": f"p{i}", "k": 0, "scores": {"toxicity": 0.5 if plan else 0.9}, "uniqueness": 1.0, "failed": None}
+            for i in range(6)
+        ]
+        model = {"pretrained": "m", "fingerprint": "sha256:00", "dtype": "float32", "evaluated_fingerprint": plan}
+        results = {"perplexity": None, "toxicity": {"mean": 0.5}, "generation": {}, "judge": {}, "model": model}
+        results |= {"plan": summary, "num_overlapping_prompts": 0, "data": data}
+        write_evaluation(output, results, completions=rows, windows=[])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    stub = Passes()
+    monkeypatch.setattr("sparc3_pl.cli.execute", stub)
+    monkeypatch.setattr("sparc3_pl.report.command.report", lambda *_, **__: None)
+    return stub
+
+
+@pytest.fixture
+def small(tmp_path, passes):
+    """The settings of an experiment on three files and a model folder, and what was done for it."""
+    for name in ("general", "behaviour", "prompts"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    settings = {
+        "output": str(tmp_path / "out"),
+        "general": {"source": str(tmp_path / "general.txt")},
+        "behaviour": {"source": str(tmp_path / "behaviour.txt")},
+        "eval_data": {"prompts_source": str(tmp_path / "prompts.txt"), "text_source": None},
+        "plan": {"num_neurons": 4},
+        "model": {"pretrained": str(tmp_path / "model")},
+        "trainer": {"devices": 1},
+        "seeds": [0, 1],
+        "controls": ["random_matched"],
+    }
+    run_experiment(**settings)
+    assert passes.done == [*SCORES, "eval before", *EDITED]
+    passes.done.clear()
+    return settings
+
+
+SCORES = ["score behaviour", "score general-0", "score general-1"]
+EDITED = ["eval prune-4", "eval control-random_matched"]
+
+
+def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_is_done_twice_and_asking_writes_nothing(small, passes, tmp_path):
+    before = content(tmp_path / "out" / "stages")
+    run_experiment(**small)
+    assert passes.done == []
+    assert content(tmp_path / "out" / "stages") == before
+
+
+@pytest.mark.parametrize(("file", "again"), [
+    ("general.txt", [*SCORES[1:], *EDITED]),
+    ("behaviour.txt", [SCORES[0], *EDITED]),
+    ("prompts.txt", ["eval before", *EDITED]),
+    ("model/config.json", [*SCORES, "eval before", *EDITED]),
+])  # fmt: skip
+def test_a_changed_file_at_the_same_path_is_read_again(small, passes, tmp_path, file, again):
+    (tmp_path / file).write_text("others")
+    run_experiment(**small)
+    assert passes.done == again
+    for name in ("prune-4", "control-random_matched"):
+        plan = PrunePlan.load(tmp_path / "out" / "plans" / f"{name}.json").summary()
+        assert Evaluation.open(tmp_path / "out" / "evaluations" / name).results["plan"]["sha256"] == plan["sha256"]
+    run_experiment(**small)
+    assert passes.done == again
+
+
+def test_no_evaluation_of_an_earlier_plan_stands_under_a_new_one(small, passes, tmp_path):
+    shutil.rmtree(tmp_path / "out" / "plans")
+    run_experiment(**small | {"plan": {"num_neurons": 4, "contrast": "rank"}})
+    assert passes.done == EDITED
+    results = Evaluation.open(tmp_path / "out" / "evaluations" / "prune-4").results
+    assert results["plan"]["contrast"] == "rank"
+
+
+def test_other_settings_are_refused_before_anything_is_done(small, passes, tmp_path):
+    (tmp_path / "general.txt").write_text("others")  # would be scored again
+    before = content(tmp_path / "out")
+    with pytest.raises(InputError, match=r"prune-4\.json: was made with another contrast \(None, now 'rank'\)"):
+        run_experiment(**small | {"plan": {"num_neurons": 4, "contrast": "rank"}})
+    assert passes.done == []
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("lost", ["yaml", "json"])
+def test_a_result_without_its_record_is_not_done(small, passes, tmp_path, lost):
+    (tmp_path / "out" / "stages" / f"score-behaviour.{lost}").unlink()
+    run_experiment(**small)
+    assert passes.done[0] == "score behaviour"
+    assert "score general-0" not in passes.done
+
+
+def test_a_result_that_somebody_put_there_is_not_the_stages(small, passes, tmp_path):
+    shutil.rmtree(tmp_path / "out" / "evaluations" / "before")
+    shutil.copytree(tmp_path / "out" / "evaluations" / "prune-4", tmp_path / "out" / "evaluations" / "before")
+    run_experiment(**small)
+    assert passes.done == ["eval before"]
+
+
+def test_a_stage_that_failed_is_done_again_and_no_other(small, passes, tmp_path):
+    (tmp_path / "behaviour.txt").write_text("others")
+    passes.fails_at = "prune-4"
+    with pytest.raises(InputError, match="full disk"):
+        run_experiment(**small)
+    assert passes.done == [SCORES[0]]
+    passes.fails_at = None
+    run_experiment(**small)
+    assert passes.done == [SCORES[0], *EDITED]
+
+
+def test_secrets_stay_out_of_the_stages(small, passes, tmp_path):
+    judge = {"class_path": "my.Judge", "init_args": {"api_key": "abcdef123456"}}
+    shutil.rmtree(tmp_path / "out" / "evaluations")
+    run_experiment(**small | {"eval_model": {"judge": judge}})
+    assert passes.configs[-1]["model"]["judge"] == judge  # the pass itself is told
+    assert not any(b"abcdef123456" in data for _, data in content(tmp_path / "out").values())
+    assert not any("abcdef123456" in word for words in passes.typed for word in words)
+    passes.done.clear()
+    judge["init_args"]["api_key"] = "another key of the same judge"
+    run_experiment(**small | {"eval_model": {"judge": judge}})
+    assert passes.done == []

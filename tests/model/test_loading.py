@@ -1,0 +1,389 @@
+import hashlib
+import importlib.util
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny, tokens
+from tiny_tokenizers import tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.hub import hub_available
+from sparc3_pl.model import identity, loading
+from sparc3_pl.model.checks import check_vocabulary
+from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
+from sparc3_pl.model.loading import ModelSource, load_model, load_tokenizer
+
+VOCAB = 320
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny("llama", vocab_size=VOCAB).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def source(folder: Path, **options) -> ModelSource:
+    return ModelSource(str(folder), **options)
+
+
+def test_loads_what_was_saved(whole):
+    model = load_model(source(whole))
+    ids = tokens(2, 9)
+    assert torch.equal(model(ids).logits, tiny("llama", vocab_size=VOCAB)(ids).logits)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_dtype(whole, dtype):
+    expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    assert load_model(source(whole, dtype=dtype)).dtype == expected
+
+
+def test_prints_nothing(whole, capfd):
+    load_model(source(whole))
+    load_tokenizer(source(whole))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_describe(whole):
+    model = load_model(source(whole))
+    entry = describe(model, source(whole))
+    assert entry == {
+        "pretrained": str(whole),
+        "revision": None,
+        "fingerprint": fingerprint(model),
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "config": model_config(model),
+    }
+
+
+def test_the_config_tells_models_of_the_same_weights_apart():
+    plain, turned = tiny("llama"), tiny("llama")
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 77.0}
+    turned.config.transformers_version = turned.config.name_or_path = "another"
+    assert fingerprint(plain) == fingerprint(turned)
+    here, there = model_config(plain), model_config(turned)
+    theta = plain.config.rope_parameters["rope_theta"]
+    assert differing_config(here, there) == f"rope_parameters.rope_theta ({theta!r}, here 77.0)"
+    assert differing_config(here, here) is None
+    assert differing_config({}, here) is None  # entries of earlier versions have no config
+    assert differing_config(here, {**here, "added_by_a_newer_library": 1}) is None
+    assert json.loads(json.dumps(here)) == here
+
+
+# --- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_by_hand(tiny_llama):
+    digest = hashlib.sha256()
+    for name, value in tiny_llama.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.bfloat16().view(torch.int16).numpy().tobytes())
+    assert fingerprint(tiny_llama) == f"sha256:{digest.hexdigest()}"
+
+
+def test_fingerprint_does_not_depend_on_dtype(whole):
+    assert fingerprint(load_model(source(whole))) == fingerprint(load_model(source(whole, dtype="bfloat16")))
+
+
+def test_fingerprint_sees_one_weight(tiny_llama):
+    before = fingerprint(tiny_llama)
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[3, 4] *= 1.1
+    assert fingerprint(tiny_llama) != before
+
+
+def test_fingerprint_is_kept_until_a_weight_changes(tiny_llama, monkeypatch):
+    weight = tiny_llama.model.layers[1].mlp.up_proj.weight
+    computed = []
+    real = identity.named_values
+    monkeypatch.setattr(identity, "named_values", lambda model: computed.append(1) or real(model))
+    before = fingerprint(tiny_llama)
+    assert fingerprint(tiny_llama) == before
+    assert len(computed) == 1
+    kept = weight.detach().clone()
+    for change in (
+        lambda: weight.detach()[3].zero_(),
+        lambda: weight.detach()[[3, 4]].copy_(kept[[4, 3]]),
+        lambda: weight.detach().copy_(kept[kept.shape[0] - 1 - torch.arange(kept.shape[0])]),  # the same numbers
+        lambda: weight.data[0].mul_(2),
+    ):
+        change()
+        assert (fingerprint(tiny_llama) == before) == torch.equal(weight, kept)
+    weight.detach().copy_(kept)
+    assert fingerprint(tiny_llama) == before
+
+
+def test_fingerprint_counts_tied_weights_once():
+    tied = tiny("qwen2")
+    names = [name for name, _ in identity.named_values(tied)]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_fingerprint_of_an_offloaded_model(tiny_llama):
+    accelerate = pytest.importorskip("accelerate")
+    before = fingerprint(tiny_llama)
+    accelerate.cpu_offload(tiny_llama, execution_device="cpu")
+    assert tiny_llama.lm_head.weight.is_meta
+    assert fingerprint(tiny_llama) == before
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def test_pads_with_the_end_token_on_the_right(whole):
+    tokenizer = load_tokenizer(source(whole))
+    assert tokenizer.pad_token == "</s>"
+    assert tokenizer.padding_side == "right"
+    assert tokenizer(["a b c", "a"], padding=True).input_ids[1][-1] == tokenizer.eos_token_id
+
+
+def test_knows_the_models_context(whole):
+    assert load_tokenizer(source(whole)).model_max_length == 64
+
+
+def test_pads_with_something_whatever_is_missing(folder):
+    tiny_tokenizer(bos=False, bos_token=None, eos_token=None).save_pretrained(folder)
+    assert load_tokenizer(source(folder)).pad_token_id is not None
+
+
+def test_check_vocabulary(whole, tiny_llama):
+    tokenizer = load_tokenizer(source(whole))
+    check_vocabulary(load_model(source(whole)), tokenizer)
+    with pytest.raises(InputError, match="ids up to 319, but the model has only 50"):
+        check_vocabulary(tiny_llama, tokenizer)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def poison(value: float):
+    def change(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+
+    return lambda folder: rewrite(folder, change)
+
+
+def encoder(folder):
+    small = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=VOCAB, **small)).save_pretrained(folder)
+
+
+def encoder_decoder(folder):
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)
+
+
+def vision(folder):
+    small = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=32, **small)).save_pretrained(folder)
+
+
+def remote_code(folder):
+    edit_config(folder, model_type="homemade", auto_map={"AutoConfig": "code.MyConfig"})
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def drop_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+BROKEN_MODELS = {
+    "nan": (poison(float("nan")), r"'model\.layers\.1\.mlp\.up_proj\.weight' has values that are not finite"),
+    "inf": (poison(float("inf")), r"'model\.layers\.1\.mlp\.up_proj\.weight' has values that are not finite"),
+    "missing": (lambda f: rewrite(f, lambda w: w.pop("lm_head.weight")), r"1 weights are not .*'lm_head\.weight'"),
+    "shape": (lambda f: edit_config(f, intermediate_size=20), r"another shape \(first: 'model\.layers\.0\.mlp"),
+    "truncated": (truncate, "cannot be loaded"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+    "encoder": (encoder, "depends on later tokens"),
+    "encoder-decoder": (encoder_decoder, "encoder-decoder"),
+    "vision": (vision, "no causal language model"),
+    "unknown type": (lambda f: edit_config(f, model_type="homemade"), "cannot be loaded"),
+    "remote code": (remote_code, r"model\.trust_remote_code: true"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_MODELS)
+def test_refuses_model(folder, case):
+    damage, message = BROKEN_MODELS[case]
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_model(source(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_executed(folder):
+    remote_code(folder)
+    (folder / "code.py").write_text("raise SystemExit('executed')")
+    with pytest.raises(InputError, match="not run unless you say so"):
+        load_tokenizer(source(folder))
+
+
+BROKEN_TOKENIZERS = {
+    "none": (drop_tokenizer, "has no tokenizer"),
+    "too many tokens": (lambda f: edit_config(f, vocab_size=300), "ids up to 319, but the model has only 300"),
+    "broken": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TOKENIZERS)
+def test_refuses_tokenizer(folder, case):
+    damage, message = BROKEN_TOKENIZERS[case]
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(source(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_unknown_dtype():
+    with pytest.raises(InputError, match=r"model\.dtype='int4'.*float32"):
+        ModelSource("demo", dtype="int4")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nowhere/model", "nothing.gguf", "a/b/c", "~/no-such-folder", ""])
+def test_a_missing_path_never_asks_the_hub(name, monkeypatch):
+    monkeypatch.setattr(loading, "hub_available", lambda: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match=r"model\.pretrained"):
+        load_model(ModelSource(name))
+
+
+def test_names_near_a_missing_path(whole):
+    with pytest.raises(InputError, match=f"nearest names.*{whole.name}"):
+        load_model(ModelSource(str(whole)[:-1] + "x"))
+
+
+def test_refuses_other_files(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"not a \.gguf file"):
+        load_model(source(tmp_path / "weights.pt"))
+    (tmp_path / "model.gguf").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(source(tmp_path / "model.gguf"))
+    with pytest.raises(InputError, match=r"name its file: .*model\.gguf"):
+        load_model(source(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {}])
+def test_names_the_missing_extra(whole, tmp_path, options, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else real(name, *a))
+    (tmp_path / "model.gguf").touch()
+    path = whole if options else tmp_path / "model.gguf"
+    with pytest.raises(InputError, match=r'accelerate: pip install "sparc3_pl\[gguf\]"'):
+        load_model(source(path, **options))
+
+
+def test_device_map_is_respected(whole):
+    pytest.importorskip("accelerate")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread = load_model(source(whole, device_map=places | {"model.layers.1": "disk"}))
+    assert spread.model.layers[1].mlp.up_proj.weight.is_meta
+    model, ids = load_model(source(whole)), tokens(1, 7)
+    assert torch.equal(spread(ids).logits, model(ids).logits)
+    assert fingerprint(spread) == fingerprint(model)
+
+
+# --- hub --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_server(monkeypatch):
+    """Takes connections and never answers, as a swallowed network does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        yield server
+
+
+def test_a_silent_hub_is_given_up_in_time(silent_server):
+    start = time.monotonic()
+    assert not hub_available(timeout=0.5)
+    assert time.monotonic() - start < 5
+
+
+def test_local_models_make_no_request(whole, silent_server):
+    load_model(source(whole))
+    load_tokenizer(source(whole))
+    silent_server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        silent_server.accept()
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_unreachable_hub(load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # the discard port: refused
+    start = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"127\.0\.0\.1:9\) cannot be reached .* local folder or a \.gguf file"
+    ) as error:
+        load(ModelSource("someone/some-model"))
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(error.value)
+
+
+def test_offline_mode_does_not_even_try(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sparc3_pl.io.hub._answers", lambda timeout: pytest.fail("asked the hub"))
+    assert not hub_available()
+
+
+# --- real model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+def test_gguf_model_is_plain_and_can_be_saved(smollm2, tmp_path):
+    where = ModelSource(str(smollm2), dtype="float32")
+    model, tokenizer = load_model(where), load_tokenizer(where)
+    check_vocabulary(model, tokenizer)
+    assert "quantization_config" not in model.config.to_dict()
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 8192)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    assert fingerprint(again) == fingerprint(model)
