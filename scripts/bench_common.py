@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sparc3_pl.io.provenance import command_line, now, versions
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -48,8 +48,9 @@ from sparc3_pl.data.sources import get_field, parse_filter, text_id
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
 from sparc3_pl.evaluation.perplexity import WindowScorer
-from sparc3_pl.model.loading import ModelSource, load_tokenizer
+from sparc3_pl.model.loading import load_tokenizer
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import linear_layers, output_head
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}

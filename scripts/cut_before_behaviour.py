@@ -38,7 +38,8 @@ from sparc3_pl.data.sources import get_field, parse_filter, partition, read_reco
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
 from sparc3_pl.io.files import write_text
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 
 WORD = re.compile(r"[^\W\d_][\w'’*-]*")
 

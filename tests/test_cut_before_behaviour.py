@@ -10,7 +10,8 @@ import torch
 from sparc3_pl import demo
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.evaluation.judges import DetoxifyJudge
-from sparc3_pl.model.loading import ModelSource, load_model, load_tokenizer
+from sparc3_pl.model.loading import load_model, load_tokenizer
+from sparc3_pl.model.source import ModelSource
 
 FIELDS = ["--prompt_field", "prompt.text", "--text_field", "continuation.text", "--variant", "demo"]
 FIELDS += ["--criterion", "text"]  # the demo's judge makes nothing of single words

@@ -5,7 +5,8 @@ import torch
 
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.cli import main
-from sparc3_pl.model.loading import ModelSource, load_model, load_tokenizer
+from sparc3_pl.model.loading import load_model, load_tokenizer
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.scores.folder import ScoreFolder
 
 pytestmark = pytest.mark.realdata

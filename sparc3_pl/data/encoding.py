@@ -15,7 +15,7 @@ from sparc3_pl.model.loading import load_vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparc3_pl.model.loading import ModelSource
+    from sparc3_pl.model.source import ModelSource
 
 __all__ = ["Encoder", "Text", "UnreadableTextError", "load_encoder", "special_affixes"]
 

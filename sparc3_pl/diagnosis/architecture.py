@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from sparc3_pl.document.verdicts import Check
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.loading import ModelSource, load_skeleton
+from sparc3_pl.model.loading import load_skeleton
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import features, linear_layers, select_layers
 from sparc3_pl.scores.manifest import Manifest
 

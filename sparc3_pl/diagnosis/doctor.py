@@ -31,7 +31,8 @@ from sparc3_pl.document.document import Checks, Section, Table, Text, count, num
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,8 @@ from sparc3_pl.evaluation.results import KIND, CompletionStore, Row, write_evalu
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.io.files import check_output
 from sparc3_pl.model.identity import describe, fingerprint
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists
 from sparc3_pl.runtime.processes import kept

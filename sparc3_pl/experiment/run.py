@@ -27,8 +27,8 @@ from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.io.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
-from sparc3_pl.model.loading import ModelSource
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.report.effects import largest_within
 from sparc3_pl.runtime.processes import kept, run_child
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,13 @@ from sparc3_pl.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3_pl.model.identity import named_values
-from sparc3_pl.model.loading import TOKENIZER_HINT, ModelSource, log
+from sparc3_pl.model.source import ModelSource
 
 __all__ = ["Vocabulary", "check_vocabulary"]
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_HINT = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*model*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 

@@ -15,7 +15,7 @@ from sparc3_pl.runtime.collectives import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from sparc3_pl.model.loading import ModelSource
+from sparc3_pl.model.source import ModelSource
 
 __all__ = ["describe", "differing_config", "fingerprint", "model_config"]
 

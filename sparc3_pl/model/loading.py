@@ -14,18 +14,18 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path, offline
+from sparc3_pl.io.hub import first_line, hub_available, hub_name, offline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from sparc3_pl.model.checks import (
+    TOKENIZER_HINT,
     Vocabulary,
     check_causal,
     check_complete,
@@ -37,14 +37,12 @@ from sparc3_pl.model.checks import (
     forget_gguf,
     has_tokenizer_files,
 )
+from sparc3_pl.model.source import ModelSource
 
-__all__ = ["DType", "ModelSource", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
+__all__ = ["load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
 
 
 log = logging.getLogger(__name__)
-
-
-DType = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 _DTYPES: dict[str, torch.dtype | str] = {
@@ -56,50 +54,8 @@ _DTYPES: dict[str, torch.dtype | str] = {
 
 _WAY_OUT = "give a local folder or a .gguf file as model.pretrained"
 
-TOKENIZER_HINT = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
 
 _EXTRA = 'pip install "sparc3_pl[gguf]"'
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a language model comes from and how it is loaded.
-
-    Args:
-        pretrained: Hub id, local folder in the Hugging Face layout, ``FILE.gguf``, or ``demo`` (the embedded model).
-        dtype: Number format of the weights; ``auto`` takes the checkpoint's own.
-        revision: Branch, tag or commit of a hub id.
-        device_map: As in transformers (``auto``, or module name to device): spreads the model over devices.
-        trust_remote_code: Run Python code that the checkpoint brings along. Off unless you turn it on.
-    """
-
-    pretrained: str = "demo"
-    dtype: DType = "auto"
-    revision: str | None = None
-    device_map: str | dict[str, Any] | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise InputError(f"model.dtype={self.dtype!r} is not known; use one of {', '.join(_DTYPES)}")
-
-    @property
-    def path(self) -> Path | None:
-        """The local folder or file, or None for a hub id.
-
-        Raises:
-            InputError: If ``pretrained`` is written like a path and nothing is there.
-        """
-        if self.pretrained == "demo":
-            from sparc3_pl import demo
-
-            return Path(demo.MODEL)
-        return local_path(
-            self.pretrained, "model.pretrained", suffixes=(".gguf", ".safetensors", ".bin", ".pt", ".ckpt")
-        )
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:

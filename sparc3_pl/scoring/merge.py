@@ -25,7 +25,8 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import check_output
 from sparc3_pl.model.components import Group
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample

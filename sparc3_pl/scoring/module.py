@@ -19,7 +19,8 @@ from sparc3_pl.io.files import check_output
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config

@@ -181,7 +181,8 @@ def _load(
     plan: PrunePlan, pretrained: str | None, dtype: str, trust_remote_code: bool
 ) -> tuple["PreTrainedModel", "Encoder"]:
     from sparc3_pl.data.encoding import load_encoder
-    from sparc3_pl.model.loading import ModelSource, load_model
+    from sparc3_pl.model.loading import load_model
+    from sparc3_pl.model.source import ModelSource
 
     scored, revision = plan.model.get("pretrained"), plan.model.get("revision")
     if pretrained is None and not isinstance(scored, str):

@@ -12,7 +12,8 @@ from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.data.samples import pack_windows
 from sparc3_pl.data.texts import TextQuery
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 SCORE = ["score", "--trainer.devices", "1", "--data.num_samples", "2", *QUIET]

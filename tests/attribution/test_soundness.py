@@ -89,7 +89,8 @@ def test_parameters_come_back_bit_for_bit(crash):
 
 
 def test_parameters_as_equals_loading_in_that_precision(tmp_path):
-    from sparc3_pl.model.loading import ModelSource, load_model
+    from sparc3_pl.model.loading import load_model
+    from sparc3_pl.model.source import ModelSource
 
     frozen().save_pretrained(tmp_path)
     exact, rough = (load_model(ModelSource(str(tmp_path), dtype)) for dtype in ("float32", "bfloat16"))

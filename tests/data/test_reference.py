@@ -315,7 +315,7 @@ def test_what_the_data_do_not_hold(prompts, corpus, tmp_path):
 
 @pytest.mark.realdata
 def test_real_prompts_and_text_matched_to_them(real_data, smollm2):
-    from sparc3_pl.model.loading import ModelSource
+    from sparc3_pl.model.source import ModelSource
 
     encoder = load_encoder(ModelSource(str(smollm2)))
 

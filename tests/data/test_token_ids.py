@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.loading import ModelSource, load_tokenizer
+from sparc3_pl.model.loading import load_tokenizer
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.scoring.module import ScoringModule

@@ -21,7 +21,8 @@ from sparc3_pl.evaluation.generation import Generator
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
 from sparc3_pl.model.identity import fingerprint
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.edit import pruned
 from sparc3_pl.pruning.plan import PrunePlan

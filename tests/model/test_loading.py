@@ -26,7 +26,8 @@ from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import ModelSource, load_model, load_tokenizer
+from sparc3_pl.model.loading import load_model, load_tokenizer
+from sparc3_pl.model.source import ModelSource
 
 VOCAB = 320
 

@@ -199,7 +199,7 @@ def test_not_a_score_folder(tmp_path):
         ({"format_version": None}, "no format_version"),
         ({"method": None}, "'method' is missing"),
         ({"method": "guess"}, "method='guess' is unknown"),
-        ({"granularity": "head"}, "granularity='head'"),
+        ({"granularity": "heed"}, "granularity='heed'"),
         ({"num_samples": -1}, "negative"),
         ({"num_samples": "many"}, "not of type"),
         ({"signed": 1}, "not of type"),

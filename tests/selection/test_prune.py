@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import describe
-from sparc3_pl.model.loading import ModelSource, load_model
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import features, mlps
 from sparc3_pl.pruning.edit import pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan
