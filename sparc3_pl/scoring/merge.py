@@ -71,7 +71,7 @@ def _require_whole(parts: Sequence[ScorePart]) -> None:
     """They are parts of one run, all of them, and no sample is in two."""
     first = parts[0]
     for part in parts[1:]:
-        key = next(differing_settings(first.content["settings"], part.content["settings"]), None)
+        key = next(differing_settings(first.content.settings, part.content.settings), None)
         if key is not None:
             raise InputError(
                 f"{part.path}: was made with another {key} than {first.path}; score it again like the others"
@@ -118,7 +118,7 @@ def _write(
         about,
         samples,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        shards=[part.content["command"] for part in parts],
+        shards=[part.content.command for part in parts],
     )
 
 

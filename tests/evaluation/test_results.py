@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.results import Evaluation, _digest, write_evaluation
+from sparc3_pl.evaluation.results import FORMAT, Evaluation, write_evaluation
 
 RESULTS = {"perplexity": {"value": 9.5}, "toxicity": {"mean": math.nan}, "model": {}, "data": {}}
 ROWS = [{"id": "a", "k": 0, "completion": "line one\nline\u2028two"}, {"id": "b", "k": 0, "completion": ""}]
@@ -54,10 +54,10 @@ def test_damage_is_noticed(folder, name, damage):
 def test_an_old_format_and_a_foreign_path_are_refused(folder):
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps({**results, "format_version": 0}))
-    with pytest.raises(InputError, match="format_version is 0, this program reads 1"):
+    with pytest.raises(InputError, match=r"results.json: format_version=0, but this program reads 1; evaluate again"):
         Evaluation.open(folder)
     outside = {k: v for k, v in results.items() if k != "sha256"} | {"files": {"../secret": "0"}}
-    (folder / "results.json").write_text(json.dumps({**outside, "sha256": _digest(outside)}))
+    (folder / "results.json").write_text(json.dumps(FORMAT.seal(outside)))
     with pytest.raises(InputError, match="outside the folder"):
         Evaluation.open(folder)
 

@@ -17,7 +17,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io import files
 from sparc3_pl.scores import folder as scores
 from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, mean_scores, require_comparable
-from sparc3_pl.scores.manifest import Manifest
+from sparc3_pl.scores.manifest import FORMAT, ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 
 KEYS = {  # of the fixed interface
@@ -39,7 +39,8 @@ def rewrite(folder: Path, **changes) -> None:
 @pytest.mark.parametrize("shape", [(7,), (7, 5)], ids=["neuron", "weight"])
 def test_what_is_written_is_read(tmp_path, shape):
     values = random_scores(1, shape)
-    folder = write(tmp_path / "scores", values, samples=[{"id": "a", "relevance": float("nan")}, {"id": "b"}])
+    samples = [{"id": "a", "num_tokens": 3, "relevance": float("nan")}, {"id": "b", "num_tokens": 4, "text_ids": ["t"]}]
+    folder = write(tmp_path / "scores", values, samples=samples)
     data = json.loads((folder.path / "manifest.json").read_text())
     assert set(data) >= KEYS
     assert data["granularity"] == {1: "neuron", 2: "weight"}[len(shape)]
@@ -49,8 +50,8 @@ def test_what_is_written_is_read(tmp_path, shape):
         assert torch.equal(folder.load(name), values[name])
         assert torch.equal(torch.cat(list(folder.blocks(name, 3))), values[name].flatten())
         assert torch.equal(load_file(folder.path / data["layers"][name]["file"])[name], values[name])
-    assert folder.samples() == [{"id": "a", "relevance": None}, {"id": "b"}]
-    assert Manifest.from_json(data) == folder.manifest
+    assert folder.samples() == [ScoredSample("a", 3), ScoredSample("b", 4, text_ids=("t",))]
+    assert FORMAT.parse(data, "m") == folder.manifest
     assert not list(tmp_path.glob(".*"))
 
 
@@ -200,9 +201,12 @@ def test_not_a_score_folder(tmp_path):
         ({"method": None}, "'method' is missing"),
         ({"method": "guess"}, "method='guess' is unknown"),
         ({"granularity": "heed"}, "granularity='heed'"),
-        ({"num_samples": -1}, "negative"),
-        ({"num_samples": "many"}, "not of type"),
-        ({"signed": 1}, "not of type"),
+        (
+            {"num_samples": -1},
+            r"manifest.json: num_samples=-1 \(.*greater than or equal to 0\); it is damaged, score again",
+        ),
+        ({"num_samples": "many"}, r"num_samples=\"many\" \(.*valid integer\)"),
+        ({"signed": 1}, r"signed=1 \(.*valid boolean\)"),
         ({"layers": {}}, "no layer is scored"),
         ({"layers": {"a": {}}}, "incomplete"),
         ({"model": {}}, "fingerprint is missing"),
