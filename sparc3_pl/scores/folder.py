@@ -28,9 +28,18 @@ from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import inside, sha256_of_file
-from sparc3_pl.io.formats import typed
 from sparc3_pl.model.identity import differing_config
-from sparc3_pl.scores.manifest import FORMAT, GROUPS, MANIFEST, SAMPLES, SQUARES, LayerStats, Manifest, ScoredSample
+from sparc3_pl.scores.manifest import (
+    FORMAT,
+    GROUPS,
+    MANIFEST,
+    SAMPLES,
+    SQUARES,
+    LayerStats,
+    Manifest,
+    ScoredSample,
+    samples_from,
+)
 
 __all__ = ["BLOCK", "ScoreFolder", "mean_blocks", "mean_scores", "require_comparable"]
 
@@ -181,8 +190,7 @@ class ScoreFolder:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except ValueError as error:
             raise InputError(f"{path}: a line is not valid JSON ({error}); it is damaged, score again") from error
-        known = [ScoredSample.arguments(row) if isinstance(row, dict) else row for row in rows]
-        return typed(list[ScoredSample], known, path, "score again")
+        return samples_from(rows, path)
 
 
 def _spans(path: Path) -> dict[str, tuple[int, list[int]]]:

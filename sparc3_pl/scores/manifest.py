@@ -1,7 +1,7 @@
 """What a score folder says of itself: ``manifest.json``, and of each sample a line of ``samples.jsonl``."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -9,10 +9,20 @@ from typing import Any, Self
 from sparc3_pl.attribution.methods import METHODS
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind
-from sparc3_pl.io.formats import Count, Format, Number
+from sparc3_pl.io.formats import Count, Format, Number, typed
 from sparc3_pl.model.components import COMPONENTS, Component
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "MARKER", "About", "LayerStats", "Manifest", "ScoredSample"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "KIND",
+    "MARKER",
+    "About",
+    "LayerStats",
+    "Manifest",
+    "ScoredSample",
+    "samples_from",
+]
 
 
 FORMAT_VERSION = 1
@@ -47,7 +57,7 @@ class ScoredSample:
     """
 
     id: str
-    num_tokens: int
+    num_tokens: Count
     ending: str | None = None
     text_ids: tuple[str, ...] = ()
     relevance: float | None = None
@@ -62,15 +72,25 @@ class ScoredSample:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Reads what ``to_json`` has made."""
-        return cls(**cls.arguments(data))
+        given = cls._arguments(data)
+        return cls(**given | {"text_ids": tuple(given["text_ids"])})
 
     @classmethod
-    def arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of this class in what ``to_json`` has made."""
+    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         names = {item.name for item in fields(cls)} - {"more"}
         own = {name: value for name, value in data.items() if name in names}
-        own["text_ids"] = tuple(own.get("text_ids") or ())
+        own["text_ids"] = own.get("text_ids") or ()
         return own | {"more": {name: value for name, value in data.items() if name not in names}}
+
+
+def samples_from(records: Sequence[Any], where: str | Path) -> list[ScoredSample]:
+    """The samples of records that were read from a file, which ``where`` names.
+
+    Raises:
+        InputError: for a record that lacks a key or holds a value of the wrong type.
+    """
+    known = [ScoredSample._arguments(record) if isinstance(record, dict) else record for record in records]
+    return typed(list[ScoredSample], known, where, "score again")
 
 
 @dataclass(frozen=True, kw_only=True)

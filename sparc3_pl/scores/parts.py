@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from sparc3_pl.io.formats import Format
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.model.components import Group
 from sparc3_pl.scores.manifest import About, ScoredSample
-from sparc3_pl.scores.sums import LayerTensors, Records, SumsFile, sums_of, write_sums
+from sparc3_pl.scores.sums import LayerTensors, SumsFile, samples_digest, sums_of, write_sums
 
 __all__ = ["KIND", "MARKER", "ScorePart", "parse_part", "write_part"]
 
@@ -75,10 +74,9 @@ def write_part(
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    records = [sample.to_json() for sample in samples]
     with new_folder(folder, overwrite, KIND) as temporary:
         shapes, load = sums_of(tensors)
-        digests = write_sums(temporary / _SUMS, shapes, load, records)
+        digests = write_sums(temporary / _SUMS, shapes, load, samples)
         if config is not None:
             write_text(temporary / "config.yaml", config)
         content = {
@@ -87,16 +85,12 @@ def write_part(
             "about": asdict(about),
             "groups": [asdict(group) for group in groups],
             "tensors": digests,
-            "samples_sha256": _records_digest(records),
+            "samples_sha256": samples_digest([sample.to_json() for sample in samples]),
             "versions": versions(),
             "command": command_line(),
             "created": now(),
         }
         write_text(temporary / MARKER, strict_json(FORMAT.seal(redacted(content)), indent=1) + "\n")
-
-
-def _records_digest(records: Records) -> str:
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +156,7 @@ class ScorePart:
             raise InputError(f"{path}: holds no {MARKER}; give folders that score --part has written")
         content = FORMAT.read(path / MARKER)
         sums = SumsFile(path / _SUMS)
-        if sums.shapes.keys() != content.tensors.keys() or _records_digest(sums.records) != content.samples_sha256:
+        if sums.shapes.keys() != content.tensors.keys() or sums.samples_sha256 != content.samples_sha256:
             raise InputError(f"{sums.path}: does not belong to its {MARKER}; it was changed, score the part again")
         return cls(path, content, sums)
 

@@ -1,5 +1,6 @@
 """The evaluation folder: whole or not at all, and every change to it is noticed."""
 
+import hashlib
 import json
 import math
 
@@ -59,6 +60,24 @@ def test_an_old_format_and_a_foreign_path_are_refused(folder):
     outside = {k: v for k, v in results.items() if k != "sha256"} | {"files": {"../secret": "0"}}
     (folder / "results.json").write_text(json.dumps(FORMAT.seal(outside)))
     with pytest.raises(InputError, match="outside the folder"):
+        Evaluation.open(folder)
+
+
+def test_what_earlier_versions_wrote_is_read_and_a_wrong_type_is_refused(folder):
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    del results["sha256"]
+    earlier = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(results | {"sha256": earlier}))
+    assert Evaluation.open(folder).digest == earlier
+    path.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"results.json: the key 'sha256' is missing"):
+        Evaluation.open(folder)
+    path.write_text(json.dumps(FORMAT.seal(results | {"toxicity": [1]})))
+    with pytest.raises(InputError, match=r"results.json: toxicity=\[1\] \("):
+        Evaluation.open(folder)
+    path.write_text(json.dumps(FORMAT.seal({key: value for key, value in results.items() if key != "data"})))
+    with pytest.raises(InputError, match=r"results.json: the key 'data' is missing"):
         Evaluation.open(folder)
 
 

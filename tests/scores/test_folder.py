@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from score_folders import LAYERS, random_scores, write
 
+from sparc3_pl.data.matching import Target, read_targets
 from sparc3_pl.errors import InputError
 from sparc3_pl.io import files
 from sparc3_pl.scores import folder as scores
@@ -271,6 +272,48 @@ def test_flipped_byte_in_the_samples(tmp_path):
     path = folder.path / "samples.jsonl"
     path.write_text(path.read_text().replace("5", "6"))
     refused(folder.path, "samples.jsonl: does not match")
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        ('{"id": "a"}\n', r"samples.jsonl: the key '0.num_tokens' is missing"),
+        ('{"id": "a", "num_tokens": 1}\n{"id": "b", "num_tokens": "2"}\n', r'samples.jsonl: 1.num_tokens="2" '),
+        ('{"id": "a", "num_tokens": 1, "text_ids": 3}\n', r"samples.jsonl: 0.text_ids=3 "),
+        ("[1]\n", r"samples.jsonl: 0=\[1\] "),
+        ('{"id": "a", "num_to', "samples.jsonl: a line is not valid JSON"),
+    ],
+)
+def test_samples_that_are_wrong_where_no_digest_tells(tmp_path, lines, match):
+    """Folders of earlier versions have no sha256 of their samples."""
+    folder = write(tmp_path / "s", random_scores(1))
+    rewrite(folder.path, samples_sha256=None)
+    (folder.path / "samples.jsonl").write_text(lines)
+    refused(folder.path, match)
+
+
+def test_line_ends_in_what_is_known_of_a_sample(tmp_path):
+    record = {"id": "a", "num_tokens": 1, "token": "x\u2028y\x85z"}
+    folder = write(tmp_path / "s", random_scores(1), samples=[record])
+    assert folder.samples() == [ScoredSample("a", 1, more={"token": "x\u2028y\x85z"})]
+    assert folder.samples()[0].to_json() == record
+    (tmp_path / "samples.jsonl").write_text(files.strict_json(record | {"ending": "stop"}) + "\n", encoding="utf-8")
+    assert read_targets(tmp_path) == [Target(1, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"versions": {"torch": 2}}, r"versions.torch=2 \("),
+        ({"group_sizes": [4, -1]}, r"group_sizes.1=-1 \("),
+        ({"shards": "score"}, r'shards="score" \('),
+        ({"squares": {LAYERS[0]: 5}}, "squares."),
+    ],
+)
+def test_values_inside_of_others_are_typed_too(tmp_path, changes, match):
+    folder = write(tmp_path / "s", random_scores(1))
+    rewrite(folder.path, **changes)
+    refused(folder.path, match)
 
 
 def test_shape_that_the_file_does_not_have(tmp_path):
