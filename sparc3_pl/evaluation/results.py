@@ -40,20 +40,23 @@ KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: res
 
 Row = dict[str, Any]
 
+Section = dict[str, Any]
+"""The figures of one measurement, or what they were measured on and with."""
+
 
 @dataclass(frozen=True)
 class _Results:
     """The content of ``results.json``, as far as it is the same whatever was measured."""
 
-    perplexity: dict[str, Any] | None
-    toxicity: dict[str, Any] | None
-    model: dict[str, Any]
-    data: dict[str, Any]
+    perplexity: Section | None
+    toxicity: Section | None
+    model: Section
+    data: Section
     files: dict[str, str]
-    plan: dict[str, Any] | None = None
-    judge: dict[str, Any] | None = None
-    generation: dict[str, Any] | None = None
-    repetition: dict[str, Any] | None = None
+    plan: Section | None = None
+    judge: Section | None = None
+    generation: Section | None = None
+    repetition: Section | None = None
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     more: dict[str, Any] = field(default_factory=dict)

@@ -155,8 +155,8 @@ class LayerStats:
         return slice(0, math.prod(self.shape)) if self.rows is None else slice(*self.rows)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Manifest(About):
     """What a score folder says of itself; the keys of ``manifest.json``.
 
     Attributes:
@@ -193,13 +193,8 @@ class Manifest:
         extra: Any further top-level keys, kept as they were.
     """
 
-    method: str
-    granularity: str
-    signed: bool
     num_samples: Count
     num_tokens: Count
-    model: dict[str, Any]
-    data: dict[str, Any]
     layers: dict[str, LayerStats]
     total_relevance: Number
     versions: dict[str, str]
@@ -210,14 +205,6 @@ class Manifest:
     groups: dict[str, str] = field(default_factory=dict)
     group_sizes: list[Count] = field(default_factory=list)
     samples_sha256: str | None = None
-    method_args: dict[str, Any] = field(default_factory=dict)
-    granularity_args: dict[str, Any] = field(default_factory=dict)
-    target: str = "predicted"
-    target_args: dict[str, Any] = field(default_factory=dict)
-    targets: list[str] | None = None
-    nonfinite: str | None = None
-    seed: int | None = None
-    relevance_account: dict[str, Any] | None = None
     neuron_rows: dict[str, list[int]] = field(default_factory=dict)
     hardware: str | None = None
     shards: list[str] = field(default_factory=list)

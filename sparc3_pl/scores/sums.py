@@ -130,7 +130,7 @@ def write_sums(
     Raises:
         InputError: if it cannot be written.
     """
-    records = [sample.to_json() for sample in samples]
+    records = json.dumps([sample.to_json() for sample in samples])
     placeholders = dict.fromkeys(shapes, "0" * 64)
     room = _header(shapes, records, placeholders)
     digests = {}
@@ -151,11 +151,9 @@ def write_sums(
     return digests
 
 
-def _header(
-    shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: list[dict[str, Any]], digests: Mapping[str, str]
-) -> bytes:
+def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: str, digests: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file: the length of a JSON object, and that object."""
-    texts = {"records": json.dumps(records), "digests": json.dumps(dict(digests))}
+    texts = {"records": records, "digests": json.dumps(dict(digests))}
     about = texts | {"sha256": _header_digest(texts["records"], texts["digests"])}
     entries: dict[str, Any] = {"__metadata__": about}
     end = 0
