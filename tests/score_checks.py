@@ -17,7 +17,7 @@ def assert_same_scores(found: Path, wanted: Path, num_samples: int) -> None:
     one, other = ScoreFolder.open(found), ScoreFolder.open(wanted)
     ids = one.manifest.data["sample_ids"]
     assert len(ids) == len(set(ids)) == one.manifest.num_samples == num_samples
-    assert ids == other.manifest.data["sample_ids"] == [sample["id"] for sample in one.samples()]
+    assert ids == other.manifest.data["sample_ids"] == [sample.id for sample in one.samples()]
     assert one.manifest.num_tokens == other.manifest.num_tokens
     assert one.layers == other.layers
     for name in one.layers:

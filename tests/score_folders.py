@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 
 LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj")
@@ -38,5 +39,5 @@ def write(
         for name, values in scores.items():
             rows = slice(*neuron_rows[name]) if name in (neuron_rows or {}) else None
             writer.add_layer(name, values, squares[name] if squares else None, rows=rows)
-        writer.finish(**{**defaults, **fields}, samples=samples)
+        writer.finish(**{**defaults, **fields}, samples=map(ScoredSample.from_json, samples))
     return ScoreFolder.open(folder)

@@ -44,7 +44,7 @@ def test_score_folder_has_what_the_design_says(scores):
 
 def test_samples_add_up_to_the_total(scores):
     folder = ScoreFolder.open(scores)
-    relevance = [sample["relevance"] for sample in folder.samples()]
+    relevance = [sample.relevance for sample in folder.samples()]
     assert sum(relevance) / len(relevance) == pytest.approx(folder.manifest.total_relevance, rel=1e-5)
 
 

@@ -47,7 +47,8 @@ def read_targets(folder: Path) -> list[Target]:
     if not file.is_file():
         raise InputError(f"data.match={str(folder)!r}: no samples.jsonl in it; give a score folder or a data file")
     targets = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = filter(None, file.read_text(encoding="utf-8").split("\n"))  # a string in them may hold other line ends
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if row["ending"] is None:

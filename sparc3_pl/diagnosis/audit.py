@@ -18,6 +18,7 @@ from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
+from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.selection.contrast import Scores, strongest
 from sparc3_pl.selection.lowest import sample, select_lowest
 from sparc3_pl.statistics.agreement import jaccard, rank_correlation
@@ -216,7 +217,7 @@ def audit_folder(folder: ScoreFolder, name: str | None = None) -> FolderAudit:
     counts = {key: sum(getattr(layer, key) for layer in manifest.layers.values()) for key in _COUNTED}
     relevance = Summary.of(_column(samples, "relevance"))
     first_token = Summary.of(_column(samples, "first_token_share"))
-    endings = [sample["ending"] for sample in samples if sample.get("ending")]
+    endings = [sample.ending for sample in samples if sample.ending]
     num_scores = manifest.num_scores
     checks = [
         _numbers(counts, num_scores, manifest.nonfinite),
@@ -262,8 +263,8 @@ def _about(folder: ScoreFolder) -> dict[str, Any]:
     }
 
 
-def _column(samples: Sequence[dict[str, Any]], key: str) -> list[float]:
-    return [float(sample[key]) for sample in samples if sample.get(key) is not None]
+def _column(samples: Sequence[ScoredSample], key: str) -> list[float]:
+    return [float(getattr(sample, key)) for sample in samples if getattr(sample, key) is not None]
 
 
 def _recount(folder: ScoreFolder) -> dict[str, tuple[float, int, int]]:
@@ -322,13 +323,13 @@ def _sums(folder: ScoreFolder, recount: dict[str, tuple[float, int, int]]) -> Ch
     return Check("integrity", "pass", "every byte matches its sha256; sums and counts are right")
 
 
-def _sample_checks(folder: ScoreFolder, samples: Sequence[dict[str, Any]]) -> list[Check]:
+def _sample_checks(folder: ScoreFolder, samples: Sequence[ScoredSample]) -> list[Check]:
     manifest = folder.manifest
     if not manifest.num_samples:  # the method needs none
         return []
     ids = manifest.data.get("sample_ids") or []
     twice = len(ids) - len(set(ids))
-    tokens = sum(sample.get("num_tokens", 0) for sample in samples)
+    tokens = sum(sample.num_tokens for sample in samples)
     if twice:
         return [Check("samples", "fail", f"{twice} sample(s) are counted twice: score again")]
     if not len(ids) == len(samples) == manifest.num_samples or tokens != manifest.num_tokens:

@@ -240,7 +240,7 @@ def _units(scores: Scores) -> list[Unit]:
 def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> float | None:
     """Welch's t of the samples' total relevance, general minus behaviour."""
     sides = [
-        [float(sample["relevance"]) for folder in folders for sample in folder.samples() if sample.get("relevance")]
+        [sample.relevance for folder in folders for sample in folder.samples() if sample.relevance]
         for folders in (general, behaviour)
     ]
     if min(map(len, sides)) < 2:

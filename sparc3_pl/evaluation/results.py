@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ from sparc3_pl.io.files import (
     write_text,
     writing,
 )
+from sparc3_pl.io.formats import Format
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 
 __all__ = ["FORMAT_VERSION", "KIND", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
@@ -36,9 +37,34 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MARKER = "results.json"
 KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"])
-_REQUIRED = ("perplexity", "toxicity", "model", "data", "files")
 
 Row = dict[str, Any]
+
+Section = dict[str, Any]
+"""The figures of one measurement, or what they were measured on and with."""
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The content of ``results.json``, as far as it is the same whatever was measured."""
+
+    perplexity: Section | None
+    toxicity: Section | None
+    model: Section
+    data: Section
+    files: dict[str, str]
+    plan: Section | None = None
+    judge: Section | None = None
+    generation: Section | None = None
+    repetition: Section | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+FORMAT = Format(
+    _Results, "an evaluation's results", FORMAT_VERSION, "evaluate again with `eval`", extra="more", sealed=True
+)
 
 
 def write_evaluation(
@@ -70,9 +96,8 @@ def write_evaluation(
             write_text(temporary / "config.yaml", config)
         files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
         about = {"versions": versions(), "hardware": hardware(), "command": command_line(), "created": now()}
-        content = {"format_version": FORMAT_VERSION, **results, "files": files, **about}
-        content = json.loads(strict_json(redacted(content)))  # as it will be read back
-        write_text(temporary / MARKER, strict_json({**content, "sha256": _digest(content)}, indent=2) + "\n")
+        content = FORMAT.seal(redacted({**results, "files": files, **about}))
+        write_text(temporary / MARKER, strict_json(content, indent=2) + "\n")
     return Path(folder)
 
 
@@ -115,24 +140,10 @@ class Evaluation:
         if not (path / MARKER).is_file():
             raise InputError(f"{path}: holds no {MARKER}; give a folder that `eval` has written")
         results = read_json(path / MARKER)
-        _check_results(results, path)
-        for name, digest in results["files"].items():
+        for name, digest in FORMAT.parse(results, path / MARKER).files.items():
             _check_file(inside(path, name), digest)
         rows = {name: _read_lines(path / f"{name}.jsonl") for name in ("completions", "windows")}
         return cls(path, results, **rows)
-
-
-def _check_results(results: dict[str, Any], path: Path) -> None:
-    version = results.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; evaluate again with `eval`"
-        )
-    content = {key: value for key, value in results.items() if key != "sha256"}
-    lacking = [key for key in _REQUIRED if key not in content]
-    if lacking or _digest(content) != results.get("sha256"):
-        detail = f"{lacking[0]!r} is missing" if lacking else "its content does not fit its sha256"
-        raise InputError(f"{path / MARKER}: {detail}; the file was changed or is damaged, evaluate again with `eval`")
 
 
 def _check_file(path: Path, digest: str) -> None:
@@ -140,10 +151,6 @@ def _check_file(path: Path, digest: str) -> None:
         raise InputError(f"{path}: is missing; the folder is not complete, evaluate again with `eval`")
     if sha256_of_file(path) != digest:
         raise InputError(f"{path}: does not fit its sha256; it was changed or cut, evaluate again with `eval`")
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _lines(rows: Iterable[Row]) -> str:

@@ -1,22 +1,23 @@
 """The JSON files of this program: typed, versioned, and known by their own digest.
 
 A format is declared by a dataclass. Reading checks, in this order: that it is such a file at all, its version, its
-digest (nothing was changed or lost), and the type of every value. Writing is the way back.
+digest (nothing was changed or lost), the type of every value, and what no type can say.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import json_digest, read_json, strict_json
 
-__all__ = ["Format", "Number"]
+__all__ = ["Count", "Format", "Number", "typed"]
 
 T = TypeVar("T")
 
@@ -32,8 +33,18 @@ class _NanForNull:
         )
 
 
+class _FromZero:
+    """At least 0, and within the 64 bits of a tensor's index."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source) | {"ge": 0, "le": 2**63 - 1}
+
+
 Number = Annotated[float, _NanForNull()]
 """A float that may have overflowed."""
+
+Count = Annotated[int, _FromZero()]
+"""A number of things, or the index of one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Format(Generic[T]):
         version: Of the layout; other versions are refused.
         again: How the user gets a good file, as the end of a sentence: ``score again``.
         extra: Field of ``kind`` that keeps keys of unknown name; without one they are refused.
+        sealed: Whether a file without its sha256 is refused; people write some kinds by hand.
+        check: Refuses content that contradicts itself; it is given the content and where that was read.
     """
 
     kind: type[T]
@@ -53,6 +66,8 @@ class Format(Generic[T]):
     version: int
     again: str
     extra: str | None = None
+    sealed: bool = False
+    check: Callable[[T, str | Path], None] | None = None
 
     def read(self, path: Path) -> T:
         """The checked content of a file.
@@ -66,13 +81,15 @@ class Format(Generic[T]):
         """The checked content of a JSON object that was read from ``where``.
 
         Raises:
-            InputError: for another kind of file, another version, a changed byte, a missing or unknown key, or a value
-                of the wrong type.
+            InputError: for another kind of file, another version, a changed byte, a missing or unknown key, a value of
+                the wrong type, or a contradiction.
         """
         data = dict(data)
         self._check_version(data.get("format_version"), where)
         claimed = data.pop("sha256", None)
-        if claimed is not None and claimed != json_digest(data):
+        if claimed is None and self.sealed:
+            raise InputError(f"{where}: the key 'sha256' is missing; it was changed or damaged, {self.again}")
+        if claimed is not None and claimed != json_digest(data) and claimed != _earlier_digest(data):
             raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, {self.again}")
         known = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
         if "format_version" not in known:
@@ -80,15 +97,15 @@ class Format(Generic[T]):
         unknown = {key: data.pop(key) for key in sorted(set(data) - known)}
         if unknown and self.extra is None:
             raise InputError(f"{where}: {next(iter(unknown))!r} is no key of {self.name}; remove it or {self.again}")
-        return self._typed(data | ({self.extra: unknown} if self.extra else {}), where)
+        value = typed(self.kind, data | ({self.extra: unknown} if self.extra else {}), where, self.again)
+        if self.check is not None:
+            self.check(value, where)
+        return value
 
-    def dump(self, value: T) -> dict[str, Any]:
-        """The JSON object of ``value``, exactly as it will be read back: the version first, its sha256 last."""
-        data = {"format_version": self.version} | asdict(value)  # type: ignore[call-overload]
-        if self.extra is not None:
-            data |= data.pop(self.extra)
-        data = json.loads(strict_json(data))
-        return data | {"sha256": json_digest(data)}
+    def seal(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """A JSON object exactly as it will be read back: the version first, its sha256 last."""
+        sealed = json.loads(strict_json({"format_version": self.version} | dict(data)))
+        return sealed | {"sha256": json_digest(sealed)}
 
     def _check_version(self, version: Any, where: str | Path) -> None:
         if version is None:
@@ -98,23 +115,56 @@ class Format(Generic[T]):
             remedy = "update sparc3_pl" if newer else f"{self.again} with this program"
             raise InputError(f"{where}: format_version={version}, but this program reads {self.version}; {remedy}")
 
-    def _typed(self, data: dict[str, Any], where: str | Path) -> T:
-        from pydantic import ValidationError
 
-        try:
-            return _adapter(self.kind).validate_json(json.dumps(data), strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            if first["type"] == "missing":
-                raise InputError(f"{where}: the key {key!r} is missing; it is incomplete, {self.again}") from None
-            given = strict_json(first["input"])
-            shown = given if len(given) < 80 else f"{given[:77]}..."
-            raise InputError(f"{where}: {key}={shown} ({first['msg']}); it is damaged, {self.again}") from None
+def typed(kind: type[T], data: Any, where: str | Path, again: str) -> T:
+    """What was read from JSON as a value of ``kind``, each part of the type that it is declared with.
+
+    Args:
+        kind: A dataclass, or a list of one.
+        data: What JSON holds of it.
+        where: What it was read from, for messages.
+        again: How the user gets a good file.
+
+    Raises:
+        InputError: for a missing key or a value of another type, with its place.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _validator(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise InputError(f"{where}: the key {key!r} is missing; it is incomplete, {again}") from None
+        given = strict_json(first["input"])
+        shown = given if len(given) < 80 else f"{given[:77]}..."
+        raise InputError(f"{where}: {key}={shown} ({first['msg']}); it is damaged, {again}") from None
 
 
 @functools.cache
-def _adapter(kind: type) -> Any:
+def _validator(kind: Any) -> Any:
     from pydantic import TypeAdapter
+    from pydantic_core import SchemaValidator
 
-    return TypeAdapter(kind)
+    return SchemaValidator(_unconverted(TypeAdapter(kind).core_schema))
+
+
+_OWN_TYPE = ("bool", "dict", "float", "int", "list", "str")
+
+
+def _unconverted(schema: Any) -> Any:
+    """A schema of pydantic's by which ``"3"`` is no number and ``1`` no boolean.
+
+    Its own strict mode makes dataclasses from JSON text only, and its JSON reader refuses the lone surrogates of paths
+    that are not UTF-8.
+    """
+    if isinstance(schema, dict):
+        strict = {"strict": True} if schema.get("type") in _OWN_TYPE else {}
+        return {key: _unconverted(value) for key, value in schema.items()} | strict
+    return [_unconverted(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def _earlier_digest(data: Mapping[str, Any]) -> str:
+    """The digest that evaluations of earlier versions were written with."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -5,13 +5,12 @@ files named in the plan with their sha256: the indices of single weights, of whi
 mean activations for the ``mean`` edit (``means``), and, when asked for, the removed values (``kept``).
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,6 @@ from sparc3_pl.io import provenance
 from sparc3_pl.io.files import (
     FileKind,
     inside,
-    json_digest,
     new_file,
     open_tensors,
     read_json,
@@ -31,6 +29,7 @@ from sparc3_pl.io.files import (
     strict_json,
     write_text,
 )
+from sparc3_pl.io.formats import Count, Format
 from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.pruning.edits import EDITS, Edit
 
@@ -52,8 +51,10 @@ class PlannedNeuron:
         factor: What it is multiplied by, for edits with a factor for each component.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     layer: str
-    index: int
+    index: Count
     score: float | None = None
     factor: float | None = None
 
@@ -103,8 +104,52 @@ def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What a plan says beside its components; its attributes are those of ``PrunePlan``."""
+
+    model: dict[str, Any]
+    granularity: str = "neuron"
+    num_candidates: int | None = None
+    contrast: str = "difference"
+    edit: str = "zero"
+    alpha: float | None = None
+    control: str | None = None
+    seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    behaviour_samples: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=provenance.versions)
+    command: str = field(default_factory=provenance.command_line)
+    created: str = field(default_factory=provenance.now)
+    format_version: int = FORMAT_VERSION
+
+
 @dataclass(frozen=True)
-class PrunePlan:
+class _Companion:
+    """A file beside the plan."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content(_About):
+    """The content of the file."""
+
+    neurons: list[PlannedNeuron]
+    num_neurons: int | None = None
+    num_weights: int | None = None
+    files: dict[Literal["weights", "means", "kept"], _Companion] = field(default_factory=dict)
+
+
+FORMAT = Format(_Content, "a plan", FORMAT_VERSION, "make the plan again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan(_About):
     """What to edit in which model.
 
     In Python, ``entries`` holds the chosen components by layer; what the file says of them is made from it.
@@ -140,23 +185,6 @@ class PrunePlan:
     """
 
     entries: dict[str, Entries]
-    model: dict[str, Any]
-    granularity: str = "neuron"
-    num_candidates: int | None = None
-    contrast: str = "difference"
-    edit: str = "zero"
-    alpha: float | None = None
-    control: str | None = None
-    seed: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, list[int]] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    behaviour_samples: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=provenance.versions)
-    command: str = field(default_factory=provenance.command_line)
-    created: str = field(default_factory=provenance.now)
-    format_version: int = FORMAT_VERSION
     means: dict[str, Tensor] = field(default_factory=dict, repr=False)
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -243,7 +271,7 @@ class PrunePlan:
         """What results say of the plan that made them: small, without the neurons."""
         keys = ("granularity", "num_neurons", "num_weights", "num_candidates", "contrast", "edit", "alpha", "control",
                 "seed", "settings", "warnings")  # fmt: skip
-        digest = json_digest(_plain(self.to_json()))
+        digest = FORMAT.seal(self.to_json())["sha256"]
         return {key: getattr(self, key) for key in keys} | {"scored_model": self.fingerprint, "sha256": digest}
 
     # --- file -------------------------------------------------------------------------------------------------------
@@ -282,8 +310,7 @@ class PrunePlan:
                     temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
                     named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
-            data = self.to_json() | {"files": named}
-            write_text(plan_file, _readable(data | {"sha256": json_digest(_plain(data))}))
+            write_text(plan_file, _readable(FORMAT.seal(self.to_json() | {"files": named})))
         return path
 
     @classmethod
@@ -296,14 +323,10 @@ class PrunePlan:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: there is no such plan file; check the path, or make it with prune")
-        data = read_json(path)
-        _check_version(data, path)
-        claimed = data.pop("sha256", None)
-        if claimed is not None and claimed != json_digest(data):
-            raise InputError(f"{path}: its content does not match its sha256; it was changed, make the plan again")
-        files = data.pop("files", {})
-        plan = cls.from_json(data, path)
-        tensors = {kind: _companion(path, files[kind], kind) for kind in _COMPANIONS if kind in files}
+        content = FORMAT.read(path)
+        about = {item.name: getattr(content, item.name) for item in fields(_About)}
+        plan = cls(entries=entries_of(content.neurons), **about)
+        tensors: dict[str, Any] = {kind: _companion(path, entry) for kind, entry in content.files.items()}
         if weights := tensors.pop("weights", None):
             if plan.entries:
                 raise InputError(f"{path}: it lists neurons and has weights beside it; make the plan again")
@@ -311,33 +334,13 @@ class PrunePlan:
         plan = replace(plan, **tensors)
         plan.check(path)
         for key in ("num_neurons", "num_weights"):
-            if data.get(key, getattr(plan, key)) != getattr(plan, key):
+            claimed, listed = getattr(content, key), getattr(plan, key)
+            if claimed not in (None, listed):
                 raise InputError(
-                    f"{path}: {key}={data[key]}, but {getattr(plan, key)} {key.removeprefix('num_')} are listed or lie "
-                    "beside it; make the plan again"
+                    f"{path}: {key}={claimed}, but {listed} {key.removeprefix('num_')} are listed or lie beside it; "
+                    "make the plan again"
                 )
         return plan
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str | Path = "plan") -> Self:
-        """Reads the JSON object, checking the type of every value; ``check`` comes after.
-
-        Raises:
-            InputError: for a missing or unknown key, or a value of the wrong type.
-        """
-        known = {item.name: item.type for item in fields(cls) if item.name not in ("entries", *_COMPANIONS)}
-        known |= {"neurons": list, "num_neurons": int, "num_weights": int}
-        if unknown := sorted(set(data) - set(known)):
-            raise InputError(f"{where}: the key {unknown[0]!r} is unknown in a plan; remove it or make the plan again")
-        for key in ("neurons", "model"):
-            if key not in data:
-                raise InputError(f"{where}: the key {key!r} is missing; it is not a whole plan, make it again")
-        for key, value in data.items():
-            if not _is_of(value, known[key]):
-                raise InputError(f"{where}: {key}={value!r} is of the wrong type; make the plan again")
-        entries = entries_of([_neuron(entry, where) for entry in data["neurons"]])
-        counted = ("neurons", "num_neurons", "num_weights")
-        return cls(entries, **{key: value for key, value in data.items() if key not in counted})
 
     def check(self, where: str | Path = "plan") -> None:
         """Refuses a plan that contradicts itself.
@@ -375,11 +378,6 @@ class PrunePlan:
                 yield f"a {self.granularity} of {layer} is listed twice"
 
 
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` as it will be read back: floats that JSON cannot hold are null, tuples are lists."""
-    return json.loads(strict_json(data))
-
-
 def _readable(data: dict[str, Any]) -> str:
     """JSON with a line for every key and every neuron."""
     lines = []
@@ -391,35 +389,6 @@ def _readable(data: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _check_version(data: Mapping[str, Any], where: Path) -> None:
-    version = data.get("format_version")
-    if version is None:
-        raise InputError(f"{where}: has no format_version, so it is not a plan; give the file that prune wrote")
-    if version != FORMAT_VERSION:
-        older = not isinstance(version, int) or version < FORMAT_VERSION
-        way = "make the plan again" if older else "update sparc3_pl"
-        raise InputError(f"{where}: format_version={version}, but this program reads {FORMAT_VERSION}; {way}")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether ``value`` fits an annotation such as ``int | None`` or ``list[str]`` (the items are not looked at)."""
-    kinds = getattr(kind, "__args__", ()) if not hasattr(kind, "__origin__") else ()
-    if kinds:
-        return any(_is_of(value, one) for one in kinds)
-    base = getattr(kind, "__origin__", kind)
-    if base in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if base is float else base)
-
-
-def _neuron(entry: Any, where: str | Path) -> PlannedNeuron:
-    wanted = {item.name: item.type for item in fields(PlannedNeuron)}
-    fits = isinstance(entry, dict) and {"layer", "index"} <= set(entry) <= set(wanted)
-    if not fits or not all(_is_of(value, wanted[key]) for key, value in entry.items()):
-        raise InputError(f"{where}: {entry!r} is not a neuron (layer, index, score, factor); make the plan again")
-    return PlannedNeuron(**entry)
-
-
 def _companion_of(plan: Path) -> FileKind:
     """A file of tensors that the earlier plan at this path names."""
     before = read_json(plan).get("files") if plan.is_file() and KIND.is_one(plan) else None
@@ -427,14 +396,12 @@ def _companion_of(plan: Path) -> FileKind:
     return FileKind(f"a part of {plan}", lambda path: path.name in names)
 
 
-def _companion(path: Path, entry: Any, kind: str) -> dict[str, Tensor]:
+def _companion(path: Path, entry: _Companion) -> dict[str, Tensor]:
     """The tensors of a file beside the plan, once its bytes are those that the plan was saved with."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise InputError(f"{path}: files.{kind}={entry!r} names no file; make the plan again")
-    file = inside(path.parent, entry["file"])
+    file = inside(path.parent, entry.file)
     if not file.is_file():
         raise InputError(f"{file}: is missing, but {path} needs it; put it beside the plan")
-    if sha256_of_file(file) != entry.get("sha256"):
+    if sha256_of_file(file) != entry.sha256:
         raise InputError(f"{file}: does not match the sha256 in {path}; it was changed or damaged, make the plan again")
     try:
         with open_tensors(file) as tensors:

@@ -27,13 +27,19 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import (
-    inside,
-    read_json,
-    sha256_of_file,
-)
+from sparc3_pl.io.files import inside, sha256_of_file
 from sparc3_pl.model.identity import differing_config
-from sparc3_pl.scores.manifest import GROUPS, MANIFEST, SAMPLES, SQUARES, LayerStats, Manifest
+from sparc3_pl.scores.manifest import (
+    FORMAT,
+    GROUPS,
+    MANIFEST,
+    SAMPLES,
+    SQUARES,
+    LayerStats,
+    Manifest,
+    ScoredSample,
+    samples_from,
+)
 
 __all__ = ["BLOCK", "ScoreFolder", "mean_blocks", "mean_scores", "require_comparable"]
 
@@ -74,7 +80,7 @@ class ScoreFolder:
             raise InputError(f"{path}: is one part of a scoring run; join all of them with merge first")
         if not (path / MANIFEST).is_file():
             raise InputError(f"{path}: not a score folder (no {MANIFEST}); give the folder that score wrote")
-        return cls(path, Manifest.from_json(read_json(path / MANIFEST), path / MANIFEST))
+        return cls(path, FORMAT.read(path / MANIFEST))
 
     def _check_span(
         self, spans: Mapping[str, tuple[int, list[int]]], name: str, file: str, leading: Sequence[int] = ()
@@ -167,8 +173,8 @@ class ScoreFolder:
         (values,) = _read(self.path / GROUPS, name, offset, count, count, digest)
         return values.view(shape)
 
-    def samples(self) -> list[dict[str, Any]]:
-        """The lines of ``samples.jsonl``; empty if there is no such file.
+    def samples(self) -> list[ScoredSample]:
+        """The samples of ``samples.jsonl``; none if there is no such file.
 
         Raises:
             InputError: if the file was changed or damaged.
@@ -180,7 +186,11 @@ class ScoreFolder:
             return []
         if self.manifest.samples_sha256 not in (None, sha256_of_file(path)):
             raise InputError(f"{path}: does not match its sha256; it was changed or damaged, score again")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except ValueError as error:
+            raise InputError(f"{path}: a line is not valid JSON ({error}); it is damaged, score again") from error
+        return samples_from(rows, path)
 
 
 def _spans(path: Path) -> dict[str, tuple[int, list[int]]]:

@@ -1,19 +1,28 @@
 """What a score folder says of itself: ``manifest.json``, and of each sample a line of ``samples.jsonl``."""
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from typing import Any, Self
 
 from sparc3_pl.attribution.methods import METHODS
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import FolderKind, json_digest, strict_json
+from sparc3_pl.io.files import FolderKind
+from sparc3_pl.io.formats import Count, Format, Number, typed
 from sparc3_pl.model.components import COMPONENTS, Component
 
-__all__ = ["FORMAT_VERSION", "KIND", "MARKER", "About", "LayerStats", "Manifest", "ScoredSample"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "KIND",
+    "MARKER",
+    "About",
+    "LayerStats",
+    "Manifest",
+    "ScoredSample",
+    "samples_from",
+]
 
 
 FORMAT_VERSION = 1
@@ -48,7 +57,7 @@ class ScoredSample:
     """
 
     id: str
-    num_tokens: int
+    num_tokens: Count
     ending: str | None = None
     text_ids: tuple[str, ...] = ()
     relevance: float | None = None
@@ -63,10 +72,25 @@ class ScoredSample:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Reads what ``to_json`` has made."""
+        given = cls._arguments(data)
+        return cls(**given | {"text_ids": tuple(given["text_ids"])})
+
+    @classmethod
+    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         names = {item.name for item in fields(cls)} - {"more"}
         own = {name: value for name, value in data.items() if name in names}
-        own["text_ids"] = tuple(own.get("text_ids") or ())
-        return cls(**own, more={name: value for name, value in data.items() if name not in names})
+        own["text_ids"] = own.get("text_ids") or ()
+        return own | {"more": {name: value for name, value in data.items() if name not in names}}
+
+
+def samples_from(records: Sequence[Any], where: str | Path) -> list[ScoredSample]:
+    """The samples of records that were read from a file, which ``where`` names.
+
+    Raises:
+        InputError: for a record that lacks a key or holds a value of the wrong type.
+    """
+    known = [ScoredSample._arguments(record) if isinstance(record, dict) else record for record in records]
+    return typed(list[ScoredSample], known, where, "score again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +121,6 @@ class About:
         arguments = self.granularity_args if len(names) > 1 else {names[0]: self.granularity_args}
         return [COMPONENTS.from_file(name, arguments.get(name)) for name in names]
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the JSON object of ``dataclasses.asdict``; keys that are unknown are passed over."""
-        names = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
-
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -123,11 +141,11 @@ class LayerStats:
 
     shape: list[int]
     file: str
-    sum: float
-    nan: int
-    inf: int
-    negative: int
-    zero: int
+    sum: Number
+    nan: Count
+    inf: Count
+    negative: Count
+    zero: Count
     sha256: str
     rows: list[int] | None = None
 
@@ -137,8 +155,8 @@ class LayerStats:
         return slice(0, math.prod(self.shape)) if self.rows is None else slice(*self.rows)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Manifest(About):
     """What a score folder says of itself; the keys of ``manifest.json``.
 
     Attributes:
@@ -175,31 +193,18 @@ class Manifest:
         extra: Any further top-level keys, kept as they were.
     """
 
-    method: str
-    granularity: str
-    signed: bool
-    num_samples: int
-    num_tokens: int
-    model: dict[str, Any]
-    data: dict[str, Any]
+    num_samples: Count
+    num_tokens: Count
     layers: dict[str, LayerStats]
-    total_relevance: float
+    total_relevance: Number
     versions: dict[str, str]
     command: str
     created: str
     format_version: int = FORMAT_VERSION
     squares: dict[str, str] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
-    group_sizes: list[int] = field(default_factory=list)
+    group_sizes: list[Count] = field(default_factory=list)
     samples_sha256: str | None = None
-    method_args: dict[str, Any] = field(default_factory=dict)
-    granularity_args: dict[str, Any] = field(default_factory=dict)
-    target: str = "predicted"
-    target_args: dict[str, Any] = field(default_factory=dict)
-    targets: list[str] | None = None
-    nonfinite: str | None = None
-    seed: int | None = None
-    relevance_account: dict[str, Any] | None = None
     neuron_rows: dict[str, list[int]] = field(default_factory=dict)
     hardware: str | None = None
     shards: list[str] = field(default_factory=list)
@@ -213,7 +218,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As the JSON object, ``extra`` spread out, with its own sha256 as the last key."""
-        data = {"format_version": self.format_version} | asdict(self)
+        data = asdict(self)
         extra = data.pop("extra")
         for name in _ONLY_WHERE_GIVEN:
             if not data[name]:
@@ -221,32 +226,14 @@ class Manifest:
         for layer in data["layers"].values():
             if layer["rows"] is None:
                 del layer["rows"]
-        data = json.loads(strict_json(data | extra))
-        return data | {"sha256": json_digest(data)}
+        return FORMAT.seal(data | extra)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str | Path = MANIFEST) -> Self:
-        """Reads and checks the JSON object; ``where`` names the file in errors.
+    def check(self, where: str | Path = MANIFEST) -> None:
+        """Refuses a manifest that contradicts itself; ``where`` names the file.
 
         Raises:
-            InputError: for another format version, a changed byte, a missing key, or a value of the wrong type.
+            InputError: naming the contradiction.
         """
-        _check_version(data, where)
-        data = dict(data)
-        claimed = data.pop("sha256", None)
-        if claimed is not None and claimed != json_digest(data):
-            raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, score again")
-        known = {item.name: item for item in fields(cls) if item.name != "extra"}
-        for name in (name for name, item in known.items() if _required(item)):
-            if name not in data:
-                raise InputError(f"{where}: the key {name!r} is missing; the folder is incomplete, score again")
-        values = {name: _typed(name, data[name], known[name].type, where) for name in known if name in data}
-        values["layers"] = {name: _layer(name, entry, where) for name, entry in values["layers"].items()}
-        manifest = cls(**values, extra={key: value for key, value in data.items() if key not in known})
-        manifest._check(where)
-        return manifest
-
-    def _check(self, where: str | Path) -> None:
         for kind, names, known in (
             ("granularity", self.granularity.split("+"), COMPONENTS),
             ("method", [self.method], METHODS),
@@ -264,8 +251,7 @@ class Manifest:
         if self.granularity in COMPONENTS:  # what a class of the user's own scores, its shapes say
             dims = {COMPONENTS.make(self.granularity).dims}
         for name, layer in self.layers.items():
-            sizes_are_right = all(type(size) is int and size > 0 for size in layer.shape)
-            if {len(layer.shape)} != dims or not dims <= {1, 2} or not sizes_are_right:
+            if {len(layer.shape)} != dims or not dims <= {1, 2} or min(layer.shape) < 1:
                 raise InputError(
                     f"{where}: layer {name} has shape {layer.shape}, which no {self.granularity} score has"
                 )
@@ -273,47 +259,13 @@ class Manifest:
         spans += [("rows", name, layer.rows) for name, layer in self.layers.items() if layer.rows is not None]
         for key, name, span in spans:
             whole = range(self.layers[name].shape[0] + 1) if name in self.layers else ()
-            if not (isinstance(span, list) and len(span) == 2 and all(i in whole for i in span) and span[0] < span[1]):
+            if not (len(span) == 2 and all(i in whole for i in span) and span[0] < span[1]):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
 
 _ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "shards")
 """Keys that most manifests do not have."""
 
-
-def _required(item: Any) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
-def _check_version(data: Mapping[str, Any], where: str | Path) -> None:
-    version = data.get("format_version")
-    if version is None:
-        raise InputError(f"{where}: has no format_version, so it is not a score folder's manifest; score again")
-    if version != FORMAT_VERSION:
-        way = "score again with this program" if _is_older(version) else "update sparc3_pl"
-        raise InputError(f"{where}: format_version={version}, but this program reads {FORMAT_VERSION}; {way}")
-
-
-def _is_older(version: Any) -> bool:
-    return not isinstance(version, int) or version < FORMAT_VERSION
-
-
-def _typed(name: str, value: Any, kind: Any, where: str | Path) -> Any:
-    """``value`` if it is of the annotated type; an int passes for a float, and ``null`` for a float that overflowed."""
-    allowed = tuple(get_origin(part) or part for part in get_args(kind) if get_origin(kind) is UnionType)
-    allowed = allowed or (get_origin(kind) or kind,)
-    if float in allowed and type(value) in (int, float, type(None)):
-        return float("nan") if value is None else float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise InputError(f"{where}: {name}={value!r} is not of type {kind}; the file is damaged, score again")
-    if isinstance(value, int) and value < 0 and name != "seed":
-        raise InputError(f"{where}: {name}={value} is negative; the file is damaged, score again")
-    return value
-
-
-def _layer(name: str, entry: Any, where: str | Path) -> LayerStats:
-    known = {item.name: item for item in fields(LayerStats)}
-    if not isinstance(entry, dict) or {key for key, item in known.items() if _required(item)} - set(entry):
-        raise InputError(f"{where}: the entry of layer {name} is incomplete; the file is damaged, score again")
-    there = {key: item for key, item in known.items() if key in entry}
-    return LayerStats(**{k: _typed(f"layers.{name}.{k}", entry[k], item.type, where) for k, item in there.items()})
+FORMAT = Format(
+    Manifest, "a score folder's manifest", FORMAT_VERSION, "score again", extra="extra", check=Manifest.check
+)

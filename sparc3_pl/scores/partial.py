@@ -30,7 +30,8 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.claims import sole_run
 from sparc3_pl.io.files import fsync, read_json, strict_json, write_text, writing
 from sparc3_pl.io.provenance import redacted
-from sparc3_pl.scores.sums import LayerTensors, Records, SumsFile, added, sums_of, write_sums
+from sparc3_pl.scores.manifest import ScoredSample
+from sparc3_pl.scores.sums import LayerTensors, SumsFile, added, sums_of, write_sums
 
 __all__ = ["PartialSums", "differing_settings", "partial_folder"]
 
@@ -98,7 +99,7 @@ class PartialSums:
         """Takes over what rank 0 has found."""
         self._generation, self._run, self.ids = agreed["generation"], agreed["run"], frozenset(agreed["ids"])
 
-    def save(self, tensors: LayerTensors, records: Records) -> None:
+    def save(self, tensors: LayerTensors, samples: Sequence[ScoredSample]) -> None:
         """Puts this rank's sums on the disk in place of its earlier ones; an interruption leaves one or the other.
 
         Raises:
@@ -106,7 +107,7 @@ class PartialSums:
         """
         name = f"{self._generation:06d}-{self._run}-{self._rank:05d}.safetensors"
         shapes, load = sums_of(tensors)
-        self._write(self.folder / name, shapes, load, records)
+        self._write(self.folder / name, shapes, load, samples)
 
     def base(self) -> SumsFile | None:
         """The sums of earlier runs; None if there are none."""
@@ -154,21 +155,21 @@ class PartialSums:
         return found
 
     def _fold(self, files: Sequence[SumsFile], generation: int) -> None:
-        records = [record for file in files for record in file.records]
-        self._write(self.folder / f"{generation:06d}{_BASE}", files[0].shapes, added(files), records)
+        samples = [sample for file in files for sample in file.samples]
+        self._write(self.folder / f"{generation:06d}{_BASE}", files[0].shapes, added(files), samples)
 
     def _write(
         self,
         path: Path,
         shapes: Mapping[str, tuple[str, tuple[int, ...]]],
         load: Callable[[str], Tensor],
-        records: Records,
+        samples: Sequence[ScoredSample],
     ) -> None:
         draft = path.with_suffix(f".{secrets.token_hex(4)}.draft")
         try:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            write_sums(draft, shapes, load, records)
+            write_sums(draft, shapes, load, samples)
             with writing(path):
                 publish(draft, path)
         finally:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from sparc3_pl.attribution.methods import Options
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import FolderKind, json_digest, new_folder, read_json, strict_json, write_text
+from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text
+from sparc3_pl.io.formats import Format
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.model.components import Group
 from sparc3_pl.scores.manifest import About, ScoredSample
-from sparc3_pl.scores.sums import LayerTensors, Records, SumsFile, sums_of, write_sums
+from sparc3_pl.scores.sums import LayerTensors, SumsFile, samples_digest, sums_of, write_sums
 
 __all__ = ["KIND", "MARKER", "ScorePart", "parse_part", "write_part"]
 
@@ -74,30 +74,60 @@ def write_part(
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    records = [sample.to_json() for sample in samples]
     with new_folder(folder, overwrite, KIND) as temporary:
         shapes, load = sums_of(tensors)
-        digests = write_sums(temporary / _SUMS, shapes, load, records)
+        digests = write_sums(temporary / _SUMS, shapes, load, samples)
         if config is not None:
             write_text(temporary / "config.yaml", config)
         content = {
-            "format_version": FORMAT_VERSION,
             "shard": list(part),
             "settings": dict(settings),
             "about": asdict(about),
             "groups": [asdict(group) for group in groups],
             "tensors": digests,
-            "samples_sha256": _records_digest(records),
+            "samples_sha256": samples_digest([sample.to_json() for sample in samples]),
             "versions": versions(),
             "command": command_line(),
             "created": now(),
         }
-        content = json.loads(strict_json(redacted(content)))
-        write_text(temporary / MARKER, strict_json(content | {"sha256": json_digest(content)}, indent=1) + "\n")
+        write_text(temporary / MARKER, strict_json(FORMAT.seal(redacted(content)), indent=1) + "\n")
 
 
-def _records_digest(records: Records) -> str:
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class PartAbout(About):
+    """What a part says of the scores; one of an earlier version names the rows that are neurons' here."""
+
+    neuron_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartContent:
+    """The content of ``shard.json``.
+
+    Attributes:
+        shard: Which part of how many, from 1.
+        settings: What every part of the run has in common.
+        about: What the manifest will say of the scores.
+        tensors: sha256 of each tensor's bytes by ``LAYER/KEY``.
+        samples_sha256: Of the samples' records.
+        versions: Of Python and the packages.
+        command: The command line that made the part.
+        created: UTC, ISO 8601.
+        groups: The scored components, in the model's order; a part of an earlier version has none.
+    """
+
+    shard: tuple[int, int]
+    settings: dict[str, Any]
+    about: PartAbout
+    tensors: dict[str, str]
+    samples_sha256: str
+    versions: dict[str, str]
+    command: str
+    created: str
+    groups: list[Group] | None = None
+
+
+FORMAT = Format(PartContent, "the content of a part", FORMAT_VERSION, "score the part again", sealed=True)
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,7 @@ class ScorePart:
     """
 
     path: Path
-    content: dict[str, Any]
+    content: PartContent
     sums: SumsFile
 
     @classmethod
@@ -124,31 +154,21 @@ class ScorePart:
         path = Path(path)
         if not (path / MARKER).is_file():
             raise InputError(f"{path}: holds no {MARKER}; give folders that score --part has written")
-        content = read_json(path / MARKER)
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: format_version={version!r}, but this program reads {FORMAT_VERSION}; score the part again"
-            )
-        if content.pop("sha256", None) != json_digest(content):
-            raise InputError(f"{path / MARKER}: its content does not match its sha256; it was changed, score it again")
+        content = FORMAT.read(path / MARKER)
         sums = SumsFile(path / _SUMS)
-        if (
-            sums.shapes.keys() != content["tensors"].keys()
-            or _records_digest(sums.records) != content["samples_sha256"]
-        ):
+        if sums.shapes.keys() != content.tensors.keys() or sums.samples_sha256 != content.samples_sha256:
             raise InputError(f"{sums.path}: does not belong to its {MARKER}; it was changed, score the part again")
         return cls(path, content, sums)
 
     @property
     def number(self) -> int:
         """Which part this is, from 1."""
-        return self.content["shard"][0]
+        return self.content.shard[0]
 
     @property
     def count(self) -> int:
         """Of how many."""
-        return self.content["shard"][1]
+        return self.content.shard[1]
 
     def load(self, name: str) -> Tensor:
         """The sum ``LAYER/KEY``.
@@ -157,36 +177,33 @@ class ScorePart:
             InputError: if its bytes do not match their sha256.
         """
         tensor = self.sums.load(name)
-        if (
-            hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
-            != self.content["tensors"][name]
-        ):
+        digest = hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
+        if digest != self.content.tensors[name]:
             raise InputError(f"{self.sums.path}: {name} does not match its sha256; a byte was changed, score it again")
         return tensor
 
     @property
     def about(self) -> About:
         """What the manifest will say of the scores."""
-        return About.from_json(self.content["about"])
+        return About(**{item.name: getattr(self.content.about, item.name) for item in fields(About)})
 
     @property
     def options(self) -> Options:
         """The options that the sums were made with, as far as scores depend on them."""
-        settings = self.content["settings"]
+        settings = self.content.settings
         given = {name: settings[name] for name in ("signed", "squares", "groups", "nonfinite")}
         return Options(**given, seed=self.about.seed or 0)
 
     def groups(self) -> dict[str, Group]:
         """The scored components by layer, in the model's order."""
-        if "groups" in self.content:
-            groups = [Group(**group | {"shape": tuple(group["shape"])}) for group in self.content["groups"]]
-            return {group.layer: group for group in groups}
-        layers = self.content["settings"]["layers"]  # a part of an earlier version
+        if self.content.groups is not None:
+            return {group.layer: group for group in self.content.groups}
+        layers = self.content.settings["layers"]  # a part of an earlier version
         return {layer: self._earlier_group(layer) for layer in layers}
 
     def _earlier_group(self, layer: str) -> Group:
         shape = self.sums.shapes[f"{layer}/sum"][1]
         if self.about.granularity == "weight":
             return Group(layer, shape, "both", math.prod(shape))
-        start, stop = self.content["about"].get("neuron_rows", {}).get(layer, (0, shape[0]))
+        start, stop = self.content.about.neuron_rows.get(layer, (0, shape[0]))
         return Group(layer, shape, "out", stop - start, first=start)

@@ -18,13 +18,12 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import open_tensors, writing
 from sparc3_pl.runtime.collectives import whole
+from sparc3_pl.scores.manifest import ScoredSample, samples_from
 
-__all__ = ["SumsFile", "added", "sums_of", "write_sums"]
+__all__ = ["SumsFile", "added", "samples_digest", "sums_of", "write_sums"]
 
 
 LayerTensors = Mapping[str, Mapping[str, Tensor]]
-
-Records = list[dict[str, Any]]
 
 _KINDS = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
@@ -35,7 +34,7 @@ _BYTES = {"F32": 4, "F64": 8, "I64": 8}
 
 
 class SumsFile:
-    """Tensors by layer that simply add up, and the records of the samples they are sums of.
+    """Tensors by layer that simply add up, and the samples they are sums of.
 
     Args:
         path: A file that ``write_sums`` has written.
@@ -59,12 +58,14 @@ class SumsFile:
             self._digests = json.loads(about["digests"])
             if self._digests.keys() != self.shapes.keys():
                 raise self._damaged("its list of tensors")
-        self.records: Records = json.loads(about["records"])
+        records = json.loads(about["records"])
+        self.samples = samples_from(records, path)
+        self.samples_sha256 = samples_digest(records)
 
     @property
     def ids(self) -> set[str]:
         """The ids of the samples in this file."""
-        return {record["id"] for record in self.records}
+        return {sample.id for sample in self.samples}
 
     def keys(self, layer: str) -> list[str]:
         """The names of a layer's tensors."""
@@ -107,7 +108,10 @@ class SumsFile:
 
 
 def write_sums(
-    path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], load: Callable[[str], Tensor], records: Records
+    path: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    load: Callable[[str], Tensor],
+    samples: Sequence[ScoredSample],
 ) -> dict[str, str]:
     """Writes a safetensors file, one tensor at a time, and waits until it is on the disk.
 
@@ -118,7 +122,7 @@ def write_sums(
         path: The file.
         shapes: By tensor name ``LAYER/KEY``: the type in safetensors' spelling, and the shape.
         load: Gives a tensor by its name; called once for each, in order.
-        records: Of the samples.
+        samples: Those that the tensors are sums of.
 
     Returns:
         The sha256 of each tensor's bytes, in hex.
@@ -126,6 +130,7 @@ def write_sums(
     Raises:
         InputError: if it cannot be written.
     """
+    records = json.dumps([sample.to_json() for sample in samples])
     placeholders = dict.fromkeys(shapes, "0" * 64)
     room = _header(shapes, records, placeholders)
     digests = {}
@@ -146,9 +151,9 @@ def write_sums(
     return digests
 
 
-def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: Records, digests: Mapping[str, str]) -> bytes:
+def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: str, digests: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file: the length of a JSON object, and that object."""
-    texts = {"records": json.dumps(records), "digests": json.dumps(dict(digests))}
+    texts = {"records": records, "digests": json.dumps(dict(digests))}
     about = texts | {"sha256": _header_digest(texts["records"], texts["digests"])}
     entries: dict[str, Any] = {"__metadata__": about}
     end = 0
@@ -158,6 +163,11 @@ def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: Records,
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def samples_digest(records: list[dict[str, Any]]) -> str:
+    """The sha256 of the records of samples, as JSON objects."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
 def _header_digest(records: str, digests: str) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +134,7 @@ class ScoreWriter:
         *,
         num_samples: int,
         num_tokens: int,
-        samples: Iterable[Mapping[str, Any]] = (),
+        samples: Iterable[ScoredSample] = (),
         granularity: str | None = None,
         total_relevance: float | None = None,
         versions: dict[str, str] | None = None,
@@ -149,7 +149,7 @@ class ScoreWriter:
         Args:
             num_samples: Samples in the mean.
             num_tokens: Real tokens in them.
-            samples: A dictionary for each sample, as ``ScoredSample.to_json`` makes it.
+            samples: Those samples.
             granularity: Name of the component; by default ``neuron`` or ``weight``, read off the layers.
             total_relevance: Sum of all layers' sums if not given.
             versions: In place of this process's own; so are ``command`` and ``created``.
@@ -167,7 +167,7 @@ class ScoreWriter:
             save_tensors(self._path / SQUARES, self._squares)
         if self._groups:
             save_tensors(self._path / GROUPS, self._groups)
-        write_text(self._path / SAMPLES, "".join(strict_json(dict(sample)) + "\n" for sample in samples))
+        write_text(self._path / SAMPLES, "".join(strict_json(sample.to_json()) + "\n" for sample in samples))
         total = math.fsum(layer.sum for layer in self._layers.values())
         manifest = Manifest(
             **provenance.redacted(vars(known)),
@@ -186,7 +186,7 @@ class ScoreWriter:
             hardware=provenance.hardware(),
             shards=provenance.redacted(list(shards)),
         )
-        manifest._check(self.folder)
+        manifest.check(self.folder)
         write_text(self._path / MANIFEST, json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
         self._finished = True
         return manifest
@@ -248,6 +248,6 @@ def write_scores(
             **vars(about) | {"data": about.data | {"sample_ids": [sample.id for sample in samples]}},
             num_samples=len(samples),
             num_tokens=sum(sample.num_tokens for sample in samples),
-            samples=[sample.to_json() for sample in samples],
+            samples=samples,
             shards=shards,
         )

@@ -29,7 +29,7 @@ from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.scores.manifest import KIND as SCORES
-from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
+from sparc3_pl.scores.manifest import About, Manifest
 from sparc3_pl.scores.partial import differing_settings
 from sparc3_pl.scores.parts import ScorePart
 from sparc3_pl.scores.sums import added
@@ -71,7 +71,7 @@ def _require_whole(parts: Sequence[ScorePart]) -> None:
     """They are parts of one run, all of them, and no sample is in two."""
     first = parts[0]
     for part in parts[1:]:
-        key = next(differing_settings(first.content["settings"], part.content["settings"]), None)
+        key = next(differing_settings(first.content.settings, part.content.settings), None)
         if key is not None:
             raise InputError(
                 f"{part.path}: was made with another {key} than {first.path}; score it again like the others"
@@ -109,7 +109,7 @@ def _write(
     if method.needs_weights:
         model = _model_of(about, _source(about.model, pretrained, trust_remote_code))
         groups = {group.layer: group for group in groups_of(model, about.components(), about.targets)}
-    samples = [ScoredSample.from_json(record) for part in parts for record in part.sums.records]
+    samples = [sample for part in parts for sample in part.sums.samples]
     config = first.path / "config.yaml"
     return write_scores(
         output,
@@ -118,7 +118,7 @@ def _write(
         about,
         samples,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        shards=[part.content["command"] for part in parts],
+        shards=[part.content.command for part in parts],
     )
 
 

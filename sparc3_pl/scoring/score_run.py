@@ -186,7 +186,7 @@ class ScoreRun:
             InputError: if they cannot be written.
         """
         if self._partial is not None and self._unsaved:
-            self._partial.save(self.scorer.sums, [sample.to_json() for sample in self.samples])
+            self._partial.save(self.scorer.sums, self.samples)
             kept(self._partial.folder)
             self._unsaved = False
 
@@ -214,7 +214,7 @@ class ScoreRun:
         for name, sums in self.scorer.sums.items():
             for key, tensor in sums.items():
                 tensor += base.load(f"{name}/{key}").to(tensor.device)
-        return [ScoredSample.from_json(record) for record in base.records]
+        return base.samples
 
     def _write(self, samples: list[ScoredSample]) -> None:
         assert len({sample.id for sample in samples}) == len(samples), "a sample was counted twice"

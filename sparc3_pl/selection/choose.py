@@ -172,5 +172,5 @@ def _sample_ids(folders: Sequence[ScoreFolder]) -> list[str]:
 
 def _behaviour_ids(folders: Sequence[ScoreFolder]) -> list[str]:
     """Ids of the samples, and of the texts that they were made from: of packed or cut ones these are others."""
-    texts = {str(name) for folder in folders for sample in folder.samples() for name in sample.get("text_ids") or ()}
+    texts = {name for folder in folders for sample in folder.samples() for name in sample.text_ids}
     return sorted({*_sample_ids(folders), *texts})

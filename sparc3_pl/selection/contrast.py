@@ -465,12 +465,12 @@ def format_warnings(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFol
     sides = [[sample for folder in folders for sample in folder.samples()] for folders in (general, behaviour)]
     advice = "the contrast compares formats as well as behaviours; score general samples matched by data.match: FILE"
     warnings = []
-    lengths = [[s["num_tokens"] for s in side if s.get("num_tokens")] for side in sides]
+    lengths = [[sample.num_tokens for sample in side if sample.num_tokens] for side in sides]
     if all(lengths):
         g, b = (mean(side) for side in lengths)
         if max(g, b) > _LENGTH_RATIO * min(g, b):
             warnings.append(f"general samples have {g:.1f} tokens on average, behaviour samples {b:.1f}: {advice}")
-    endings = [[s["ending"] == "stop" for s in side if s.get("ending")] for side in sides]
+    endings = [[sample.ending == "stop" for sample in side if sample.ending] for side in sides]
     if all(endings):
         g, b = (mean(map(float, side)) for side in endings)
         if abs(g - b) > _ENDING_GAP:

@@ -47,7 +47,7 @@ def test_scores_without_a_tokenizer_are_those_of_the_text(files, tmp_path):
     for layer in texts.layers:
         one, other = (torch.cat(list(folder.blocks(layer))) for folder in (texts, ids))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # the batches are in another order
-    assert [sample.get("ending") for sample in ids.samples()] == [None] * len(LISTS)
+    assert [sample.ending for sample in ids.samples()] == [None] * len(LISTS)
     saved = tmp_path / "pruned"
     prune([str(ids.path)], [str(texts.path)], str(tmp_path / "plan.json"), num_neurons=3, save_model=str(saved))
     assert AutoModelForCausalLM.from_pretrained(saved).config.vocab_size == VOCAB

@@ -42,7 +42,7 @@ def test_figures_of_one_folder(tmp_path):
     folder = sound(tmp_path / "a")
     found = audit_folder(folder)
     values = torch.cat([folder.load(name) for name in LAYERS])
-    relevance = [row["relevance"] for row in folder.samples()]
+    relevance = [sample.relevance for sample in folder.samples()]
     assert found.num_scores == values.numel() == 21
     assert found.num_layers == 3
     assert found.total_relevance == pytest.approx(math.fsum(values.tolist()), rel=1e-9)

@@ -9,6 +9,7 @@ from score_folders import write
 from sparc3_pl.diagnosis.evidence import evidence, weigh
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.selection.contrast import Scores, contrast
@@ -23,7 +24,7 @@ def folder(path, mean, noise=0.02, seed=0, groups=True, source="demo"):
     generator = torch.Generator().manual_seed(seed)
     samples = mean + noise * mean * torch.randn(GROUPS, EACH, 2, WIDTH, generator=generator)
     records = [
-        {"id": f"{source}{seed}-{i}", "num_tokens": 8, "ending": "cut", "relevance": float(total)}
+        ScoredSample(f"{source}{seed}-{i}", 8, "cut", relevance=float(total))
         for i, total in enumerate(samples.sum((2, 3)).flatten())
     ]
     flat = samples.flatten(0, 1)
@@ -34,7 +35,7 @@ def folder(path, mean, noise=0.02, seed=0, groups=True, source="demo"):
         writer.finish(
             method="lrp", num_samples=32, num_tokens=256,
             model={"pretrained": "./nowhere", "revision": None, "fingerprint": "sha256:00"},
-            data={"source": source, "seed": seed, "sample_ids": [r["id"] for r in records]}, samples=records,
+            data={"source": source, "seed": seed, "sample_ids": [record.id for record in records]}, samples=records,
         )  # fmt: skip
     return str(path)
 

@@ -1,12 +1,13 @@
 """The evaluation folder: whole or not at all, and every change to it is noticed."""
 
+import hashlib
 import json
 import math
 
 import pytest
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.results import Evaluation, _digest, write_evaluation
+from sparc3_pl.evaluation.results import FORMAT, Evaluation, write_evaluation
 
 RESULTS = {"perplexity": {"value": 9.5}, "toxicity": {"mean": math.nan}, "model": {}, "data": {}}
 ROWS = [{"id": "a", "k": 0, "completion": "line one\nline\u2028two"}, {"id": "b", "k": 0, "completion": ""}]
@@ -54,11 +55,29 @@ def test_damage_is_noticed(folder, name, damage):
 def test_an_old_format_and_a_foreign_path_are_refused(folder):
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps({**results, "format_version": 0}))
-    with pytest.raises(InputError, match="format_version is 0, this program reads 1"):
+    with pytest.raises(InputError, match=r"results.json: format_version=0, but this program reads 1; evaluate again"):
         Evaluation.open(folder)
     outside = {k: v for k, v in results.items() if k != "sha256"} | {"files": {"../secret": "0"}}
-    (folder / "results.json").write_text(json.dumps({**outside, "sha256": _digest(outside)}))
+    (folder / "results.json").write_text(json.dumps(FORMAT.seal(outside)))
     with pytest.raises(InputError, match="outside the folder"):
+        Evaluation.open(folder)
+
+
+def test_what_earlier_versions_wrote_is_read_and_a_wrong_type_is_refused(folder):
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    del results["sha256"]
+    earlier = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(results | {"sha256": earlier}))
+    assert Evaluation.open(folder).digest == earlier
+    path.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"results.json: the key 'sha256' is missing"):
+        Evaluation.open(folder)
+    path.write_text(json.dumps(FORMAT.seal(results | {"toxicity": [1]})))
+    with pytest.raises(InputError, match=r"results.json: toxicity=\[1\] \("):
+        Evaluation.open(folder)
+    path.write_text(json.dumps(FORMAT.seal({key: value for key, value in results.items() if key != "data"})))
+    with pytest.raises(InputError, match=r"results.json: the key 'data' is missing"):
         Evaluation.open(folder)
 
 

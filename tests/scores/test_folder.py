@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from score_folders import LAYERS, random_scores, write
 
+from sparc3_pl.data.matching import Target, read_targets
 from sparc3_pl.errors import InputError
 from sparc3_pl.io import files
 from sparc3_pl.scores import folder as scores
 from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, mean_scores, require_comparable
-from sparc3_pl.scores.manifest import Manifest
+from sparc3_pl.scores.manifest import FORMAT, ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 
 KEYS = {  # of the fixed interface
@@ -39,7 +40,8 @@ def rewrite(folder: Path, **changes) -> None:
 @pytest.mark.parametrize("shape", [(7,), (7, 5)], ids=["neuron", "weight"])
 def test_what_is_written_is_read(tmp_path, shape):
     values = random_scores(1, shape)
-    folder = write(tmp_path / "scores", values, samples=[{"id": "a", "relevance": float("nan")}, {"id": "b"}])
+    samples = [{"id": "a", "num_tokens": 3, "relevance": float("nan")}, {"id": "b", "num_tokens": 4, "text_ids": ["t"]}]
+    folder = write(tmp_path / "scores", values, samples=samples)
     data = json.loads((folder.path / "manifest.json").read_text())
     assert set(data) >= KEYS
     assert data["granularity"] == {1: "neuron", 2: "weight"}[len(shape)]
@@ -49,8 +51,8 @@ def test_what_is_written_is_read(tmp_path, shape):
         assert torch.equal(folder.load(name), values[name])
         assert torch.equal(torch.cat(list(folder.blocks(name, 3))), values[name].flatten())
         assert torch.equal(load_file(folder.path / data["layers"][name]["file"])[name], values[name])
-    assert folder.samples() == [{"id": "a", "relevance": None}, {"id": "b"}]
-    assert Manifest.from_json(data) == folder.manifest
+    assert folder.samples() == [ScoredSample("a", 3), ScoredSample("b", 4, text_ids=("t",))]
+    assert FORMAT.parse(data, "m") == folder.manifest
     assert not list(tmp_path.glob(".*"))
 
 
@@ -200,9 +202,12 @@ def test_not_a_score_folder(tmp_path):
         ({"method": None}, "'method' is missing"),
         ({"method": "guess"}, "method='guess' is unknown"),
         ({"granularity": "heed"}, "granularity='heed'"),
-        ({"num_samples": -1}, "negative"),
-        ({"num_samples": "many"}, "not of type"),
-        ({"signed": 1}, "not of type"),
+        (
+            {"num_samples": -1},
+            r"manifest.json: num_samples=-1 \(.*greater than or equal to 0\); it is damaged, score again",
+        ),
+        ({"num_samples": "many"}, r"num_samples=\"many\" \(.*valid integer\)"),
+        ({"signed": 1}, r"signed=1 \(.*valid boolean\)"),
         ({"layers": {}}, "no layer is scored"),
         ({"layers": {"a": {}}}, "incomplete"),
         ({"model": {}}, "fingerprint is missing"),
@@ -267,6 +272,48 @@ def test_flipped_byte_in_the_samples(tmp_path):
     path = folder.path / "samples.jsonl"
     path.write_text(path.read_text().replace("5", "6"))
     refused(folder.path, "samples.jsonl: does not match")
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        ('{"id": "a"}\n', r"samples.jsonl: the key '0.num_tokens' is missing"),
+        ('{"id": "a", "num_tokens": 1}\n{"id": "b", "num_tokens": "2"}\n', r'samples.jsonl: 1.num_tokens="2" '),
+        ('{"id": "a", "num_tokens": 1, "text_ids": 3}\n', r"samples.jsonl: 0.text_ids=3 "),
+        ("[1]\n", r"samples.jsonl: 0=\[1\] "),
+        ('{"id": "a", "num_to', "samples.jsonl: a line is not valid JSON"),
+    ],
+)
+def test_samples_that_are_wrong_where_no_digest_tells(tmp_path, lines, match):
+    """Folders of earlier versions have no sha256 of their samples."""
+    folder = write(tmp_path / "s", random_scores(1))
+    rewrite(folder.path, samples_sha256=None)
+    (folder.path / "samples.jsonl").write_text(lines)
+    refused(folder.path, match)
+
+
+def test_line_ends_in_what_is_known_of_a_sample(tmp_path):
+    record = {"id": "a", "num_tokens": 1, "token": "x\u2028y\x85z"}
+    folder = write(tmp_path / "s", random_scores(1), samples=[record])
+    assert folder.samples() == [ScoredSample("a", 1, more={"token": "x\u2028y\x85z"})]
+    assert folder.samples()[0].to_json() == record
+    (tmp_path / "samples.jsonl").write_text(files.strict_json(record | {"ending": "stop"}) + "\n", encoding="utf-8")
+    assert read_targets(tmp_path) == [Target(1, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"versions": {"torch": 2}}, r"versions.torch=2 \("),
+        ({"group_sizes": [4, -1]}, r"group_sizes.1=-1 \("),
+        ({"shards": "score"}, r'shards="score" \('),
+        ({"squares": {LAYERS[0]: 5}}, "squares."),
+    ],
+)
+def test_values_inside_of_others_are_typed_too(tmp_path, changes, match):
+    folder = write(tmp_path / "s", random_scores(1))
+    rewrite(folder.path, **changes)
+    refused(folder.path, match)
 
 
 def test_shape_that_the_file_does_not_have(tmp_path):

@@ -19,6 +19,7 @@ from tiny_tokenizers import sentences, tiny_tokenizer
 from sparc3_pl.cli import main
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scores.partial import PartialSums, partial_folder
 from sparc3_pl.scores.sums import SumsFile
 from sparc3_pl.scores.writer import ScoreWriter
@@ -160,7 +161,7 @@ def test_samples_of_two_runs_at_once_are_counted_once(tmp_path):
     def save(rank, ids, value):
         run = PartialSums(tmp_path / "scores", rank)
         run.join({"generation": 0, "run": f"{rank:08x}", "ids": []})
-        run.save({"layer": {"sum": torch.full((3,), value)}}, [{"id": identity} for identity in ids])
+        run.save({"layer": {"sum": torch.full((3,), value)}}, [ScoredSample(identity, 1) for identity in ids])
 
     save(0, ["a", "b"], 2.0)
     save(1, ["b", "c"], 2.0)
@@ -180,7 +181,7 @@ def saved(output: Path, generation: int, rank: int, sample: str, value: float) -
     before = set(partial_folder(output).glob("*"))
     run = PartialSums(output, rank)
     run.join({"generation": generation, "run": f"{rank:08x}", "ids": []})
-    run.save({"layer": {"sum": torch.full((3,), value)}}, [{"id": sample}])
+    run.save({"layer": {"sum": torch.full((3,), value)}}, [ScoredSample(sample, 1)])
     (path,) = set(partial_folder(output).glob("*")) - before
     return path
 
@@ -215,10 +216,14 @@ def test_sums_survive_the_removal_of_their_damaged_base(tmp_path):
 
 
 def test_sums_of_an_earlier_version_without_digests(tmp_path):
-    save_file({"layer/sum": torch.ones(3)}, tmp_path / "old.safetensors", {"records": '[{"id": "a"}]'})
+    save_file(
+        {"layer/sum": torch.ones(3)},
+        tmp_path / "old.safetensors",
+        {"records": '[{"id": "a", "num_tokens": 3, "ending": null}]'},
+    )
     old = SumsFile(tmp_path / "old.safetensors")
     old.verify()
-    assert old.ids == {"a"}
+    assert old.samples == [ScoredSample("a", 3)]
 
 
 def test_another_part_and_another_config_are_other_sums(tmp_path):

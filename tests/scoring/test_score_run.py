@@ -20,7 +20,7 @@ from sparc3_pl.model.components import Component, Group
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import features, mlps
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
-from sparc3_pl.scores.manifest import Manifest, ScoredSample
+from sparc3_pl.scores.manifest import FORMAT, ScoredSample
 from sparc3_pl.scoring.merge import merge
 from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun
@@ -141,9 +141,9 @@ def test_a_run_without_lightning(model, tmp_path):
         wanted = by_hand(model, name, lambda logits, _: logits.max()).sum(1)
         torch.testing.assert_close(folder.load(name), wanted, rtol=1e-4, atol=1e-6)
     manifest, samples = folder.manifest, folder.samples()
-    assert manifest.data["sample_ids"] == [sample["id"] for sample in samples] == sorted(IDS)
-    assert [sample["num_tokens"] for sample in samples] == [2, 4, 6, 9]
-    assert sum(sample["relevance"] for sample in samples) / 4 == pytest.approx(manifest.total_relevance, rel=1e-5)
+    assert manifest.data["sample_ids"] == [sample.id for sample in samples] == sorted(IDS)
+    assert [sample.num_tokens for sample in samples] == [2, 4, 6, 9]
+    assert sum(sample.relevance for sample in samples) / 4 == pytest.approx(manifest.total_relevance, rel=1e-5)
     assert (manifest.target, manifest.nonfinite, manifest.seed, manifest.neuron_rows) == (
         "predicted",
         "error",
@@ -205,7 +205,7 @@ def test_a_target_of_ones_own(model, tmp_path):
         wanted = by_hand(model, name, lambda logits, i: 2 * logits[labels[i]]).sum(1)
         torch.testing.assert_close(folder.load(name), wanted, rtol=1e-4, atol=1e-6)
     assert (folder.manifest.target, folder.manifest.target_args) == (f"{__name__}.Labelled", {"factor": 2.0})
-    assert {sample["id"]: sample["label"] for sample in folder.samples()} == dict(
+    assert {sample.id: sample.more["label"] for sample in folder.samples()} == dict(
         zip(IDS, labels.tolist(), strict=True)
     )
     other = score(tmp_path / "t", model, batches(), method="gradient")
@@ -318,7 +318,7 @@ def test_a_fused_maps_neurons_are_counted_once(tmp_path, family):
 def test_the_total_is_the_mean_of_the_samples_totals(tmp_path):
     model = tiny("phi3").requires_grad_(False)
     folder = score(tmp_path / "s", model, batches())
-    relevance = [sample["relevance"] for sample in folder.samples()]
+    relevance = [sample.relevance for sample in folder.samples()]
     assert sum(relevance) / 4 == pytest.approx(folder.manifest.total_relevance, rel=1e-5)
     wanted = sum(float(folder.load(name)[24:].double().sum()) for name in folder.layers)
     assert folder.manifest.total_relevance == pytest.approx(wanted)
@@ -341,10 +341,10 @@ def test_a_manifest_of_an_earlier_version(tmp_path):
     del data["sha256"], data["target"]
     name = folder.layers[0]
     data |= {"neuron_rows": {name: [3, 7]}, "note": "kept"}
-    manifest = Manifest.from_json(data)
+    manifest = FORMAT.parse(data, "m")
     assert (manifest.target, manifest.neuron_rows, manifest.extra) == ("predicted", {name: [3, 7]}, {"note": "kept"})
     assert manifest.layers[name].rows is None
     assert manifest.num_scores == 21
     data["layers"][name]["rows"] = [5, 9]
     with pytest.raises(InputError, match=r"rows of layer .* are \[5, 9\]"):
-        Manifest.from_json(data)
+        FORMAT.parse(data, "m")

@@ -21,7 +21,7 @@ def general(tmp_path):
 
 @pytest.fixture
 def behaviour(tmp_path):
-    samples = [{"id": "one"}, {"id": "two"}]
+    samples = [{"id": "one", "num_tokens": 3}, {"id": "two", "num_tokens": 3}]
     return [write(tmp_path / "b", random_scores(3, (WIDTH,)), samples=samples)]
 
 
@@ -52,7 +52,10 @@ def test_chooses_the_lowest_of_all_layers(general, behaviour):
 
 
 def test_texts_that_the_samples_were_made_from_are_the_behaviours(tmp_path, general):
-    samples = [{"id": "one", "text_ids": ["first", "second"]}, {"id": "two", "text_ids": ["second", "two"]}]
+    samples = [
+        {"id": "one", "num_tokens": 3, "text_ids": ["first", "second"]},
+        {"id": "two", "num_tokens": 3, "text_ids": ["second", "two"]},
+    ]
     packed = [write(tmp_path / "packed", random_scores(3, (WIDTH,)), samples=samples)]
     assert make_plan(general, packed, num_neurons=3).behaviour_samples == ["first", "one", "second", "two"]
 
@@ -188,7 +191,9 @@ def test_a_choice_of_strong_neurons_is_flagged(tmp_path):
 
 
 def test_shared_samples_are_flagged(tmp_path):
-    folders = [write(tmp_path / n, random_scores(i), samples=[{"id": "x"}]) for i, n in enumerate("gb")]
+    folders = [
+        write(tmp_path / name, random_scores(i), samples=[{"id": "x", "num_tokens": 3}]) for i, name in enumerate("gb")
+    ]
     assert any("share samples" in text for text in make_plan(folders[:1], folders[1:], num_neurons=2).warnings)
 
 
