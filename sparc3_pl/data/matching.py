@@ -216,17 +216,17 @@ class _Document:
         return longer[len(shorter) : len(shorter) + 1].isalnum()
 
 
-def _fits(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
-    """Whether the span, cut to ``length``, ends as wanted, and after a whole word."""
-    return _fits_but_for_the_word(document, span, length, wanted) and not document.ends_in_a_word(span, length)
+def _fits(document: _Document, span: list[int], length: int, ending: Ending) -> bool:
+    """Whether the span, cut to ``length``, ends like ``ending``, and after a whole word."""
+    return _fits_but_for_the_word(document, span, length, ending) and not document.ends_in_a_word(span, length)
 
 
-def _fits_but_for_the_word(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
-    if wanted == "cut":
-        return _is_cut(document, span, length, wanted)
+def _fits_but_for_the_word(document: _Document, span: list[int], length: int, ending: Ending) -> bool:
+    if ending == "cut":
+        return _is_cut(document, span, length, ending)
     return document.ending(span[:length]) == "stop"
 
 
-def _is_cut(document: _Document, span: list[int], length: int, _wanted: Ending) -> bool:
+def _is_cut(document: _Document, span: list[int], length: int, _ending: Ending) -> bool:
     """A cut has text after it: a headline without a full stop is no text broken off."""
     return len(span) > length and document.ending(span[:length]) == "cut"

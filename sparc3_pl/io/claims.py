@@ -39,14 +39,14 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
-    made = _make_parents(lock)
+    folders = _make_parents(lock)
     try:
         handle = _locked(lock, path)
     except InputError:
-        _remove_empty(made)
+        _remove_empty(folders)
         raise
     except OSError:
-        _remove_empty(made)
+        _remove_empty(folders)
         yield
         return
     _held.add(path)
@@ -57,7 +57,7 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
         with suppress(OSError):
             lock.unlink()
         os.close(handle)
-        _remove_empty(made)
+        _remove_empty(folders)
 
 
 def _locked(lock: Path, output: Path) -> int:

@@ -74,10 +74,10 @@ class Format(Generic[T]):
         claimed = data.pop("sha256", None)
         if claimed is not None and claimed != json_digest(data):
             raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, {self.again}")
-        known = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
-        if "format_version" not in known:
+        names = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
+        if "format_version" not in names:
             del data["format_version"]
-        unknown = {key: data.pop(key) for key in sorted(set(data) - known)}
+        unknown = {key: data.pop(key) for key in sorted(set(data) - names)}
         if unknown and self.extra is None:
             raise InputError(f"{where}: {next(iter(unknown))!r} is no key of {self.name}; remove it or {self.again}")
         return self._typed(data | ({self.extra: unknown} if self.extra else {}), where)

@@ -34,9 +34,9 @@ def fingerprint(model: nn.Module) -> str:
     It is kept with the model: asking again costs a fraction of that, as long as no weight has changed.
     """
     state = _state(model)
-    known = _fingerprints.setdefault(model, {})
-    if state is not None and state in known:
-        return known[state]
+    cache = _fingerprints.setdefault(model, {})
+    if state is not None and state in cache:
+        return cache[state]
     digest = hashlib.sha256()
     for name, value in named_values(model):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -44,8 +44,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(memoryview(rounded.view(torch.uint8).numpy()).cast("B"))
     result = f"sha256:{digest.hexdigest()}"
     if state is not None:
-        known.clear()  # one state a model: the one that it is in
-        known[state] = result
+        cache.clear()  # one state a model: the one that it is in
+        cache[state] = result
     return result
 
 

@@ -140,8 +140,8 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
     ensure_pad_token(tokenizer)
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-    known = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
-    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if known else None)
+    has_limit = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
+    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if has_limit else None)
 
 
 def _locate(source: ModelSource) -> dict[str, Any]:

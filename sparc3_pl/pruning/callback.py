@@ -31,9 +31,9 @@ def find_model(module: nn.Module) -> "PreTrainedModel":
 
     if isinstance(getattr(module, "model", None), PreTrainedModel):
         return module.model
-    found = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
-    inner = {id(part) for m in found for part in m.modules() if part is not m}
-    outermost = [m for m in found if id(m) not in inner]
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    inner = {id(part) for m in models for part in m.modules() if part is not m}
+    outermost = [m for m in models if id(m) not in inner]
     if len(outermost) != 1:
         names = ", ".join(type(m).__name__ for m in outermost) or "none"
         raise InputError(

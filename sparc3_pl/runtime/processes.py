@@ -224,10 +224,10 @@ class _Process:
     def _origin(self) -> Failure | None:
         """What another rank has recorded, or how one of this process's ranks has ended."""
         deadline = time.monotonic() + GRACE_SECONDS
-        while (known := self.reporter.first()) is None and time.monotonic() < deadline:
+        while (failure := self.reporter.first()) is None and time.monotonic() < deadline:
             self.record_ended()
             time.sleep(POLL_SECONDS)
-        return known
+        return failure
 
     def record_ended(self) -> int | None:
         """Records the first of this process's ranks that has ended badly; gives its exit code."""

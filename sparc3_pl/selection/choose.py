@@ -104,8 +104,8 @@ def _amount(scores: Scores, num_neurons: int | None, num_weights: int | None, sh
     given = {name: value for name, value in asked.items() if value is not None}
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
     if len(given) != 1 or other in given:
-        told = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
-        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({told})")
+        values = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
+        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({values})")
     return Amount(own, given.get(own), share)
 
 
