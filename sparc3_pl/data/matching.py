@@ -114,7 +114,7 @@ def matched_samples(
 def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
     for text in texts:
         if not isinstance(text, str):
-            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids")
+            raise UnreadableTextError("data.match looks for the ends of sentences; give a field of text, not token ids")
         counts.update(encoder.special_counts(text))
         yield text
 
@@ -182,7 +182,7 @@ class _Document:
     Args:
         text: The document.
         encoder: The model's.
-        length: Of the longest sample that may be cut from it, in tokens.
+        length: Length in tokens of the longest sample that may be cut from it.
         limit: Sentence starts that are tried.
     """
 

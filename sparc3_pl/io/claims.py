@@ -29,7 +29,7 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
     """Keeps other processes from writing to ``output`` for as long as the block lasts.
 
     A claim inside a claim of the same process is part of it. Where no file can be made beside ``output``, or ``output``
-    is None, there is nothing to claim: whoever writes the result says why it cannot.
+    is None, there is nothing to claim; writing the result then fails with the reason.
 
     Raises:
         InputError: if another run has claimed ``output``.

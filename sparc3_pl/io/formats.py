@@ -43,7 +43,7 @@ class Format(Generic[T]):
     Attributes:
         kind: Dataclass of the content.
         name: What such a file is called in messages: ``a score folder's manifest``.
-        version: Of the layout; other versions are refused.
+        version: Version of the layout; other versions are refused.
         again: How the user gets a good file, as the end of a sentence: ``score again``.
         extra: Field of ``kind`` that keeps keys of unknown name; without one they are refused.
     """

@@ -55,7 +55,7 @@ class _PureLoader(_Rules, yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that PyYAML's resolvers or ours would take for something else."""
+    """Quotes every text that PyYAML's resolvers or ours would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

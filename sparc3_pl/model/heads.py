@@ -1,8 +1,8 @@
 """Which rows and columns of a model's attention belong to which head.
 
-Query, key, value and output projections are told by who feeds the attention function and who reads from it. Where one
-fused map makes query, key and value together, families order its rows in different ways; the order is found by value,
-on one token: at position 0 no rotary embedding has turned anything yet.
+Query, key and value projections are recognised by feeding the attention function, the output projection by reading
+from it. Where one fused map makes query, key and value together, families order its rows in different ways; the order
+is found by value, on one token: at position 0 no rotary embedding has turned anything yet.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(memoryview(rounded.view(torch.uint8).numpy()).cast("B"))
     result = f"sha256:{digest.hexdigest()}"
     if state is not None:
-        cache.clear()  # one state a model: the one that it is in
+        cache.clear()  # one state per model: the current one
         cache[state] = result
     return result
 
@@ -58,7 +58,7 @@ def _state(model: nn.Module) -> tuple[Any, ...] | None:
     The count misses only what is written through ``.data``; that, the sum sees, unless it swaps equal numbers.
 
     Returns:
-        None if it cannot be told: weights that are offloaded or sharded, or not in one piece.
+        None if that is unknown: weights are offloaded or sharded, or not in one piece.
     """
     state = []
     for name, parameter in model.named_parameters():

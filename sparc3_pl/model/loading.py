@@ -248,7 +248,7 @@ def _quiet_stdout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_input_error(source: ModelSource, where: dict[str, Any], what: str = "model") -> Iterator[None]:
-    """Turn what the loader raises about the user's input into one line that says what, which value and the way out."""
+    """Turn what the loader raises about the user's input into one line: what is wrong, which value, how to fix it."""
     from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled here
 
     from safetensors import SafetensorError

@@ -118,7 +118,8 @@ class PruningCallback(pl.Callback):
         with torch.inference_mode(False):  # what is kept must be usable after an inference run
             self._applied = apply_plan(model, plan, self.check_fingerprint)
         counts = plan.counts()
-        log.info("pruned %d %ss in %d layers (edit %s)", sum(counts.values()), plan.granularity, len(counts), plan.edit)
+        layers = f"{len(counts)} layer{'' if len(counts) == 1 else 's'}"
+        log.info("pruned %d %s in %s (edit %s)", sum(counts.values()), plan.unit, layers, plan.edit)
         return self._applied
 
     def _end(self) -> None:

@@ -116,7 +116,7 @@ class Reporter:
 
 
 class _Process:
-    """This process among the ranks: the signals it got, the ranks it has started, and the way out."""
+    """This process among the ranks: the signals it got, the ranks it started, and how it exits."""
 
     def __init__(self) -> None:
         launcher = int(os.environ.get(LAUNCHER, "0"))
@@ -205,7 +205,7 @@ class _Process:
         time.sleep(STOP_SECONDS)
         os._exit(1)
 
-    # --- the way out --------------------------------------------------------------------------------------------------
+    # --- exit codes ---------------------------------------------------------------------------------------------------
 
     def failed(self, error: BaseException) -> int:
         """Records what went wrong, or leaves that to the rank where it began; gives this process's exit code."""

@@ -124,7 +124,7 @@ def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries
     return entries_of([PlannedNeuron(*entry, factor) for entry, factor in zip(listed, each, strict=True)])
 
 
-# --- what whoever makes the plan should know --------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:

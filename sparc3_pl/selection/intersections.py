@@ -61,7 +61,7 @@ def matched_draws(selections: Sequence[Ints], strata: Ints, count: int, seed: in
         selections: Positions of the chosen neurons.
         strata: The stratum of every neuron.
         count: How often to draw.
-        seed: Of the draws.
+        seed: Seed of the random draws.
 
     Yields:
         One random counterpart for every selection.

@@ -157,7 +157,7 @@ def test_random_matched_avoids_the_protected(general, behaviour):
 
 def test_random_matched_without_enough_neurons(tmp_path):
     folders = [write(tmp_path / str(seed), random_scores(seed, (3,))) for seed in (1, 2)]
-    with pytest.raises(InputError, match="has no neuron left to match"):
+    with pytest.raises(InputError, match="has nothing left to match"):
         make_plan(folders[:1], folders[1:], num_neurons=7, control="random_matched")
 
 
