@@ -148,7 +148,8 @@ def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
     if not isinstance(plan.load_component(), Neuron) or not isinstance(plan.load_edit(), Zero | Mean):
         raise InputError(
-            f"shrink removes whole neurons, but the plan is for {plan.unit} with edit={plan.edit}; use zero or mean"
+            f"shrink removes neurons by edit=zero or mean, but the plan is for {plan.unit} with edit={plan.edit}; save "
+            "without shrink"
         )
     blocks = mlps(model)
     if strange := set(plan.entries) - {mlp.up for mlp in blocks}:

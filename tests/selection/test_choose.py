@@ -225,3 +225,9 @@ def test_unlike_folders_are_refused(tmp_path, general):
     other = write(tmp_path / "o", random_scores(3, (WIDTH,)), model={"fingerprint": "sha256:11"})
     with pytest.raises(InputError, match=r"model\.fingerprint=sha256:00 in .*g1 but sha256:11 in .*o"):
         make_plan(general, [other], num_neurons=3)
+
+
+def test_scores_of_several_kinds_are_refused(tmp_path):
+    folder = write(tmp_path / "both", random_scores(1), granularity="neuron+head")
+    with pytest.raises(InputError, match="one kind of component"):
+        make_plan([folder], num_neurons=3, contrast="general")
