@@ -114,7 +114,7 @@ def matched_samples(
 def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
     for text in texts:
         if not isinstance(text, str):
-            raise UnreadableTextError("data.match looks for the ends of sentences; give a field of text, not token ids")
+            raise UnreadableTextError("data.match needs text, not token ids: it looks for the ends of sentences")
         counts.update(encoder.special_counts(text))
         yield text
 

@@ -18,7 +18,7 @@ from sparc3_pl.scores.partial import PartialSums, partial_folder
 
 HOLD = """
 import sys
-from sparc3_pl.claims import sole_run
+from sparc3_pl.io.claims import sole_run
 with sole_run(sys.argv[1]):
     print('held', flush=True)
     sys.stdin.read()
