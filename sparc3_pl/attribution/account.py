@@ -197,7 +197,7 @@ def softmax_retention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad
         v: ``[B, H / n, T, D]``.
         mask: None (causal), bool (True: attends) or added to S; broadcast to ``[B, H, T, T]``.
         gradient: At the output P v, ``[B, H, T, D]``.
-        scale: Of the scores.
+        scale: Factor by which the scores are multiplied before the softmax.
 
     Returns:
         ``[B, H, T]``, one value a query.

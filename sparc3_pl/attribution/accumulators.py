@@ -110,7 +110,7 @@ def add_weight_scores(total_OI: Tensor, layer: LayerPass, counts: Counts | None 
             the weight is (a ``DTensor``): then the sum is over the samples of all ranks, and every rank must call this
             for every pass; it takes one reduce-scatter, and memory for the batch's sum of this one layer, whole.
         layer: The batch's pass through the layer.
-        counts: Where NaN and infinite relevances are counted, to be taken for 0. None: they pass.
+        counts: Where NaN and infinite relevances are counted; they then add 0. None: they are added as they are.
 
     Returns:
         Each sample's total, ``[B]`` float64.
@@ -148,7 +148,7 @@ def component_scores(layer: LayerPass, group: Group, *, signed: bool = False, co
         layer: The batch's pass through the layer.
         group: The layer's components; n is the length of their scores.
         signed: Keep the sign.
-        counts: Where NaN and infinite relevances are counted, to be taken for 0. None: they pass.
+        counts: Where NaN and infinite relevances are counted; they then add 0. None: they are added as they are.
     """
     assert group.axis != "both", f"{group.layer}: single weights are summed by add_weight_scores"
     along = layer if group.axis == "out" else layer.transposed()

@@ -33,7 +33,7 @@ RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_kind(module: nn.Module) -> str | None:
-    """The name in ``RATIOS`` of the function that ``module`` computes, told by its values; None if it has none."""
+    """The name in ``RATIOS`` of the function that ``module`` computes, or None; recognised by its values."""
     if not is_activation(module):
         return None
     x = torch.linspace(-20, 20, 401, dtype=torch.float64, device="cpu")

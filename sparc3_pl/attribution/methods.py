@@ -350,7 +350,7 @@ class _InputSquares:
         self._last: tuple[Tensor, Tensor, Sums] | None = None
 
     def of(self, x: Tensor) -> tuple[Tensor, Sums]:
-        """The sum, ``[I]`` float64, and where they are taken for 0 the numbers of NaN and infinite inputs."""
+        """The sum, ``[I]`` float64, and, where they count as 0, the numbers of NaN and infinite inputs."""
         if self._last is None or self._last[0] is not x:
             self._last = (x, *self._sum(x))
         return self._last[1:]
@@ -397,7 +397,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -> Tensor:
-    """The group of each sample, ``[B]`` int64: told by its tokens alone, so the same however the work is split."""
+    """The group of each sample, ``[B]`` int64: it depends on its tokens alone, and so not on how the work is split."""
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
     digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
@@ -417,7 +417,7 @@ def _require_finite(values: Mapping[str, Tensor]) -> None:
         name = list(values)[int(finite.logical_not().nonzero()[0, 0])]
         raise InputError(
             f"layer {name}: NaN or infinite values in its scores; load the model in float32 (model.dtype), "
-            "or count them and take them for 0 (model.nonfinite: zero)"
+            "or replace them by 0 and count them (model.nonfinite: zero)"
         )
 
 

@@ -50,7 +50,7 @@ def forward_slot(module: nn.Module) -> str:
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
-    """What ``module`` computes if it is a normalisation layer, told by its values on a few rows; else None."""
+    """What ``module`` computes if it is a normalisation layer, recognised by its values on a few rows; else None."""
     eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     size = _size(module)
     if eps is None or size is None:

@@ -22,7 +22,7 @@ __all__ = ["NUM_TOKENS", "checked_rules"]
 log = logging.getLogger(__name__)
 
 NUM_TOKENS = 16
-"""Of the sample's beginning: what has no rule shows in any sentence, and the account's memory grows with its square."""
+"""Number of tokens to check: a missing rule shows in any sentence, and memory grows with the square of the length."""
 
 
 def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = False) -> dict[str, Any]:

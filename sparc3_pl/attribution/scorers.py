@@ -23,10 +23,10 @@ class LayerScores:
 
     Attributes:
         group: The layer's components.
-        scores: Of ``group.shape``, float32.
+        scores: Scores of shape ``group.shape``, float32.
         squares: Mean over samples of the squared scores, alike; None if they were not asked for.
         groups: Mean scores of each group of samples, ``[G, n]`` float32, and the groups' sizes; likewise.
-        nan: Number of NaNs that were taken for 0.
+        nan: Number of NaNs that were counted as 0.
         inf: Number of infinities, likewise.
     """
 

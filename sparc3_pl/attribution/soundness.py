@@ -36,7 +36,7 @@ class NeuronScores:
 
     Attributes:
         scores: By layer, ``[width]`` float32.
-        nonfinite: By layer, NaN and infinite relevances (taken for 0); only layers that have any.
+        nonfinite: Number of NaN and infinite relevances (counted as 0) by layer; only layers that have any.
     """
 
     scores: dict[str, Tensor]
@@ -55,7 +55,7 @@ class PrecisionAgreement:
     Attributes:
         rank_correlation: Spearman's, over all neurons.
         top: Number of strongest neurons that are compared.
-        jaccard: Of the ``top`` strongest.
+        jaccard: Jaccard index of the ``top`` strongest.
         total_change: Relative change of the sum of all scores.
     """
 

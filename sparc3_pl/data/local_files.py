@@ -36,7 +36,7 @@ _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a .gz file en
 
 
 class BadFile(ValueError):
-    """What is wrong with a file, where, and the way out, in a line without the file's name."""
+    """What is wrong with a file, where, and how to fix it, in one line without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -426,7 +426,7 @@ def _json_rows(path: Path) -> _Rows:
         if text and error.pos == len(text):
             return _JsonRows(path)
     except (ValueError, RecursionError):
-        pass  # told when that line is read
+        pass  # reported when that line is read
     return _JsonLineRows(path)
 
 

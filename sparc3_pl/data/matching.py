@@ -115,7 +115,7 @@ def matched_samples(
 def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
     for text in texts:
         if not isinstance(text, str):
-            raise UnreadableTextError("data.match needs text, whose sentences can be told, not token ids")
+            raise UnreadableTextError("data.match needs text, not token ids: it looks for the ends of sentences")
         counts.update(encoder.special_counts(text))
         yield text
 
@@ -183,7 +183,7 @@ class _Document:
     Args:
         text: The document.
         encoder: The model's.
-        length: Of the longest sample that may be cut from it, in tokens.
+        length: Length in tokens of the longest sample that may be cut from it.
         limit: Sentence starts that are tried.
     """
 
@@ -217,17 +217,17 @@ class _Document:
         return longer[len(shorter) : len(shorter) + 1].isalnum()
 
 
-def _fits(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
-    """Whether the span, cut to ``length``, ends as wanted, and after a whole word."""
-    return _fits_but_for_the_word(document, span, length, wanted) and not document.ends_in_a_word(span, length)
+def _fits(document: _Document, span: list[int], length: int, ending: Ending) -> bool:
+    """Whether the span, cut to ``length``, ends like ``ending``, and after a whole word."""
+    return _fits_but_for_the_word(document, span, length, ending) and not document.ends_in_a_word(span, length)
 
 
-def _fits_but_for_the_word(document: _Document, span: list[int], length: int, wanted: Ending) -> bool:
-    if wanted == "cut":
-        return _is_cut(document, span, length, wanted)
+def _fits_but_for_the_word(document: _Document, span: list[int], length: int, ending: Ending) -> bool:
+    if ending == "cut":
+        return _is_cut(document, span, length, ending)
     return document.ending(span[:length]) == "stop"
 
 
-def _is_cut(document: _Document, span: list[int], length: int, _wanted: Ending) -> bool:
+def _is_cut(document: _Document, span: list[int], length: int, _ending: Ending) -> bool:
     """A cut has text after it: a headline without a full stop is no text broken off."""
     return len(span) > length and document.ending(span[:length]) == "cut"

@@ -100,7 +100,7 @@ def build_targets(
         encoder: The model's.
         max_tokens: Keep only so many tokens of a text.
         count: How many; the samples' formats are repeated or reduced to that. None: as many as there are.
-        seed: Of the choice where ``count`` is no multiple of their number.
+        seed: Seed for drawing the remainder where ``count`` is not a multiple of their number.
 
     Raises:
         InputError: If there is no sample, or one whose ending is not known.

@@ -59,7 +59,7 @@ def ending_of_ids(encoder: Encoder, input_ids: Sequence[int]) -> Ending | None:
 
 
 def _read(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[tuple[Text, list[int]]]:
-    """The texts, all of one kind, each with its own tokens; ``counts`` grows by what is worth to be told of them."""
+    """The texts, all of one kind, each with its own tokens; ``counts`` grows by what users should know about them."""
     first: Text | None = None
     for text in texts:
         first = text if first is None else first
@@ -77,7 +77,7 @@ def made_from(text: Text, encoder: Encoder, origins: Origins | None) -> set[str]
 
 
 def _merged(samples: dict[Any, Sample], key: Any, sample: Sample) -> bool:
-    """Add a sample; where there is an equal one, that keeps the identities of both. Returns whether it was new."""
+    """Add a sample, or merge its identities into an equal one. Returns whether the sample was new."""
     first = samples.setdefault(key, sample)
     if first is not sample:
         samples[key] = replace(first, text_ids=tuple(sorted({*first.text_ids, *sample.text_ids})))

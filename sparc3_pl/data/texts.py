@@ -34,9 +34,9 @@ class TextQuery:
         filter: ``FIELD OP VALUE [and ...]``, or None.
         split: Split of a hub data set.
         subset: Configuration of a hub data set.
-        seed: Of the shuffle; None keeps the source's order.
+        seed: Seed of the shuffle; None keeps the source's order.
         half: Texts of one half only, or ``all``.
-        partition_seed: Of the halves.
+        partition_seed: Seed by which texts are assigned to the two halves.
         partition_share: Share of the attribution half.
         prefix: What the configuration keys of this query start with, for messages (``data.``, ``data.prompts_``).
         source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
@@ -83,7 +83,7 @@ class TextQuery:
         return "data.text_field" if self.prefix == "data." else self._key("field")
 
     def _reset(self) -> None:
-        self.counts.clear()  # in place: whoever adds counts of its own holds the same object
+        self.counts.clear()  # in place: callers that add counts hold the same object
         self.counts.update(num_read=0, num_null=0, num_empty=0, num_duplicates=0)
 
     @property

@@ -29,7 +29,7 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
     """Keeps other processes from writing to ``output`` for as long as the block lasts.
 
     A claim inside a claim of the same process is part of it. Where no file can be made beside ``output``, or ``output``
-    is None, there is nothing to claim: whoever writes the result says why it cannot.
+    is None, there is nothing to claim; writing the result then fails with the reason.
 
     Raises:
         InputError: if another run has claimed ``output``.
@@ -39,14 +39,14 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
-    made = _make_parents(lock)
+    folders = _make_parents(lock)
     try:
         handle = _locked(lock, path)
     except InputError:
-        _remove_empty(made)
+        _remove_empty(folders)
         raise
     except OSError:
-        _remove_empty(made)
+        _remove_empty(folders)
         yield
         return
     _held.add(path)
@@ -57,7 +57,7 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
         with suppress(OSError):
             lock.unlink()
         os.close(handle)
-        _remove_empty(made)
+        _remove_empty(folders)
 
 
 def _locked(lock: Path, output: Path) -> int:

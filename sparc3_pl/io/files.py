@@ -185,8 +185,8 @@ class FolderKind:
         """
         marker = path / self.marker
         content = _json_object(marker)
-        known = self.is_marker(marker) if self.is_marker else "format_version" in content
-        if not known:
+        is_ours = self.is_marker(marker) if self.is_marker else "format_version" in content
+        if not is_ours:
             raise InputError(
                 f"{path}: is not {self.name} (it has no {self.marker} of ours), so not an earlier result to replace; "
                 "choose another output"

@@ -54,7 +54,7 @@ class Format(Generic[T]):
     Attributes:
         kind: Dataclass of the content.
         name: What such a file is called in messages: ``a score folder's manifest``.
-        version: Of the layout; other versions are refused.
+        version: Version of the layout; other versions are refused.
         again: How the user gets a good file, as the end of a sentence: ``score again``.
         extra: Field of ``kind`` that keeps keys of unknown name; without one they are refused.
         sealed: Whether a file without its sha256 is refused; people write some kinds by hand.
@@ -91,10 +91,10 @@ class Format(Generic[T]):
             raise InputError(f"{where}: the key 'sha256' is missing; it was changed or damaged, {self.again}")
         if claimed is not None and claimed != json_digest(data) and claimed != _earlier_digest(data):
             raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, {self.again}")
-        known = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
-        if "format_version" not in known:
+        names = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
+        if "format_version" not in names:
             del data["format_version"]
-        unknown = {key: data.pop(key) for key in sorted(set(data) - known)}
+        unknown = {key: data.pop(key) for key in sorted(set(data) - names)}
         if unknown and self.extra is None:
             raise InputError(f"{where}: {next(iter(unknown))!r} is no key of {self.name}; remove it or {self.again}")
         value = typed(self.kind, data | ({self.extra: unknown} if self.extra else {}), where, self.again)

@@ -61,13 +61,13 @@ _FORMS = re.compile(
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that shape a number; a package that is not there is left out."""
-    found = {"python": platform.python_version(), "sparc3_pl": __version__}
+    result = {"python": platform.python_version(), "sparc3_pl": __version__}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def hardware() -> str:
@@ -135,13 +135,13 @@ def _redacted_text(text: str) -> str:
 def _without_assigned(text: str) -> str:
     """``text`` without what follows a secret's name: ``name=value``, ``name: value``, ``--name value``."""
     parts, start = [], 0
-    while found := _NAMED.search(text, start):
-        parts.append(text[start : found.end()])
-        start = found.end()
-        assigned = found["assigned"] or (found["colon"] and found["name"] != "token")  # "the next token: ..."
-        if (assigned or found["name"].startswith("--")) and is_secret_name(found["name"]):
+    while match := _NAMED.search(text, start):
+        parts.append(text[start : match.end()])
+        start = match.end()
+        assigned = match["assigned"] or (match["colon"] and match["name"] != "token")  # "the next token: ..."
+        if (assigned or match["name"].startswith("--")) and is_secret_name(match["name"]):
             value = _VALUE.match(text, start)
-            if value and not (found["blank"] and value[0].startswith("--")):  # the next option
+            if value and not (match["blank"] and value[0].startswith("--")):  # the next option
                 quote = value[0][0] if value[0][0] in "\"'" else ""
                 parts.append(f"{quote}{REDACTED}{quote}")
                 start = value.end()
@@ -154,7 +154,7 @@ def redacted_command(words: Sequence[str]) -> str:
     Beside what ``redacted`` leaves out, that is the word after ``--name``, and what stands under the name of a secret
     in a word that is YAML or JSON.
     """
-    told, secret_follows = [], False
+    words_out, secret_follows = [], False
     for word in words:
         name, equals, value = word.partition("=")
         if secret_follows and not word.startswith("--"):
@@ -166,8 +166,8 @@ def redacted_command(words: Sequence[str]) -> str:
         else:
             word = _redacted_word(word)
         secret_follows = word.startswith("--") and not equals and is_secret_name(word)
-        told.append(word)
-    return redacted(shlex.join(told))
+        words_out.append(word)
+    return redacted(shlex.join(words_out))
 
 
 def _redacted_word(word: str) -> str:

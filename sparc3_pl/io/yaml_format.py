@@ -37,13 +37,13 @@ class _Rules(yaml.constructor.SafeConstructor):
 
 
 def _refuse_twice(node: yaml.MappingNode) -> None:
-    known = set()
+    seen = set()
     for key, _ in node.value:
-        if (key.tag, str(key.value)) in known:
+        if (key.tag, str(key.value)) in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
             )
-        known.add((key.tag, str(key.value)))
+        seen.add((key.tag, str(key.value)))
 
 
 class _Loader(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -55,7 +55,7 @@ class _PureLoader(_Rules, yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that PyYAML's resolvers or ours would take for something else."""
+    """Quotes every text that PyYAML's resolvers or ours would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

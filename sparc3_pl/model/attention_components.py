@@ -42,7 +42,7 @@ class Head(Component):
         shared = block.kv_heads_of(index)
         group = block.num_heads // block.num_kv_heads
         for name, rows in (block.key, block.value):
-            # Of the heads that share it, the first in the list owns the rows: an edit writes them once.
+            # Among heads that share the rows, the first in the list owns them, so that an edit writes them once.
             first = [int((index // group == kv).nonzero()[0, 0]) for kv in shared]
             owners = torch.tensor(first, dtype=torch.int64).repeat_interleave(rows.shape[1])
             if len(shared):

@@ -36,7 +36,7 @@ class Group:
 
     Attributes:
         layer: Name of the layer, and key of its scores.
-        shape: Of the scores: ``[out, in]`` for single weights, else ``[n]``.
+        shape: Shape of the scores: ``[out, in]`` for single weights, else ``[n]``.
         axis: ``out``: a component is ``width`` consecutive rows of the layer's ``[out, in]`` matrix; ``in``:
             ``width`` consecutive columns; ``both``: one weight.
         width: Rows or columns of one component.

@@ -1,8 +1,8 @@
 """Which rows and columns of a model's attention belong to which head.
 
-Query, key, value and output projections are told by who feeds the attention function and who reads from it. Where one
-fused map makes query, key and value together, families order its rows in different ways; the order is found by value,
-on one token: at position 0 no rotary embedding has turned anything yet.
+Query, key and value projections are recognised by feeding the attention function, the output projection by reading
+from it. Where one fused map makes query, key and value together, families order its rows in different ways; the order
+is found by value, on one token: at position 0 no rotary embedding has turned anything yet.
 """
 
 from __future__ import annotations
@@ -125,13 +125,15 @@ def _from_separate(name: str, module: nn.Module) -> Attention:
     )  # fmt: skip
 
 
-def _from_fused(name: str, module: nn.Module, made: dict[str, Tensor], qkv: tuple[Tensor, Tensor, Tensor]) -> Attention:
-    """``made``: outputs of the module's linear layers at one token, ``[rows]``; ``qkv``: ``[heads, d]`` each."""
+def _from_fused(
+    name: str, module: nn.Module, outputs: dict[str, Tensor], qkv: tuple[Tensor, Tensor, Tensor]
+) -> Attention:
+    """``outputs``: outputs of the module's linear layers at one token, ``[rows]``; ``qkv``: ``[heads, d]`` each."""
     heads, kv_heads = len(qkv[0]), len(qkv[1])
     size = sum(part.numel() for part in qkv)
-    (fused,) = [part for part, y in made.items() if len(y) == size and features(getattr(module, part))[0] == size]
+    (fused,) = [part for part, y in outputs.items() if len(y) == size and features(getattr(module, part))[0] == size]
     for order in _orders(heads, kv_heads, qkv[0].shape[1]):
-        if all(torch.equal(made[fused][rows], part) for rows, part in zip(order, qkv, strict=True)):
+        if all(torch.equal(outputs[fused][rows], part) for rows, part in zip(order, qkv, strict=True)):
             output = _output(name, module, {fused})
             layer = f"{name}.{fused}"
             q, k, v = ((layer, rows) for rows in order)
@@ -155,12 +157,12 @@ def _first_token(
     model: nn.Module, modules: dict[str, nn.Module]
 ) -> dict[str, tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """What the linear layers and the attention function of each module see at the first token of a text."""
-    made: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    outputs: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     qkv: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def keep(name: str, part: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, y: Tensor) -> None:
-            made[name][part] = y.reshape(-1, y.shape[-1])[0].cpu()
+            outputs[name][part] = y.reshape(-1, y.shape[-1])[0].cpu()
 
         return hook
 
@@ -182,4 +184,4 @@ def _first_token(
                     undo.callback(child.register_forward_hook(keep(name, part)).remove)
         device = model.get_input_embeddings().weight.device
         decoder(model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    return {name: (made[name], qkv[name]) for name in modules}
+    return {name: (outputs[name], qkv[name]) for name in modules}

@@ -34,9 +34,9 @@ def fingerprint(model: nn.Module) -> str:
     It is kept with the model: asking again costs a fraction of that, as long as no weight has changed.
     """
     state = _state(model)
-    known = _fingerprints.setdefault(model, {})
-    if state is not None and state in known:
-        return known[state]
+    cache = _fingerprints.setdefault(model, {})
+    if state is not None and state in cache:
+        return cache[state]
     digest = hashlib.sha256()
     for name, value in named_values(model):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -44,8 +44,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(memoryview(rounded.view(torch.uint8).numpy()).cast("B"))
     result = f"sha256:{digest.hexdigest()}"
     if state is not None:
-        known.clear()  # one state a model: the one that it is in
-        known[state] = result
+        cache.clear()  # one state per model: the current one
+        cache[state] = result
     return result
 
 
@@ -58,7 +58,7 @@ def _state(model: nn.Module) -> tuple[Any, ...] | None:
     The count misses only what is written through ``.data``; that, the sum sees, unless it swaps equal numbers.
 
     Returns:
-        None if it cannot be told: weights that are offloaded or sharded, or not in one piece.
+        None if that is unknown: weights are offloaded or sharded, or not in one piece.
     """
     state = []
     for name, parameter in model.named_parameters():

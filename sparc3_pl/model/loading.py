@@ -140,8 +140,8 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
     ensure_pad_token(tokenizer)
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-    known = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
-    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if known else None)
+    has_limit = tokenizer.model_max_length < 10**9  # transformers writes "unknown" as 1e30
+    return Vocabulary(tokenizer, config.vocab_size, int(tokenizer.model_max_length) if has_limit else None)
 
 
 def _locate(source: ModelSource) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _quiet_stdout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_input_error(source: ModelSource, where: dict[str, Any], what: str = "model") -> Iterator[None]:
-    """Turn what the loader raises about the user's input into one line that says what, which value and the way out."""
+    """Turn what the loader raises about the user's input into one line: what is wrong, which value, how to fix it."""
     from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled here
 
     from safetensors import SafetensorError

@@ -127,8 +127,8 @@ def is_activation(module: nn.Module) -> bool:
     """Whether ``module`` looks like an element-wise function: no children, no parameters, no buffers, no dropout."""
     if isinstance(module, _NOT_ACTIVATIONS) or is_linear(module):
         return False
-    known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return known or not (module._modules or module._parameters or module._buffers)
+    is_activation = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    return is_activation or not (module._modules or module._parameters or module._buffers)
 
 
 def module_name(model: nn.Module, module: nn.Module) -> str:
@@ -142,14 +142,14 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if ``model`` is not a language model with a decoder.
     """
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if found is None or found is model:
-        found = getattr(model, "base_model", model)
-    if found is model:
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if inner is None or inner is model:
+        inner = getattr(model, "base_model", model)
+    if inner is model:
         raise InputError(
             f"{type(model).__name__} has no decoder apart from an output head; use a causal language model"
         )
-    return found
+    return inner
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -186,8 +186,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer of the decoder in order of appearance, then the output head, by ``named_modules()`` name."""
     head_name, head = output_head(model)
     inside = {id(module) for module in decoder(model).modules()}
-    found = {n: m for n, m in model.named_modules() if is_linear(m) and id(m) in inside and m is not head}
-    return {**found, head_name: head}
+    layers = {n: m for n, m in model.named_modules() if is_linear(m) and id(m) in inside and m is not head}
+    return {**layers, head_name: head}
 
 
 def mlps(model: nn.Module) -> list[MLP]:
@@ -201,13 +201,13 @@ def mlps(model: nn.Module) -> list[MLP]:
     """
     inside = {id(module) for module in decoder(model).modules()}
     owners = [(name, module) for name, module in model.named_modules() if id(module) in inside]
-    found = [mlp for name, owner in owners if (mlp := _as_mlp(name, owner)) is not None]
-    if not found:
+    blocks = [mlp for name, owner in owners if (mlp := _as_mlp(name, owner)) is not None]
+    if not blocks:
         raise InputError(
             f"no MLP found in {type(model).__name__}: no module owns an activation and linear layers h->i, i->h; "
             "mixture-of-experts models are not supported, and other models need model.targets and granularity weight"
         )
-    return found
+    return blocks
 
 
 def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -270,12 +270,12 @@ def _gate_and_down(owner: nn.Module, linears: dict[str, nn.Module], act: nn.Modu
 
     It costs nothing whatever the model's size, and no hook, weight or attribute of the model is touched.
     """
-    made: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[str, Tensor]] = []
     read_by_act: list[Tensor] = []
 
     def linear(name: str, x: Tensor) -> Tensor:
-        made.append((name, x.new_zeros(*x.shape[:-1], features(linears[name])[0])))
-        return made[-1][1]
+        outputs.append((name, x.new_zeros(*x.shape[:-1], features(linears[name])[0])))
+        return outputs[-1][1]
 
     def activation(x: Tensor) -> Tensor:
         read_by_act.append(x)
@@ -288,8 +288,8 @@ def _gate_and_down(owner: nn.Module, linears: dict[str, nn.Module], act: nn.Modu
     hidden = max(sizes, key=sizes.count)  # the input size that two of the three maps share
     with torch.no_grad():
         type(owner).forward(stand_in, torch.zeros(1, 1, hidden, device="cpu"))
-    gate = next(name for name, out in made if out is read_by_act[0])
-    return gate, made[-1][0]
+    gate = next(name for name, out in outputs if out is read_by_act[0])
+    return gate, outputs[-1][0]
 
 
 def _join(owner: str, child: str) -> str:
@@ -301,6 +301,6 @@ def _nearest(pattern: str, names: dict[str, nn.Module]) -> list[str]:
     kinds = {name.rpartition(".")[2]: "*." if "." in name else "" for name in reversed(names)}
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.6)
     if not close:
-        wanted = pattern.rpartition(".")[2]
-        close = [kinds[kind] + kind for kind in difflib.get_close_matches(wanted, kinds, n=3, cutoff=0.8)]
+        leaf = pattern.rpartition(".")[2]
+        close = [kinds[kind] + kind for kind in difflib.get_close_matches(leaf, kinds, n=3, cutoff=0.8)]
     return close or [kinds[kind] + kind for kind in reversed(kinds)]

@@ -31,9 +31,9 @@ def find_model(module: nn.Module) -> "PreTrainedModel":
 
     if isinstance(getattr(module, "model", None), PreTrainedModel):
         return module.model
-    found = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
-    inner = {id(part) for m in found for part in m.modules() if part is not m}
-    outermost = [m for m in found if id(m) not in inner]
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    inner = {id(part) for m in models for part in m.modules() if part is not m}
+    outermost = [m for m in models if id(m) not in inner]
     if len(outermost) != 1:
         names = ", ".join(type(m).__name__ for m in outermost) or "none"
         raise InputError(
@@ -118,7 +118,8 @@ class PruningCallback(pl.Callback):
         with torch.inference_mode(False):  # what is kept must be usable after an inference run
             self._applied = apply_plan(model, plan, self.check_fingerprint)
         counts = plan.counts()
-        log.info("pruned %d %ss in %d layers (edit %s)", sum(counts.values()), plan.granularity, len(counts), plan.edit)
+        layers = f"{len(counts)} layer{'' if len(counts) == 1 else 's'}"
+        log.info("pruned %d %s in %s (edit %s)", sum(counts.values()), plan.unit, layers, plan.edit)
         return self._applied
 
     def _end(self) -> None:

@@ -151,8 +151,8 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
     for layer in plan.counts():
         if layer not in modules:
             near = difflib.get_close_matches(layer, linear_layers(model), n=2, cutoff=0.5)
-            told = ", ".join(near) or "no layer of a similar name"
-            raise InputError(f"the plan's layer {layer} is not in this {type(model).__name__} (nearest: {told})")
+            names = ", ".join(near) or "no layer of a similar name"
+            raise InputError(f"the plan's layer {layer} is not in this {type(model).__name__} (nearest: {names})")
     component, edit, changes = plan.load_component(), plan.load_edit(), []
     groups = {group.layer: group for group in component.groups(model, list(plan.counts()))}
     for layer in plan.counts():

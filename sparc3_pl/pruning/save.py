@@ -148,7 +148,8 @@ def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
     if not isinstance(plan.load_component(), Neuron) or not isinstance(plan.load_edit(), Zero | Mean):
         raise InputError(
-            f"shrink removes whole neurons, but the plan is for {plan.unit} with edit={plan.edit}; use zero or mean"
+            f"shrink removes neurons by edit=zero or mean, but the plan is for {plan.unit} with edit={plan.edit}; save "
+            "without shrink"
         )
     blocks = mlps(model)
     if strange := set(plan.entries) - {mlp.up for mlp in blocks}:
@@ -267,9 +268,9 @@ def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel
     loaded = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if "device_map" not in options:
         loaded.to(reference.device)
-    wanted, found = model.state_dict(), loaded.state_dict()
-    unequal = [key for key in wanted if key not in found or not torch.equal(wanted[key], found[key])]
-    if unequal or wanted.keys() != found.keys():
+    expected, actual = model.state_dict(), loaded.state_dict()
+    unequal = [key for key in expected if key not in actual or not torch.equal(expected[key], actual[key])]
+    if unequal or expected.keys() != actual.keys():
         raise RuntimeError(
             f"{folder}: the saved model differs from the one in memory ({unequal[:3]}); nothing was kept"
         )
@@ -315,8 +316,8 @@ def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -
         contrast=plan.contrast,
         control=plan.control,
         settings=plan.settings,
-        general=_scores_told(plan, "general"),
-        behaviour=_scores_told(plan, "behaviour"),
+        general=_scores_described(plan, "general"),
+        behaviour=_scores_described(plan, "behaviour"),
         created=plan.created,
         command=re.sub(r"(?<![^\s'\"=])/\S*/(?=[^/\s])", "", plan.command),  # no folders of this machine are published
         versions=", ".join(f"{package} {version}" for package, version in plan.versions.items()),
@@ -327,9 +328,9 @@ def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -
     return card.encode("utf-8", "backslashreplace").decode()  # bytes of a path that are not UTF-8
 
 
-def _scores_told(plan: PrunePlan, side: str) -> str:
-    told = [
+def _scores_described(plan: PrunePlan, side: str) -> str:
+    descriptions = [
         f"`{s['name']}` ({s['method']}, {s['num_samples']} samples of {s['source']}, sha256 {s['sha256'][:12]})"
         for s in plan.scores.get(side, [])
     ]
-    return ", ".join(told) or "none"
+    return ", ".join(descriptions) or "none"

@@ -29,7 +29,7 @@ def _many() -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether every rank holds only a part of ``tensor``: whether it is a ``DTensor``."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # whoever has made one has imported it; it takes a second
+    tensors = sys.modules.get("torch.distributed.tensor")  # a second to import
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 

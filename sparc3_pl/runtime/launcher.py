@@ -35,7 +35,7 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 class NoSignals(_SignalConnector):
-    """Leaves the signals alone: Lightning's handler broadcasts from inside itself, and goes on with the pass."""
+    """Leaves the signals alone: Lightning's handler broadcasts from inside itself, and then continues the pass."""
 
     def register_signal_handlers(self) -> None:
         """Registers nothing."""

@@ -116,7 +116,7 @@ class Reporter:
 
 
 class _Process:
-    """This process among the ranks: the signals it got, the ranks it has started, and the way out."""
+    """This process among the ranks: the signals it got, the ranks it started, and how it exits."""
 
     def __init__(self) -> None:
         launcher = int(os.environ.get(LAUNCHER, "0"))
@@ -205,7 +205,7 @@ class _Process:
         time.sleep(STOP_SECONDS)
         os._exit(1)
 
-    # --- the way out --------------------------------------------------------------------------------------------------
+    # --- exit codes ---------------------------------------------------------------------------------------------------
 
     def failed(self, error: BaseException) -> int:
         """Records what went wrong, or leaves that to the rank where it began; gives this process's exit code."""
@@ -224,10 +224,10 @@ class _Process:
     def _origin(self) -> Failure | None:
         """What another rank has recorded, or how one of this process's ranks has ended."""
         deadline = time.monotonic() + GRACE_SECONDS
-        while (known := self.reporter.first()) is None and time.monotonic() < deadline:
+        while (failure := self.reporter.first()) is None and time.monotonic() < deadline:
             self.record_ended()
             time.sleep(POLL_SECONDS)
-        return known
+        return failure
 
     def record_ended(self) -> int | None:
         """Records the first of this process's ranks that has ended badly; gives its exit code."""

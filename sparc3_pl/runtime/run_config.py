@@ -1,4 +1,4 @@
-"""The resolved configuration of a Trainer's run, handed to whoever keeps it beside results."""
+"""The resolved configuration of a Trainer's run, for modules that store it beside their results."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback

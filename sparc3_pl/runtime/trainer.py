@@ -119,19 +119,19 @@ class Trainer(pl.Trainer):
 
     def _check_number_of_processes(self) -> None:
         """Refuses processes that do not know of each other: each would do all the work, or wait for the others."""
-        environment, wanted = self._accelerator_connector.cluster_environment, self.num_devices * self.num_nodes
+        environment, expected = self._accelerator_connector.cluster_environment, self.num_devices * self.num_nodes
         if isinstance(environment, LightningEnvironment):
-            started = int(os.environ.get("WORLD_SIZE", wanted))
+            started = int(os.environ.get("WORLD_SIZE", expected))
             if started == 1 and "LOCAL_RANK" not in os.environ:  # this process starts the others
                 return
         else:
             started = environment.world_size()
-        if started != wanted:
+        if started != expected:
             by = STARTERS.get(type(environment), type(environment).__name__)
             raise InputError(
-                f"trainer.devices={self.num_devices}, trainer.num_nodes={self.num_nodes}: that is {wanted} processes, "
-                f"but {by} says that {started} were started; give trainer.devices the number on each machine and "
-                "trainer.num_nodes the number of machines"
+                f"trainer.devices={self.num_devices}, trainer.num_nodes={self.num_nodes}: that is {expected} "
+                f"processes, but {by} says that {started} were started; give trainer.devices the number on each "
+                "machine and trainer.num_nodes the number of machines"
             )
 
     def _watch_ranks(self, timeout: timedelta) -> None:

@@ -80,10 +80,10 @@ def _require_whole(parts: Sequence[ScorePart]) -> None:
     if missing := sorted(set(range(1, first.count + 1)) - {part.number for part in parts}):
         listed = ", ".join(f"{number}/{first.count}" for number in missing[:5])
         raise InputError(f"part {listed} is missing: {len(parts)} of {first.count} were given; score it and give all")
-    wanted, scored = set(first.about.data["sample_ids"]), {i for part in parts for i in part.sums.ids}
-    if wanted != scored:
+    planned, scored = set(first.about.data["sample_ids"]), {i for part in parts for i in part.sums.ids}
+    if planned != scored:
         raise InputError(
-            f"the parts hold {len(scored)} samples, but the run has {len(wanted)}; score the parts again, without "
+            f"the parts hold {len(scored)} samples, but the run has {len(planned)}; score the parts again, without "
             "trainer.limit_predict_batches"
         )
 
@@ -140,11 +140,11 @@ def _model_of(about: About, source: ModelSource) -> nn.Module:
         InputError: if ``source`` is another one.
     """
     model = load_model(source)
-    here, wanted = fingerprint(model), about.model["fingerprint"]
-    if here != wanted:
+    actual, expected = fingerprint(model), about.model["fingerprint"]
+    if actual != expected:
         raise InputError(
-            f"pretrained={source.pretrained!r}: is another model ({here[:19]}...) than the parts have scored "
-            f"({wanted[:19]}...); give the model of the parts"
+            f"pretrained={source.pretrained!r}: is another model ({actual[:19]}...) than the parts have scored "
+            f"({expected[:19]}...); give the model of the parts"
         )
     if (key := differing_config(about.model.get("config") or {}, model_config(model))) is not None:
         raise InputError(f"pretrained={source.pretrained!r}: has another {key} than the parts have scored; check it")

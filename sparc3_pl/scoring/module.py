@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class ScoringModule(pl.LightningModule):
-    """Scores the weights or neurons of a causal language model on reference samples.
+    """Scores the components of a causal language model on reference samples.
 
     ``predict_step`` accumulates and returns nothing. At the end the ranks' sums are added up, and rank 0 writes the
     mean over samples as a score folder (or the sums as a part). Under Lightning's ``ModelParallelStrategy`` the model
@@ -57,21 +57,22 @@ class ScoringModule(pl.LightningModule):
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
         method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude`` or ``random``; or ``class_path`` and
             ``init_args`` of a method of your own.
-        granularity: What is scored: ``neuron`` (row sums), ``weight``, or a class of your own. A list scores several
-            kinds in one pass, each at layers of its own.
+        granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
+            attention's output projection), or a class of your own. A list scores several kinds in one pass, each at
+            layers of its own.
         target: What is attributed: ``predicted`` (the largest logit after the sample), or a class of your own.
-        signed: Keep the sign of neuron scores (SparC3, App. B); needs no weight gradient.
+        signed: Keep the sign of scores (SparC3, App. B); needs no weight gradient. Not for single weights.
         targets: Glob patterns of linear layers, as ``["*.up_proj"]``; ``["*"]``: all of the decoder and the output
-            head; unset: the up-projection of every MLP.
+            head; unset: the up-projection of every MLP, or for heads and channels every attention's output projection.
         squares: Store squared neuron scores too, for the ``t`` contrast.
         groups: Store the neuron scores of this many groups of samples too (8 is a good number), by which ``evidence``
             tells whether there are enough samples. 0: none.
-        nonfinite: ``error`` stops at the first NaN or infinity; ``zero`` counts them and takes them for 0.
+        nonfinite: ``error`` stops at the first NaN or infinity; ``zero`` replaces each by 0 and counts them.
         seed: Seed of the ``random`` method.
         output: Where the scores go; by default ``scores`` in the run's log folder.
         overwrite: Replace earlier scores in ``output``.
-        checkpoint_every: Batches (of one process) between two savings of the partial sums; the same command goes on
-            from them after a crash, on any number of processes. Needs ``output``.
+        checkpoint_every: Save the partial sums every so many batches of a process. After a crash the same command
+            resumes from them, on any number of processes. Needs ``output``.
         part: ``i/n``: score only the i-th of n parts of the samples, for ``merge`` to join.
         shard: Earlier name of ``part``.
         sums_on_host: Keep the sums of weight scores (as large as the weights in float32) in the host's memory, where
@@ -160,8 +161,8 @@ class ScoringModule(pl.LightningModule):
             check_output(self.output, self.overwrite, SCORES if self.part is None else PART)
         if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:
             raise InputError(
-                f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} counts from where a run goes on, "
-                "so with checkpoint_every it says nothing; give data.num_samples instead"
+                f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} would count from where a run "
+                "resumes (checkpoint_every); give data.num_samples instead"
             )
         if self.part is not None:
             data, (number, count) = self.trainer.datamodule, self.part  # type: ignore[attr-defined]
@@ -271,7 +272,7 @@ class ScoringModule(pl.LightningModule):
         if self._partial is None:
             return
         stop = stop_requested()
-        if self.is_sharded:  # after the same pass: a rank that goes on would wait for the others' weights in the next
+        if self.is_sharded:  # after the same pass: a rank that continued would wait for the others' weights in the next
             stop = next((other for other in gather_lists([stop]) if other is not None), None)
         if stop is not None:
             run.save()
@@ -291,7 +292,7 @@ def _checked_interval(checkpoint_every: int | None, output: str | None) -> int |
         raise InputError(f"model.checkpoint_every={checkpoint_every}; give 1 batch or more")
     if checkpoint_every is not None and output is None:
         raise InputError(
-            f"model.checkpoint_every={checkpoint_every} needs a place that is the same when the run goes on: give "
+            f"model.checkpoint_every={checkpoint_every} needs a place that stays the same when the run resumes; give "
             "--output"
         )
     return checkpoint_every

@@ -1,4 +1,4 @@
-"""What a scoring run shows while it goes on: a progress bar on stderr, and TensorBoard."""
+"""What a scoring run shows while it runs: a progress bar on stderr, and the Trainer's logger."""
 
 from __future__ import annotations
 

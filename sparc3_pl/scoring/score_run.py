@@ -173,8 +173,8 @@ class ScoreRun:
         figures = self.scorer.update(batch)
         rows = figures.rows() if figures else [{} for _ in batch.ids]
         text_ids = batch.text_ids or [()] * len(batch.ids)
-        known = zip(batch.ids, num_tokens, batch.endings, text_ids, rows, strict=True)
-        for identity, tokens, ending, texts, row in known:
+        columns = zip(batch.ids, num_tokens, batch.endings, text_ids, rows, strict=True)
+        for identity, tokens, ending, texts, row in columns:
             about = {"id": identity, "num_tokens": tokens, "ending": ending, "text_ids": texts}
             self.samples.append(ScoredSample.from_json(about | row))
         self._unsaved = True

@@ -63,6 +63,11 @@ def make_plan(
     steps = Control(seed) if control is None else _seeded(control, seed)
     general, behaviour = steps.sides(general, behaviour)
     sides = Scores.of(general, layers), Scores.of(behaviour, layers) if behaviour else None
+    if "+" in sides[0].granularity:
+        raise InputError(
+            f"these are scores of {sides[0].granularity}, but a plan holds one kind of component; score each kind in a "
+            "run of its own"
+        )
     amount = _amount(sides[0], num_neurons, num_weights, share)
     question = Question(*sides, kind, among, amount, protect)
     chosen = steps.exchanged(question, question.select(steps.values(question)))
@@ -104,8 +109,8 @@ def _amount(scores: Scores, num_neurons: int | None, num_weights: int | None, sh
     given = {name: value for name, value in asked.items() if value is not None}
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
     if len(given) != 1 or other in given:
-        told = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
-        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({told})")
+        values = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
+        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({values})")
     return Amount(own, given.get(own), share)
 
 
@@ -124,7 +129,7 @@ def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries
     return entries_of([PlannedNeuron(*entry, factor) for entry, factor in zip(listed, each, strict=True)])
 
 
-# --- what whoever makes the plan should know --------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:

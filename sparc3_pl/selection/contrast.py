@@ -95,7 +95,7 @@ class Side(ABC):
             InputError: naming what differs.
         """
         if (self.layers, self.count) != (other.layers, other.count):
-            raise InputError("the two sides have unlike components; score them alike")
+            raise InputError("the two sides have different components; score them with the same settings")
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
     if behaviour is not None and chosen.needs_behaviour:
         general.require_comparable(behaviour)
     if general.holds_weights and not chosen.for_weights:
-        raise InputError(f"contrast={name} is for neuron scores; use difference or normalized for weight scores")
+        raise InputError(f"contrast={name} is not for weight scores; use difference or normalized")
     passes = chosen.passes(general, general if behaviour is None else behaviour)
 
     def checked() -> Iterator[Block]:

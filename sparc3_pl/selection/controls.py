@@ -144,7 +144,7 @@ class RandomMatched(Control):
 
     def values(self, question: Question) -> Passes:
         if question.general.holds_weights:
-            raise InputError("control=random_matched is for neuron scores; use random for weight scores")
+            raise InputError("control=random_matched is not for weight scores; use random")
         return question.ranked()
 
     def exchanged(self, question: Question, selection: Selection) -> Selection:
@@ -228,7 +228,7 @@ def random_matched(
         chosen: (layer, position in the layer's vector), in the order of the choice.
         general: By layer, general scores ``[n]``.
         allowed: By layer, which neurons may be drawn ``[n]``; the chosen ones never are.
-        seed: Of the draw.
+        seed: Seed of the random draw.
         candidates: How many neighbours to draw from.
 
     Raises:
@@ -246,7 +246,7 @@ def random_matched(
         near = near[free[layer][near]]
         if not len(near):
             raise InputError(
-                f"control=random_matched: layer {layer} has no neuron left to match with; lower num_neurons or protect"
+                f"control=random_matched: layer {layer} has nothing left to match with; lower num_neurons or protect"
             )
         match = int(near[torch.randint(len(near), (), generator=generator)])
         free[layer][match] = False

@@ -61,7 +61,7 @@ def matched_draws(selections: Sequence[Ints], strata: Ints, count: int, seed: in
         selections: Positions of the chosen neurons.
         strata: The stratum of every neuron.
         count: How often to draw.
-        seed: Of the draws.
+        seed: Seed of the random draws.
 
     Yields:
         One random counterpart for every selection.
@@ -71,8 +71,8 @@ def matched_draws(selections: Sequence[Ints], strata: Ints, count: int, seed: in
     touched = touched[np.argsort(strata[touched], kind="stable")]
     groups, start, size = np.unique(strata[touched], return_index=True, return_counts=True)
     place = np.arange(len(touched)) - np.repeat(start, size)
-    wanted = [np.searchsorted(groups, strata[chosen]) for chosen in selections]
-    quotas = [np.repeat(np.bincount(rows, minlength=len(groups)), size) for rows in wanted]
+    positions = [np.searchsorted(groups, strata[chosen]) for chosen in selections]
+    quotas = [np.repeat(np.bincount(rows, minlength=len(groups)), size) for rows in positions]
     group = np.repeat(np.arange(len(groups)), size)
     for _ in range(count):
         # Random keys sorted within each stratum: the first so many of a stratum are a random draw from it.

@@ -146,10 +146,10 @@ def cut_lowest(passes: Passes, k: int) -> Cut:
     if k > (total := int(upper.sum())):
         raise TooFewCandidates(k, total)
     high, below = _bucket(upper, k)
-    wanted = high - _HALF // 2 if high >= _HALF // 2 else _HALF - 1 - high
+    half = high - _HALF // 2 if high >= _HALF // 2 else _HALF - 1 - high
     lower = torch.zeros(_HALF, dtype=torch.int64)
     for block in passes():
-        within = _upper_halves(block.values) == wanted
+        within = _upper_halves(block.values) == half
         keys = order_keys(block.values[within if block.allowed is None else within & block.allowed])
         lower += torch.bincount(keys & (_HALF - 1), minlength=_HALF)
     low, below_low = _bucket(lower, k - below)

@@ -55,7 +55,7 @@ class PairedChange:
         worsened: Units with a worse value after.
         unchanged: Units with equal values.
         num_pairs: n.
-        standard_deviation: Of the n differences (n - 1 in the denominator).
+        standard_deviation: Sample standard deviation of the n differences (n - 1 in the denominator).
         pairs_needed: Pairs with which a change of this size would be found with 80 % power; None for no change.
     """
 
@@ -221,7 +221,7 @@ def paired_change(
     Args:
         before: ``[n]``, one value a unit.
         after: ``[n]``, in the same order.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         num_resamples: Resamples of the interval and of the test.
         lower_is_better: Which direction counts as improved.
     """
@@ -266,7 +266,7 @@ def ratio_change(
         after: The same after.
         num_tokens: Scored tokens of each window, ``[n]``.
         overlap: Consecutive windows that read a common token (window / stride, rounded up); blocks are never shorter.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         num_resamples: Resamples of the interval and of the test.
     """
     assert before.shape == after.shape == num_tokens.shape, "the same windows on both sides"

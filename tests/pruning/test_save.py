@@ -197,7 +197,7 @@ def test_gpt2_without_n_inner():
     [
         ([("model.layers.0.mlp.up_proj", 1)], {}, "the plan removes 0 to 1"),
         ([("model.layers.0.self_attn.q_proj", 1)], {}, "plan up-projections only"),
-        (None, {"edit": "scale", "alpha": 0.5}, "edit=scale; use zero or mean"),
+        (None, {"edit": "scale", "alpha": 0.5}, "edit=scale; save without shrink"),
     ],
 )
 def test_shrink_is_refused(tiny_llama, neurons, fields, match):

@@ -160,7 +160,7 @@ def test_random_matched_avoids_the_protected(general, behaviour):
 
 def test_random_matched_without_enough_neurons(tmp_path):
     folders = [write(tmp_path / str(seed), random_scores(seed, (3,))) for seed in (1, 2)]
-    with pytest.raises(InputError, match="has no neuron left to match"):
+    with pytest.raises(InputError, match="has nothing left to match"):
         make_plan(folders[:1], folders[1:], num_neurons=7, control="random_matched")
 
 
@@ -230,3 +230,9 @@ def test_unlike_folders_are_refused(tmp_path, general):
     other = write(tmp_path / "o", random_scores(3, (WIDTH,)), model={"fingerprint": "sha256:11"})
     with pytest.raises(InputError, match=r"model\.fingerprint=sha256:00 in .*g1 but sha256:11 in .*o"):
         make_plan(general, [other], num_neurons=3)
+
+
+def test_scores_of_several_kinds_are_refused(tmp_path):
+    folder = write(tmp_path / "both", random_scores(1), granularity="neuron+head")
+    with pytest.raises(InputError, match="one kind of component"):
+        make_plan([folder], num_neurons=3, contrast="general")
