@@ -34,7 +34,7 @@ def check_places(kind: str, output: str | None, html: str | None, overwrite: boo
     if html is not None:
         check_output(html, overwrite, PAGE)
     if output is not None and html is not None and Path(output).resolve() == Path(html).resolve():
-        raise InputError(f"output={output!r} and html={html!r} are the same file; give each a name of its own")
+        raise InputError(f"output={output!r} and html={html!r} are one file; give each a name of its own")
 
 
 def result_kind(kind: str) -> FileKind:
