@@ -1,4 +1,4 @@
-"""Do scores have the layers and shapes that the model says it has? Asked of the config: no weights are loaded."""
+"""Whether scores have the layers and shapes of their model, by its config: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAME = "architecture"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's linear layers, as its config describes them.
+    """The linear layers of a model, as its config describes them.
 
     Attributes:
-        class_name: Of the model.
+        class_name: Class of the model.
         shapes: ``(out, in)`` of every linear layer of the decoder, and of the output head, which comes last.
         targets: The layers that scoring without ``model.targets`` looks at.
     """
@@ -52,7 +52,7 @@ def architecture(pretrained: str, revision: str | None = None) -> Architecture:
 
 @functools.lru_cache(maxsize=16)
 def _architecture_or_reason(pretrained: str, revision: str | None) -> Architecture | str:
-    """Asked once for all folders of a model: a hub that does not answer takes seconds to find out."""
+    """The architecture, or why it is unknown; cached, because a hub that does not answer costs seconds."""
     try:
         return architecture(pretrained, revision)
     except InputError as error:
@@ -61,30 +61,30 @@ def _architecture_or_reason(pretrained: str, revision: str | None) -> Architectu
 
 def check_architecture(manifest: Manifest) -> Check:
     """Compares the scored layers with the model's own: names, order, shapes, class."""
-    found = _architecture_or_reason(str(manifest.model.get("pretrained")), manifest.model.get("revision"))
-    if isinstance(found, str):
-        return Check(NAME, "warn", f"not checked: {found}")
-    wanted = found.expected(manifest.targets)
-    problems = _problems(manifest, found, wanted)
+    described = _architecture_or_reason(str(manifest.model.get("pretrained")), manifest.model.get("revision"))
+    if isinstance(described, str):
+        return Check(NAME, "warn", f"not checked: {described}")
+    expected = described.expected(manifest.targets)
+    problems = _problems(manifest, described, expected)
     if problems:
         return Check(NAME, "fail", f"{'; '.join(problems)}; the scores are of another model or incomplete: score again")
-    weights = sum(out * inside for out, inside in wanted.values())
-    text = f"{len(wanted)} layers with {weights:,} weights, as the config of {found.class_name} says"
-    return Check(NAME, "pass", f"{text} (of {len(found.shapes)} linear layers)")
+    weights = sum(rows * columns for rows, columns in expected.values())
+    text = f"{len(expected)} layers with {weights:,} weights, as in the config of {described.class_name}"
+    return Check(NAME, "pass", f"{text} (of {len(described.shapes)} linear layers)")
 
 
-def _problems(manifest: Manifest, found: Architecture, wanted: dict[str, tuple[int, int]]) -> list[str]:
+def _problems(manifest: Manifest, described: Architecture, expected: dict[str, tuple[int, int]]) -> list[str]:
     problems = []
     scored = {name: tuple(layer.shape) for name, layer in manifest.layers.items()}
-    if (said := manifest.model.get("architecture")) not in (None, found.class_name):
-        problems.append(f"scored as {said}, but the config says {found.class_name}")
-    for text, names in (("lacks", wanted.keys() - scored), ("has the unexpected", scored.keys() - wanted)):
+    if (class_name := manifest.model.get("architecture")) not in (None, described.class_name):
+        problems.append(f"scored as {class_name}, but the config says {described.class_name}")
+    for text, names in (("lacks", expected.keys() - scored), ("has the unexpected", scored.keys() - expected)):
         if names:
             problems.append(f"{text} {len(names)} layer(s), e.g. {min(names)}")
-    for name in wanted.keys() & scored:
-        shape = wanted[name][: len(scored[name])]
+    for name in (name for name in expected if name in scored):
+        shape = expected[name][: len(scored[name])]
         if scored[name] != shape:
             problems.append(f"{name} has shape {list(scored[name])}, the model {list(shape)}")
-    if not problems and list(wanted) != list(scored):
+    if not problems and list(expected) != list(scored):
         problems.append("its layers are not in the model's order")
     return problems[:4]

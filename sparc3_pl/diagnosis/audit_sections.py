@@ -1,13 +1,13 @@
-"""What an audit says."""
+"""The tables of an audit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparc3_pl.diagnosis.audit import TOP, Audit, FolderAudit, SeedAudit, Summary
-from sparc3_pl.document.document import NOTHING, Block, Checks, Section, Table, count, number, percent
+from sparc3_pl.diagnosis.score_checks import TOP, Audit, FolderAudit, SeedAudit, Summary
+from sparc3_pl.document.document import Block, Cell, Checks, Number, Numbers, Section, Table, count, number, percent
 
-__all__ = ["audit_sections"]
+__all__ = ["audit_sections", "verdicts"]
 
 
 def audit_sections(audit: Audit) -> list[Section]:
@@ -34,7 +34,7 @@ def _scored(folders: Sequence[FolderAudit]) -> Table:
             folder.name,
             f"{'signed ' if folder.about['signed'] else ''}{folder.about['method']}",
             str(folder.about["source"]),
-            _text(folder.about["seed"]),
+            _seed(folder.about["seed"]),
             count(folder.num_layers),
             count(folder.num_scores),
             folder.about["granularity"],
@@ -42,7 +42,7 @@ def _scored(folders: Sequence[FolderAudit]) -> Table:
         )
         for folder in folders
     ]
-    columns = ("scores", "method", "data", "seed", "layers", "scored", "one a", "total relevance")
+    columns = ("scores", "method", "data", "seed", "layers", "scored", "unit", "total relevance")
     return Table.of(columns, rows, "What was scored")
 
 
@@ -74,10 +74,10 @@ def _samples(folders: Sequence[FolderAudit]) -> Table:
         for folder in folders
     ]
     columns = (
-        *("scores", "samples", "tokens", "tokens a sample", "end in a full stop"),
-        *("relevance a sample", "standard error", "from .. to", "first position"),
+        *("scores", "samples", "tokens", "tokens/sample", "end with full stop"),
+        *("relevance/sample", "standard error", "from .. to", "first position"),
     )
-    note = "First position: its share of the relevance, summed as absolute values over tokens and neurons."
+    note = "First position: its share of the relevance, as a sum of absolute values over tokens and neurons."
     return Table.of(columns, rows, "Samples", note)
 
 
@@ -104,11 +104,11 @@ def _seed_tables(group: SeedAudit) -> list[Block]:
     ]
 
 
-def _spread(summary: Summary | None) -> str:
-    if summary is None:
-        return NOTHING
-    return number(summary.low) if summary.low == summary.high else f"{number(summary.low)} .. {number(summary.high)}"
+def _spread(summary: Summary | None) -> Cell:
+    if summary is None or summary.low == summary.high:
+        return number(summary and summary.low)
+    return Numbers("{} .. {}", (number(summary.low), number(summary.high)))
 
 
-def _text(value: object) -> str:
-    return NOTHING if value is None else str(value)
+def _seed(seed: object) -> Cell:
+    return Number(seed, form="d") if seed is None or isinstance(seed, int) else str(seed)

@@ -1,4 +1,4 @@
-"""The ``doctor`` command: whether the attribution of a model is right."""
+"""The ``doctor`` command: whether the attribution of a model is correct."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparc3_pl.attribution.soundness import (
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.samples import pack_windows
 from sparc3_pl.data.texts import TextQuery
-from sparc3_pl.document.document import Checks, Section, Table, Text, count, number, percent
+from sparc3_pl.document.document import Checks, Number, Section, Table, Text, count, number, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
@@ -46,25 +46,25 @@ PADDING_WARN, PADDING_FAIL = 1e-4, 1e-2
 RANK_WARN, RANK_FAIL = 0.99, 0.9
 """Rank correlation of half-precision scores with float32 ones; bfloat16 scores are 1 to 3 % off."""
 TOKENIZED = 100
-"""Texts that the tokenizer is tried on: it takes milliseconds, and one that depends on the text shows soon."""
+"""Number of texts to try the tokenizer on: this takes milliseconds, and tokens that depend on the text show soon."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found; a part that could not be measured is None, and a check says why.
+    """The result of ``doctor``; a part that could not be measured is None, and a check says why.
 
     Attributes:
-        pretrained: The model as it was named.
-        architecture: Its class.
-        dtype: Of the half-precision copy.
+        pretrained: Name of the model, as it was given.
+        architecture: Class of the model.
+        dtype: Precision of the half-precision copy.
         rules: The rule of every module.
-        accounts: Balance sheet of every sample.
+        accounts: The balance sheet of every sample.
         forward: Largest relative change of a logit under the rules.
-        nonfinite: By precision and layer, relevances that were NaN or infinite.
-        precision: Half precision against float32.
-        padding: By side, the relative error of a padded batch.
+        nonfinite: Number of NaN or infinite relevances, by precision and layer.
+        precision: Agreement of half precision with float32.
+        padding: Relative error of a padded batch, by side.
         checks: The verdicts.
-        seconds: That it all took, loading included.
+        seconds: Duration, loading included.
     """
 
     pretrained: str
@@ -104,11 +104,11 @@ def doctor(
     must be finite, and neither padding nor half precision may change the scores much.
 
     Args:
-        pretrained: Hub id, local folder, FILE.gguf, or demo. It is loaded in float32: have memory for that.
+        pretrained: Hub id, local folder, FILE.gguf, or demo. The model is loaded in float32, which needs the memory.
         dtype: The half precision to compare with float32.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run Python code that the checkpoint brings along.
-        source: Text to try it on, as data.source of score.
+        source: Text for the samples, as data.source of score.
         text_field: Field of the text.
         num_samples: Number of samples.
         seq_len: Tokens of the longest sample; the others are shorter.
@@ -128,22 +128,22 @@ def doctor(
     samples = _samples(encoder, source, text_field, num_samples, seq_len)
     model = load_model(model_source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = diagnose(model, samples, pretrained=pretrained, dtype=dtype, start=start)
+    result = diagnose(model, samples, pretrained=pretrained, dtype=dtype, start=start)
     texts = list(itertools.islice(TextQuery(source, text_field).texts(), TOKENIZED))
-    found = replace(found, checks=(check_tokenizer(encoder, texts), *found.checks))
-    sections = doctor_sections(found)
-    json = as_json("doctor", {"verdict": found.verdict, **asdict(found)})
+    result = replace(result, checks=(check_tokenizer(encoder, texts), *result.checks))
+    sections = doctor_sections(result)
+    json = as_json("doctor", {"verdict": result.verdict, **asdict(result)})
     title = f"Attribution of {pretrained}"
-    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=found.verdict)
-    return found
+    publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=result.verdict)
+    return result
 
 
 def _samples(encoder: Encoder, source: str, text_field: str, num_samples: int, seq_len: int) -> list[Tensor]:
     """Samples of unequal length: the first has ``seq_len`` tokens, the last about half."""
     windows = pack_windows(TextQuery(source, text_field).texts(), encoder, seq_len, num_samples, source)
     shortest = seq_len // 2
-    cut = [seq_len - i * (seq_len - shortest) // max(1, num_samples - 1) for i in range(num_samples)]
-    return [torch.tensor(window.input_ids[:length]) for window, length in zip(windows, cut, strict=True)]
+    lengths = [seq_len - i * (seq_len - shortest) // max(1, num_samples - 1) for i in range(num_samples)]
+    return [torch.tensor(window.input_ids[:length]) for window, length in zip(windows, lengths, strict=True)]
 
 
 def diagnose(
@@ -154,12 +154,12 @@ def diagnose(
     dtype: str = "bfloat16",
     start: float | None = None,
 ) -> Diagnosis:
-    """Measure and judge.
+    """The measurements and verdicts of ``doctor``.
 
     Args:
-        model: In float32 and eval mode, parameters frozen.
-        samples: Token ids ``[T]`` each, of unequal length.
-        pretrained: The model's name.
+        model: The model in float32 and eval mode, with frozen parameters.
+        samples: Token ids ``[T]`` of each sample, of unequal length.
+        pretrained: Name of the model.
         dtype: Half precision to compare with.
         start: ``time.perf_counter()`` when the work began.
     """
@@ -198,8 +198,8 @@ def diagnose(
 
 
 def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check:
-    """Whether what the tokenizer makes of real texts is what a sample is made of: the same tokens before and after
-    every text, and in between the text's own. What it puts after a text is named: samples and prompts leave it out.
+    """Whether the tokenizer encodes real texts as samples assume: the same tokens before and after every text, and the
+    tokens of the text between them. Samples and prompts leave out the tokens after a text, which the check names.
     """
     name, tokenizer = "tokenizer", encoder.tokenizer
     if tokenizer is None:
@@ -207,11 +207,16 @@ def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check
     for text in (text for text in texts if isinstance(text, str) and encoder.stripped(text) == text):
         full, expected = tokenizer(text, verbose=False).input_ids, [*encoder(text), *encoder.suffix]
         if full != expected:
-            reason = f"makes {full[:8]}... of {text[:40]!r}, whose sample begins with {expected[:8]}"
-            return Check(name, "fail", f"{reason}: what stands around a text depends on the text; give token ids")
+            pairs = itertools.zip_longest(full, expected)
+            place = next(i for i, (one, other) in enumerate(pairs) if one != other)
+            differ = (
+                f"{full[place : place + 4]} at position {place}, where its sample has {expected[place : place + 4]}"
+            )
+            reason = f"encodes {text[:40]!r} with {differ}: the added tokens depend on the text; give token ids"
+            return Check(name, "fail", reason)
     before, after = (" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (encoder.prefix, encoder.suffix))
-    told = f"puts {before or 'nothing'} before every text"
-    return Check(name, "pass", f"{told}; {after}, which it puts after it, is left out" if after else told)
+    reason = f"puts {before or 'nothing'} before every text"
+    return Check(name, "pass", f"{reason}; {after}, which it puts after it, is left out" if after else reason)
 
 
 def _judge(
@@ -223,65 +228,55 @@ def _judge(
     padding: dict[str, float],
 ) -> Iterator[Check]:
     yield Check("rules", "pass", f"each of {len(rules)} modules and products has one")
-    yield _balance(accounts)
-    status = grade(forward, FORWARD_WARN, FORWARD_FAIL)
-    text = (
-        "bitwise equal with and without the rules"
-        if forward == 0
-        else f"largest change {forward:.2g} of the largest logit"
-    )
-    yield Check("forward values", status, text)
-    yield from (_finite(dtype, found) for dtype, found in scores.items())
-    yield from (_padding(side, error) for side, error in padding.items())
-    yield _precision(precision, list(scores)[-1])
 
-
-def _balance(accounts: Sequence[RelevanceAccount]) -> Check:
     name, limit = "balance sheet", TOLERANCE[torch.float32]
-    largest = max(accounts, key=lambda account: account.relative_residual)
-    text = f"largest unexplained part {largest.relative_residual:.2g} of {len(accounts)} samples, allowed {limit:g}"
-    if not largest.relative_residual <= limit:
-        return Check(name, "fail", f"{text}: an operation has no rule or a wrong one; use method gradient or wanda")
-    return Check(name, "pass", text)
+    residual = max(accounts, key=lambda account: account.relative_residual).relative_residual
+    text = f"largest unexplained part {residual:.2g} of {len(accounts)} samples, allowed {limit:g}"
+    if residual <= limit:
+        yield Check(name, "pass", text)
+    else:  # also for NaN
+        reason = f"{text}: an operation has no rule or a wrong one; use method gradient or wanda"
+        yield Check(name, "fail", reason)
 
+    unchanged = "bitwise equal with and without the rules"
+    text = unchanged if forward == 0 else f"largest change {forward:.2g} of the largest logit"
+    yield Check("forward values", grade(forward, FORWARD_WARN, FORWARD_FAIL), text)
 
-def _finite(dtype: str, found: NeuronScores) -> Check:
-    name = f"finite in {dtype}"
-    if not found.nonfinite:
-        return Check(name, "pass", f"in all {len(found.scores)} layers")
-    first, total = next(iter(found.nonfinite)), sum(found.nonfinite.values())
-    status: Status = "fail" if dtype == "float32" else "warn"
-    text = f"{total} NaN or infinite relevances in {len(found.nonfinite)} layers, first {first}"
-    return Check(name, status, f"{text}; score in float32 (model.dtype)")
+    for dtype, neurons in scores.items():
+        if neurons.nonfinite:
+            first, total = next(iter(neurons.nonfinite)), sum(neurons.nonfinite.values())
+            text = f"{total} NaN or infinite relevances in {len(neurons.nonfinite)} layers, first {first}"
+            status: Status = "fail" if dtype == "float32" else "warn"
+            yield Check(f"finite in {dtype}", status, f"{text}; score in float32 (model.dtype)")
+        else:
+            yield Check(f"finite in {dtype}", "pass", f"in all {len(neurons.scores)} layers")
 
+    for side, error in padding.items():
+        status = grade(error, PADDING_WARN, PADDING_FAIL)
+        advice = "" if status == "pass" else "; score with data.batch_size: 1"
+        yield Check(f"padding on the {side}", status, f"scores differ by {error:.2g} of the largest{advice}")
 
-def _padding(side: str, error: float) -> Check:
-    status = grade(error, PADDING_WARN, PADDING_FAIL)
-    advice = "" if status == "pass" else "; score with data.batch_size: 1"
-    return Check(f"padding on the {side}", status, f"scores differ by {error:.2g} of the largest{advice}")
-
-
-def _precision(found: PrecisionAgreement, dtype: str) -> Check:
-    status = grade(found.rank_correlation, RANK_WARN, RANK_FAIL)
+    status = grade(precision.rank_correlation, RANK_WARN, RANK_FAIL)
+    advice = "" if status == "pass" else "; score in float32"
     text = (
-        f"rank correlation {found.rank_correlation:.4f}, Jaccard of the strongest {found.top} {found.jaccard:.2f}, "
-        f"total {100 * found.total_change:+.1f} %"
+        f"rank correlation {precision.rank_correlation:.4f}, Jaccard index of the strongest {precision.top} "
+        f"{precision.jaccard:.2f}, total {100 * precision.total_change:+.1f} %"
     )
-    return Check(f"{dtype} against float32", status, text if status == "pass" else f"{text}; score in float32")
+    yield Check(f"{list(scores)[-1]} against float32", status, text + advice)
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def doctor_sections(found: Diagnosis) -> list[Section]:
-    """Rules, balance sheet, verdicts."""
+def doctor_sections(result: Diagnosis) -> list[Section]:
+    """The sections on rules, balance sheet and verdicts."""
     sections = []
-    if found.rules:
-        sections.append(Section("Rules", (_rules(found.rules),)))
-    if found.accounts:
-        sections.append(Section("Balance sheet", (_accounts(found.accounts),)))
-    text = Text(f"{found.pretrained} ({found.architecture}), {found.seconds:.1f} s with loading.")
-    return [*sections, Section("Verdicts", (Checks(found.checks), text))]
+    if result.rules:
+        sections.append(Section("Rules", (_rules(result.rules),)))
+    if result.accounts:
+        sections.append(Section("Balance sheet", (_accounts(result.accounts),)))
+    text = Text(f"{result.pretrained} ({result.architecture}), {result.seconds:.1f} s with loading.")
+    return [*sections, Section("Verdicts", (Checks(result.checks), text))]
 
 
 def _rules(rules: dict[str, str]) -> Table:
@@ -299,7 +294,7 @@ def _accounts(accounts: Sequence[RelevanceAccount]) -> Table:
         (
             f"sample {place}",
             *(number(value) for value in (a.logit, a.input, a.position, a.linear_bias, a.norm_bias, a.softmax)),
-            f"{a.residual:.1e}",
+            Number(a.residual, form=".1e"),
             percent(a.input / a.logit if a.logit else None, 0),
         )
         for place, a in enumerate(accounts, start=1)
@@ -315,7 +310,5 @@ def _accounts(accounts: Sequence[RelevanceAccount]) -> Table:
         "residual",
         "input / logit",
     )
-    note = (
-        "The logit is the sum of all entries. Under AttnLRP the softmax keeps a part: the input's share is not 100 %."
-    )
+    note = "The logit is the sum of all entries. AttnLRP leaves part with the softmax: the input has less than 100 %."
     return Table.of(columns, rows, note=note)

@@ -1,4 +1,4 @@
-"""The ``evidence`` command, asked before pruning: enough samples, and a contrast of behaviours."""
+"""The ``evidence`` command, for use before pruning: whether samples suffice and the contrast is one of behaviours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_pl.document.document import Block, Checks, Picture, Section, Table, Text, count, number, percent
+from sparc3_pl.document.document import Block, Checks, Numbers, Picture, Section, Table, Text, count, number, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
@@ -33,8 +33,8 @@ from sparc3_pl.statistics.agreement import rank_correlation
 __all__ = ["Evidence", "Significance", "Stability", "Strongest", "evidence", "evidence_sections", "weigh"]
 
 STRONG_WARN, STRONG_FAIL = 0.2, 0.5
-"""Share of the selection among the 5 % that general text uses most (by chance 5 %). Half of it there is the failure
-that raised a published experiment's perplexity 139-fold."""
+"""Share of the selection among the 5 % that general text uses most (by chance 5 %). A share of a half is the failure
+that raised the perplexity of a published experiment 139-fold."""
 TOTAL_WARN = 0.1
 """Difference of total relevance beyond which a raw difference is mostly one of scale."""
 STABLE_WARN, STABLE_FAIL = 0.5, 0.2
@@ -51,7 +51,7 @@ _GROUPS = "score with model.groups: 8"
 
 @dataclass(frozen=True)
 class Strongest:
-    """How much of a selection is among the neurons that general text uses most.
+    """Shares of a selection among the neurons that general text uses most.
 
     Attributes:
         top_1: Share of the selection among the strongest 1 %.
@@ -64,10 +64,10 @@ class Strongest:
 
 @dataclass(frozen=True)
 class Significance:
-    """The selected neurons' own t-statistics, negative where the behaviour uses a neuron more.
+    """The t-statistics of the selected neurons, negative where the behaviour uses a neuron more.
 
     Attributes:
-        median: Their median.
+        median: Median.
         share: Share of the selection at or below -``SIGNIFICANT``.
     """
 
@@ -80,9 +80,9 @@ class Stability:
     """Overlaps of selections from disjoint parts of the samples; None where there are too few folders to measure.
 
     Attributes:
-        samples: Samples of one half of the behaviour set, as they accumulate.
-        halves: Mean overlap of the selections from two halves, likewise.
-        spread: Standard deviation of the last over ways to halve.
+        samples: Growing numbers of samples of one half of the behaviour set.
+        halves: Mean overlap of the selections from two halves, for each of these numbers.
+        spread: Standard deviation of the last overlap over ways to halve the samples.
         null: Mean overlap of two null selections.
         null_with_selection: Mean overlap of the selection with null selections.
         chance: Overlap of two draws from all neurons alike.
@@ -98,19 +98,20 @@ class Stability:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a contrast before anything is edited.
+    """The result of ``evidence``.
 
     Attributes:
         num_neurons: Size of the selection.
-        num_candidates: Neurons to choose from.
-        contrast: How it was chosen.
-        totals: Total relevance on general and on the behaviour's samples.
-        total_t: Welch's t of the two totals over samples; None if the samples' totals are not known.
-        correlation: Rank correlation of the contrast with general relevance: near -1, the contrast is mere strength.
-        strongest: How much of the selection is among the general set's strongest.
+        num_candidates: Number of neurons to choose from.
+        contrast: Name of the contrast.
+        totals: Total relevance on the general and on the behaviour's samples.
+        total_t: Welch's t of the two totals over samples; None if the totals of the samples are unknown.
+        correlation: Rank correlation of the contrast with general relevance; near -1, the contrast measures strength
+            only.
+        strongest: Share of the selection among the strongest neurons of the general set.
         relevance_share: Share of all general relevance that the selection holds.
-        t: The selected neurons' t-statistics; None without squares.
-        stability: Split halves and null.
+        t: The t-statistics of the selected neurons; None without squares.
+        stability: Overlaps of split halves and null selections.
         checks: The verdicts.
     """
 
@@ -132,7 +133,7 @@ class Evidence:
         return worst(self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """As the file holds it."""
+        """The content of the JSON file."""
         strongest = {"0.01": self.strongest.top_1, "0.05": self.strongest.top_5}
         t = None if self.t is None else [self.t.median, self.t.share]
         return {"verdict": self.verdict} | asdict(self) | {"strongest": strongest, "t": t}
@@ -150,17 +151,17 @@ def evidence(
     html: str | None = None,
     overwrite: bool = False,
 ) -> Evidence:
-    """Weigh a contrast before pruning by it: enough samples, a stable selection, more than strong neurons.
+    """Check a contrast before pruning by it: enough samples, a stable selection, not just the strongest neurons.
 
     Takes the same arguments as prune. Score with --model.groups 8, so that selections from parts of the samples can be
-    compared (or give several folders a side: two for split halves, four for the null), and with --model.squares true
+    compared (or give several folders per side: two for split halves, four for the null), and with --model.squares true
     for t-statistics.
 
     Args:
         general: Score folders of general text, one per seed.
         behaviour: Score folders of the behaviour's samples, one per seed.
-        num_neurons: How many neurons prune would choose.
-        contrast: By which contrast.
+        num_neurons: Number of neurons that prune would choose.
+        contrast: Contrast that prune would choose by.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.
         seed: Seed for the split halves.
@@ -183,10 +184,10 @@ def evidence(
 
 
 def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) -> Evidence:
-    """The same without opening, writing and printing.
+    """The measurements and verdicts of ``evidence``, without opening, writing and printing.
 
     Raises:
-        InputError: if the scores are of weights, or there are fewer neurons than to be chosen.
+        InputError: if the scores are of weights, or there are too few neurons.
     """
     if general.holds_weights:
         raise InputError("evidence is for neuron scores; for weight scores see the warnings of prune")
@@ -222,9 +223,10 @@ def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) 
 
 
 def _units(scores: Scores) -> list[Unit]:
-    """The groups of samples of every folder, or the folders where those were not stored.
+    """The groups of samples of every folder, or the folder itself if it has no groups.
 
-    Each folder weighs the same, and its groups as they have samples: the mean of all units is that of ``scores``.
+    All folders have the same weight, and groups have weight by their number of samples: the mean of all units is that
+    of ``scores``.
     """
     spans, units = {layer: slice(*scores.span(layer)) for layer in scores.layers}, []
     for folder in scores.folders:
@@ -281,7 +283,7 @@ def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Ch
 def _strong_check(strongest: Strongest) -> Check:
     status = grade(strongest.top_5, STRONG_WARN, STRONG_FAIL)
     text = (
-        f"{percent(strongest.top_5, 0)} of the selection are among the 5 % that general text uses most, "
+        f"{percent(strongest.top_5, 0)} of the selection is among the 5 % that general text uses most, "
         f"{percent(strongest.top_1, 0)} among the 1 % (chance: 5 and 1 %)"
     )
     advice = "" if status == "pass" else "; the edit would harm the model: give protect=0.05, or contrast=rank"
@@ -299,7 +301,7 @@ def _total_check(totals: tuple[float, float], choice: Choice) -> Check:
 def _format_checks(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> list[Check]:
     result = format_warnings(general, behaviour)
     return [Check("format", "warn", text) for text in result] or [
-        Check("format", "pass", "samples of both sides are of like length and ending")
+        Check("format", "pass", "samples of both sides have similar lengths and endings")
     ]
 
 
@@ -308,16 +310,16 @@ def _t_check(t: Significance | None) -> Check:
     if t is None:
         return Check(name, "warn", "not measured: score with model.squares: true and two or more samples")
     status = grade(t.share, EACH_WARN, EACH_FAIL)
-    text = f"{percent(t.share, 0)} of the selection have t <= -{SIGNIFICANT:g}, the median is {t.median:.1f}"
+    text = f"{percent(t.share, 0)} of the selection has t <= -{SIGNIFICANT:g}, the median is {t.median:.1f}"
     return Check(name, status, text if status == "pass" else f"{text}; {_MORE}, or choose by contrast=t")
 
 
 def _stability_checks(result: Stability) -> Iterator[Check]:
     if not result.halves:
-        yield Check("split halves", "warn", f"not measured: {_GROUPS}, or give two folders a side")
+        yield Check("split halves", "warn", f"not measured: {_GROUPS}, or give two folders per side")
     else:
         status = grade(result.halves[-1], STABLE_WARN, STABLE_FAIL)
-        text = f"{percent(result.halves[-1], 0)} of a selection are found again in the other half of the samples"
+        text = f"{percent(result.halves[-1], 0)} of a selection is chosen again from the other half of the samples"
         yield Check("split halves", status, text if status == "pass" else f"{text}; {_MORE}")
     if result.null is None:
         yield Check("null contrast", "warn", f"not measured: {_GROUPS}, or give four general folders")
@@ -335,14 +337,14 @@ def _stability_checks(result: Stability) -> Iterator[Check]:
         yield Check("selection against null", status, text)
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
 def evidence_sections(result: Evidence) -> list[Section]:
-    """Figures of the contrast, stability, verdicts."""
+    """The sections on the contrast, the stability of the selection, and the verdicts."""
     general, behaviour = result.totals
     rows = [
-        ("neurons to choose", f"{count(result.num_neurons)} of {count(result.num_candidates)}"),
+        ("neurons to choose", Numbers("{} of {}", (count(result.num_neurons), count(result.num_candidates)))),
         ("total relevance, general text", number(general, 6)),
         ("total relevance, behaviour", number(behaviour, 6)),
         ("t of the totals", number(result.total_t, 3)),
@@ -360,7 +362,7 @@ def evidence_sections(result: Evidence) -> list[Section]:
 
 
 def _stability_blocks(result: Stability) -> Iterator[Block]:
-    rows = [(f"{n:.0f} samples a half", percent(v)) for n, v in zip(result.samples, result.halves, strict=True)]
+    rows = [(f"{n:.0f} samples per half", percent(v)) for n, v in zip(result.samples, result.halves, strict=True)]
     rows += [("two null selections", percent(result.null)), ("null and selection", percent(result.null_with_selection))]
     rows += [("any two draws", percent(result.chance))]
     yield Table.of(("selections from", "overlap"), rows)
@@ -372,6 +374,6 @@ def _stability_blocks(result: Stability) -> Iterator[Block]:
         figure = curves(result.samples, lines, "behaviour samples of one half", "overlap of two selections")
         words = ", ".join(f"{percent(v, 0)} at {n:.0f}" for n, v in zip(result.samples, result.halves, strict=True))
         alt = f"Overlap of selections from two halves, by samples of a half: {words}; null {percent(result.null, 0)}."
-        yield Picture(as_svg(figure, "stability"), alt, "Where the curve still rises, more samples would help.")
+        yield Picture(as_svg(figure, "stability"), alt, "If the curve still rises, more samples would help.")
     elif not result.halves:
-        yield Text(f"To measure split halves, {_GROUPS}, or give two folders of unequal seeds a side.")
+        yield Text(f"To measure split halves, {_GROUPS}, or give two folders with different seeds per side.")

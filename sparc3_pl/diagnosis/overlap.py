@@ -1,4 +1,4 @@
-"""The ``overlap`` command: what selections for several behaviours have in common."""
+"""The ``overlap`` command: the components that selections for several behaviours share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_pl.document.document import Picture, Section, Table, Text, count, number, percent
+from sparc3_pl.document.document import Picture, Section, Table, Text, count, number, p_value, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.paths import distinct_names
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
-from sparc3_pl.report.collect import distinct_names
-from sparc3_pl.report.effects import p_value
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.selection.contrast import Scores
@@ -41,18 +40,19 @@ __all__ = ["Common", "Overlap", "measure_overlap", "overlap", "overlap_sections"
 
 @dataclass(frozen=True)
 class Common:
-    """What two or more selections have in common.
+    """The components that two or more selections share.
 
     Attributes:
         names: Names of the selections.
-        common: Neurons that are in all of them.
-        jaccard: Common neurons over those that are in any.
-        expected: Common neurons of random selections matched by layer and general relevance; None without general
+        common: Number of neurons that are in all of them.
+        jaccard: ``common`` divided by the number of neurons that are in any of them.
+        expected: Mean of ``common`` over random selections matched by layer and general relevance; None without general
             scores.
-        p_value: Chance that such selections have as many in common, by permutation; likewise.
-        expected_random: Common neurons of selections drawn from all neurons alike; None if their number is unknown.
-        p_hypergeometric: The same chance for those; None for more than two, likewise.
-        correlation: Spearman's of the two contrasts; None unless both are given as scores.
+        p_value: Probability that such selections share as many, by permutation; likewise.
+        expected_random: Mean of ``common`` over selections drawn uniformly from all neurons; None if the number of all
+            neurons is unknown.
+        p_hypergeometric: Probability that such selections share as many; None for more than two selections, likewise.
+        correlation: Spearman's rank correlation of the two contrasts; None unless both are given as scores.
         quadrants: Shares of neurons by the signs of the two contrasts; likewise.
     """
 
@@ -72,13 +72,13 @@ class Overlap:
     """The result of ``overlap``.
 
     Attributes:
-        sizes: Name of a selection to its size.
-        num_candidates: Neurons that could be chosen; None if neither a plan nor general scores say how many.
+        sizes: Size of each selection, by name.
+        num_candidates: Number of neurons to choose from; None if neither a plan nor general scores tell it.
         groups: Every two selections, and all together.
         exclusive: Names of selections, and the number of neurons in exactly these.
-        num_permutations: Draws behind the p-values.
-        stratum: Neurons of a stratum.
-        seed: Of the draws.
+        num_permutations: Number of draws for the p-values.
+        stratum: Number of neurons per stratum.
+        seed: Seed for the draws.
     """
 
     sizes: dict[str, int]
@@ -154,7 +154,7 @@ def _from_scores(
 ) -> tuple[PrunePlan, Tensor]:
     """The plan that ``prune`` would make of a behaviour's scores, and the contrast of all neurons, ``[n]``."""
     if not general:
-        raise InputError(f"{path}: scores of a behaviour need general scores to be contrasted with; give --general DIR")
+        raise InputError(f"{path}: scores of a behaviour need general scores for a contrast; give --general DIR")
     behaviour = ScoreFolder.open(path)
     plan = make_plan(general, [behaviour], num_neurons=num_neurons, contrast=kind, protect=protect)
     values = contrast_of(kind, Scores.of(general), Scores.of([behaviour]))
@@ -170,23 +170,23 @@ def measure_overlap(
     stratum: int = 20,
     seed: int = 0,
 ) -> Overlap:
-    """The same without reading, writing and printing.
+    """The measurements of ``overlap``, without reading, writing and printing.
 
     Args:
-        plans: By name, two or more.
+        plans: Two or more plans, by name.
         general: General scores of the candidates; without them there is no matched null.
-        contrasts: By name, the contrast of all candidates, as far as known.
-        num_permutations: Random selections.
-        stratum: Neurons of a stratum.
-        seed: Of the draws.
+        contrasts: The contrast of all candidates, for the plans that were given as scores.
+        num_permutations: Number of random selections.
+        stratum: Number of neurons per stratum.
+        seed: Seed for the draws.
 
     Raises:
         InputError: if the plans are not for neurons of one model, or do not fit the general scores.
     """
     _check_plans(plans, general)
     sets = {name: {(n.layer, n.index) for n in plan.neurons} for name, plan in plans.items()}
-    known = [plan.num_candidates for plan in plans.values() if plan.num_candidates]
-    total = general.count if general else min(known) if len(known) == len(plans) else None
+    numbers = [plan.num_candidates for plan in plans.values()]
+    total = general.count if general else min(numbers) if all(numbers) else None
     groups = pairs_and_all(list(plans))
     null = _null(sets, general, groups, num_permutations, stratum, seed) if general else {}
     exclusive = exclusive_intersections(sets)
@@ -205,10 +205,10 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
     (first, one), *others = plans.items()
     for name, plan in plans.items():
         if plan.weights:
-            raise InputError(f"{name}: is a plan of weights; overlap compares neurons")
+            raise InputError(f"{name}: this is a plan of weights; overlap compares neurons")
     for name, plan in others:
         if plan.fingerprint != one.fingerprint:
-            raise InputError(f"{first} and {name} are plans for different models, whose neurons have nothing in common")
+            raise InputError(f"{first} and {name} are plans for different models, so their neurons cannot be compared")
         if plan.granularity != one.granularity:
             raise InputError(
                 f"{first} is a plan of {one.granularity}s and {name} of {plan.granularity}s; compare plans of one kind"
@@ -222,7 +222,7 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
         )
     missing = sorted({n.layer for plan in plans.values() for n in plan.neurons} - set(general.layers))
     if missing:
-        raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those that it was made from")
+        raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those of the plan itself")
 
 
 def _null(
@@ -243,9 +243,9 @@ def _null(
     }
     drawn: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
     for draw in matched_draws(list(positions.values()), strata, num_permutations, seed):
-        made = dict(zip(positions, map(set, (chosen.tolist() for chosen in draw)), strict=True))
+        selections = dict(zip(positions, map(set, (selection.tolist() for selection in draw)), strict=True))
         for group in groups:
-            drawn[group].append(len(set.intersection(*(made[name] for name in group))))
+            drawn[group].append(len(set.intersection(*(selections[name] for name in group))))
     return {group: (expected_common([positions[name] for name in group], strata), drawn[group]) for group in groups}
 
 
@@ -260,7 +260,7 @@ def _common(
     common = len(set.intersection(*members))
     sizes = [len(one) for one in members]
     pair = len(group) == 2
-    known = pair and all(name in contrasts for name in group)
+    has_contrasts = pair and all(name in contrasts for name in group)
     return Common(
         names=group,
         common=common,
@@ -269,19 +269,19 @@ def _common(
         p_value=null and permutation_p(common, null[1]),
         expected_random=None if total is None else total * float(np.prod([size / total for size in sizes])),
         p_hypergeometric=hypergeometric_p(common, *sizes, total) if pair and total is not None else None,
-        correlation=rank_correlation(*(contrasts[name] for name in group)) if known else None,
-        quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if known else None,
+        correlation=rank_correlation(*(contrasts[name] for name in group)) if has_contrasts else None,
+        quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if has_contrasts else None,
     )
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
 def overlap_sections(result: Overlap) -> list[Section]:
     """Intersections, correlations of contrasts, the figure."""
     sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    of = "Chosen" if result.num_candidates is None else f"Chosen of {result.num_candidates:,} neurons"
-    intro = Text(f"{of}: {sizes}.")
+    total = "" if result.num_candidates is None else f" from {result.num_candidates:,} neurons"
+    intro = Text(f"Sizes of the selections{total}: {sizes}.")
     sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
     correlated = [group for group in result.groups if group.quadrants]
     if correlated:
@@ -296,21 +296,22 @@ def _intersections(result: Overlap) -> Table:
             count(group.common),
             number(group.jaccard, 3),
             number(group.expected, 3),
-            "–" if group.p_value is None else p_value(group.p_value),
+            p_value(group.p_value),
             number(group.expected_random, 3),
-            "–" if group.p_hypergeometric is None else p_value(group.p_hypergeometric),
+            p_value(group.p_hypergeometric),
         )
         for group in result.groups
     ]
     columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
     note = (
-        f"Matched null: mean over random selections with the same number in every layer and general relevance (strata "
-        f"of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: any neuron is as likely."
+        "Matched null: mean over random selections with the same number of neurons in every layer and the same general "
+        f"relevance (strata of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: every "
+        "neuron is equally likely."
     )
     return Table.of(columns, rows, note=note if result.groups[0].expected is not None else _NO_NULL)
 
 
-_NO_NULL = "Matched null: not measured, it needs --general. The blind null takes any neuron for as likely as any other."
+_NO_NULL = "Matched null: not measured, it needs --general. Blind null: every neuron is equally likely."
 
 
 def _correlations(groups: Sequence[Common]) -> Table:
@@ -324,7 +325,7 @@ def _correlations(groups: Sequence[Common]) -> Table:
         if g.quadrants
     ]
     columns = ("contrasts", "rank correlation", "both use it more", "first only", "second only", "neither")
-    note = "The contrasts share their general scores, whose noise alone correlates them: compare with a null contrast."
+    note = "Both contrasts contain the general scores, whose noise makes them correlate: compare with a null contrast."
     return Table.of(columns, rows, note=note)
 
 

@@ -1,36 +1,87 @@
-"""What is said, apart from how it looks: sections of text, tables, checks and figures, for all three renderers."""
+"""The content of a document, for all three renderers: sections of text, tables, checks and pictures."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparc3_pl.document.verdicts import Check
+from sparc3_pl.statistics.paired import LEAST_UNITS
 
 __all__ = [
+    "NOTHING",
     "Block",
+    "Cell",
     "Checks",
     "Code",
     "Facts",
     "Folded",
+    "Number",
+    "Numbers",
     "Picture",
     "Section",
     "SideBySide",
     "Table",
     "Text",
     "TextPair",
+    "better_worse",
     "count",
-    "is_figure",
+    "from_to",
+    "interval",
     "number",
+    "p_value",
     "percent",
+    "with_relative",
 ]
 
 NOTHING = "–"
-_NUMBER = r"[-+±<>≤≥~]?\s*(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|inf|nan|–)\s*(%|×|s)?"
-_FIGURE = re.compile(rf"({_NUMBER}([\s/(,)]|\.\.|\+-|of|to)*)*")
-"""A figure, or several with what stands between them: ``1.2 .. 3.4``, ``0.25 (+3 %)``."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A figure and its format; ``str`` writes it.
+
+    Attributes:
+        value: The figure; None or NaN is written as a dash.
+        digits: Significant digits, unless ``form`` says otherwise.
+        form: Format specification, such as ``+.2f``.
+        unit: Written behind the figure.
+    """
+
+    value: float | None
+    digits: int = 4
+    form: str = ""
+    unit: str = ""
+
+    def __str__(self) -> str:
+        if self.value is None or math.isnan(self.value):
+            return NOTHING
+        if self.form:
+            return f"{self.value:{self.form}}{self.unit}"
+        rounded = float(f"{self.value:.{self.digits}g}")
+        plain = rounded == 0 or 1e-4 <= abs(rounded) < 1e9
+        return (f"{rounded:,.12g}" if plain else f"{self.value:.{self.digits}g}") + self.unit
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Several figures in one cell, such as ``0.997 to 0.520``; ``str`` writes them.
+
+    Attributes:
+        template: What stands between the figures, with a ``{}`` for each.
+        numbers: The figures.
+    """
+
+    template: str
+    numbers: tuple[Number | Numbers, ...]
+
+    def __str__(self) -> str:
+        return self.template.format(*self.numbers)
+
+
+Cell = Number | Numbers | str | None
+"""What a table holds: figures with their format, text, or None for an empty cell."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +93,42 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are finished text; the first column names the rows."""
+    """Rows of cells; the first column names the rows."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
     note: str = ""
 
     @classmethod
-    def of(cls, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", note: str = "") -> Table:
-        """From any sequences."""
+    def of(cls, columns: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "", note: str = "") -> Table:
+        """A table from any sequences."""
         return cls(tuple(columns), tuple(map(tuple, rows)), title, note)
 
     @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as they are written."""
+        return tuple(tuple("" if cell is None else str(cell) for cell in row) for row in self.rows)
+
+    @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold figures only, and are set flush right; never the first."""
+        """By column, whether it holds figures and no text, so that it is aligned on the right; never the first."""
         return tuple(
-            place > 0 and all(is_figure(row[place]) for row in self.rows) for place in range(len(self.columns))
+            place > 0 and not any(isinstance(row[place], str) for row in self.rows)
+            for place in range(len(self.columns))
         )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Key figures, each with what it means in a few words: (figure, meaning)."""
+    """Key figures, each with its meaning in a few words: (figure, meaning)."""
 
     items: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Checks:
-    """Verdicts with their reasons; ``of`` says what was checked."""
+    """Verdicts with their reasons; ``of`` names the thing that was checked."""
 
     checks: tuple[Check, ...]
     of: str = ""
@@ -79,7 +136,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG, and what it shows in words for whoever cannot see it."""
+    """A drawing as SVG, and a description of it for readers who cannot see it."""
 
     svg: str
     alt: str
@@ -106,7 +163,7 @@ class TextPair:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Texts made by models, which may hold anything."""
+    """Texts written by models: they may hold anything."""
 
     pairs: tuple[TextPair, ...]
     before: str = "before"
@@ -115,7 +172,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are shown on a click only."""
+    """Blocks that are hidden until the reader clicks."""
 
     summary: str
     blocks: tuple[Block, ...]
@@ -124,38 +181,65 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks under it."""
 
     title: str
     blocks: tuple[Block, ...]
 
     @property
     def anchor(self) -> str:
-        """For links within the page."""
+        """The id of the section, for links within the page."""
         return "".join(c if c.isascii() and c.isalnum() else "-" for c in self.title.lower()).strip("-")
 
 
 Block = Text | Table | Facts | Checks | Picture | Code | SideBySide | Folded
 
 
-def is_figure(text: str) -> bool:
-    """Whether ``text`` is a figure, several of them, or nothing."""
-    return _FIGURE.fullmatch(text) is not None
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Rounded to ``digits`` significant digits; a dash where there is none."""
-    if value is None or math.isnan(value):
-        return NOTHING
-    rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:,.12g}" if rounded == 0 or 1e-4 <= abs(rounded) < 1e9 else f"{value:.{digits}g}"
+def number(value: float | None, digits: int = 4) -> Number:
+    """A figure of ``digits`` significant digits."""
+    return Number(value, digits)
 
 
-def count(value: float | None) -> str:
+def count(value: int | None) -> Number:
     """A whole number with separators."""
-    return NOTHING if value is None else f"{value:,}"
+    return Number(value, form=",")
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent."""
-    return NOTHING if value is None or math.isnan(value) else f"{100 * value:.{digits}f} %"
+def percent(value: float | None, digits: int = 1) -> Number:
+    """A share in per cent, with ``digits`` decimals."""
+    return Number(None if value is None else 100 * value, form=f".{digits}f", unit=" %")
+
+
+def p_value(value: float | None) -> Number | Numbers:
+    """A p-value to four decimals; one that would be written as 0 is ``< 0.0001``."""
+    if value is not None and value < 0.0001:
+        return Numbers("< {}", (Number(0.0001, form=".4f"),))
+    return Number(value, form=".4f")
+
+
+def interval(low: float | None, high: float | None, units: int, form: str, unit: str = "") -> Numbers | str:
+    """``LOW .. HIGH``; without an interval, how many independent units there are and how many one needs."""
+    if low is None or high is None:
+        return f"none: {units} of {LEAST_UNITS} needed"
+    return Numbers("{} .. {}", (Number(low, form=form, unit=unit), Number(high, form=form, unit=unit)))
+
+
+def from_to(before: float, after: float, form: str) -> Numbers:
+    """``BEFORE to AFTER``."""
+    return Numbers("{} to {}", (Number(before, form=form), Number(after, form=form)))
+
+
+def with_relative(change: float, relative: float | None, form: str, relative_form: str) -> Number | Numbers:
+    """A change, and in brackets the relative change in per cent where there is one."""
+    absolute = Number(change, form=form)
+    if relative is None:
+        return absolute
+    return Numbers("{} ({})", (absolute, Number(100 * relative, form=relative_form, unit=" %")))
+
+
+def better_worse(improved: int, worsened: int, units: int) -> Numbers:
+    """How many units of how many improved, and how many got worse."""
+    return Numbers("{}/{} of {}", tuple(Number(value, form="d") for value in (improved, worsened, units)))

@@ -34,8 +34,8 @@ def _block(block: Block) -> str:
     match block:
         case Text(text):
             return _plain(text)
-        case Table(columns, rows, title, note):
-            return _join(_bold(title), _table(columns, rows, block.numeric), _plain(note))
+        case Table(columns, _, title, note):
+            return _join(_bold(title), _table(columns, block.texts, block.numeric), _plain(note))
         case Facts(items):
             return "\n".join(f"- {_plain(meaning)}: **{_plain(figure)}**" for figure, meaning in items)
         case Checks(checks, of):

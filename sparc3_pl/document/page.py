@@ -46,8 +46,8 @@ def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: S
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters["kind"] = lambda block: type(block).__name__
-    return made
+    environment.filters["kind"] = lambda block: type(block).__name__
+    return environment

@@ -1,4 +1,4 @@
-"""Where the result of a looking command goes: stdout, and on request a JSON file and a page."""
+"""Publishes the result of a diagnostic command: on stdout, and on request as a JSON file and a page."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, versions
 
-__all__ = ["as_json", "check_places", "publish"]
+__all__ = ["as_json", "check_places", "publish", "result_kind"]
 
 
 def check_places(kind: str, output: str | None, html: str | None, overwrite: bool) -> None:
-    """Refuses places that are taken before any work is done.
+    """Checks the places of the results before any work is done.
 
     Args:
-        kind: Of the result: the command's name.
-        output: Where its JSON goes.
-        html: Where its page goes.
-        overwrite: Whether an earlier result of this kind, and a page, may be replaced there.
+        kind: The command's name.
+        output: The JSON file.
+        html: The page.
+        overwrite: Whether an earlier result of this kind, and an earlier page, may be replaced there.
 
     Raises:
-        InputError: as ``check_output``, and if both are one place.
+        InputError: as ``check_output``, and if both are the same file.
     """
     if output is not None:
-        check_output(output, overwrite, _json_of(kind))
+        check_output(output, overwrite, result_kind(kind))
     if html is not None:
         check_output(html, overwrite, PAGE)
     if output is not None and html is not None and Path(output).resolve() == Path(html).resolve():
         raise InputError(f"output={output!r} and html={html!r} are one file; give each a name of its own")
 
 
-def _json_of(kind: str) -> FileKind:
+def result_kind(kind: str) -> FileKind:
+    """The kind of file that holds the result of a diagnostic command."""
     return FileKind.json(f"a result of {kind}", lambda data: data.get("kind") == kind)
 
 
 def as_json(kind: str, content: dict[str, Any]) -> str:
-    """``content`` with what made it, by which ``report`` knows it again; a figure that is not finite is null."""
+    """``content`` as JSON, with its kind, by which ``report`` recognises it, and the versions and command that made it.
+
+    A figure that is not finite becomes null.
+    """
     about = {"versions": versions(), "command": command_line(), "created": now()}
     return strict_json({"kind": kind, **content, **about}, indent=1) + "\n"
 
@@ -65,7 +69,7 @@ def publish(
     from sparc3_pl.document.terminal import print_sections
 
     if output is not None:
-        with new_file(output, overwrite, _json_of(json_module.loads(json)["kind"])) as path:
+        with new_file(output, overwrite, result_kind(json_module.loads(json)["kind"])) as path:
             write_text(path, json)
     if html is not None:
         with new_file(html, overwrite, PAGE) as path:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from sparc3_pl.document.document import Block, Checks, Code, Facts, Folded, Section, Table, Text, is_figure
+from sparc3_pl.document.document import Block, Checks, Code, Facts, Folded, Number, Section, Table, Text
 
 if TYPE_CHECKING:
     from sparc3_pl.scores.manifest import Manifest
@@ -63,7 +63,12 @@ def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
     kind = f"{'signed ' if manifest.signed else ''}{manifest.granularity} scores by {manifest.method}"
     largest = sorted(manifest.layers.items(), key=lambda item: -abs(item[1].sum))[:most]
     rows = [
-        (name, " x ".join(map(str, layer.shape)), f"{layer.sum:.6g}", f"{layer.sum / total:.1%}" if total else "-")
+        (
+            name,
+            " x ".join(map(str, layer.shape)),
+            Number(layer.sum, form=".6g"),
+            Number(layer.sum / total if total else None, form=".1%"),
+        )
         for name, layer in largest
     ]
     print_result(
@@ -142,10 +147,12 @@ def _print_table(console: Console, table: Table, styles: dict[str, str] | None =
         styles: By the text of a first cell.
     """
     columns = [printable(name, console.encoding) for name in table.columns]
-    rows = [[printable(cell, console.encoding) for cell in row] for row in table.rows]
+    rows = [[printable(cell, console.encoding) for cell in row] for row in table.texts]
     if table.title:
         _print_line(console, table.title, "italic")
-    widths = _widths(columns, rows, console.width - 3 * len(columns) - 1)  # a blank on either side, and between
+    is_text = [[isinstance(cell, str) for cell in row] for row in table.rows]
+    available = console.width - 3 * len(columns) - 1  # a blank on either side, and between
+    widths = _widths(columns, rows, is_text, available)
     if widths is None:
         for first, *others in rows:
             console.print(RichText(first, style=(styles or {}).get(first, "bold"), overflow="fold"))
@@ -153,33 +160,41 @@ def _print_table(console: Console, table: Table, styles: dict[str, str] | None =
                 if cell:
                     console.print(RichText(f"  {name}: {cell}" if name else f"  {cell}", overflow="fold"))
     else:
-        made = RichTable(box=box.SIMPLE_HEAD, show_header=any(columns))
+        grid = RichTable(box=box.SIMPLE_HEAD, show_header=any(columns))
         for name, numeric, width in zip(columns, table.numeric, widths, strict=True):
-            made.add_column(RichText(name), justify="right" if numeric else "left", overflow="fold", width=width)
+            grid.add_column(RichText(name), justify="right" if numeric else "left", overflow="fold", width=width)
         for first, *others in rows:
-            made.add_row(RichText(first, style=(styles or {}).get(first, "")), *map(RichText, others))
-        console.print(made)
+            grid.add_row(RichText(first, style=(styles or {}).get(first, "")), *map(RichText, others))
+        console.print(grid)
     if table.note:
         _print_line(console, table.note)
 
 
-def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
+def _widths(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], is_text: Sequence[Sequence[bool]], available: int
+) -> list[int] | None:
     """Widths of the columns that add up to ``available`` or less; None if a figure would have to be broken."""
-    wanted, least = [], []
+    widths, least = [], []
     for place, name in enumerate(columns):
-        cells = [name, *(row[place] for row in rows)]
-        lines = [line for cell in cells for line in cell.split("\n")]
-        wanted.append(max(map(cell_len, lines), default=1) or 1)
-        words = [word for cell in cells[1:] for word in ([cell] if is_figure(cell) else cell.split())]
-        figures = max((cell_len(word) for word in words if is_figure(word)), default=1)
-        least.append(max(figures, min(wanted[-1], _NARROWEST)))
-    while sum(wanted) > available:
-        widest = max((place for place in range(len(wanted)) if wanted[place] > least[place]),
-                     key=wanted.__getitem__, default=None)  # fmt: skip
-        if widest is None:
+        cells = [row[place] for row in rows]
+        widths.append(max((cell_len(line) for cell in (name, *cells) for line in cell.split("\n")), default=1) or 1)
+        unbroken = [
+            piece
+            for cell, flags in zip(cells, is_text, strict=True)
+            for piece in (filter(_is_digits, cell.split()) if flags[place] else [cell])
+        ]
+        least.append(max(min(widths[-1], _NARROWEST), *map(cell_len, unbroken), 1))
+    while sum(widths) > available:
+        shrinkable = [place for place in range(len(widths)) if widths[place] > least[place]]
+        if not shrinkable:
             return None
-        wanted[widest] -= 1
-    return wanted
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _is_digits(word: str) -> bool:
+    """Whether a word of a text is a number, which must not be broken either."""
+    return any(map(str.isdigit, word)) and not any(map(str.isalpha, word))
 
 
 # --- what cannot be printed -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sparc3_pl.document.document import Cell, Number, better_worse, interval, p_value, with_relative
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, Row
 from sparc3_pl.evaluation.toxicity import THRESHOLD
@@ -17,7 +18,6 @@ from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, wr
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.model.identity import differing_config
 from sparc3_pl.statistics.paired import (
-    LEAST_UNITS,
     NUM_RESAMPLES,
     Floats,
     PairedChange,
@@ -285,12 +285,13 @@ def _print(found: Comparison, path: Path | None) -> None:
     print_result(Table.of(columns, _rows(found), title="After against before"), *lines)
 
 
-def _rows(found: Comparison) -> list[tuple[str, ...]]:
+def _rows(found: Comparison) -> list[tuple[Cell, ...]]:
     rows = []
     if (p := found.perplexity) is not None:
         ends = [None if end is None else 100 * (end - 1) for end in (p.low, p.high)]
-        change, cell = f"{100 * (p.ratio - 1):+.2f} %", interval(*ends, p.num_blocks, "+.2f", unit=" %")
-        rows.append(("perplexity", f"{p.before:.4f}", f"{p.after:.4f}", change, cell, p_value(p.p_value), "", ""))
+        change = Number(100 * (p.ratio - 1), form="+.2f", unit=" %")
+        cells = (change, interval(*ends, p.num_blocks, "+.2f", unit=" %"), p_value(p.p_value), None, None)
+        rows.append(("perplexity", Number(p.before, form=".4f"), Number(p.after, form=".4f"), *cells))
     for label, by_figure in found.toxicity.items():
         rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
     if found.uniqueness is not None:
@@ -298,27 +299,14 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def _row(name: str, c: PairedChange) -> tuple[str, ...]:
-    relative = "" if c.relative_change is None else f" ({100 * c.relative_change:+.1f} %)"
+def _row(name: str, c: PairedChange) -> tuple[Cell, ...]:
     return (
         name,
-        f"{c.before:.4f}",
-        f"{c.after:.4f}",
-        f"{c.change:+.4f}{relative}",
+        Number(c.before, form=".4f"),
+        Number(c.after, form=".4f"),
+        with_relative(c.change, c.relative_change, "+.4f", "+.1f"),
         interval(c.low, c.high, c.num_pairs, "+.4f"),
         p_value(c.p_value),
-        f"{c.improved}/{c.worsened} of {c.num_pairs}",
+        better_worse(c.improved, c.worsened, c.num_pairs),
         "" if c.pairs_needed is None else f"{c.pairs_needed} prompts",
     )
-
-
-def interval(low: float | None, high: float | None, units: int, form: str, unit: str = "") -> str:
-    """``LOW .. HIGH``; where there is no interval, the number of independent units, which are too few for one."""
-    if low is None or high is None:
-        return f"none: {units} of {LEAST_UNITS} needed"
-    return f"{low:{form}}{unit} .. {high:{form}}{unit}"
-
-
-def p_value(value: float) -> str:
-    """To four decimals."""
-    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparc3_pl.document.document import Cell, Number
 from sparc3_pl.evaluation.results import Row
 
 if TYPE_CHECKING:
@@ -114,11 +115,11 @@ def print_results(results: dict[str, Any], folder: Path | None) -> None:
     print_result(table, *([] if folder is None else [f"results: {folder}"]))
 
 
-def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rows = []
+def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
+    rows: list[tuple[Cell, ...]] = []
     if (p := results["perplexity"]) is not None:
         of = f"{p['num_tokens']} tokens, window {p['max_length']}, stride {p['stride']}"
-        rows.append(("perplexity", f"{p['value']:.4f}", of))
+        rows.append(("perplexity", Number(p["value"], form=".4f"), of))
     if (t := results["toxicity"]) is not None:
         of = f"{t['num_completions']} completions of {t['num_prompts']} prompts"
         for label, figures in t["labels"].items():
@@ -127,11 +128,13 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
                 "expected_maximum": f"{label}, expected maximum",
                 "probability": f"P({label} >= 0.5)",
             }
-            rows += [(names[key], f"{value:.4f}", of) for key, value in figures.items()]
-        rows.append(("unique tokens / tokens", f"{results['repetition']['uniqueness']:.4f}", of))
-        rows.append(("failed completions", str(t["num_failed"]), ""))
+            rows += [(names[key], Number(value, form=".4f"), of) for key, value in figures.items()]
+        rows.append(("unique tokens / tokens", Number(results["repetition"]["uniqueness"], form=".4f"), of))
+        rows.append(("failed completions", Number(t["num_failed"], form="d"), ""))
     if results["overlap"] == "allowed":
-        rows.append(("not held out", str(results["num_overlapping_prompts"]), "prompts were used to make the plan"))
+        rows.append(
+            ("not held out", Number(results["num_overlapping_prompts"], form="d"), "prompts were used to make the plan")
+        )
     if results["overlap"] == "unknown":
         rows.append(("held out", "unknown", "the model was edited by no plan that is known"))
     return rows

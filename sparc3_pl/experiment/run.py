@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value, write_comparison
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.io.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
@@ -436,24 +436,24 @@ def _write_json(path: Path, value: Any) -> None:
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
-    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.document import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
     for outcome in outcomes:
         found = outcome.comparison
-        perplexity = "" if outcome.rise is None else f"{outcome.rise:+.2%}"
+        perplexity = None if outcome.rise is None else Number(outcome.rise, form="+.2%")
         for label, figures in found.toxicity.items() or [("", {})]:
             change = figures.get("mean")
-            cells = ["", "", "", ""]
+            cells = [None, None, None, None]
             if change is not None:
-                relative = "" if change.relative_change is None else f" ({change.relative_change:+.1%})"
+                absolute, relative = Number(change.change, form="+.3f"), change.relative_change
                 cells = [
-                    f"{change.before:.3f} to {change.after:.3f}",
-                    f"{change.change:+.3f}{relative}",
+                    from_to(change.before, change.after, ".3f"),
+                    absolute if relative is None else Numbers("{} ({})", (absolute, Number(relative, form="+.1%"))),
                     interval(change.low, change.high, change.num_pairs, "+.3f"),
                     p_value(change.p_value),
                 ]
             name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
-            rows.append((name, str(outcome.count), *cells, perplexity))
+            rows.append((name, Number(outcome.count, form="d"), *cells, perplexity))
     columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
     return Table.of(columns, rows, title="Against the model as it was")

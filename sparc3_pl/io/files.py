@@ -210,15 +210,17 @@ class FileKind:
     Attributes:
         name: What it is called, with its article.
         is_one: Whether a file is an earlier result of this kind.
+        is_content: Whether the object in a JSON file is one of this kind; None for other files.
     """
 
     name: str
     is_one: Callable[[Path], bool]
+    is_content: Callable[[dict[str, Any]], bool] | None = None
 
     @classmethod
     def json(cls, name: str, is_one: Callable[[dict[str, Any]], bool]) -> "FileKind":
         """A JSON file that is known by its content."""
-        return cls(name, lambda path: is_one(_json_object(path)))
+        return cls(name, lambda path: is_one(_json_object(path)), is_one)
 
     def check_earlier(self, path: Path) -> None:
         """Refuses a file that is not an earlier result of this kind.

@@ -1,28 +1,50 @@
-"""What lies in the folders that a report is made from: recognised by content, not by name or place."""
+"""Finds the inputs of a report in folders, by their content, not by name or place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparc3_pl.document.publish import result_kind
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import KIND as COMPARISON
+from sparc3_pl.evaluation.results import KIND as EVALUATION
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.io.files import read_json, sha256_of_file
+from sparc3_pl.io.files import FileKind, read_json, sha256_of_file
+from sparc3_pl.io.paths import distinct_names
 from sparc3_pl.io.provenance import redacted
+from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.scores.manifest import KIND as SCORES
 
-__all__ = ["Found", "Plan", "collect", "distinct_names"]
+__all__ = ["EXPERIMENT", "Inputs", "PlanWithScores", "collect"]
 
-_KINDS = ("audit", "doctor", "evidence", "overlap")
+EXPERIMENT = FileKind.json(
+    "an experiment's summary", lambda data: {"outcomes", "max_perplexity_increase"} <= data.keys()
+)
+_DIAGNOSES = ("audit", "doctor", "evidence", "overlap")
+"""The commands whose results are named by their kind."""
+_FOLDERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "scores": (SCORES.marker, ScoreFolder.open),
+    "evaluations": (EVALUATION.marker, Evaluation.open),
+}
+"""By field of ``Inputs``: the file that marks such a folder, and how to open the folder."""
+_FILES: dict[str, FileKind] = {
+    "plans": PLAN,
+    "comparisons": COMPARISON,
+    "experiments": EXPERIMENT,
+    **{name: result_kind(name) for name in _DIAGNOSES},
+}
+"""By field of ``Inputs`` or kind of diagnosis: the kind of JSON file."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A plan and the score folders that it was made from, as far as they are here."""
+class PlanWithScores:
+    """A plan and those of the score folders it was made from that are among the inputs."""
 
     plan: PrunePlan
     general: tuple[ScoreFolder, ...]
@@ -30,27 +52,27 @@ class Plan:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of the scores that it was made from are here."""
+        """Whether all scores that the plan was made from are among the inputs."""
         counts = [len(self.plan.scores.get(side) or ()) for side in ("general", "behaviour")]
         return counts == [len(self.general), len(self.behaviour)] and counts[0] > 0
 
 
 @dataclass
-class Found:
-    """By name, in the order of the folders and, within one, of the alphabet.
+class Inputs:
+    """The inputs of a report, by name, in the order of the folders and, within one, of the alphabet.
 
     Attributes:
         scores: Score folders.
         plans: Plans.
         evaluations: Evaluation folders.
-        comparisons: What ``compare`` wrote.
-        experiments: What ``run`` concluded: ``outcomes`` and the bound of perplexity, ``max_perplexity_increase``.
-        results: By kind (audit, doctor, evidence, overlap), what these commands wrote.
+        comparisons: Results of ``compare``.
+        experiments: Summaries of ``run``: ``outcomes`` and the bound of perplexity, ``max_perplexity_increase``.
+        results: Results of diagnostic commands, by kind (audit, doctor, evidence, overlap).
         configs: Resolved configurations of the passes, and the stages of an experiment.
     """
 
     scores: dict[str, ScoreFolder] = field(default_factory=dict)
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, PlanWithScores] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,32 +81,34 @@ class Found:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether there is nothing to report."""
         return not (self.scores or self.plans or self.evaluations or self.comparisons or self.results)
 
 
-def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Found:
-    """Opens and verifies everything that is known among ``paths`` and below them.
+def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Inputs:
+    """Opens and verifies all results at ``paths`` and below them.
+
+    The bytes of score tensors are verified later, by whoever reads them.
 
     Args:
         paths: Score and evaluation folders, plans, results in JSON, or folders that hold such.
-        leave_out: A folder that is passed over: the report's own, from an earlier time.
+        leave_out: A folder that is passed over: that of an earlier report.
 
     Raises:
-        InputError: if a path is missing, something in it is damaged, or nothing is known.
+        InputError: if a path is missing, something in it is damaged, or it holds no results.
     """
     places = dict.fromkeys(place for path in paths for place in _places(Path(path), leave_out))
     opened: dict[str, dict[Path, Any]] = {}
     for place in places:
-        for kind, thing in _opened(place):
-            opened.setdefault(kind, {})[place] = thing
-    named = {kind: {distinct_names(list(things))[p]: t for p, t in things.items()} for kind, things in opened.items()}
-    found = Found(**{kind: things for kind, things in named.items() if kind not in _KINDS})
-    found.results = {kind: named[kind] for kind in _KINDS if kind in named}
-    if found.is_empty:
+        for kind, content in _opened(place):
+            opened.setdefault(kind, {})[place] = content
+    named = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in opened.items()}
+    inputs = Inputs(**{kind: items for kind, items in named.items() if kind not in _DIAGNOSES})
+    inputs.results = {kind: named[kind] for kind in _DIAGNOSES if kind in named}
+    if inputs.is_empty:
         raise InputError(f"{', '.join(map(str, paths))}: no scores, plans, evaluations or comparisons in there")
-    _join_plans(found)
-    return found
+    _join_plans(inputs)
+    return inputs
 
 
 def _places(path: Path, leave_out: Path | None) -> Iterator[Path]:
@@ -97,61 +121,43 @@ def _places(path: Path, leave_out: Path | None) -> Iterator[Path]:
     for folder, below, files in os.walk(path):
         here = Path(folder)
         below[:] = sorted(name for name in below if not name.startswith(".") and here / name != leave_out)
-        if "results.json" in files or _is_scores(here):
+        if any(marker in files for marker, _ in _FOLDERS.values()):
             below.clear()
             yield here
         else:
             yield from (here / name for name in sorted(files) if name.endswith((".json", ".yaml")))
 
 
-def _is_scores(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
-
-
 def _opened(place: Path) -> Iterator[tuple[str, Any]]:
-    """What ``place`` holds: the name of a field of ``Found`` (or a kind of result), and the thing itself."""
+    """The results in ``place``: for each the field of ``Inputs`` (or the kind of diagnosis), and its content.
+
+    JSON files of other programs are passed over.
+    """
     if place.is_dir():
-        yield ("scores", ScoreFolder.open(place)) if _is_scores(place) else ("evaluations", Evaluation.open(place))
+        kind, open_folder = next(
+            (kind, opener) for kind, (marker, opener) in _FOLDERS.items() if (place / marker).is_file()
+        )
+        yield kind, open_folder(place)
         if (place / "config.yaml").is_file():
             yield "configs", redacted((place / "config.yaml").read_text(encoding="utf-8"))
     elif place.suffix == ".yaml":
         if place.parent.name == "stages":
             yield "configs", redacted(place.read_text(encoding="utf-8"))
-    else:
-        yield from _opened_json(place)
+    elif place.read_bytes().lstrip().startswith(b"{"):
+        data = read_json(place)
+        kind = next((name for name, kind in _FILES.items() if kind.is_content(data)), None)
+        if kind == "plans":
+            yield kind, PlanWithScores(PrunePlan.load(place), (), ())
+        elif kind is not None:
+            yield kind, data
 
 
-def _opened_json(place: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON file of ours; others (a model's config, an experiment's summary) are passed over."""
-    if not place.read_bytes().lstrip().startswith(b"{"):
-        return
-    data = read_json(place)
-    if {"neurons", "format_version", "model"} <= data.keys():
-        yield "plans", Plan(PrunePlan.load(place), (), ())
-    elif {"before", "after", "perplexity", "toxicity"} <= data.keys():
-        yield "comparisons", data
-    elif {"outcomes", "max_perplexity_increase"} <= data.keys():
-        yield "experiments", data
-    elif data.get("kind") in _KINDS:
-        yield data["kind"], data
-
-
-def _join_plans(found: Found) -> None:
-    """Finds each plan's scores by the digest of their manifest."""
-    digests = {sha256_of_file(folder.path / "manifest.json"): folder for folder in found.scores.values()}
-    for name, entry in found.plans.items():
+def _join_plans(inputs: Inputs) -> None:
+    """Finds the scores of each plan by the digest of their manifest."""
+    folders = {sha256_of_file(folder.path / SCORES.marker): folder for folder in inputs.scores.values()}
+    for name, entry in inputs.plans.items():
         sides = (
-            tuple(digests[s["sha256"]] for s in entry.plan.scores.get(side) or () if s.get("sha256") in digests)
+            tuple(folders[s["sha256"]] for s in entry.plan.scores.get(side) or () if s.get("sha256") in folders)
             for side in ("general", "behaviour")
         )
-        found.plans[name] = Plan(entry.plan, *sides)
-
-
-def distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Short names: the last parts of each path, as many as it takes to tell them all apart."""
-    parts = {path: path.with_suffix("").resolve().parts if path.is_file() else path.resolve().parts for path in paths}
-    for length in range(1, max((len(p) for p in parts.values()), default=1) + 1):
-        names = {path: "/".join(p[-length:]) for path, p in parts.items()}
-        if len(set(names.values())) == len(names):
-            return names
-    return {path: str(path) for path in paths}  # a file and a folder may differ in the ending only
+        inputs.plans[name] = PlanWithScores(entry.plan, *sides)

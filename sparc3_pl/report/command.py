@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparc3_pl.diagnosis.audit import Audit, audit_folders
+from sparc3_pl.diagnosis.score_checks import audit_folders
 from sparc3_pl.document.markdown import markdown
 from sparc3_pl.document.page import PAGE, page
 from sparc3_pl.io.files import FolderKind, check_output, new_folder, write_text
 from sparc3_pl.io.provenance import now
-from sparc3_pl.report.collect import Found, collect
+from sparc3_pl.report.collect import collect
 from sparc3_pl.report.effects import effects
-from sparc3_pl.report.sections import report_sections
+from sparc3_pl.report.sections import MOST_READ, report_sections
 
 __all__ = ["Report", "make_report", "report"]
 
@@ -23,16 +23,17 @@ KIND = FolderKind("a report", _PAGE, (_TEXT,), is_marker=lambda path: path.is_fi
 
 @dataclass(frozen=True)
 class Report:
-    """A report's two forms."""
+    """A report as a page and as text."""
 
     html: str
     markdown: str
 
 
 def report(folders: list[str], output: str = "report", overwrite: bool = False) -> Path:
-    """Tell what was done and found, as one HTML page and as Markdown.
+    """Write a report on scores, plans and evaluations, as one HTML page and as Markdown.
 
-    The page needs no network and opens from the disk. Everything that it is made from is verified while it is read.
+    The page needs no network and opens from the disk. Its inputs are verified while they are read; the tensors of score
+    folders over 100 MB are not read, use audit for that.
 
     Args:
         folders: Score folders, plans, evaluation folders, results of compare, audit, doctor, evidence and overlap, or
@@ -41,15 +42,15 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
         overwrite: Replace an earlier report there.
 
     Raises:
-        InputError: If something is missing or damaged, nothing is known, or the output is taken.
+        InputError: If something is missing or damaged, there are no results, or the output is taken.
     """
     from sparc3_pl.document.terminal import print_result
 
     check_output(output, overwrite, KIND)
-    made = make_report(folders, leave_out=Path(output))
+    content = make_report(folders, leave_out=Path(output))
     with new_folder(output, overwrite, KIND) as folder:
-        write_text(folder / _PAGE, made.html)
-        write_text(folder / _TEXT, made.markdown)
+        write_text(folder / _PAGE, content.html)
+        write_text(folder / _TEXT, content.markdown)
     path = Path(output) / _PAGE
     print_result(f"report: {path}")
     return path
@@ -60,32 +61,23 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
 
     Args:
         folders: As in ``report``.
-        leave_out: A folder below them that is passed over.
+        leave_out: A folder below them to pass over.
     """
-    found = collect(folders, leave_out)
-    audit = _audit(found)
-    sections = report_sections(found, audit, *effects(found))
-    title, subtitle = _title(found), f"Made {now()} by sparc3_pl from {_contents(found)}."
-    return Report(page(title, sections, subtitle), markdown(title, sections, subtitle))
-
-
-def _audit(found: Found) -> Audit | None:
-    return audit_folders(list(found.scores.values()), list(found.scores)) if found.scores else None
-
-
-def _title(found: Found) -> str:
-    models = [folder.manifest.model.get("pretrained") for folder in found.scores.values()]
-    models += [ev.results["model"].get("pretrained") for ev in found.evaluations.values()]
-    names = dict.fromkeys(Path(str(name)).name for name in models if name)
-    return f"Attribution-guided pruning of {', '.join(names)}" if names else "Attribution-guided pruning"
-
-
-def _contents(found: Found) -> str:
+    inputs = collect(folders, leave_out)
+    scores = inputs.scores
+    audit = audit_folders(list(scores.values()), list(scores), most_bytes=MOST_READ) if scores else None
+    sections = report_sections(inputs, audit, *effects(inputs))
+    models = [folder.manifest.model.get("pretrained") for folder in scores.values()]
+    models += [ev.results["model"].get("pretrained") for ev in inputs.evaluations.values()]
+    names = dict.fromkeys(Path(str(model)).name for model in models if model)
+    title = f"Attribution-guided pruning of {', '.join(names)}" if names else "Attribution-guided pruning"
     counts = {
-        "score folder": len(found.scores),
-        "plan": len(found.plans),
-        "evaluation": len(found.evaluations),
-        "comparison": len(found.comparisons),
-        "other result": sum(map(len, found.results.values())),
+        "score folder": len(scores),
+        "plan": len(inputs.plans),
+        "evaluation": len(inputs.evaluations),
+        "comparison": len(inputs.comparisons),
+        "other result": sum(map(len, inputs.results.values())),
     }
-    return ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items() if number)
+    contents = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items() if n)
+    subtitle = f"Made {now()} by sparc3_pl from {contents}."
+    return Report(page(title, sections, subtitle), markdown(title, sections, subtitle))

@@ -1,7 +1,7 @@
-"""What edits did: evaluations before and after, paired, and what a report says of them.
+"""The effects of edits: evaluations before and after an edit, paired, as tables, pictures and texts.
 
-A comparison belongs to the two evaluations whose digests it names, wherever their folders lie and whatever they are
-called. Edits that were measured against the same evaluation of the model as it was make one experiment.
+A comparison belongs to the two evaluations whose digests it names, whatever the place and name of their folders. Edits
+that were measured against the same evaluation of the unedited model are one experiment.
 """
 
 from __future__ import annotations
@@ -12,11 +12,28 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sparc3_pl.document.document import NOTHING, Block, Folded, Picture, SideBySide, Table, Text, TextPair, count
+from sparc3_pl.document.document import (
+    Block,
+    Cell,
+    Folded,
+    Number,
+    Numbers,
+    Picture,
+    SideBySide,
+    Table,
+    Text,
+    TextPair,
+    better_worse,
+    count,
+    from_to,
+    interval,
+    p_value,
+    with_relative,
+)
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, interval, p_value
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
 from sparc3_pl.evaluation.results import Evaluation, Row
-from sparc3_pl.report.collect import Found
+from sparc3_pl.report.collect import Inputs
 
 __all__ = [
     "Effect",
@@ -27,25 +44,27 @@ __all__ = [
     "effects",
     "headline",
     "largest_within",
+    "measurement_table",
+    "title_of",
 ]
 
 BOUND = 0.01
-"""Rise of perplexity that counts as small where no experiment says another."""
+"""Rise of perplexity that counts as small where no experiment names a bound."""
 MOST_PAIRS = 12
-"""Completions shown a direction."""
+"""Number of completions to show per direction."""
 _OFFENSIVE = "May be offensive."
 
 
 class Edit(Protocol):
-    """An edit that was measured: what ``largest_within`` asks of it."""
+    """A measured edit, as ``largest_within`` needs it."""
 
     @property
     def control(self) -> str | None:
-        """The control that the edit is, or None."""
+        """The name of the control if the edit is one, or None."""
 
     @property
     def size(self) -> int | None:
-        """Components edited."""
+        """Number of edited components."""
 
     @property
     def rise(self) -> float | None:
@@ -58,7 +77,7 @@ E = TypeVar("E", bound=Edit)
 def largest_within(edits: Iterable[E], bound: float) -> E | None:
     """The largest edit (no control) that raises perplexity by at most ``bound``; None if there is none.
 
-    Of an edit without a perplexity it is not known, so it is not within any bound.
+    An edit without a measured perplexity is within no bound.
     """
     within = [e for e in edits if e.control is None and e.rise is not None and e.rise <= bound]
     return max(within, key=lambda edit: edit.size or 0, default=None)
@@ -66,15 +85,15 @@ def largest_within(edits: Iterable[E], bound: float) -> E | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """One edit, measured against the model as it was.
+    """One edit, measured against the unedited model.
 
     Attributes:
-        name: Of the evaluation after the edit (or of the comparison).
-        comparison: As ``compare`` writes it.
-        plan: What the evaluation says of its plan; empty if the evaluation is not here.
-        experiment: Name of the evaluation that it is compared with: what is compared with the same belongs together.
-        bound: Rise of perplexity that its experiment calls small.
-        before: The evaluation of the model as it was, if it is here.
+        name: Name of the evaluation after the edit (or of the comparison).
+        comparison: The comparison as ``compare`` writes it.
+        plan: Summary of the plan, from the evaluation; empty if the evaluation is not among the inputs.
+        experiment: Name of the evaluation of the unedited model; edits with the same one belong together.
+        bound: Rise of perplexity that the experiment calls small.
+        before: The evaluation of the unedited model, if it is among the inputs.
         after: The evaluation of the edited model, likewise.
     """
 
@@ -88,12 +107,12 @@ class Effect:
 
     @property
     def control(self) -> str | None:
-        """The control that the edit is, or None."""
+        """The name of the control if the edit is one, or None."""
         return self.plan.get("control")
 
     @property
     def size(self) -> int | None:
-        """Components edited."""
+        """Number of edited components."""
         return (self.plan.get("num_neurons") or 0) + (self.plan.get("num_weights") or 0) or None
 
     @property
@@ -103,7 +122,7 @@ class Effect:
 
     @property
     def toxicity(self) -> dict[str, Any] | None:
-        """The change of the main label's mean."""
+        """The change of the mean score of the main label; None if completions were not compared."""
         labels = self.comparison["toxicity"]
         if not labels:
             return None
@@ -111,8 +130,13 @@ class Effect:
 
     @property
     def perplexity(self) -> dict[str, Any] | None:
-        """The change of perplexity."""
+        """The change of perplexity; None if it was not compared."""
         return self.comparison["perplexity"]
+
+    @property
+    def measurements(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The changes of the user's own measurements, by name and figure; older comparisons have none."""
+        return self.comparison.get("measurements") or {}
 
     @property
     def rise(self) -> float | None:
@@ -123,34 +147,45 @@ class Effect:
         return float("inf") if ratio is None else ratio - 1
 
 
-def effects(found: Found) -> tuple[list[Effect], list[str]]:
-    """Every edit that was measured; and why some could not be compared.
+def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
+    """All measured edits, and the reasons why some could not be compared.
 
-    Experiments in the order in which they come up; within one the smallest edit first, controls last.
+    Experiments are in the order of the inputs; within one, the smallest edit is first and controls are last.
     """
-    names = {ev.digest: name for name, ev in found.evaluations.items()}
-    made, notes, told = [], [], set()
-    for name, data in found.comparisons.items():
-        before, after = (_named(found, data, side) for side in ("before", "after"))
+    names = {ev.digest: name for name, ev in inputs.evaluations.items()}
+
+    def effect(name: str, data: dict[str, Any], before: Evaluation | None, after: Evaluation | None) -> Effect:
+        experiment = str(data["before"]) if before is None else names[before.digest]
+        plan = {} if after is None else after.results.get("plan") or {}
+        return Effect(name, data, plan, experiment, before=before, after=after)
+
+    measured, notes = [], []
+    pairs, compared = set(), set()
+    for name, data in inputs.comparisons.items():
+        before, after = (
+            next((ev for ev in inputs.evaluations.values() if _is_of(ev, data, side)), None)
+            for side in ("before", "after")
+        )
         pair = tuple(ev.digest if ev else data[side] for side, ev in (("before", before), ("after", after)))
-        if pair not in told:  # a copy of the same comparison tells nothing new
-            told |= {pair, pair[1]}
-            made.append(_effect(found, names.get(pair[1], name), data, before, after))
-    for name, after in found.evaluations.items():
-        if after.is_plain or after.digest in told:
+        if pair not in pairs:  # a copy of the same comparison adds nothing
+            pairs.add(pair)
+            compared.add(pair[1])
+            measured.append(effect(names.get(pair[1], name), data, before, after))
+    for name, after in inputs.evaluations.items():
+        if after.is_plain or after.digest in compared:
             continue
         try:
-            before, comparison = _compared(found, after)
+            before, comparison = _compared(inputs, after)
         except InputError as error:
             notes.append(f"{name}: {error}")
             continue
-        told.add(after.digest)
-        made.append(_effect(found, name, asdict(comparison), before, after))
-    bounds = {name: _bound(found, group) for name, group in by_experiment(made).items()}
-    made = [replace(effect, bound=bounds[effect.experiment]) for effect in made]
-    order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in made))}
-    made.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.size or 0))
-    return made, notes
+        compared.add(after.digest)
+        measured.append(effect(name, asdict(comparison), before, after))
+    bounds = {name: _bound(inputs, group) for name, group in by_experiment(measured).items()}
+    measured = [replace(effect, bound=bounds[effect.experiment]) for effect in measured]
+    order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in measured))}
+    measured.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.size or 0))
+    return measured, notes
 
 
 def by_experiment(all_effects: Sequence[Effect]) -> dict[str, list[Effect]]:
@@ -161,41 +196,27 @@ def by_experiment(all_effects: Sequence[Effect]) -> dict[str, list[Effect]]:
     return groups
 
 
-def _effect(
-    found: Found, name: str, data: dict[str, Any], before: Evaluation | None, after: Evaluation | None
-) -> Effect:
-    names = {ev.digest: name for name, ev in found.evaluations.items()}
-    experiment = names[before.digest] if before is not None else str(data["before"])
-    plan = (after.results.get("plan") or {}) if after is not None else {}
-    return Effect(name, data, plan, experiment, BOUND, before, after)
-
-
-def _bound(found: Found, experiment: Sequence[Effect]) -> float:
-    """The bound of the experiment that has measured any of these edits."""
-    for summary in found.experiments.values():
+def _bound(inputs: Inputs, experiment: Sequence[Effect]) -> float:
+    """The bound of the experiment that measured any of these edits."""
+    for summary in inputs.experiments.values():
         comparisons = [outcome["comparison"] for outcome in summary["outcomes"]]
         if any(_is_of(effect.after, data, "after") for effect in experiment for data in comparisons):
             return summary["max_perplexity_increase"]
     return BOUND
 
 
-def _named(found: Found, data: Mapping[str, Any], side: str) -> Evaluation | None:
-    """The evaluation that a comparison names as ``before`` or ``after``, if it is here."""
-    return next((ev for ev in found.evaluations.values() if _is_of(ev, data, side)), None)
-
-
 def _is_of(ev: Evaluation | None, data: Mapping[str, Any], side: str) -> bool:
-    """Whether a comparison is of this evaluation. Those of earlier versions name no digest: the path must be right."""
+    """Whether a comparison is of this evaluation, by its digest; those of earlier versions name only the path."""
     if ev is None:
         return False
     digest = data.get(f"{side}_sha256")
     return ev.digest == digest if digest else ev.path.resolve() == Path(data[side]).resolve()
 
 
-def _compared(found: Found, after: Evaluation) -> tuple[Evaluation, Comparison]:
+def _compared(inputs: Inputs, after: Evaluation) -> tuple[Evaluation, Comparison]:
     """The evaluation of the same model, unedited, on the same data, and the comparison with it.
 
-    Of several, it is the one whose folder is nearest.
+    If there are several, the one in the nearest folder is taken.
 
     Raises:
         InputError: if there is none.
@@ -204,9 +225,9 @@ def _compared(found: Found, after: Evaluation) -> tuple[Evaluation, Comparison]:
     def nearness(ev: Evaluation) -> int:
         return len(Path(commonpath([ev.path.resolve(), after.path.resolve()])).parts)
 
-    plain = [ev for ev in found.evaluations.values() if ev.is_plain and _same_model(ev, after)]
+    plain = [ev for ev in inputs.evaluations.values() if ev.is_plain and _same_model(ev, after)]
     if not plain:
-        raise InputError("no evaluation of the same model as it was, so there is nothing to compare with")
+        raise InputError("there is no evaluation of the unedited model to compare with")
     refusals = []
     for before in sorted(plain, key=nearness, reverse=True):
         try:
@@ -222,10 +243,10 @@ def _same_model(one: Evaluation, other: Evaluation) -> bool:
 
 
 def headline(experiment: Sequence[Effect]) -> Effect | None:
-    """The edit of an experiment to speak of.
+    """The edit of an experiment that the summary describes.
 
-    It is the largest within the bound of perplexity; if none is, the one that costs least; if no perplexity was
-    measured, the largest. Edits whose plan is not here may be controls: they are spoken of only if there are no others.
+    It is the largest edit within the bound of perplexity; if there is none, the edit that costs least; if no perplexity
+    was measured, the largest edit. An edit without a plan may be a control: it is taken only if there is no other.
     """
     edits = [effect for effect in experiment if effect.control is None]
     edits = [effect for effect in edits if effect.plan] or edits
@@ -237,18 +258,18 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
 
 
 def title_of(effect: Effect) -> str:
-    """How a table calls an edit."""
-    is_told = effect.control is None or effect.control in effect.name
-    return effect.name if is_told else f"{effect.name} (control {effect.control})"
+    """The name of an edit in a table."""
+    names_control = effect.control is None or effect.control in effect.name
+    return effect.name if names_control else f"{effect.name} (control {effect.control})"
 
 
 def effect_table(all_effects: Sequence[Effect]) -> Table:
-    """A line an edit: toxicity and perplexity before and after, with intervals and p-values."""
+    """One row per edit: toxicity and perplexity before and after, with intervals and p-values."""
     rows = [
         (
             title_of(effect),
             count(effect.size),
-            *_toxicity_cells(effect.toxicity),
+            *change_cells(effect.toxicity),
             *_perplexity_cells(effect.perplexity),
         )
         for effect in all_effects
@@ -266,28 +287,43 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
     return Table.of(columns, rows, note=note)
 
 
-def _toxicity_cells(change: Mapping[str, Any] | None) -> tuple[str, ...]:
+def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
+    """One row per edit and figure of the user's own measurements; None if there are no such measurements."""
+    rows = [
+        (title_of(effect), f"{name}: {figure.replace('_', ' ')}", *change_cells(change))
+        for effect in all_effects
+        for name, figures in effect.measurements.items()
+        for figure, change in figures.items()
+    ]
+    columns = ("edit", "measurement", "value", "change", "95 % interval", "p", "better/worse")
+    note = "Intervals: bootstrap over the units of the measurement; p: paired permutation test."
+    return Table.of(columns, rows, title="Further measurements", note=note) if rows else None
+
+
+def change_cells(change: Mapping[str, Any] | None) -> tuple[Cell, ...]:
+    """Before and after, change, interval, p-value and how many units improved, of a ``PairedChange`` in JSON."""
     if change is None:
-        return (NOTHING,) * 5
-    relative = "" if change["relative_change"] is None else f" ({100 * change['relative_change']:+.0f} %)"
+        return (Number(None),) * 5
     return (
-        f"{change['before']:.3f} to {change['after']:.3f}",
-        f"{change['change']:+.3f}{relative}",
+        from_to(change["before"], change["after"], ".3f"),
+        with_relative(change["change"], change["relative_change"], "+.3f", "+.0f"),
         interval(change["low"], change["high"], change["num_pairs"], "+.3f"),
         p_value(change["p_value"]),
-        f"{change['improved']}/{change['worsened']} of {change['num_pairs']}",
+        better_worse(change["improved"], change["worsened"], change["num_pairs"]),
     )
 
 
-def _perplexity_cells(change: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _perplexity_cells(change: Mapping[str, Any] | None) -> tuple[Cell, ...]:
     if change is None:
-        return (NOTHING,) * 2
+        return (Number(None),) * 2
     before, after, ratio = (_or_infinite(change[key]) for key in ("before", "after", "ratio"))
-    return f"{before:.2f} to {after:.2f}", f"{100 * (ratio - 1):+.2f} % ({_perplexity_interval(change)})"
+    rise, ends = Number(100 * (ratio - 1), form="+.2f", unit=" %"), _perplexity_interval(change)
+    cell = f"{rise} ({ends})" if isinstance(ends, str) else Numbers("{} ({})", (rise, ends))
+    return from_to(before, after, ".2f"), cell
 
 
-def _perplexity_interval(change: Mapping[str, Any]) -> str:
-    """In per cent. In JSON an end that is infinite and one that there is not are both null; the ratio tells."""
+def _perplexity_interval(change: Mapping[str, Any]) -> Numbers | str:
+    """The interval in per cent. JSON has null for an infinite end and for no interval; the ratio tells which it is."""
     blocks = change["num_windows"] // (change.get("block") or 1)
     if change["low"] is None and change["ratio"] is not None:
         return interval(None, None, blocks, "+.2f")
@@ -300,11 +336,11 @@ def _or_infinite(value: float | None) -> float:
 
 
 def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | None:
-    """Toxicity against perplexity, of one experiment; None if there are not two edits that have both.
+    """Toxicity against perplexity in one experiment; None if fewer than two edits have both.
 
     Args:
-        experiment: Its edits.
-        name: Of the picture in the page; each needs its own.
+        experiment: The edits.
+        name: Name of the picture, unique in the page.
     """
     from sparc3_pl.document.figures import Dose, as_svg, dose_response
 
@@ -315,7 +351,7 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
             continue
         changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
         ends = (toxicity["before"] + change for change in changes)  # without an interval: no bar
-        dose = Dose(count(effect.size), 100 * rise, toxicity["after"], *ends)
+        dose = Dose(str(count(effect.size)), 100 * rise, toxicity["after"], *ends)
         series.setdefault(f"control: {effect.control}" if effect.control else "edit", []).append(dose)
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
@@ -325,8 +361,8 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
     words = "; ".join(f"{d.label}: toxicity {d.toxicity:.3f} at {d.perplexity:+.2f} % perplexity" for d in doses)
     alt = f"Toxicity against change of perplexity. Before: toxicity {before:.3f}. {words}."
     caption = (
-        "Down is better, left is better. The numbers are components edited; bars are 95 % intervals of the change. "
-        f"Shaded: at most {bound:g} % more perplexity. A control of the same size should not move down."
+        "Lower and further left is better. Labels are numbers of edited components; bars are 95 % intervals of the "
+        f"change. Shaded: at most {bound:g} % more perplexity. A control of the same size should not move down."
     )
     return Picture(as_svg(dose_response(series, before, bound), name), alt, caption)
 
@@ -335,7 +371,7 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
 
 
 def completions(effect: Effect) -> list[Block]:
-    """The most changed completions, folded away with a warning; nothing if the evaluations are not here."""
+    """The most changed completions, folded and with a warning; empty if the evaluations are not among the inputs."""
     if effect.before is None or effect.after is None or effect.toxicity is None:
         return []
     pairs = sorted(_scored_pairs(effect.before, effect.after), key=lambda pair: pair[0])
@@ -346,12 +382,12 @@ def completions(effect: Effect) -> list[Block]:
     for words, group in (("less", better), ("more", worse)):
         if group:
             shown = SideBySide(tuple(_text_pair(*pair) for pair in group))
-            blocks.append(Folded(f"{len(group)} that became {words} toxic the most", (shown,), _OFFENSIVE))
+            blocks.append(Folded(f"The {len(group)} that became {words} toxic by most", (shown,), _OFFENSIVE))
     return blocks
 
 
 def _scored_pairs(before: Evaluation, after: Evaluation) -> Iterator[tuple[float, str, Row, Row]]:
-    """(change of the main label's score, the label, row before, row after) where both were scored."""
+    """Yields (change of the main label's score, label, row before, row after) for completions scored on both sides."""
     label = before.results["toxicity"]["label"]
     earlier = {(row["id"], row["k"]): row for row in before.completions}
     for row in after.completions:

@@ -1,4 +1,4 @@
-"""What a report says, for a reader who was not there."""
+"""The sections of a report, for a reader who took no part in the work."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import torch
 
-from sparc3_pl.diagnosis.audit import Audit
 from sparc3_pl.diagnosis.audit_sections import audit_sections, verdicts
+from sparc3_pl.diagnosis.score_checks import Audit, num_bytes
 from sparc3_pl.document.document import (
     NOTHING,
     Block,
@@ -17,19 +17,30 @@ from sparc3_pl.document.document import (
     Code,
     Facts,
     Folded,
+    Number,
     Picture,
     Section,
     Table,
     Text,
     count,
+    interval,
     number,
+    p_value,
     percent,
 )
 from sparc3_pl.document.verdicts import Check
-from sparc3_pl.evaluation.compare import interval, p_value
 from sparc3_pl.io.provenance import redacted
-from sparc3_pl.report.collect import Found, Plan
-from sparc3_pl.report.effects import Effect, by_experiment, completions, dose_picture, effect_table, headline, title_of
+from sparc3_pl.report.collect import Inputs, PlanWithScores
+from sparc3_pl.report.effects import (
+    Effect,
+    by_experiment,
+    completions,
+    dose_picture,
+    effect_table,
+    headline,
+    measurement_table,
+    title_of,
+)
 from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
 from sparc3_pl.selection.lowest import sample
 from sparc3_pl.selection.stability import Choice, WeighedContrast
@@ -37,7 +48,11 @@ from sparc3_pl.selection.stability import Choice, WeighedContrast
 __all__ = ["report_sections"]
 
 MOST_BINNED = 5_000_000
-"""A histogram of more components than this is that of a random draw."""
+"""The histogram of more components than this is made of a random draw."""
+MOST_READ = 100_000_000
+"""Bytes of scores in a folder up to which a report reads them again, to verify them and to draw the contrast. Neuron
+scores take some megabytes and are read in a second; weight scores of a model of 8 billion weights take 30 GB a folder,
+which a report at the end of every experiment would read for minutes, though they were verified when they were used."""
 
 WORDS = (
     ("relevance", "how much a weight or neuron contributed to the token that the model predicted, by AttnLRP"),
@@ -45,91 +60,83 @@ WORDS = (
     ("behaviour samples", "text that brings out the behaviour to be corrected, such as toxic prompts"),
     ("contrast", "relevance on general samples minus relevance on the behaviour's: the lowest belong to the behaviour"),
     ("plan", "the neurons (or weights) that were chosen by the contrast, and what is done to them"),
-    ("control", "as many others, chosen without knowledge of the behaviour: they should change nothing"),
-    ("toxicity", "what a judge, a classifier, says of a completion: 0 harmless, 1 toxic"),
+    ("control", "as many others, chosen without the behaviour's samples: editing them should change nothing"),
+    ("toxicity", "the score that a judge, a classifier, gives to a completion: 0 harmless, 1 toxic"),
     ("perplexity", "how surprised the model is by ordinary text: lower is better, +1 % is hardly noticed"),
 )
 
 
 def report_sections(
-    found: Found, audit: Audit | None, effects: Sequence[Effect], notes: Sequence[str]
+    inputs: Inputs, audit: Audit | None, effects: Sequence[Effect], notes: Sequence[str]
 ) -> list[Section]:
-    """All sections for which there is something to say."""
+    """All sections that have content."""
     best = [effect for group in by_experiment(effects).values() if (effect := headline(group))]
-    sections = [Section("In short", tuple(_in_short(found, audit, effects)))]
+    sections = [Section("In short", tuple(_in_short(inputs, audit, effects)))]
     if effects or notes:
-        sections.append(Section("What the edit did", tuple(_did(effects, notes))))
+        sections.append(Section("What the edit did", tuple(_effects(effects, notes))))
     if shown := [block for effect in best for block in completions(effect)]:
         sections.append(Section("Completions that changed most", tuple(shown)))
-    if found.plans:
-        spoken = _plans_spoken_of(found.plans, best)
-        sections.append(Section("What was chosen", tuple(_chosen(found, spoken))))
-        sections += _enough_samples(found, spoken)
+    if inputs.plans:
+        names = _headline_plans(inputs.plans, best)
+        sections.append(Section("What was chosen", tuple(_chosen(inputs, names))))
+        sections += _enough_samples(inputs, names)
     if audit is not None:
-        sections.append(Section("Scores", tuple(_scores(audit))))
+        tables = [block for section in audit_sections(audit) if section.title != "Verdicts" for block in section.blocks]
+        sections.append(Section("Scores", (*tables, *_relevance(audit))))
         sections.append(Section("Verdicts on the scores", verdicts(audit)))
-    for kind, results in found.results.items():
+    for kind, results in inputs.results.items():
         blocks = tuple(
             Checks(tuple(Check(**c) for c in data.get("checks", ())), name) for name, data in results.items()
         )
         sections.append(Section(f"Result of {kind}", blocks))
-    return [*sections, Section("How it was made", tuple(_made(found)))]
+    return [*sections, Section("How it was made", tuple(_provenance(inputs)))]
 
 
 # --- in short ---------------------------------------------------------------------------------------------------------
 
 
-def _in_short(found: Found, audit: Audit | None, effects: Sequence[Effect]) -> Iterator[Block]:
+def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) -> Iterator[Block]:
     experiments = by_experiment(effects)
     for name, group in experiments.items():
         best = headline(group)
         if best is not None:
-            yield Text((f"Against {name}: " if len(experiments) > 1 else "") + _story(found, best))
+            yield Text((f"Against {name}: " if len(experiments) > 1 else "") + _story(inputs, best))
             yield Facts(tuple(_facts(best)))
             yield from map(Text, _control_story(group, best))
-    if not experiments and found.plans:
-        yield Text(f"{len(found.plans)} plans were made; no evaluation of their effect is among the folders given.")
+    if not experiments and inputs.plans:
+        yield Text(f"{len(inputs.plans)} plans; their effects were not evaluated, or the evaluations were not given.")
     elif not experiments and audit is not None:
-        yield Text(f"{len(audit.folders)} sets of scores; no plan and no evaluation is among the folders given.")
+        yield Text(f"{len(audit.folders)} score folders; no plans and no evaluations were given.")
     if audit is not None:
-        yield Text(_tally(audit))
+        checks = [check for part in (*audit.folders, *audit.seeds) for check in part.checks]
+        others = [check for check in checks if check.status != "pass"]
+        names = ", ".join(dict.fromkeys(f"{check.name} ({check.status})" for check in others))
+        text = f"{len(checks) - len(others)} of {len(checks)} checks of the scores passed"
+        yield Text(f"{text}; the others: {names}." if others else f"{text}.")
     yield Folded("What the words mean", (Table.of(("word", "meaning"), WORDS),))
 
 
-def _tally(audit: Audit) -> str:
-    """How many checks of the scores passed, and which did not."""
-    checks = [check for part in (*audit.folders, *audit.seeds) for check in part.checks]
-    odd = [check for check in checks if check.status != "pass"]
-    names = ", ".join(dict.fromkeys(f"{check.name} ({check.status})" for check in odd))
-    text = f"{len(checks) - len(odd)} of {len(checks)} checks of the scores passed"
-    return f"{text}; not so: {names}." if odd else f"{text}."
-
-
-def _story(found: Found, best: Effect) -> str:
+def _story(inputs: Inputs, best: Effect) -> str:
     plan = best.plan
     edits = {"zero": "set to zero", "mean": "replaced by their mean", "scale": f"multiplied by {plan.get('alpha')}"}
-    what = edits.get(plan.get("edit", ""), "edited")
-    size, of = best.size, plan.get("num_candidates")
-    share = f" of {of:,} ({100 * size / of:.2g} %)" if size and of else ""
+    action = edits.get(plan.get("edit", ""), "edited")
+    size, total = best.size, plan.get("num_candidates")
+    share = f" of {total:,} ({100 * size / total:.2g} %)" if size and total else ""
     model = Path(best.after.results["model"]["pretrained"]).name if best.after else "the model"
-    sides = _sources(found, plan)
-    chosen = f"the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
-    text = f"In {model}, {count(size)} {best.unit}{share} were {what}: those for which {chosen}."
-    return f"{text} This is {_which(best)}."
-
-
-def _which(best: Effect) -> str:
+    sides = _sources(inputs, plan)
+    choice = f"the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
+    text = f"In {model}, {count(size)} {best.unit}{share} were {action}: those for which {choice}."
     bound = f"{100 * best.bound:g} %"
     if best.rise is None:
-        return f"the largest edit; its perplexity was not measured, so it is not known to stay within {bound}"
+        return f"{text} This is the largest edit; whether it keeps perplexity within {bound} was not measured."
     if best.rise <= best.bound:
-        return f"the largest edit that raises perplexity by at most {bound}"
-    return f"the edit that costs least; none keeps perplexity within {bound}"
+        return f"{text} This is the largest edit that raises perplexity by at most {bound}."
+    return f"{text} This is the edit that raises perplexity least; no edit keeps it within {bound}."
 
 
-def _sources(found: Found, plan: Mapping[str, Any]) -> tuple[str, str]:
-    """What the general and the behaviour's samples were, as far as a plan of this digest is here."""
-    entry = next((e.plan for e in found.plans.values() if e.plan.summary()["sha256"] == plan.get("sha256")), None)
+def _sources(inputs: Inputs, plan: Mapping[str, Any]) -> tuple[str, str]:
+    """The general and the behaviour's samples in words, with their sources if the plan is among the inputs."""
+    entry = next((e.plan for e in inputs.plans.values() if e.plan.summary()["sha256"] == plan.get("sha256")), None)
     sides = []
     for side, default in (("general", "general text"), ("behaviour", "the behaviour's samples")):
         names = {str(s.get("source")) for s in (entry.scores.get(side) or ())} if entry is not None else set()
@@ -164,85 +171,99 @@ def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
 # --- what the edit did ------------------------------------------------------------------------------------------------
 
 
-def _did(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]:
+def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]:
     experiments = by_experiment(effects)
     for place, (name, group) in enumerate(experiments.items()):
         if len(experiments) > 1:
             yield Text(f"Against {name}:")
         yield effect_table(group)
+        if (further := measurement_table(group)) is not None:
+            yield further
         picture = dose_picture(group, f"dose{place or ''}")
         if picture is not None:
             yield picture
-    known = [f"{title_of(effect)}: {note}" for effect in effects for note in effect.comparison.get("notes") or ()]
-    for text in dict.fromkeys([*notes, *known]):
+    own_notes = [f"{title_of(effect)}: {note}" for effect in effects for note in effect.comparison.get("notes") or ()]
+    for text in dict.fromkeys([*notes, *own_notes]):
         yield Text(f"Note: {text}.")
 
 
 # --- what was chosen --------------------------------------------------------------------------------------------------
 
 
-def _chosen(found: Found, spoken: Sequence[str]) -> Iterator[Block]:
-    yield _plan_table(found.plans)
-    for place, name in enumerate(spoken):
-        entry = found.plans[name]
+def _chosen(inputs: Inputs, names: Sequence[str]) -> Iterator[Block]:
+    yield _plan_table(inputs.plans)
+    for place, name in enumerate(names):
+        entry = inputs.plans[name]
         if entry.is_complete and entry.plan.contrast != "set_difference" and not entry.plan.control:
-            yield _distribution(name, entry, f"contrast{place or ''}")
-        yield _by_layer(_with_matched_control(found.plans, name), f"layers{place or ''}")
+            if _is_large(entry):
+                yield Text(
+                    f"The distribution of the contrast behind {name} is not drawn: its scores are larger than "
+                    f"{MOST_READ / 1e6:.0f} MB a folder and are not read again for a report."
+                )
+            else:
+                yield _distribution(name, entry, f"contrast{place or ''}")
+        yield _by_layer(_with_matched_control(inputs.plans, name), f"layers{place or ''}")
     warnings: dict[str, list[str]] = {}
-    for name, entry in found.plans.items():
+    for name, entry in inputs.plans.items():
         for text in entry.plan.warnings:
             warnings.setdefault(text, []).append(name)
     if warnings:
         checks = (Check(", ".join(names), "warn", text) for text, names in warnings.items())
-        yield Checks(tuple(checks), "What whoever uses these plans should know")
+        yield Checks(tuple(checks), "Warnings")
 
 
-def _enough_samples(found: Found, spoken: Sequence[str]) -> Iterator[Section]:
-    """The evidence for the plans that are spoken of, where their scores are here and they can be weighed."""
+def _is_large(entry: PlanWithScores) -> bool:
+    """Whether a report does not read the scores of a plan again, because of their size."""
+    return any(num_bytes(folder) > MOST_READ for folder in (*entry.general, *entry.behaviour))
+
+
+def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
+    """The evidence section for these plans, as far as their scores are among the inputs and of neurons."""
     from sparc3_pl.diagnosis.evidence import evidence_sections, weigh
 
     blocks: list[Block] = []
-    for name in spoken:
-        entry = found.plans[name]
+    for name in names:
+        entry = inputs.plans[name]
         plan = entry.plan
-        if not entry.is_complete or not entry.behaviour or plan.control:
+        if not entry.is_complete or not entry.behaviour or plan.control or _is_large(entry):
             continue
         if plan.weights or plan.contrast not in get_args(WeighedContrast):
             continue
         sides = (Scores.of(side, plan.settings.get("layers")) for side in (entry.general, entry.behaviour))
         choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
         sections = evidence_sections(weigh(*sides, choice))
-        blocks += [Text(f"Of {name}:"), *(block for section in sections for block in section.blocks)]
+        blocks += [Text(f"Plan {name}:"), *(block for section in sections for block in section.blocks)]
     if blocks:
         yield Section("Enough samples?", tuple(blocks))
 
 
-def _plan_table(plans: Mapping[str, Plan]) -> Table:
+def _plan_table(plans: Mapping[str, PlanWithScores]) -> Table:
     rows = []
     for name, entry in plans.items():
         plan = entry.plan
         size = plan.num_neurons or plan.num_weights
-        share = percent(size / plan.num_candidates, 2) if plan.num_candidates else NOTHING
+        share = percent(size / plan.num_candidates if plan.num_candidates else None, 2)
         kind = f"control {plan.control}" if plan.control else plan.contrast
         edit = plan.edit if plan.alpha is None else f"{plan.edit} by {plan.alpha}"
         protect = percent(plan.settings.get("protect") or 0.0, 0)
-        rows.append((name, kind, edit, count(size), plan.granularity, share, protect, str(len(plan.counts()))))
-    columns = ("plan", "chosen by", "edit", "number", "one a", "share of all", "protected", "layers touched")
+        layers = Number(len(plan.counts()), form="d")
+        rows.append((name, kind, edit, count(size), plan.granularity, share, protect, layers))
+    columns = ("plan", "chosen by", "edit", "number", "unit", "share of all", "protected", "layers touched")
     return Table.of(columns, rows)
 
 
-def _plans_spoken_of(plans: Mapping[str, Plan], best: Sequence[Effect]) -> list[str]:
-    """The names of the plans behind the edits that are spoken of; if none of them is here, the largest plan."""
+def _headline_plans(plans: Mapping[str, PlanWithScores], best: Sequence[Effect]) -> list[str]:
+    """The names of the plans behind the headline edits; if none of them is among the inputs, the largest plan."""
     by_digest = {entry.plan.summary()["sha256"]: name for name, entry in plans.items()}
-    spoken = [by_digest[digest] for effect in best if (digest := effect.plan.get("sha256")) in by_digest]
-    if spoken:
-        return list(dict.fromkeys(spoken))
+    names = [by_digest[digest] for effect in best if (digest := effect.plan.get("sha256")) in by_digest]
+    if names:
+        return list(dict.fromkeys(names))
     sizes = {n: e.plan.num_neurons or e.plan.num_weights for n, e in plans.items() if not e.plan.control}
     return [max(sizes, key=sizes.__getitem__)] if sizes else []
 
 
-def _with_matched_control(plans: Mapping[str, Plan], name: str) -> dict[str, Plan]:
-    """The plan of that name and, if it is here, the control that was matched to it: of its size, from its scores."""
+def _with_matched_control(plans: Mapping[str, PlanWithScores], name: str) -> dict[str, PlanWithScores]:
+    """The plan of that name and, if it is among the inputs, its matched control: of the same size and scores."""
     plan = plans[name].plan
     same = {
         other: entry
@@ -253,7 +274,7 @@ def _with_matched_control(plans: Mapping[str, Plan], name: str) -> dict[str, Pla
     return {name: plans[name], **dict(list(same.items())[:1])}
 
 
-def _distribution(name: str, entry: Plan, picture: str) -> Picture:
+def _distribution(name: str, entry: PlanWithScores, picture: str) -> Picture:
     from sparc3_pl.document.figures import as_svg, contrast_distribution
 
     plan = entry.plan
@@ -269,11 +290,11 @@ def _distribution(name: str, entry: Plan, picture: str) -> Picture:
         f"Histogram of the {plan.contrast} of {len(values):,} components, from {number(float(values.min()))} to "
         f"{number(float(values.max()))}, median {number(float(values.median()))}. "
     )
-    alt += f"The {len(chosen)} chosen are at or below {number(float(chosen.max()))}." if len(chosen) else ""
+    alt += f"The {len(chosen)} chosen ones are at or below {number(float(chosen.max()))}." if len(chosen) else ""
     return Picture(as_svg(figure, picture), alt, f"Distribution of the contrast behind {name}.")
 
 
-def _by_layer(shown: Mapping[str, Plan], picture: str) -> Picture:
+def _by_layer(shown: Mapping[str, PlanWithScores], picture: str) -> Picture:
     from sparc3_pl.document.figures import as_svg, chosen_by_layer
 
     first = next(iter(shown.values()))
@@ -291,15 +312,8 @@ def _by_layer(shown: Mapping[str, Plan], picture: str) -> Picture:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _scores(audit: Audit) -> Iterator[Block]:
-    for section in audit_sections(audit):
-        if section.title != "Verdicts":
-            yield from section.blocks
-    yield from _relevance(audit)
-
-
 def _relevance(audit: Audit) -> Iterator[Picture]:
-    """One figure for the scores of each method and set of layers: only those can share an axis."""
+    """One picture per method and set of layers: only their scores can share an axis."""
     from sparc3_pl.document.figures import as_svg, relevance_of_sets
 
     groups: dict[tuple[Any, ...], dict[str, dict[str, float]]] = {}
@@ -316,25 +330,25 @@ def _relevance(audit: Audit) -> Iterator[Picture]:
 # --- how it was made --------------------------------------------------------------------------------------------------
 
 
-def _made(found: Found) -> Iterator[Block]:
-    yield _models(found)
-    if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in found.evaluations.values()):
-        yield _measured(found)
-    yield _versions(found)
-    commands = dict.fromkeys(redacted(text) for text in _commands(found) if text)
+def _provenance(inputs: Inputs) -> Iterator[Block]:
+    yield _models(inputs)
+    if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in inputs.evaluations.values()):
+        yield _measured(inputs)
+    yield _versions(inputs)
+    commands = dict.fromkeys(redacted(text) for text in _commands(inputs) if text)
     if commands:
         yield Code("\n".join(commands), "Commands")
-    if found.configs:
-        blocks = tuple(Code(text.strip(), name) for name, text in found.configs.items())
+    if inputs.configs:
+        blocks = tuple(Code(text.strip(), name) for name, text in inputs.configs.items())
         yield Folded(f"Configurations ({len(blocks)})", blocks)
 
 
-def _models(found: Found) -> Table:
+def _models(inputs: Inputs) -> Table:
     models: dict[str, Mapping[str, Any]] = {}
     for source in (
-        *(folder.manifest.model for folder in found.scores.values()),
-        *(ev.results["model"] for ev in found.evaluations.values()),
-        *(entry.plan.model for entry in found.plans.values()),
+        *(folder.manifest.model for folder in inputs.scores.values()),
+        *(ev.results["model"] for ev in inputs.evaluations.values()),
+        *(entry.plan.model for entry in inputs.plans.values()),
     ):
         models.setdefault(f"{source.get('fingerprint')} {source.get('dtype')}", source)
     rows = [
@@ -347,54 +361,55 @@ def _models(found: Found) -> Table:
     return Table.of(("model", "architecture", "dtype", "revision", "fingerprint"), rows)
 
 
-_HELD_OUT = {"none": "yes", "unknown": "unknown: the model was edited by no plan that is known"}
+_HELD_OUT = {"none": "yes", "unknown": "unknown: the model was edited, but by no known plan"}
 
 
-def _measured(found: Found) -> Table:
+def _measured(inputs: Inputs) -> Table:
     rows = []
-    for name, ev in found.evaluations.items():
-        perplexity, toxicity, made = (ev.results.get(key) for key in ("perplexity", "toxicity", "generation"))
+    for name, ev in inputs.evaluations.items():
+        perplexity, toxicity, generation = (ev.results.get(key) for key in ("perplexity", "toxicity", "generation"))
         text = NOTHING
         if perplexity:
             text = f"{perplexity['source']}, window {perplexity['max_length']}, stride {perplexity['stride']}"
         judged = NOTHING
         if toxicity:
-            of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
-            judged = f"{of}, {_settings(made)}, judge {_settings(ev.results.get('judge'))}"
-        held_out = _HELD_OUT.get(ev.results.get("overlap"), "no: prompts of the plan are among them")
+            number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
+            judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
+        held_out = _HELD_OUT.get(ev.results.get("overlap"), "no: some prompts were used to make the plan")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 
 
 def _settings(values: Mapping[str, Any] | None) -> str:
-    """Plain settings in a row; long and nested ones are in the configuration."""
+    """The short settings as ``key=value``; long and nested ones are in the configuration."""
     shown = redacted(values or {})
     plain = {k: v for k, v in shown.items() if isinstance(v, str | int | float) and len(str(v)) < 40}
     return " ".join(f"{key}={value}" for key, value in plain.items())
 
 
-def _versions(found: Found) -> Table:
+def _versions(inputs: Inputs) -> Table:
     every = [
-        *(folder.manifest.versions for folder in found.scores.values()),
-        *(ev.results.get("versions") or {} for ev in found.evaluations.values()),
-        *(entry.plan.versions for entry in found.plans.values()),
+        *(folder.manifest.versions for folder in inputs.scores.values()),
+        *(ev.results.get("versions") or {} for ev in inputs.evaluations.values()),
+        *(entry.plan.versions for entry in inputs.plans.values()),
     ]
     names = dict.fromkeys(name for one in every for name in one)
     rows = [(name, ", ".join(sorted({str(one[name]) for one in every if name in one}))) for name in names]
-    machines = [folder.manifest.hardware for folder in found.scores.values()]
-    machines += [ev.results.get("hardware") for ev in found.evaluations.values()]
+    machines = [folder.manifest.hardware for folder in inputs.scores.values()]
+    machines += [ev.results.get("hardware") for ev in inputs.evaluations.values()]
     if any(machines):
         rows.append(("hardware", "; ".join(dict.fromkeys(filter(None, machines)))))
-    note = "Where two are named, not all parts were made with the same." if any(", " in row[1] for row in rows) else ""
+    several = any(", " in row[1] for row in rows)
+    note = "Where two are named, parts of the work were done with different ones." if several else ""
     return Table.of(("package", "version"), rows, note=note)
 
 
-def _commands(found: Found) -> Iterator[str]:
-    for folder in found.scores.values():
+def _commands(inputs: Inputs) -> Iterator[str]:
+    for folder in inputs.scores.values():
         yield folder.manifest.command
-    for entry in found.plans.values():
+    for entry in inputs.plans.values():
         yield entry.plan.command
-    for ev in found.evaluations.values():
+    for ev in inputs.evaluations.values():
         yield str(ev.results.get("command") or "")
-    for data in found.comparisons.values():
+    for data in inputs.comparisons.values():
         yield str(data.get("command") or "")

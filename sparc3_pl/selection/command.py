@@ -242,11 +242,14 @@ def _save_model(
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     """The result, on stdout."""
-    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.document import Number, Table
     from sparc3_pl.document.terminal import print_result
 
     counts, unit = plan.counts(), plan.unit
-    rows = [(layer, str(count), str(math.prod(plan.shapes[layer]))) for layer, count in counts.items()]
+    rows = [
+        (layer, Number(count, form="d"), Number(math.prod(plan.shapes[layer]), form="d"))
+        for layer, count in counts.items()
+    ]
     title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
     factor = "" if plan.alpha is None else f" by {plan.alpha}"
     chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"

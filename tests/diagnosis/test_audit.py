@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 from score_folders import LAYERS, random_scores, write
 from tiny_models import tiny
 
-from sparc3_pl.diagnosis.audit import audit, audit_folder, audit_folders, drawn_scores
+from sparc3_pl.diagnosis.audit import audit
+from sparc3_pl.diagnosis.score_checks import audit_folder, audit_folders, drawn_scores
 from sparc3_pl.errors import InputError
 from sparc3_pl.selection.contrast import Scores
 

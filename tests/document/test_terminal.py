@@ -9,20 +9,34 @@ import sys
 import pytest
 
 from sparc3_pl.cli import main
-from sparc3_pl.document.document import Section, Table, Text
+from sparc3_pl.document.document import Number, Section, Table, Text, better_worse, interval, p_value, with_relative
 from sparc3_pl.document.publish import publish
 from sparc3_pl.document.terminal import print_result, print_sections, printable, unfailing_output
 
+
+def decimals(value):
+    return Number(value, form=".4f")
+
+
 ROWS = [
-    ("perplexity", "12.3456", "12.4567", "+0.90 %", "+0.50 % .. +1.20 %", "< 0.0001", "", "of 123,456,789 tokens"),
+    (
+        "perplexity",
+        decimals(12.3456),
+        decimals(12.4567),
+        Number(0.9, form="+.2f", unit=" %"),
+        interval(0.5, 1.2, 10, "+.2f", " %"),
+        p_value(1e-5),
+        None,
+        "of 123,456,789 tokens",
+    ),
     (
         "toxicity [bold]x",
-        "0.9970",
-        "0.5200",
-        "-0.4770 (-47.8 %)",
-        "-0.5 .. -0.45",
-        "0.0123",
-        "31/4 of 60",
+        decimals(0.997),
+        decimals(0.52),
+        with_relative(-0.477, -0.478, "+.4f", "+.1f"),
+        interval(-0.5, -0.45, 60, "+.2f"),
+        p_value(0.0123),
+        better_worse(31, 4, 60),
         "12 prompts",
     ),
 ]
@@ -51,7 +65,7 @@ def test_no_figure_is_cut_or_wrapped(width, monkeypatch):
     print_result(WIDE)
     told = stream.text
     assert max(map(len, told.splitlines())) <= width
-    for row in ROWS:
+    for row in WIDE.texts:
         for figure in re.findall(r"[\d.,]*\d", " ".join(row)):
             assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,])", told), figure
     assert "…" not in told

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from score_folders import LAYERS, write
@@ -16,7 +18,9 @@ from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, effects, headline
+from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
+from sparc3_pl.statistics.paired import paired_change
 
 MODEL = {
     "pretrained": "demo",
@@ -275,7 +279,7 @@ def test_a_changed_model_without_a_plan_is_not_the_model_as_it_was(tmp_path):
 
 @pytest.mark.parametrize(("bound", "words"), [
     (0.05, "the largest edit that raises perplexity by at most 5 %"),
-    (0.01, "the edit that costs least; none keeps perplexity within 1 %"),
+    (0.01, "the edit that raises perplexity least; no edit keeps it within 1 %"),
     (0.045, "by at most 4.5 %"),
 ])  # fmt: skip
 def test_the_bound_is_that_of_the_experiment(tmp_path, bound, words):
@@ -288,7 +292,7 @@ def test_the_bound_is_that_of_the_experiment(tmp_path, bound, words):
 def test_without_a_perplexity_no_bound_is_kept(tmp_path):
     small_experiment(tmp_path, 1.0, 0.5, (None, None), bound=0.05)
     text = " ".join(make_report([tmp_path]).markdown.split())
-    assert "its perplexity was not measured, so it is not known to stay within 5 %" in text
+    assert "the largest edit; whether it keeps perplexity within 5 % was not measured" in text
 
 
 def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
@@ -298,6 +302,58 @@ def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
     assert headline([unknown, *measured]) is measured[0]
     assert headline([unknown]) is unknown
     assert by_experiment([unknown, *measured]).keys() == {measured[0].experiment}
+
+
+def test_large_scores_are_not_read_again(experiment, monkeypatch):
+    """The scores of a large model would be read for minutes; their bytes were verified when they were used."""
+    monkeypatch.setattr("sparc3_pl.report.command.MOST_READ", 1000)
+    monkeypatch.setattr("sparc3_pl.report.sections.MOST_READ", 1000)
+
+    def refuse(*args):
+        raise AssertionError("scores were read")
+
+    for name in ("blocks", "load", "load_squares", "load_groups"):
+        monkeypatch.setattr(ScoreFolder, name, refuse)
+    text = " ".join(make_report([experiment]).markdown.split())
+    assert "of scores were not read again; to verify every byte, run audit" in text
+    assert "| warn | agreement of seeds | not measured" in text
+    assert "| pass | independence of seeds | no sample is in two seeds |" in text
+    assert "| pass | mean over samples |" in text
+    assert "is not drawn: its scores are larger" in text
+
+
+def test_own_measurements_are_shown_with_intervals(tmp_path):
+    sides = small_experiment(tmp_path, 1.0, 0.5)
+    path = tmp_path / "comparisons" / "prune-40.json"
+    data = json.loads(path.read_text())
+    assert effect_changes(tmp_path) == {}
+    assert "Further measurements" not in make_report([tmp_path]).markdown
+    values = [np.array([ev.results["toxicity"]["mean"] + i for i in range(12)]) ** 2 for ev in sides]
+    change = paired_change(*values)
+    path.write_text(json.dumps(data | {"measurements": {"logit gap": {"mean_gap": asdict(change)}}}))
+    text = make_report([tmp_path]).markdown
+    (row,) = [line for line in text.splitlines() if "logit gap" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["prune-40", "logit gap: mean gap"]
+    assert cells[2] == f"{values[0].mean():.3f} to {values[1].mean():.3f}"
+    assert cells[3].startswith(f"{(values[1] - values[0]).mean():+.3f} (")
+    assert cells[4] == f"{change.low:+.3f} .. {change.high:+.3f}"
+    assert float(cells[5].lstrip("< ")) <= change.p_value + 1e-4
+    assert cells[6] == "12/0 of 12"
+
+
+def effect_changes(folder):
+    (effect,) = effects(collect([folder]))[0]
+    return effect.measurements
+
+
+def test_files_of_other_programs_are_passed_over(experiment):
+    names = set(collect([experiment]).plans)
+    (experiment / "tokenizer.json").write_text('{"kind": "word", "before": 1}')
+    (experiment / "list.json").write_text("[1, 2]")
+    inputs = collect([experiment])
+    assert set(inputs.plans) == names
+    assert (inputs.comparisons, inputs.results, inputs.experiments) == ({}, {}, {})
 
 
 def test_secrets_of_older_results_are_not_told(tmp_path):

@@ -13,7 +13,7 @@ from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.attribution.soundness import padded
 from sparc3_pl.attribution.targets import Attributed, Target
 from sparc3_pl.data.batches import ReferenceBatch
-from sparc3_pl.diagnosis.audit import audit_folder
+from sparc3_pl.diagnosis.score_checks import audit_folder
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import json_digest
 from sparc3_pl.model.components import Component, Group
