@@ -24,7 +24,7 @@ from jsonargparse._actions import _ActionConfigLoad
 from sparc3_pl.io.provenance import REDACTED, redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 
-__all__ = ["FLAG", "OneLineErrors", "argument_texts", "function_parser", "secrets_left_out"]
+__all__ = ["FLAG", "FunctionParser", "OneLineErrors", "argument_texts", "function_parser", "secrets_left_out"]
 
 
 def load_value(text: str) -> Any:
@@ -132,8 +132,10 @@ NAMED = re.compile(r"[\"'](?:--)?([\w.]+)[\"']|--([\w.]+)")
 
 def _shorter(text: str) -> str:
     """The parser's own words, less of them."""
-    if found := re.match(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
-        return f"{found[1]}={found[2]!r}: there is no such class; give one of the built-in ones or an import path"
+    if place := re.match(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
+        return f"{place[1]}={place[2]!r}: there is no such class; give one of the built-in ones or an import path"
+    if place := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        return f"there is no key '{place[1]}.{place[2]}'"
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
@@ -184,28 +186,26 @@ def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
     """A parser whose options are the arguments of ``function``, described by its docstring.
 
     Lists of strings take several words (those of ``folders`` without the option's name), and ``--overwrite`` alone
-    means true; everything else is jsonargparse's own doing.
+    means true. The types are resolved here: jsonargparse's own ``add_function_arguments`` would import what the
+    function's module imports for type checkers only, transformers among it.
     """
     parser = FunctionParser(prog=prog, description=(function.__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
     )
-    hints = get_type_hints(function)
-    texts = argument_texts(function)
-    ours = []
+    hints, texts = get_type_hints(function), argument_texts(function)
     for name, parameter in inspect.signature(function).parameters.items():
         required = parameter.default is inspect.Parameter.empty
-        options: dict[str, Any] = {"help": texts.get(name), "default": None if required else parameter.default}
-        if name == "folders":
-            parser.add_argument(name, nargs="+", type=str, metavar="DIR", help=texts.get(name))
-        elif hints[name] in (list[str], list[str] | None):
-            parser.add_argument(f"--{name}", nargs="+", type=str, required=required, **options)
+        options: dict[str, Any] = {"type": hints[name], "help": texts.get(name)}
+        if hints[name] in (list[str], list[str] | None):
+            options |= {"type": str, "nargs": "+"}
         elif hints[name] is bool:
-            parser.add_argument(f"--{name}", type=bool, **FLAG, **options)
+            options |= FLAG
+        if name == "folders":
+            parser.add_argument(name, metavar="DIR", **options)
         else:
-            continue
-        ours.append(name)
-    parser.add_function_arguments(function, as_positional=False, skip=set(ours))
+            default = None if required else parameter.default
+            parser.add_argument(f"--{name}", required=required, default=default, **options)
     return parser
 
 
