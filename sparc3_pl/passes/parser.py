@@ -211,8 +211,8 @@ def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
 
 def argument_texts(documented: Any) -> dict[str, str]:
     """What the docstring says of each argument, in one line."""
-    found = docstring_parser.parse(documented.__doc__ or "").params
-    return {item.arg_name: " ".join((item.description or "").split()) for item in found}
+    params = docstring_parser.parse(documented.__doc__ or "").params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
 FLAG = {"nargs": "?", "const": True}

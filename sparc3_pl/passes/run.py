@@ -21,6 +21,8 @@ from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.passes.parser import FLAG, OneLineErrors, argument_texts, secrets_left_out
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.runtime.noise import quiet
+from sparc3_pl.runtime.processes import is_supervised
 from sparc3_pl.runtime.progress import ProgressBar
 from sparc3_pl.runtime.run_config import RunConfig
 from sparc3_pl.runtime.trainer import Trainer
@@ -131,6 +133,8 @@ def run_pass(name: str, words: Sequence[str]) -> None:
         InputError: if what the user gave is wrong.
         SystemExit: if the options cannot be parsed, or ask for ``--help`` or ``--print_config``.
     """
+    if is_supervised():  # by the command line; Lightning has made itself heard again when it was imported
+        quiet()
     made = PassCLI(name, words)
     getattr(made.trainer, name)(made.model, made.datamodule)
     if isinstance(made.model, ScoringModule):
