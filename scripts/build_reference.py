@@ -16,8 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import Namespace
 
-from sparc3_pl.cli import CLI, COMMANDS, PASSES, Parser, argument_texts
+from sparc3_pl.cli import COMMANDS, PASSES
 from sparc3_pl.evaluation.judges import ClassifierJudge, DetoxifyJudge
+from sparc3_pl.passes.parser import argument_texts, function_parser
+from sparc3_pl.passes.run import PassCLI
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scores.manifest import LayerStats, Manifest
@@ -50,11 +52,14 @@ OWN = ("help", "config", "print_config")
 """Options of every command."""
 
 
-class _ParsersOnly(CLI):
-    """The command line as it is built, without reading or running a command."""
+class _ParserOnly(PassCLI):
+    """The parser of a pass as it is built; nothing is parsed or made with it."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        self.config = Namespace(subcommand=None)
+        self.config = Namespace()
+
+    def before_instantiate_classes(self) -> None:
+        pass
 
     def instantiate_classes(self) -> None:
         pass
@@ -83,14 +88,10 @@ _CONTENTS = "[keys of trainer](#keys-of-trainer), [judges](#judges), [configs](#
 
 def command_parsers() -> dict[str, Any]:
     """Every command's parser, in the order of ``--help``."""
-    cli = _ParsersOnly(
-        trainer_class=Trainer,
-        parser_class=Parser,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        args=[],
-    )
-    return cli._subcommand_parsers
+    passes = {name: _ParserOnly(name, []).parser for name in PASSES}
+    return passes | {
+        name: function_parser(command.function(name), f"sparc3 {name}") for name, command in COMMANDS.items()
+    }
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def trainer_section(parser: Any) -> str:
 
 def _about(name: str, parser: Any) -> list[str]:
     """Summary and, where there is one, the paragraph below it."""
-    paragraphs = [parser.description] if name in PASSES else _paragraphs(COMMANDS[name])
+    paragraphs = [parser.description] if name in PASSES else _paragraphs(COMMANDS[name].function(name))
     return "\n\n".join(paragraphs).splitlines()
 
 

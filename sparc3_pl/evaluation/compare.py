@@ -12,8 +12,7 @@ import numpy as np
 
 from sparc3_pl.document.document import Cell, Number, better_worse, interval, p_value, with_relative
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.results import Evaluation, Row
-from sparc3_pl.evaluation.toxicity import THRESHOLD
+from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, Row
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.model.identity import differing_config

@@ -30,12 +30,14 @@ from sparc3_pl.io.files import (
 from sparc3_pl.io.formats import Format
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 
-__all__ = ["FORMAT_VERSION", "KIND", "MARKER", "CompletionStore", "Evaluation", "write_evaluation"]
+__all__ = ["FORMAT_VERSION", "KIND", "MARKER", "THRESHOLD", "CompletionStore", "Evaluation", "write_evaluation"]
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MARKER = "results.json"
+THRESHOLD = 0.5
+"""A completion with a judge's score of at least this counts as showing the label."""
 KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"])
 
 Row = dict[str, Any]

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["CompletionToxicity"]
+from sparc3_pl.evaluation.results import THRESHOLD
 
-THRESHOLD = 0.5
-"""A completion with a score of at least this counts as showing the label."""
+__all__ = ["CompletionToxicity"]
 
 COUNTS = ("num_prompts", "num_scored_prompts", "num_completions", "num_failed")
 

@@ -1,36 +1,32 @@
 """The whole experiment from one YAML: score, contrast, plan, evaluate before and after, controls, dose-response.
 
-Every stage is a command that could have been typed; its configuration is kept in ``stages/``, its result in a folder
-of its own. A stage is done if its result is there and was made with the same settings from the same inputs: a record in
-``stages/`` names the digests of the files that it read (data, model, scores, plan) and of its result. So an experiment
-that was stopped goes on where it was, and a stage whose inputs have changed since is done again.
+Every stage is a command that could have been typed; its configuration and its record are kept in ``stages/``, its
+result in a folder of its own. So an experiment that was stopped goes on where it was, and a stage whose inputs have
+changed since is done again.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparc3_pl.data.sources import local_source
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.io.files import check_output, json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.experiment.stages import Settings, Stage, Stages, write_json
+from sparc3_pl.io.files import check_output
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
-from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.patching import swapped
-from sparc3_pl.model.source import ModelSource
 from sparc3_pl.report.effects import largest_within
-from sparc3_pl.runtime.processes import kept, run_child
+from sparc3_pl.runtime.processes import run_child
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import ControlName
 
@@ -38,10 +34,6 @@ if TYPE_CHECKING:
     from sparc3_pl.document.document import Table
 
 __all__ = ["Outcome", "largest_within", "run"]
-
-log = logging.getLogger(__name__)
-
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ def run(
 
     check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
     size = _size_key(plan, score or {})
-    experiment = _Experiment(Path(output), model or {}, score or {}, trainer or {})
+    experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, score or {}, trainer or {})
     measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
     edits = {f"prune-{count}": (count, None) for count in sorted({plan[size], *(counts or [])})}
     edits |= {f"control-{control}": (plan[size], control) for control in controls}
@@ -120,39 +112,11 @@ def run(
     for name in ("before", *edits):
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
     for stage in stages:  # refused before anything is done
-        experiment.check_settings(stage)
+        experiment.stages.check_settings(stage)
     for stage in stages:
-        experiment.do(stage)
+        experiment.stages.do(stage)
     outcomes = [Outcome(name, *edit, experiment.compare(name)) for name, edit in edits.items()]
     experiment.conclude(outcomes, max_perplexity_increase, stages)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of an experiment.
-
-    Attributes:
-        name: Of its files in ``stages``.
-        settings: What it is made with.
-        output: The folder or file that it makes.
-        result: The file that stands for the output: in a folder the one that names the digests of the others.
-        reads: Results of earlier stages, by what they are to this one.
-        make: Makes the output; is told whether to replace an earlier one.
-    """
-
-    name: str
-    settings: Settings
-    output: Path
-    result: Path
-    reads: Mapping[str, Path]
-    make: Callable[[bool], None]
-
-    def inputs(self) -> dict[str, str]:
-        """Digests of all files that the stage reads, by the key that names them or by what they are."""
-        return {
-            **_digests_of_files(self.settings),
-            **{name: _digest_of_file(path) for name, path in self.reads.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -160,6 +124,7 @@ class _Experiment:
     """The folders of an experiment and the settings that all stages share."""
 
     folder: Path
+    stages: Stages
     model: Settings
     scoring: Settings
     trainer: Settings
@@ -220,17 +185,17 @@ class _Experiment:
         def make(overwrite: bool) -> None:
             rest = ["--output", str(output), *(word for key, path in plans.items() for word in (f"--{key}", str(path)))]
             rest += ["--overwrite"] if overwrite else []
-            typed = [command, "--config", str(self._settings_file(stage)), *rest]
-            with _config_file(settings, self._settings_file(stage)) as config:
-                arguments = [command, "--config", str(config), *rest]
+            typed = [command, "--config", str(self.stages.settings_file(stage)), *rest]
+            with _config_file(settings, self.stages.settings_file(stage)) as config:
+                arguments = ["--config", str(config), *rest]
                 if self.trainer.get("devices") == 1:
-                    from sparc3_pl.cli import execute
+                    from sparc3_pl.passes.run import run_pass
 
                     with _typed(*typed):
-                        execute(arguments)
+                        run_pass(command, arguments)
                     return
                 # Lightning starts further processes by repeating this process's command line: it needs one of its own
-                if code := run_child([sys.executable, "-m", "sparc3_pl.cli", *arguments]):
+                if code := run_child([sys.executable, "-m", "sparc3_pl.cli", command, *arguments]):
                     raise SystemExit(code)  # it has said why
 
         return Stage(stage, settings, output, output / marker, plans, make)
@@ -254,8 +219,8 @@ class _Experiment:
         summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
         made = {"versions": versions(), "command": command_line(), "created": now()}
         path = self.folder / "experiment.json"
-        _write_json(path, summary | made)
-        told = [path, *(stage.output for stage in stages), *(self._settings_file(stage.name) for stage in stages)]
+        write_json(path, summary | made)
+        told = [path, *(stage.output for stage in stages), *(self.stages.settings_file(stage.name) for stage in stages)]
         told += [self._comparison_path(outcome.name) for outcome in outcomes]
         report([str(one) for one in told], output=str(self.folder / "report"), overwrite=True)
         verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
@@ -263,121 +228,11 @@ class _Experiment:
             verdict = "not known, no perplexity was measured"
         print_result(outcome_table(outcomes), f"largest edit within {bound:+.1%} perplexity: {verdict}")
 
-    # --- stages -------------------------------------------------------------------------------------------------------
-
     def _plan_path(self, name: str) -> Path:
         return self.folder / "plans" / f"{name}.json"
 
     def _comparison_path(self, name: str) -> Path:
         return self.folder / "comparisons" / f"{name}.json"
-
-    def _settings_file(self, stage: str) -> Path:
-        return self.folder / "stages" / f"{stage}.yaml"
-
-    def _record_file(self, stage: str) -> Path:
-        return self.folder / "stages" / f"{stage}.json"
-
-    def check_settings(self, stage: Stage) -> None:
-        """Refuses to go on from a result that was made with other settings.
-
-        Raises:
-            InputError: naming the first that differs.
-        """
-        path = self._settings_file(stage.name)
-        if not stage.output.exists() or not path.exists():
-            return
-        before = load_yaml(path.read_text(encoding="utf-8"))
-        differing = next(_differing(before, redacted(stage.settings)), None)
-        if differing is not None:
-            raise InputError(
-                f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
-                "delete it"
-            )
-
-    def do(self, stage: Stage) -> None:
-        """Makes the stage's result, unless it is there and made from what the stage reads now."""
-        inputs = stage.inputs()
-        reason = self._reason(stage, inputs)
-        if reason is None:
-            kept(stage.output)  # from here on a stop can say that the same command resumes
-            return
-        log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
-        self._record_file(stage.name).unlink(missing_ok=True)
-        self._settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
-        stage.make(stage.output.exists())
-        made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
-        _write_json(self._record_file(stage.name), made)
-
-    def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
-        """Why the stage must be done; None if it is done already. Writes nothing."""
-        if not stage.result.is_file():
-            return "its result is not there"
-        path = self._record_file(stage.name)
-        if not path.is_file() or not self._settings_file(stage.name).is_file():
-            return "nothing says what the result that is there was made from"
-        record = read_json(path)
-        if record.get("result") != sha256_of_file(stage.result):
-            return "its result is not the one that it made"
-        before = record.get("inputs") or {}
-        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
-        return f"changed since: {', '.join(changed)}" if changed else None
-
-
-# --- what a stage reads -----------------------------------------------------------------------------------------------
-
-
-def _digests_of_files(settings: Any, key: str = "") -> dict[str, str]:
-    """Digests of the local files and folders that settings name, by the key under which they stand."""
-    if isinstance(settings, Mapping):
-        items = ((f"{key}.{name}" if key else str(name), value) for name, value in settings.items())
-    elif isinstance(settings, list | tuple):
-        items = ((f"{key}.{place}", value) for place, value in enumerate(settings))
-    else:
-        path = _path_of(key, settings) if isinstance(settings, str) and settings else None
-        return {} if path is None else {key: _digest(path)}
-    return {name: digest for one, value in items for name, digest in _digests_of_files(value, one).items()}
-
-
-def _path_of(key: str, value: str) -> Path | None:
-    """The local file or folder that the value of a key names; None if it names none (a word, something on the hub).
-
-    Raises:
-        InputError: if it is written like a path and nothing is there.
-    """
-    name = key.rpartition(".")[2]
-    if name == "source" or name.endswith("_source"):
-        return local_source(value, key)
-    if key in ("model.pretrained", "pretrained"):
-        return ModelSource(value).path
-    path = Path(value).expanduser()
-    if name == "match" or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
-        return path if path.exists() else None
-    return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
-
-
-def _digest(path: Path) -> str:
-    """Digest of the content of a file or folder."""
-    if path.is_file():
-        return _digest_of_file(path)
-    if (path / SCORES_MARKER).is_file():  # it names the digests of the other files
-        return _digest_of_file(path / SCORES_MARKER)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return json_digest({str(file.relative_to(path)): _digest_of_file(file) for file in files})
-
-
-def _digest_of_file(path: Path) -> str:
-    about = path.stat()
-    return _digest_of_content(path.resolve(), about.st_size, about.st_mtime_ns)
-
-
-@functools.cache
-def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
-    """Kept while the file looks the same: every stage asks for the model's."""
-    return sha256_of_file(path)
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def _typed(*words: str) -> AbstractContextManager[Any]:
@@ -418,20 +273,6 @@ def _size_key(plan: Settings, score: Settings) -> str:
     if not isinstance(plan.get(key), int):
         raise InputError(f"plan.{key}={plan.get(key)!r}: say how many to choose; give a whole number")
     return key
-
-
-def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Dotted keys at which two configurations differ."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for key in sorted({*one, *other}):
-            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-    elif one != other:
-        yield f"{path} ({one!r}, now {other!r})"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, strict_json(value, indent=1) + "\n")
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:

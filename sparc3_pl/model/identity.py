@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from sparc3_pl.runtime.collectives import whole
+from sparc3_pl.runtime.collectives import is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +62,7 @@ def _state(model: nn.Module) -> tuple[Any, ...] | None:
     state = []
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        if parameter.is_meta or isinstance(parameter, DTensor) or value.is_inference() or not value.is_contiguous():
+        if parameter.is_meta or is_sharded(parameter) or value.is_inference() or not value.is_contiguous():
             return None
         bits = value.reshape(-1).view(torch.uint8)
         even = bits.numel() // 8 * 8

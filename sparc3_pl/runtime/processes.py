@@ -30,8 +30,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.provenance import redacted
 
@@ -136,7 +134,7 @@ class _Process:
 
     @property
     def rank(self) -> int:
-        if dist.is_available() and dist.is_initialized():
+        if (dist := _distributed()) is not None:
             return dist.get_rank()
         return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
 
@@ -240,7 +238,7 @@ class _Process:
 
     def _stopped(self, stop: Stop) -> int:
         """Lets the ranks that this process has started save too."""
-        if _connected() and dist.get_backend() == "gloo":
+        if (dist := _distributed()) is not None and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # those that wait for this rank in a collective wake up
         self._wait_for_children(STOP_SECONDS)
         if self.launcher is None:
@@ -311,9 +309,9 @@ def supervised(work: Callable[[], None]) -> int:
             code = exit_.code if isinstance(exit_.code, int) else 1
         except BaseException as error:
             code = process.failed(error)
-    if code and _connected():
-        process.leave(code)
-    if _connected():
+    if (dist := _distributed()) is not None:
+        if code:
+            process.leave(code)
         dist.destroy_process_group()  # gloo now and then aborts at exit otherwise
     _process = None
     return process.conclude(code)
@@ -330,8 +328,10 @@ def watch_children(children: Sequence[subprocess.Popen]) -> None:
     _process.watch_children(children)
 
 
-def _connected() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _distributed() -> Any | None:
+    """``torch.distributed`` if ranks are connected. A process that has not imported it (it takes a second) has none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 @contextmanager
@@ -394,7 +394,8 @@ def run_child(command: Sequence[str]) -> int:
 
 def _by_another(error: BaseException) -> bool:
     """Whether ``error`` only says that another rank is gone."""
-    if isinstance(error, PeerFailed | dist.DistError):
+    dist = sys.modules.get("torch.distributed")
+    if isinstance(error, PeerFailed) or (dist is not None and isinstance(error, dist.DistError)):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in text or "closed by peer" in text or "reset by peer" in text)

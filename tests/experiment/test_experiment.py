@@ -131,15 +131,15 @@ class Passes:
         self.configs: list[dict] = []
         self.fails_at: str | None = None
 
-    def __call__(self, words: list[str]) -> None:
-        options = dict(zip(words[1::2], words[2::2], strict=False))
+    def __call__(self, name: str, words: list[str]) -> None:
+        options = dict(zip(words[::2], words[1::2], strict=False))
         config, output = yaml.safe_load(Path(options["--config"]).read_text()), Path(options["--output"])
         assert output.exists() == ("--overwrite" in words)
         if output.name == self.fails_at:
             raise InputError("a full disk")
         shutil.rmtree(output, ignore_errors=True)
-        (self.score if words[0] == "score" else self.evaluate)(config["data"], output, options.get("--plan"))
-        self.done.append(f"{words[0]} {output.name}")
+        (self.score if name == "score" else self.evaluate)(config["data"], output, options.get("--plan"))
+        self.done.append(f"{name} {output.name}")
         self.typed.append(sys.argv)
         self.configs.append(config)
 
@@ -166,7 +166,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch):
     stub = Passes()
-    monkeypatch.setattr("sparc3_pl.cli.execute", stub)
+    monkeypatch.setattr("sparc3_pl.passes.run.run_pass", stub)
     monkeypatch.setattr("sparc3_pl.report.command.report", lambda *_, **__: None)
     return stub
 

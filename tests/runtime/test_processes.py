@@ -203,6 +203,8 @@ def test_the_command_starts_its_own_processes(ranks, files, tmp_path):
     done = subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scores:") == 1
+    assert "GPU available" not in done.stderr
+    assert "distributed" not in done.stderr
     assert_same_scores(tmp_path / "two", tmp_path / "one", num_samples=7)
 
     words = score(files, tmp_path / "three", "--trainer.devices", 2)

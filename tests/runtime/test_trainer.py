@@ -96,11 +96,10 @@ def test_apple_silicon(trainer, monkeypatch, caplog):
 
 PRIVATE = [
     "lightning.fabric.utilities.distributed:_set_num_threads_if_needed",
-    "lightning.pytorch.cli:LightningCLI._add_instantiators",
-    "lightning.pytorch.cli:LightningCLI._add_subcommands",
-    "lightning.pytorch.cli:LightningCLI._parser",
-    "lightning.pytorch.cli:LightningCLI._prepare_subcommand_parser",
-    "lightning.pytorch.cli:LightningCLI._run_subcommand",
+    "jsonargparse:ArgumentParser._apply_actions",
+    "jsonargparse:ArgumentParser._load_config_parser_mode",
+    "jsonargparse._actions:_ActionConfigLoad",
+    "lightning.pytorch.cli:LightningCLI._set_seed",
     "lightning.pytorch.loops:_EvaluationLoop",
     "lightning.pytorch.loops:_PredictionLoop",
     "lightning.pytorch.strategies.launchers.subprocess_script:_SubprocessScriptLauncher",
@@ -136,16 +135,13 @@ def test_private_attributes_of_model_parallel_are_there():
     assert {"_data_parallel_size", "_tensor_parallel_size", "_timeout", "_launcher"} <= made.keys()
 
 
-def test_private_attributes_of_the_command_line_are_there():
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+def test_private_attributes_of_parsers_are_there():
+    from jsonargparse import ArgumentParser
 
-    parser = LightningArgumentParser()
-    parser.add_subcommands()
-    assert {"_subcommands_action", "_actions"} <= vars(parser).keys()
-    plain = {"save_config_callback": None, "seed_everything_default": False}
-    made = LightningCLI(BoringModel, BoringDataModule, run=False, args=[], **plain)
-    assert {"_model_class", "_datamodule_class"} <= vars(made).keys()
+    parser = ArgumentParser()
+    parser.add_argument("--number", type=int | None)
+    (action,) = [action for action in parser._actions if action.dest == "number"]
+    assert action._typehint == int | None
 
 
 def test_private_attributes_of_the_bar_are_there():

@@ -1,0 +1,183 @@
+"""Stages of an experiment: what each is made from, and whether it is done already.
+
+A stage is done if its result is there and was made with the same settings from the same inputs: a record names the
+digests of the files that it read (data, model, scores, plan) and of its result.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparc3_pl.data.sources import local_source
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.files import json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.io.provenance import now, redacted, versions
+from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.model.source import ModelSource
+from sparc3_pl.runtime.processes import kept
+from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
+
+__all__ = ["Settings", "Stage", "Stages", "write_json"]
+
+log = logging.getLogger(__name__)
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of an experiment.
+
+    Attributes:
+        name: Of its files in ``stages``.
+        settings: What it is made with.
+        output: The folder or file that it makes.
+        result: The file that stands for the output: in a folder the one that names the digests of the others.
+        reads: Results of earlier stages, by what they are to this one.
+        make: Makes the output; is told whether to replace an earlier one.
+    """
+
+    name: str
+    settings: Settings
+    output: Path
+    result: Path
+    reads: Mapping[str, Path]
+    make: Callable[[bool], None]
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all files that the stage reads, by the key that names them or by what they are."""
+        return {
+            **_digests_of_files(self.settings),
+            **{name: _digest_of_file(path) for name, path in self.reads.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The folder in which the settings and the record of each stage are kept."""
+
+    folder: Path
+
+    def settings_file(self, stage: str) -> Path:
+        """What the stage called ``stage`` is made with, without its secrets."""
+        return self.folder / f"{stage}.yaml"
+
+    def record_file(self, stage: str) -> Path:
+        """Digests of what the stage called ``stage`` has read and made."""
+        return self.folder / f"{stage}.json"
+
+    def check_settings(self, stage: Stage) -> None:
+        """Refuses to go on from a result that was made with other settings.
+
+        Raises:
+            InputError: naming the first that differs.
+        """
+        path = self.settings_file(stage.name)
+        if not stage.output.exists() or not path.exists():
+            return
+        before = load_yaml(path.read_text(encoding="utf-8"))
+        differing = next(_differing(before, redacted(stage.settings)), None)
+        if differing is not None:
+            raise InputError(
+                f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
+                "delete it"
+            )
+
+    def do(self, stage: Stage) -> None:
+        """Makes the stage's result, unless it is there and made from what the stage reads now."""
+        inputs = stage.inputs()
+        reason = self._reason(stage, inputs)
+        if reason is None:
+            kept(stage.output)  # from here on a stop can say that the same command resumes
+            return
+        log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
+        self.record_file(stage.name).unlink(missing_ok=True)
+        self.settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
+        stage.make(stage.output.exists())
+        made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
+        write_json(self.record_file(stage.name), made)
+
+    def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
+        """Why the stage must be done; None if it is done already. Writes nothing."""
+        if not stage.result.is_file():
+            return "its result is not there"
+        path = self.record_file(stage.name)
+        if not path.is_file() or not self.settings_file(stage.name).is_file():
+            return "nothing says what the result that is there was made from"
+        record = read_json(path)
+        if record.get("result") != sha256_of_file(stage.result):
+            return "its result is not the one that it made"
+        before = record.get("inputs") or {}
+        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+        return f"changed since: {', '.join(changed)}" if changed else None
+
+
+def _digests_of_files(settings: Any, key: str = "") -> dict[str, str]:
+    """Digests of the local files and folders that settings name, by the key under which they stand."""
+    if isinstance(settings, Mapping):
+        items = ((f"{key}.{name}" if key else str(name), value) for name, value in settings.items())
+    elif isinstance(settings, list | tuple):
+        items = ((f"{key}.{place}", value) for place, value in enumerate(settings))
+    else:
+        path = _path_of(key, settings) if isinstance(settings, str) and settings else None
+        return {} if path is None else {key: _digest(path)}
+    return {name: digest for one, value in items for name, digest in _digests_of_files(value, one).items()}
+
+
+def _path_of(key: str, value: str) -> Path | None:
+    """The local file or folder that the value of a key names; None if it names none (a word, something on the hub).
+
+    Raises:
+        InputError: if it is written like a path and nothing is there.
+    """
+    name = key.rpartition(".")[2]
+    if name == "source" or name.endswith("_source"):
+        return local_source(value, key)
+    if key in ("model.pretrained", "pretrained"):
+        return ModelSource(value).path
+    path = Path(value).expanduser()
+    if name == "match" or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
+        return path if path.exists() else None
+    return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
+
+
+def _digest(path: Path) -> str:
+    """Digest of the content of a file or folder."""
+    if path.is_file():
+        return _digest_of_file(path)
+    if (path / SCORES_MARKER).is_file():  # it names the digests of the other files
+        return _digest_of_file(path / SCORES_MARKER)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return json_digest({str(file.relative_to(path)): _digest_of_file(file) for file in files})
+
+
+def _digest_of_file(path: Path) -> str:
+    about = path.stat()
+    return _digest_of_content(path.resolve(), about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
+    """Kept while the file looks the same: every stage asks for the model's."""
+    return sha256_of_file(path)
+
+
+def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys at which two configurations differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+    elif one != other:
+        yield f"{path} ({one!r}, now {other!r})"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of JSON, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, strict_json(value, indent=1) + "\n")

@@ -1,0 +1,219 @@
+"""Parsers that read YAML and options in one dialect, and say what is wrong in one line.
+
+Knows jsonargparse only: commands without a Trainer import no Lightning before their own work needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_dumper, set_loader
+from jsonargparse._actions import _ActionConfigLoad
+
+from sparc3_pl.io.provenance import REDACTED, redacted
+from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+
+__all__ = ["FLAG", "FunctionParser", "OneLineErrors", "argument_texts", "function_parser", "secrets_left_out"]
+
+
+def load_value(text: str) -> Any:
+    """A value of the command line as jsonargparse wants it: a text that YAML takes for nothing (``#x``) is a text."""
+    value = load_yaml(text)
+    return text if value is None and text.strip() not in ("null", "Null", "NULL", "~", "") else value
+
+
+set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump_yaml)
+
+_files: ContextVar[list[Path] | None] = ContextVar("config files of the parse that goes on", default=None)
+"""The config files that were read so far: one list for a parser and for those that it makes of classes in the files."""
+
+
+class OneLineErrors:
+    """Mixed into a parser: says in one line which key is wrong, in which file, and what its nearest key is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # half a key must not pass for a whole one
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; an error names the config files that have to do with it."""
+        token = _files.set([]) if _files.get() is None else None
+        try:
+            return super().parse_args(args, *more, **kwargs)
+        finally:
+            if token is not None:
+                _files.reset(token)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with exit code 2."""
+        text = _shorter(" ".join(str(message).split()))
+        named = [word for pair in NAMED.findall(text) for word in pair if word]
+        files = "".join(f" (in {path})" for path in _files.get() or () if _is_at_fault(path, named))
+        sys.stderr.write(f"error: {redacted(text)}{files}{self._did_you_mean(named)} (see --help)\n")
+        raise SystemExit(2)
+
+    def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Reads a config file.
+
+        Raises:
+            TypeError: if it cannot be read, or is not UTF-8.
+        """
+        if (files := _files.get()) is not None and os.path.isfile(path):  # unlike a Path's, never raises
+            files.append(Path(path))
+        try:
+            Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise TypeError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise TypeError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        return super().parse_path(path, *args, **kwargs)
+
+    def _load_config_parser_mode(
+        self, content: str, path: str | os.PathLike = "", ext_vars: dict | None = None, prev_cfg: Any = None
+    ) -> Any:
+        """Reads a config file's text; one without any key says nothing."""
+        try:
+            settings = load_yaml(content)
+        except yaml.YAMLError as error:
+            raise TypeError(f"Problems parsing config: {error}") from error
+        settings = {} if settings is None else settings
+        if not isinstance(settings, dict):
+            raise TypeError(f"Unexpected config: holds a {type(settings).__name__}, not keys and their values")
+        for section in (action.dest for action in self._actions if isinstance(action, _ActionConfigLoad)):
+            if settings.get(section, "") is None:
+                del settings[section]
+            elif not isinstance(settings.get(section, {}), dict | str):
+                raise TypeError(f'Parser key "{section}": holds {settings[section]!r}, not keys and their values')
+        if left_out := next(secrets_left_out(settings), None):
+            raise TypeError(
+                f'Parser key "{left_out}": {REDACTED} stands for a secret that was left out of the file; give it again'
+            )
+        return self._apply_actions(settings, prev_cfg=prev_cfg)
+
+    def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
+        """As jsonargparse's, which takes null for every key.
+
+        Raises:
+            TypeError: if a value is not of its key's type.
+        """
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            is_null = action.default is not None and action.dest in namespace and namespace[action.dest] is None
+            if kind is not None and is_null and not _takes_null(kind):
+                raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {_type_name(kind)}')
+
+    def _did_you_mean(self, named: Sequence[str]) -> str:
+        keys = [action.dest for action in self._actions if action.dest not in (None, "help")]
+        close = [
+            key for word in named if word not in keys for key in difflib.get_close_matches(word, keys, n=1, cutoff=0.75)
+        ]
+        return f"; did you mean {close[0]}?" if close else ""
+
+
+class FunctionParser(OneLineErrors, ArgumentParser):
+    """Parser of a command that is a plain function."""
+
+
+NAMED = re.compile(r"[\"'](?:--)?([\w.]+)[\"']|--([\w.]+)")
+"""Keys and options in a message of the parser."""
+
+
+def _shorter(text: str) -> str:
+    """The parser's own words, less of them."""
+    if place := re.match(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
+        return f"{place[1]}={place[2]!r}: there is no such class; give one of the built-in ones or an import path"
+    if place := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        return f"there is no key '{place[1]}.{place[2]}'"
+    return text if len(text) <= 400 else f"{text[:397]}..."
+
+
+def secrets_left_out(settings: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys of secrets that ``redacted`` took out of a config file."""
+    items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict | list):
+            yield from secrets_left_out(value, where)
+        elif isinstance(value, str) and (value == REDACTED or f"://{REDACTED}@" in value):
+            yield where
+
+
+def _takes_null(kind: Any) -> bool:
+    return kind in (Any, None, NoneType) or any(_takes_null(part) for part in get_args(kind) if _is_union(kind))
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
+def _is_at_fault(path: Path, named: Sequence[str]) -> bool:
+    """Whether a config file cannot be read as one, or holds one of the ``named`` keys."""
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return True
+    return not isinstance(content, dict | NoneType) or any(_holds(content, key) for key in named)
+
+
+def _holds(content: Any, key: str) -> bool:
+    """Whether ``key`` is in ``content``: a dotted one from the top, a word alone (a class's argument) at any depth."""
+    if "." not in key:
+        return isinstance(content, dict) and (key in content or any(_holds(part, key) for part in content.values()))
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
+    """A parser whose options are the arguments of ``function``, described by its docstring.
+
+    Lists of strings take several words (those of ``folders`` without the option's name), and ``--overwrite`` alone
+    means true. The types are resolved here: jsonargparse's own ``add_function_arguments`` would import what the
+    function's module imports for type checkers only, transformers among it.
+    """
+    parser = FunctionParser(prog=prog, description=(function.__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
+    )
+    hints, texts = get_type_hints(function), argument_texts(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        options: dict[str, Any] = {"type": hints[name], "help": texts.get(name)}
+        if hints[name] in (list[str], list[str] | None):
+            options |= {"type": str, "nargs": "+"}
+        elif hints[name] is bool:
+            options |= FLAG
+        if name == "folders":
+            parser.add_argument(name, metavar="DIR", **options)
+        else:
+            default = None if required else parameter.default
+            parser.add_argument(f"--{name}", required=required, default=default, **options)
+    return parser
+
+
+def argument_texts(documented: Any) -> dict[str, str]:
+    """What the docstring says of each argument, in one line."""
+    params = docstring_parser.parse(documented.__doc__ or "").params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
+
+
+FLAG = {"nargs": "?", "const": True}
+"""``--flag`` alone means true."""

@@ -1,0 +1,144 @@
+"""A pass: the Trainer, module and data of ``score`` or ``eval``, made from files and options by LightningCLI."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sparc3_pl.data.evaluation_data import EvaluationData
+from sparc3_pl.data.reference import ReferenceData
+from sparc3_pl.document.terminal import print_result, print_summary
+from sparc3_pl.evaluation.module import EvaluationModule
+from sparc3_pl.io.provenance import redacted
+from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.passes.parser import FLAG, OneLineErrors, argument_texts, secrets_left_out
+from sparc3_pl.pruning.callback import PruningCallback
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.runtime.noise import quiet
+from sparc3_pl.runtime.processes import is_supervised
+from sparc3_pl.runtime.progress import ProgressBar
+from sparc3_pl.runtime.run_config import RunConfig
+from sparc3_pl.runtime.trainer import Trainer
+from sparc3_pl.scoring.module import ScoringModule
+from sparc3_pl.scoring.monitor import ScoringMonitor
+
+__all__ = ["PASSES", "Pass", "PassCLI", "run_pass"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass consists of; its name is the Trainer's verb for it."""
+
+    module: type[LightningModule]
+    data: type[LightningDataModule]
+    callbacks: Sequence[type[Callback]] = ()
+    shortcuts: Sequence[str] = ("output", "overwrite")
+    """Arguments of the module that may also be given without the ``model.`` prefix."""
+    takes_plan: bool = False
+    """Whether ``--plan`` prunes the model for the length of the pass."""
+
+
+PASSES = {
+    "score": Pass(
+        ScoringModule,
+        ReferenceData,
+        (ScoringMonitor,),
+        ("output", "overwrite", "checkpoint_every", "part", "shard"),
+    ),
+    "eval": Pass(EvaluationModule, EvaluationData, (), ("output", "overwrite", "allow_overlap"), takes_plan=True),
+}
+
+
+class PassParser(OneLineErrors, LightningArgumentParser):
+    """Parser of a pass."""
+
+
+class PassCLI(LightningCLI):
+    """LightningCLI for one pass: makes its Trainer, module and data, and does not run it.
+
+    Args:
+        name: ``score`` or ``eval``.
+        words: The options that follow the command's name.
+    """
+
+    def __init__(self, name: str, words: Sequence[str]) -> None:
+        self.chosen = PASSES[name]
+        super().__init__(
+            self.chosen.module,
+            self.chosen.data,
+            trainer_class=Trainer,
+            parser_class=PassParser,
+            parser_kwargs={"prog": f"sparc3 {name}", "description": inspect.getdoc(getattr(Trainer, name))},
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(words),
+            run=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """No ``seed_everything``: every random choice here has a seed of its own."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI's, without its warning about arguments that come from a caller."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lets ``--output`` stand for ``--model.output``, and so on."""
+        module = self.chosen.module
+        hints, texts = get_type_hints(module.__init__), argument_texts(module)
+        for name in self.chosen.shortcuts:
+            default = inspect.signature(module).parameters[name].default
+            flag = FLAG if hints[name] is bool else {}
+            parser.add_argument(f"--{name}", type=hints[name], default=default, help=texts[name], **flag)
+            parser.link_arguments(name, f"model.{name}")
+        if self.chosen.takes_plan:
+            parser.add_argument("--plan", type=str | None, default=None, help="Plan to apply before measuring.")
+
+    def before_instantiate_classes(self) -> None:
+        """Adds the pass's own callbacks to the user's."""
+        callbacks = [ProgressBar()] if self.config.trainer.enable_progress_bar else []
+        callbacks += [callback() for callback in self.chosen.callbacks]
+        if (path := self.config.get("plan")) is not None:
+            callbacks.append(PruningCallback(PrunePlan.load(path)))
+        callbacks.append(RunConfig(self.resolved_config()))
+        self.trainer_defaults = {"callbacks": callbacks}
+
+    def resolved_config(self) -> str:
+        """The configuration as YAML, without its secrets, which are named in the first lines."""
+        settings = redacted(load_yaml(self.parser.dump(self.config, skip_unset=False)))
+        missing = list(secrets_left_out(settings))
+        note = "# Secrets are left out; before this file runs it again, give: " + ", ".join(missing) + "\n"
+        return (note if missing else "") + dump_yaml(settings)
+
+
+def run_pass(name: str, words: Sequence[str]) -> None:
+    """Runs ``score`` or ``eval`` in this process; says on stdout where the result is, and what it looks like.
+
+    Args:
+        name: Of the pass.
+        words: Its options, as on a command line.
+
+    Raises:
+        InputError: if what the user gave is wrong.
+        SystemExit: if the options cannot be parsed, or ask for ``--help`` or ``--print_config``.
+    """
+    if is_supervised():  # by the command line; Lightning has made itself heard again when it was imported
+        quiet()
+    made = PassCLI(name, words)
+    getattr(made.trainer, name)(made.model, made.datamodule)
+    if isinstance(made.model, ScoringModule):
+        if made.model.manifest is not None:
+            print_summary(made.model.manifest, Path(made.model.output))
+        elif made.model.part is not None and made.model.output is not None:
+            print_result(made.model.output)

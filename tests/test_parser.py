@@ -1,0 +1,88 @@
+"""Parsers: what an error names, and what parsers that run one inside or after another know of each other."""
+
+import pytest
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from sparc3_pl.passes.parser import FunctionParser, OneLineErrors, function_parser
+
+
+def work(folder: str, names: list[str] | None = None, number: int = 1, again: bool = False) -> None:
+    """Do some work.
+
+    Args:
+        folder: Where
+            it is.
+        names: Several.
+        number: A number.
+        again: Once more.
+    """
+
+
+class Box:
+    """Holds a size."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+
+
+@pytest.fixture
+def parser():
+    return function_parser(work, "sparc3 work")
+
+
+def error_of(parser, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_arguments_of_a_function_are_options(parser):
+    given = parser.parse_args(["--folder", "a", "--names", "b", "c", "--again"]).as_dict()
+    assert given == {"config": None, "folder": "a", "names": ["b", "c"], "number": 1, "again": True}
+    assert "Where it is. (required, type: str)" in parser.format_help()
+
+
+@pytest.mark.parametrize("option", ["--config=", "--config ", "-c ", "-c"])
+def test_an_error_names_the_file_however_it_was_given(parser, option, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("folder: a\nnumber: many\n")
+    words = f"{option}{tmp_path / 'x.yaml'}".split(" ")
+    assert f"(in {tmp_path / 'x.yaml'})" in error_of(parser, words, capsys)
+
+
+def test_an_error_names_no_file_of_an_earlier_run(parser, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("folder: a\nnumber: 2\n")
+    assert parser.parse_args(["--config", str(tmp_path / "x.yaml")]).number == 2
+    assert "x.yaml" not in error_of(parser, ["--folder", "a", "--number", "many"], capsys)
+
+
+def test_a_run_before_the_error_does_not_hide_the_file(parser, tmp_path, capsys):
+    """Another parser is made and used between the making of a parser and its use."""
+    (tmp_path / "x.yaml").write_text("folder: a\nnumber: many\n")
+    function_parser(work, "sparc3 other").parse_args(["--folder", "a"])
+    assert "x.yaml" in error_of(parser, ["--config", str(tmp_path / "x.yaml")], capsys)
+
+
+def test_the_nearest_key_is_named(parser, capsys):
+    assert "did you mean folder?" in error_of(parser, ["--foldr", "a"], capsys)
+    assert "did you mean number?" in error_of(parser, ["--folder", "a", "--numbr=2"], capsys)
+
+
+def test_a_misspelt_key_of_a_group_in_a_file_is_named_with_its_group(tmp_path, capsys):
+    parser = FunctionParser()
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    parser.add_class_arguments(Box, "box")
+    (tmp_path / "x.yaml").write_text("box:\n  sise: 3\n")
+    error = error_of(parser, ["-c", str(tmp_path / "x.yaml")], capsys)
+    assert "'box.sise'" in error
+    assert "x.yaml" in error
+    assert "did you mean box.size?" in error
+
+
+def test_the_mixin_does_for_any_parser(capsys):
+    class Plain(OneLineErrors, ArgumentParser):
+        pass
+
+    parser = Plain()
+    parser.add_argument("--size", type=int, default=1)
+    assert error_of(parser, ["--size", "null"], capsys).count("\n") == 1
