@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from pruning.plans import plan_for
+from plans import plan_for
 from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
@@ -327,8 +327,14 @@ def test_a_window_longer_than_the_context_is_refused(files):
 
 
 def test_unset_window_is_the_models_context(files):
-    module = module_of(files, max_length=None, stride=None)
-    assert (module.max_length, module.stride) == (64, 64)
+    perplexity = run_on_text(files, module_of(files, max_length=None, stride=None)).results["perplexity"]
+    assert (perplexity["max_length"], perplexity["stride"]) == (64, 64)
+
+
+def test_nothing_to_evaluate_is_refused_before_the_model_is_loaded(files, monkeypatch):
+    monkeypatch.setattr(module_under_test, "load_model", lambda source: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        run(files, module_of(files), data_of(files, text_source=None, prompts_source=None))
 
 
 def test_fast_dev_run_writes_nothing(files, capsys):
