@@ -107,6 +107,7 @@ class EvaluationRun:
         """On rank 0, once it is finished."""
         self.written_to: Path | None = None
 
+    @torch.no_grad()
     def add(self, batch: WindowBatch | PromptBatch | UnitBatch) -> None:
         """Takes in one batch.
 
@@ -128,7 +129,6 @@ class EvaluationRun:
         for index, value, count in zip(batch.index, nll.tolist(), num_tokens.tolist(), strict=True):
             self.windows.append({"index": index, "nll": value, "num_tokens": count})
 
-    @torch.no_grad()
     def _measure(self, batch: UnitBatch) -> None:
         choice, rows = self.measurements[batch.measurement], self.measured[batch.measurement]
         is_first = not rows
