@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,11 +130,13 @@ class EvaluationRun:
             self.windows.append({"index": index, "nll": value, "num_tokens": count})
 
     def _measure(self, batch: UnitBatch) -> None:
-        choice, rows = self.measurements[batch.measurement], self.measured[batch.measurement]
-        is_first = not rows
-        rows += checked_rows(choice.made, choice.made.measure(self.model, self.encoder, batch.items), len(batch.items))
-        if is_first:  # what is wrong with the figures is said now, not hours later
-            Measured.of(choice, rows).figures()
+        choice = self.measurements[batch.measurement]
+        rows = choice.made.measure(self.model, self.encoder, batch.items)
+        rows = checked_rows(choice.made, rows, len(batch.items))
+        of_batch = Measured.of(choice, rows)
+        of_batch.figures()  # what cannot be made of rows is said now, not hours later
+        of_batch.settings()
+        self.measured[batch.measurement] += rows
 
     def status(self) -> dict[str, float]:
         """Figures of this rank so far; what has not begun is left out."""
@@ -148,7 +150,7 @@ class EvaluationRun:
         self,
         data: dict[str, Any],
         output: str | Path | None = None,
-        config: Callable[[], str | None] = lambda: None,
+        config: str | None = None,
         overwrite: bool = False,
     ) -> list[Row]:
         """Gathers the ranks, all of which must call it; rank 0 makes ``results`` and writes them.
@@ -156,7 +158,7 @@ class EvaluationRun:
         Args:
             data: What was read.
             output: The evaluation folder; None: nothing is written.
-            config: Gives the resolved configuration as YAML, to be kept beside the results.
+            config: The resolved configuration as YAML, to be kept beside the results.
             overwrite: Replace an earlier evaluation there.
 
         Returns:
@@ -186,7 +188,7 @@ class EvaluationRun:
                     completions=rows,
                     windows=windows,
                     measurements=[{"measurement": m.choice.made.name, **row} for m in measured for row in m.rows],
-                    config=config(),
+                    config=config,
                     overwrite=overwrite,
                 )
                 if self.completions is not None:

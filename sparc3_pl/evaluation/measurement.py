@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.provenance import is_secret_name
 from sparc3_pl.registry import Choice, Registry, Spec
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
             raise InputError(f"model.measurements: {choice.name} has no name; give the class an attribute `name`")
         if name in names or name in RESERVED:
             raise InputError(f"model.measurements: the name {name!r} of {choice.name} is taken; give it another one")
+        if is_secret_name(name):
+            raise InputError(f"model.measurements: {name!r} would be left out of results as a secret; rename it")
         if choice.made.better not in ("lower", "higher"):
             raise InputError(f"model.measurements: {name}.better={choice.made.better!r}; give 'lower' or 'higher'")
         if size < 1:

@@ -260,7 +260,7 @@ class EvaluationModule(pl.LightningModule):
         if self.output is None:
             log.info("fast_dev_run: no results are written (give --output to write them)")
         rows = self.run.finish(
-            self.data.describe(), self.output, lambda: resolved_config(self.trainer), overwrite=self.overwrite
+            self.data.describe(), self.output, resolved_config(self.trainer), overwrite=self.overwrite
         )
         if self.results is not None:
             write_to_loggers(self._log, self.results, rows, shown_settings(self.trainer))

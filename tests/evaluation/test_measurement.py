@@ -201,6 +201,10 @@ class Nameless(Fixed):
     name = ""
 
 
+class Token(Fixed):
+    name = "token"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -209,6 +213,7 @@ class Nameless(Fixed):
         ([{"class_path": "own_measurements.LogitDifference", "init_args": {"foils": 1}}], "arguments do not fit"),
         ([OWN, OWN], "the name 'logit_difference' .* is taken"),
         ([Nameless()], "has no name"),
+        ([Token()], "'token' would be left out of results as a secret"),
     ],
 )
 def test_measurements_that_are_refused(given, message):
