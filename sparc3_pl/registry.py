@@ -110,9 +110,8 @@ class Registry(Generic[T]):
         if not module:
             near = difflib.get_close_matches(path, self._paths, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(
-                f"{self.kind}={path!r} is unknown; {hint}known are {', '.join(self)}, or give a class path"
-            )
+            known = f"known are {', '.join(self)}, or " if self._paths else ""
+            raise InputError(f"{self.kind}={path!r} is unknown; {hint}{known}give a class path")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,19 @@ from sparc3_pl.data.sources import get_field, local_source, read_records, read_t
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
 
-__all__ = ["IGNORED", "EvaluationData", "PromptBatch", "Window", "WindowBatch", "read_tokens", "sliding_windows"]
+__all__ = [
+    "IGNORED",
+    "EvaluationData",
+    "PromptBatch",
+    "UnitBatch",
+    "Units",
+    "Window",
+    "WindowBatch",
+    "WindowSize",
+    "read_tokens",
+    "sliding_windows",
+    "window_size",
+]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +65,68 @@ class PromptBatch:
 
     ids: list[str]
     prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a measurement of the user's own is taken of, over all ranks.
+
+    Attributes:
+        measurement: Its name.
+        items: The units.
+        batch_size: How many are measured at once.
+    """
+
+    measurement: str
+    items: Sequence[Any]
+    batch_size: int
+
+
+class UnitBatch:
+    """Some units of a measurement, as they are: no dataclass, of which Lightning would copy every field.
+
+    Args:
+        measurement: Its name.
+        items: The units.
+    """
+
+    def __init__(self, measurement: str, items: Sequence[Any]) -> None:
+        self.measurement, self.items = measurement, items
+
+
+@dataclass(frozen=True)
+class WindowSize:
+    """Length of a perplexity window, and the way from one to the next, in tokens."""
+
+    max_length: int
+    stride: int
+
+
+LONGEST_WINDOW = 2048
+"""Window where ``max_length`` is not set and the model could read more: the length that published figures use."""
+
+
+def window_size(context: int | None, max_length: int | None = None, stride: int | None = None) -> WindowSize:
+    """The window for a model.
+
+    Args:
+        context: Tokens that the model can read; None: nothing says so.
+        max_length: Asked for; None: the context, at most ``LONGEST_WINDOW``.
+        stride: Asked for; None: windows that do not overlap.
+
+    Raises:
+        InputError: if the window is longer than the context, or the stride longer than the window.
+    """
+    if max_length is None:
+        max_length = min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+    elif context is not None and max_length > context:
+        raise InputError(f"model.max_length={max_length} is longer than the model's context; give at most {context}")
+    stride = stride or max_length
+    if stride > max_length:
+        raise InputError(
+            f"model.stride={stride} is longer than model.max_length={max_length}; give at most {max_length}"
+        )
+    return WindowSize(max_length, stride)
 
 
 @dataclass(frozen=True)
@@ -106,7 +180,7 @@ def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
 
 
 class EvaluationData(LightningDataModule):
-    """Text for perplexity and prompts to complete; either may be null.
+    """Text for perplexity and prompts to complete; either may be null, and both beside a measurement of your own.
 
     Args:
         text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text, but for a byte
@@ -155,8 +229,6 @@ class EvaluationData(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts}
         check_positive(batch_size=batch_size, window_batch_size=window_batch_size, **counts)
-        if text_source is None and prompts_source is None:
-            raise InputError("data.text_source and data.prompts_source are both null: nothing to evaluate; give one")
         self.text_source = "demo:text" if text_source == "demo" else text_source
         self.text_field, self.text_split, self.text_subset = text_field, text_split, text_subset
         self.text_max_bytes, self.num_prompts, self.seed = text_max_bytes, num_prompts, seed
@@ -180,6 +252,8 @@ class EvaluationData(LightningDataModule):
         """What reads the text; unset: that of the Trainer's module."""
         self.prompts: list[str] = []
         self.token_ids: list[int] = []
+        self._window: WindowSize | None = None
+        self._units: Sequence[Units] = ()
         self._num_bytes = 0
         self._verbatim = False
         self._text_revision: str | None = None
@@ -270,30 +344,42 @@ class EvaluationData(LightningDataModule):
         encoder = encoder_of(self)
         return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
-    def windows(self) -> list[Window]:
-        """All windows of the text over all ranks, by ``max_length`` and ``stride`` of the Trainer's module.
+    def plan_batches(self, window: WindowSize | None, units: Sequence[Units] = ()) -> None:
+        """What the batches are to hold besides prompts; whoever knows the model says so before they are asked for.
+
+        Args:
+            window: Of the text; None if there is no text.
+            units: Of measurements of the user's own.
 
         Raises:
-            InputError: If the window does not fit the model.
+            InputError: If the tokenizer says that the model cannot read a whole window.
         """
+        context = encoder_of(self).context if window is not None and self.token_ids else None
+        if context is not None and window is not None and window.max_length > context:
+            raise InputError(
+                f"model.max_length={window.max_length} is longer than the model's context of {context} tokens; lower it"
+            )
+        self._window, self._units = window, units
+
+    def windows(self) -> list[Window]:
+        """All windows of the text over all ranks."""
         if not self.token_ids:
             return []
-        assert self.trainer is not None, "windows need the module's max_length and stride"
-        module = self.trainer.lightning_module
-        context = encoder_of(self).context
-        if context is not None and module.max_length > context:
-            raise InputError(
-                f"model.max_length={module.max_length} is longer than the model's context of {context} tokens; lower it"
-            )
-        return sliding_windows(len(self.token_ids), module.max_length, module.stride)
+        assert self._window is not None, "plan_batches says how long a window is"
+        return sliding_windows(len(self.token_ids), self._window.max_length, self._window.stride)
 
     def test_dataloader(self) -> DataLoader:
-        """The share of this rank: batches of windows, then of prompts; nothing is on two ranks."""
+        """The share of this rank: batches of windows, of prompts, of other units; nothing is on two ranks."""
         rank, world_size = rank_of(self)
         windows = self.windows()[rank::world_size]
         # Prompts of similar length share a batch and need little padding; the longest come first.
         prompts = sorted(self.prompts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size]
-        return DataLoader(_Batches(self, windows, prompts), batch_size=None, collate_fn=_unchanged)
+        units = [
+            UnitBatch(one.measurement, chunk)
+            for one in self._units
+            for chunk in _chunks(one.items[rank::world_size], one.batch_size)
+        ]
+        return DataLoader(_Batches(self, windows, prompts, units), batch_size=None, collate_fn=_unchanged)
 
     def window_batch(self, windows: list[Window]) -> WindowBatch:
         """Tokens and labels of some windows, ``[B, T]``."""
@@ -353,24 +439,27 @@ class EvaluationData(LightningDataModule):
 class _Batches(Dataset):
     """Batches built when they are asked for: overlapping windows of a long text would fill the memory."""
 
-    def __init__(self, data: EvaluationData, windows: list[Window], prompts: list[str]) -> None:
-        self.data = data
+    def __init__(self, data: EvaluationData, windows: list[Window], prompts: list[str], units: list[UnitBatch]) -> None:
+        self.data, self.units = data, units
         self.windows = _chunks(windows, data.window_batch_size)
         self.prompts = _chunks(prompts, data.batch_size)
 
     def __len__(self) -> int:
-        return len(self.windows) + len(self.prompts)
+        return len(self.windows) + len(self.prompts) + len(self.units)
 
-    def __getitem__(self, index: int) -> WindowBatch | PromptBatch:
+    def __getitem__(self, index: int) -> WindowBatch | PromptBatch | UnitBatch:
         if index < len(self.windows):
             return self.data.window_batch(self.windows[index])
-        prompts = self.prompts[index - len(self.windows)]
-        return PromptBatch([text_id(prompt) for prompt in prompts], prompts)
+        index -= len(self.windows)
+        if index < len(self.prompts):
+            prompts = self.prompts[index]
+            return PromptBatch([text_id(prompt) for prompt in prompts], prompts)
+        return self.units[index - len(self.prompts)]
 
 
-def _chunks(items: list, size: int) -> list[list]:
+def _chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _unchanged(batch: WindowBatch | PromptBatch) -> WindowBatch | PromptBatch:
+def _unchanged(batch: WindowBatch | PromptBatch | UnitBatch) -> WindowBatch | PromptBatch | UnitBatch:
     return batch

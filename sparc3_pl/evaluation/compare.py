@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Comparison:
         notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
         before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
         after_sha256: The same of the second.
+        measurements: By measurement of the user's own and figure the change over its units.
     """
 
     before: str
@@ -58,6 +59,7 @@ class Comparison:
     notes: tuple[str, ...]
     before_sha256: str
     after_sha256: str
+    measurements: dict[str, dict[str, PairedChange]] = field(default_factory=dict)
 
 
 def compare(
@@ -122,13 +124,17 @@ def compare_evaluations(
     if num_resamples < 100:
         raise InputError(f"num_resamples={num_resamples}: too few for a 95 % interval; give at least 100")
     shared = [part for part in ("perplexity", "toxicity") if before.results[part] and after.results[part]]
-    if not shared:
+    sides = [side.results.get("measurements", {}) for side in (before, after)]
+    measurements = [name for name in sides[0] if name in sides[1]]
+    if not shared and not measurements:
         raise InputError(f"{before.path} and {after.path} have no figure in common; evaluate both on the same data")
     options = {"seed": seed, "num_resamples": num_resamples}
     pairs = _completion_pairs(before, after) if "toxicity" in shared else {}
     usable = {i: rows for i, rows in pairs.items() if rows}
     if pairs and not usable:
         raise InputError(f"{before.path} and {after.path}: no prompt has a completion scored on both sides")
+    notes = _notes(before, after)
+    changes = {name: _measurement_changes(before, after, name, options, notes) for name in measurements}
     return Comparison(
         before=str(before.path),
         after=str(after.path),
@@ -136,9 +142,10 @@ def compare_evaluations(
         toxicity=_toxicity_changes(list(usable.values()), options) if usable else {},
         uniqueness=_uniqueness_change(list(usable.values()), options) if usable else None,
         num_dropped=len(pairs) - len(usable),
-        notes=tuple(_notes(before, after)),
+        notes=tuple(notes),
         before_sha256=before.digest,
         after_sha256=after.digest,
+        measurements=changes,
     )
 
 
@@ -201,6 +208,37 @@ def _uniqueness_change(prompts: Sequence[list[tuple[Row, Row]]], options: dict[s
     return paired_change(*sides, lower_is_better=False, **options)
 
 
+# --- measurements of the user's own ----------------------------------------------------------------------------------
+
+
+def _measurement_changes(
+    before: Evaluation, after: Evaluation, name: str, options: dict[str, int], notes: list[str]
+) -> dict[str, PairedChange]:
+    """The change of each paired value's mean over the units that were measured on both sides."""
+    for key in ("class", "settings", "unit", "better", "paired"):
+        _same(before, after, ("measurement_settings", name, key))
+    about = before.results["measurement_settings"][name]
+    sides = [{row["unit"]: row for row in side.measurements if row["measurement"] == name} for side in (before, after)]
+    if odd := sides[0].keys() ^ sides[1].keys():
+        raise InputError(
+            f"{before.path} and {after.path}: {len(odd)} {about['unit']} of {name} are in one of them only (first id: "
+            f"{min(map(str, odd))}); evaluate both on the same ones"
+        )
+    units = [unit for unit in sides[0] if all(side[unit].get("failed") is None for side in sides)]
+    if not units:
+        raise InputError(f"{before.path} and {after.path}: no {about['unit']} of {name} were measured on both sides")
+    if dropped := len(sides[0]) - len(units):
+        notes.append(f"{name}: {dropped} {about['unit']} were not measured on both sides and are left out")
+    return {
+        value: paired_change(
+            *(_floats(side[unit][value] for unit in units) for side in sides),
+            lower_is_better=about["better"] == "lower",
+            **options,
+        )
+        for value in about["paired"]
+    }
+
+
 def _floats(values: Any) -> Floats:
     return np.array(list(values), dtype=np.float64)
 
@@ -245,6 +283,9 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
         for side, other in ((before, after), (after, before)):
             if side.results[part] and not other.results[part]:
                 notes.append(f"{part} is in {side.path} only and is not compared")
+    for side, other in ((before, after), (after, before)):
+        odd = side.results.get("measurements", {}).keys() - other.results.get("measurements", {}).keys()
+        notes += [f"{name} is in {side.path} only and is not compared" for name in sorted(odd)]
     models = [side.results["model"] for side in (before, after)]
     if models[0]["fingerprint"] != models[1]["fingerprint"]:
         notes.append(f"the models were loaded with other weights: {models[0]['pretrained']}, {models[1]['pretrained']}")
@@ -295,10 +336,12 @@ def _rows(found: Comparison) -> list[tuple[Cell, ...]]:
         rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
     if found.uniqueness is not None:
         rows.append(_row("unique tokens / tokens", found.uniqueness))
+    for name, by_value in found.measurements.items():
+        rows += [_row(f"{name}: {value.replace('_', ' ')}", change, "units") for value, change in by_value.items()]
     return rows
 
 
-def _row(name: str, c: PairedChange) -> tuple[Cell, ...]:
+def _row(name: str, c: PairedChange, unit: str = "prompts") -> tuple[Cell, ...]:
     return (
         name,
         Number(c.before, form=".4f"),
@@ -307,5 +350,5 @@ def _row(name: str, c: PairedChange) -> tuple[Cell, ...]:
         interval(c.low, c.high, c.num_pairs, "+.4f"),
         p_value(c.p_value),
         better_worse(c.improved, c.worsened, c.num_pairs),
-        "" if c.pairs_needed is None else f"{c.pairs_needed} prompts",
+        "" if c.pairs_needed is None else f"{c.pairs_needed} {unit}",
     )

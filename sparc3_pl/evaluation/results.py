@@ -1,5 +1,7 @@
 """The evaluation folder: ``results.json``, ``completions.jsonl``, ``windows.jsonl``, ``config.yaml``.
 
+Where there were measurements of the user's own, their rows are in ``measurements.jsonl``.
+
 ``results.json`` holds the figures, where they come from, the sha256 of the other files, and its own
 (``sha256``: of the rest of its content). A folder appears whole or not at all, and is verified when it is opened.
 """
@@ -75,6 +77,7 @@ def write_evaluation(
     *,
     completions: Sequence[Row],
     windows: Sequence[Row],
+    measurements: Sequence[Row] = (),
     config: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -85,6 +88,7 @@ def write_evaluation(
         results: ``perplexity``, ``toxicity``, ``model``, ``data`` and whatever else is to be told.
         completions: One a completion; none for an evaluation without prompts.
         windows: One a text window: ``index``, ``nll`` (nats), ``num_tokens``.
+        measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values.
         config: The resolved configuration as YAML.
         overwrite: Replace an earlier evaluation there.
 
@@ -94,6 +98,8 @@ def write_evaluation(
     with new_folder(folder, overwrite, KIND) as temporary:
         write_text(temporary / "completions.jsonl", _lines(completions))
         write_text(temporary / "windows.jsonl", _lines(windows))
+        if measurements:
+            write_text(temporary / "measurements.jsonl", _lines(measurements))
         if config is not None:
             write_text(temporary / "config.yaml", config)
         files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
@@ -113,12 +119,15 @@ class Evaluation:
         completions: One a completion: ``id``, ``prompt``, ``k``, ``completion``, ``scores``, ``seed``, ``num_tokens``,
             ``uniqueness``, ``failed``.
         windows: One a text window: ``index``, ``nll``, ``num_tokens``.
+        measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values, or why it
+            ``failed``.
     """
 
     path: Path
     results: dict[str, Any]
     completions: list[Row]
     windows: list[Row]
+    measurements: list[Row] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -145,6 +154,8 @@ class Evaluation:
         for name, digest in FORMAT.parse(results, path / MARKER).files.items():
             _check_file(inside(path, name), digest)
         rows = {name: _read_lines(path / f"{name}.jsonl") for name in ("completions", "windows")}
+        if "measurements.jsonl" in results["files"]:
+            rows["measurements"] = _read_lines(path / "measurements.jsonl")
         return cls(path, results, **rows)
 
 

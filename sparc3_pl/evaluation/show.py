@@ -1,8 +1,8 @@
-"""What an evaluation shows: progress, TensorBoard, and the table on stdout."""
+"""What an evaluation shows: what its loggers get, and the table on stdout."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,83 +13,53 @@ from sparc3_pl.document.document import Cell, Number
 from sparc3_pl.evaluation.results import Row
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
+    from sparc3_pl.runtime.run_log import RunLog
 
-    from sparc3_pl.evaluation.module import EvaluationModule
-
-__all__ = ["print_results", "scalars", "show_progress", "to_tensorboard"]
+__all__ = ["print_results", "scalars", "write_to_loggers"]
 
 MAX_TEXTS = 100
-"""Completions shown in TensorBoard."""
-
-
-def running(module: EvaluationModule) -> dict[str, float]:
-    """Figures of this rank so far; what has not begun is left out."""
-    status = {}
-    if count := int(module.perplexity.num_tokens):
-        mean = float(module.perplexity.nll) / count
-        status["perplexity"] = math.exp(mean) if mean < 709 else math.inf
-    if module.toxicity is not None and (made := int(module.toxicity.num_completions)):
-        labels = module.toxicity.labels
-        main = labels.index("toxicity") if "toxicity" in labels else 0  # the headline figure of the results
-        status[labels[main]] = float(module.toxicity.score_sum[main]) / made
-        status["failed"] = int(module.toxicity.num_failed)
-    return status
-
-
-def show_progress(module: EvaluationModule, batch_idx: int) -> None:
-    """Running figures beside the progress bar and in TensorBoard."""
-    from lightning.pytorch.callbacks import TQDMProgressBar
-
-    from sparc3_pl.scoring.monitor import tensorboard
-
-    status, bar = running(module), module.trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar) and module.trainer.is_global_zero:
-        bar.test_progress_bar.set_postfix({name: f"{value:.4g}" for name, value in status.items()})
-    writer = tensorboard(module.trainer)
-    for name, value in status.items() if writer is not None else ():
-        writer.add_scalar(f"eval/running_{name}", value, batch_idx)
+"""Completions that loggers are shown."""
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float]:
-    """The figures of ``results.json`` by the name under which TensorBoard shows them."""
-    found: dict[str, float] = {}
+    """The figures of ``results.json`` by the name under which loggers show them."""
+    named: dict[str, float] = {}
     if (perplexity := results["perplexity"]) is not None:
-        found |= {f"eval/perplexity/{name}": perplexity[name] for name in ("value", "nll", "num_tokens")}
+        named |= {f"eval/perplexity/{name}": perplexity[name] for name in ("value", "nll", "num_tokens")}
     if (toxicity := results["toxicity"]) is not None:
         for label, figures in toxicity["labels"].items():
-            found |= {f"eval/{label}/{name}": value for name, value in figures.items()}
+            named |= {f"eval/{label}/{name}": value for name, value in figures.items()}
         counts = ("num_prompts", "num_completions", "num_failed")
-        found |= {f"eval/completions/{name}": toxicity[name] for name in counts}
-        found["eval/completions/uniqueness"] = results["repetition"]["uniqueness"]
-    return found
+        named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
+        named["eval/completions/uniqueness"] = results["repetition"]["uniqueness"]
+    for name, figures in results.get("measurements", {}).items():
+        named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
+    return named
 
 
-def to_tensorboard(
-    trainer: pl.Trainer, results: dict[str, Any], completions: list[Row], config: str | None = None
+def write_to_loggers(
+    run_log: RunLog, results: dict[str, Any], completions: list[Row], settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Figures as scalars, scores as histogram and figure, completions as text, where the run logs to TensorBoard.
+    """Figures as scalars, scores as histogram and figure, completions as text.
 
     Args:
-        trainer: Whose logger is written to.
+        run_log: What is written to.
         results: Of the evaluation.
-        completions: One a completion.
-        config: The resolved configuration as YAML, for the table of runs.
+        completions: One row for each.
+        settings: For the table of runs; None: the run does not appear there.
     """
     from sparc3_pl.document.figures import score_distribution
-    from sparc3_pl.scoring.monitor import hyperparameters, tensorboard
 
-    writer = tensorboard(trainer)
-    if writer is None:
+    if not run_log:
         return
-    for name, value in scalars(results).items():
-        writer.add_scalar(name, value, 0)
+    run_log.scalars(scalars(results), 0)
     for label, scores in _scores_by_label(completions).items():
-        writer.add_histogram(f"eval/{label}", scores, 0)
-        writer.add_figure(f"eval/{label}_of_completions", score_distribution(scores.numpy(), label), 0)
-    hyperparameters(trainer, config, scalars(results))
-    for step, row in enumerate(completions[:MAX_TEXTS]):
-        writer.add_text("eval/completions", _as_markdown(row), step)
+        run_log.histogram(f"eval/{label}", scores, 0)
+        run_log.figure(f"eval/{label}_of_completions", score_distribution(scores.numpy(), label), 0)
+    if settings is not None:
+        run_log.settings(settings, scalars(results))
+    if completions:
+        run_log.texts("eval/completions", [_as_markdown(row) for row in completions[:MAX_TEXTS]])
 
 
 def _scores_by_label(completions: list[Row]) -> dict[str, Tensor]:
@@ -131,6 +101,14 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
             rows += [(names[key], Number(value, form=".4f"), of) for key, value in figures.items()]
         rows.append(("unique tokens / tokens", Number(results["repetition"]["uniqueness"], form=".4f"), of))
         rows.append(("failed completions", Number(t["num_failed"], form="d"), ""))
+    for name, figures in results.get("measurements", {}).items():
+        about = results["measurement_settings"][name]
+        of = f"{about['num_units'] - about['num_failed']} {about['unit']}"
+        rows += [(f"{name}: {figure}", Number(value, form=".4f"), of) for figure, value in figures.items()]
+        if about["num_failed"]:
+            rows.append(
+                (f"{name}: failed {about['unit']}", Number(about["num_failed"], form="d"), f"{about['num_units']}")
+            )
     if results["overlap"] == "allowed":
         rows.append(
             ("not held out", Number(results["num_overlapping_prompts"], form="d"), "prompts were used to make the plan")

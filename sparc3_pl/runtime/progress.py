@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["ProgressBar", "RunningMean"]
+__all__ = ["ProgressBar", "RunningMean", "show_beside_bar"]
 
 
 class RunningMean:
@@ -54,3 +51,11 @@ class ProgressBar(TQDMProgressBar):
         for bar in (self._predict_progress_bar, self._test_progress_bar):
             if bar is not None:
                 bar.close()
+
+
+def show_beside_bar(trainer: pl.Trainer, figures: Mapping[str, float]) -> None:
+    """Running figures beside the bar of the pass that goes on, where there is one."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar) and trainer.is_global_zero:
+        running = bar.predict_progress_bar if trainer.predicting else bar.test_progress_bar
+        running.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})

@@ -3,7 +3,9 @@
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-__all__ = ["RunConfig", "resolved_config"]
+from sparc3_pl.io.yaml_format import load_yaml
+
+__all__ = ["RunConfig", "resolved_config", "shown_settings"]
 
 
 class RunConfig(Callback):
@@ -20,3 +22,10 @@ class RunConfig(Callback):
 def resolved_config(trainer: pl.Trainer) -> str | None:
     """The configuration of the Trainer's run as YAML; None for a Trainer that was made in Python."""
     return next((callback.text for callback in trainer.callbacks if isinstance(callback, RunConfig)), None)
+
+
+def shown_settings(trainer: pl.Trainer) -> dict | None:
+    """Of the resolved configuration what a table of runs shows: ``model`` and ``data``; None if there is none."""
+    config = resolved_config(trainer)
+    settings = None if config is None else load_yaml(config)
+    return None if settings is None else {part: settings.get(part) or {} for part in ("model", "data")}

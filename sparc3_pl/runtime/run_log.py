@@ -13,13 +13,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from matplotlib.figure import Figure
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "run_folder"]
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of this run alone; None for a trial run (``fast_dev_run``), whose loggers keep nothing.
+
+    TensorBoard and CSV loggers make one for each run. All others have one for all runs (``save_dir``), so below it a
+    run's folder is named after its name and version. Every rank must ask: rank 0 answers for all.
+    """
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        folder = trainer.log_dir
+    elif isinstance(logger, DummyLogger):
+        folder = None
+    else:
+        folder = trainer.strategy.broadcast(_own_folder(logger, trainer) if trainer.is_global_zero else None)
+    return None if folder is None else Path(folder)
+
+
+def _own_folder(logger: Logger, trainer: pl.Trainer) -> str:
+    if logger.version is None:  # Weights & Biases gives a run its id when it begins
+        getattr(logger, "experiment", None)
+    version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+    parts = [str(part) for part in (logger.name, version) if part is not None]
+    return str(Path(logger.save_dir or trainer.default_root_dir, *parts))
 
 
 class RunLog:
@@ -30,10 +55,10 @@ class RunLog:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # on every rank: Lightning agrees on it by a broadcast
+        folder = run_folder(trainer)  # on every rank
         self._adapters: list[Adapter] = []
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._adapters = [adapted(logger, Path(folder)) for logger in trainer.loggers]
+        if trainer.is_global_zero and folder is not None:
+            self._adapters = [adapted(logger, folder) for logger in trainer.loggers]
 
     def __bool__(self) -> bool:
         return bool(self._adapters)
@@ -157,6 +182,10 @@ class CSV(Adapter):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         super().scalars(values, step)
+        self.logger.save()
+
+    def settings(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        super().settings(settings, figures)
         self.logger.save()
 
 

@@ -24,6 +24,7 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config
+from sparc3_pl.runtime.run_log import run_folder
 from sparc3_pl.runtime.trainer import check_precision
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
@@ -154,9 +155,9 @@ class ScoringModule(pl.LightningModule):
         check_precision(self.trainer)
         if self.is_sharded:
             self._check_sharded()
-        log_dir = self.trainer.log_dir  # on every rank: Lightning agrees on it by a broadcast
-        if self.output is None and log_dir is not None:
-            self.output = str(Path(log_dir) / "scores")
+        folder = run_folder(self.trainer)  # on every rank
+        if self.output is None and folder is not None:
+            self.output = str(folder / "scores")
         if self.output is not None and self.trainer.is_global_zero:
             check_output(self.output, self.overwrite, SCORES if self.part is None else PART)
         if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:

@@ -8,7 +8,16 @@ from lightning.pytorch import LightningModule, Trainer
 from tiny_tokenizers import documents, tiny_tokenizer, with_template
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, WindowBatch, sliding_windows
+from sparc3_pl.data.evaluation_data import (
+    EvaluationData,
+    PromptBatch,
+    UnitBatch,
+    Units,
+    WindowBatch,
+    WindowSize,
+    sliding_windows,
+    window_size,
+)
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
@@ -29,12 +38,12 @@ def prompts(tmp_path) -> str:
     return str(tmp_path / "prompts.jsonl")
 
 
-def ready(data, rank=0, world_size=1, max_length=16, stride=16, **tokenizer):
-    module = SimpleNamespace(
-        encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)), max_length=max_length, stride=stride
-    )
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
+def ready(data, rank=0, world_size=1, max_length=16, stride=16, units=(), **tokenizer):
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data.encoder = Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer))
     data.setup("test")
+    if isinstance(data, EvaluationData):
+        data.plan_batches(WindowSize(max_length, stride), units)
     return data
 
 
@@ -92,9 +101,8 @@ def test_labels_are_the_tokens_scored_here(text, max_length, stride, window_batc
 
 
 def test_window_longer_than_the_context(text):
-    data = ready(EvaluationData(text, prompts_source=None), max_length=65, stride=65, context=64)
     with pytest.raises(InputError, match=r"model\.max_length=65 is longer than the model's context of 64"):
-        data.test_dataloader()
+        ready(EvaluationData(text, prompts_source=None), max_length=65, stride=65, context=64)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -226,16 +234,54 @@ def test_a_text_has_nothing_after_it(text):
     assert data.describe()["protocol"] == plain.describe()["protocol"]
 
 
+def test_units_follow_windows_and_prompts_and_are_shared_out(text, prompts):
+    units = [Units("first", list("abcdefg"), 2), Units("second", [1, 2], 5)]
+    seen = []
+    for rank in range(3):
+        data = ready(EvaluationData(text, prompts_source=prompts), rank, 3, units=units)
+        batches = list(data.test_dataloader())
+        kinds = [type(batch) for batch in batches]
+        assert kinds == sorted(kinds, key=[WindowBatch, PromptBatch, UnitBatch].index)
+        seen += [(batch.measurement, list(batch.items)) for batch in batches if isinstance(batch, UnitBatch)]
+    assert seen == [
+        ("first", ["a", "d"]), ("first", ["g"]), ("second", [1]), ("first", ["b", "e"]), ("second", [2]),
+        ("first", ["c", "f"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        ((64, None, None), (64, 64)),
+        ((4096, None, None), (2048, 2048)),
+        ((None, None, 512), (2048, 512)),
+        ((64, 32, 8), (32, 8)),
+    ],
+)
+def test_the_size_of_a_window(asked, size):
+    assert window_size(*asked) == WindowSize(*size)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [((64, 65, None), "max_length=65 .* at most 64"), ((64, None, 65), "stride=65 .*max_length=64; give at most 64")],
+)
+def test_a_window_that_does_not_fit(asked, message):
+    with pytest.raises(InputError, match=message):
+        window_size(*asked)
+
+
 # --- in a Trainer, and bad input --------------------------------------------------------------------------------------
 
 
 class Recorder(LightningModule):
-    max_length, stride = 16, 8
-
     def __init__(self):
         super().__init__()
         self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.seen: list[str] = []
+
+    def configure_model(self):
+        self.trainer.datamodule.plan_batches(WindowSize(16, 8))
 
     def test_step(self, batch, batch_idx):
         self.seen.append(type(batch).__name__)
@@ -271,11 +317,6 @@ def test_description_is_json(text, prompts):
 def test_counts_below_one(key):
     with pytest.raises(InputError, match=rf"data\.{key}=0 is too small"):
         EvaluationData(**{key: 0})
-
-
-def test_nothing_to_evaluate():
-    with pytest.raises(InputError, match="nothing to evaluate"):
-        EvaluationData(None, prompts_source=None)
 
 
 @pytest.mark.parametrize(

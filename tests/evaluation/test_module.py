@@ -8,19 +8,22 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from pruning.plans import plan_for
+from plans import plan_for
 from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
-from sparc3_pl.data.evaluation_data import EvaluationData
+from sparc3_pl.data.encoding import load_encoder
+from sparc3_pl.data.evaluation_data import EvaluationData, window_size
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation import module as module_under_test
-from sparc3_pl.evaluation.generation import Generator
+from sparc3_pl.evaluation.completion_run import CompletionRun
+from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
-from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
@@ -101,6 +104,32 @@ def test_figures_equal_those_of_the_rows(files, capsys):
     printed = capsys.readouterr().out
     assert f"{perplexity['value']:.4f}" in printed
     assert str(files / "evaluation") in printed
+
+
+def test_a_run_without_a_trainer_gives_the_same(files):
+    want = run(files, module_of(files))
+    source = ModelSource(str(files / "model"))
+    model, encoder, data = load_model(source).eval(), load_encoder(source), data_of(files)
+    data.encoder = encoder
+    data.setup()
+    data.plan_batches(window_size(64, 32, 8))
+    generator = Generator(model, encoder.tokenizer, Sampling(max_new_tokens=10, samples_per_prompt=2), 64)
+    evaluation = EvaluationRun(
+        model,
+        encoder,
+        EvaluatedModel(describe(model, source), fingerprint(model)),
+        window=window_size(64, 32, 8),
+        completions=CompletionRun(generator, CountingJudge(), torch.device("cpu")),
+    )
+    for batch in data.test_dataloader():
+        evaluation.add(batch)
+    evaluation.finish(data.describe(), files / "plain")
+    found = Evaluation.open(files / "plain")
+    assert (found.completions, found.windows) == (want.completions, want.windows)
+    odd = ("created", "command", "sha256")
+    assert {k: v for k, v in found.results.items() if k not in odd} == {
+        k: v for k, v in want.results.items() if k not in odd
+    }
 
 
 def test_the_record_says_where_it_comes_from(files):
@@ -327,8 +356,14 @@ def test_a_window_longer_than_the_context_is_refused(files):
 
 
 def test_unset_window_is_the_models_context(files):
-    module = module_of(files, max_length=None, stride=None)
-    assert (module.max_length, module.stride) == (64, 64)
+    perplexity = run_on_text(files, module_of(files, max_length=None, stride=None)).results["perplexity"]
+    assert (perplexity["max_length"], perplexity["stride"]) == (64, 64)
+
+
+def test_nothing_to_evaluate_is_refused_before_the_model_is_loaded(files, monkeypatch):
+    monkeypatch.setattr(module_under_test, "load_model", lambda source: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        run(files, module_of(files), data_of(files, text_source=None, prompts_source=None))
 
 
 def test_fast_dev_run_writes_nothing(files, capsys):

@@ -79,6 +79,8 @@ def test_evaluation_does_not_depend_on_processes_and_batches(ranks, files, tmp_p
     ]
     words = ["eval", "--model.pretrained", files, "--model.judge.class_path", "DetoxifyJudge"]
     words += ["--model.judge.init_args.variant", "demo", *data, *made, "--data.prompts_field", "p", *QUIET]
+    own = {"class_path": "own_measurements.LogitDifference", "init_args": {"prompts": sentences(5)}}
+    words += ["--model.measurements", json.dumps([own])]
     found = {}
     for world, batch in [(1, 1), (1, 8), (2, 3), (4, 1), (6, 8)]:  # on the last a rank has no prompt
         output = tmp_path / f"{world}-{batch}"
@@ -89,6 +91,9 @@ def test_evaluation_does_not_depend_on_processes_and_batches(ranks, files, tmp_p
     assert len(want.completions) == 10
     for other in found.values():
         assert other.completions == want.completions
+        assert [row["unit"] for row in other.measurements] == [f"pair {number:02}" for number in range(5)]
+        for row, one in zip(other.measurements, want.measurements, strict=True):
+            assert row["difference"] == pytest.approx(one["difference"], abs=1e-5)
         assert [window["index"] for window in other.windows] == [window["index"] for window in want.windows]
         assert other.results["perplexity"]["num_tokens"] == want.results["perplexity"]["num_tokens"]
         assert other.results["perplexity"]["value"] == pytest.approx(want.results["perplexity"]["value"], rel=1e-6)

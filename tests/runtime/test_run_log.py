@@ -5,24 +5,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from matplotlib.figure import Figure
 
-from sparc3_pl.runtime.run_log import RunLog
+from sparc3_pl.runtime.run_log import RunLog, run_folder
+
+
+def trainer_with(logger, folder, is_global_zero=True):
+    """A stand-in for the Trainer."""
+    return SimpleNamespace(
+        loggers=[logger],
+        log_dir=str(folder),
+        default_root_dir=str(folder),
+        is_global_zero=is_global_zero,
+        strategy=SimpleNamespace(broadcast=lambda folder: folder),
+    )
 
 
 def written_by(logger, folder, is_global_zero=True):
-    """One of everything, through a stand-in for the Trainer."""
-    log = RunLog(
-        SimpleNamespace(
-            loggers=[logger],
-            log_dir=str(folder),
-            default_root_dir=str(folder),
-            is_global_zero=is_global_zero,
-            fast_dev_run=False,
-        )
-    )
+    """One of everything."""
+    log = RunLog(trainer_with(logger, folder, is_global_zero))
     log.scalars({"score/total_relevance": 1.5}, 4)
     log.scalars({"score/total_relevance": 2.5}, 8)
     log.histogram("score/layer", torch.arange(10.0), 8)
@@ -50,6 +54,8 @@ def stand_in(kind, monkeypatch):
     calls = []
     logger = kind.__new__(kind)
     monkeypatch.setattr(kind, "experiment", property(lambda self: Recorder(calls, "experiment")))
+    for name, value in (("name", "project"), ("version", "id-1"), ("save_dir", None)):
+        monkeypatch.setattr(kind, name, property(lambda self, value=value: value))
     for name in ("log_metrics", "log_hyperparams", "log_image", "log_text", "run_id"):
         if hasattr(kind, name):
             value = "run-1" if name == "run_id" else Recorder(calls, name)
@@ -82,6 +88,7 @@ def test_csv(tmp_path):
         ("4", "1.5"),
         ("8", "2.5"),
     ]
+    assert [row["score/final"] for row in rows if row["score/final"]] == ["3.0"]  # on the disk, though nothing ended
     assert_files(tmp_path)
 
 
@@ -110,21 +117,28 @@ def test_mlflow(tmp_path, monkeypatch):
     assert ("experiment.log_text", ("run-1", "first\n\n---\n\nsecond\n", "eval/completions.md"), {}) in calls
 
 
+class Own(Logger):
+    """Of a user's: it has one ``save_dir`` for all runs, as those of W&B and MLflow have."""
+
+    name = "own"
+
+    def __init__(self, version, save_dir=None):
+        super().__init__()
+        self.metrics = []
+        self._version, self._save_dir = version, save_dir
+
+    version = property(lambda self: self._version)
+    save_dir = property(lambda self: self._save_dir)
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+    def log_hyperparams(self, params):
+        self.params = params
+
+
 def test_a_logger_of_another_kind_gets_metrics_and_files(tmp_path):
-    class Own(Logger):
-        name, version = "own", 0
-
-        def __init__(self):
-            super().__init__()
-            self.metrics = []
-
-        def log_metrics(self, metrics, step=None):
-            self.metrics.append((step, metrics))
-
-        def log_hyperparams(self, params):
-            self.params = params
-
-    logger = Own()
+    logger = Own(0)
     written_by(logger, tmp_path)
     assert logger.metrics == [
         (4, {"score/total_relevance": 1.5}),
@@ -132,7 +146,30 @@ def test_a_logger_of_another_kind_gets_metrics_and_files(tmp_path):
         (0, {"score/final": 3.0}),
     ]
     assert logger.params == {"model": {"method": "lrp"}}
-    assert_files(tmp_path)
+    assert_files(tmp_path / "own" / "version_0")
+
+
+@pytest.mark.parametrize("version", ["abc", 3])
+def test_two_runs_never_share_a_folder(tmp_path, version):
+    other = version * 2
+    folders = [run_folder(trainer_with(Own(v, tmp_path / "runs"), tmp_path)) for v in (version, other)]
+    assert folders == [tmp_path / "runs/own" / (v if v == str(v) else f"version_{v}") for v in (version, other)]
+
+
+def test_a_run_that_gets_its_id_when_it_begins(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Own, "version", property(lambda self: begun[0] if begun else None))
+    monkeypatch.setattr(Own, "experiment", property(lambda self: begun.append("id-7")), raising=False)
+    assert run_folder(trainer_with(Own(None), tmp_path)) == tmp_path / "own" / "id-7"
+
+
+def test_the_folder_of_a_run(tmp_path):
+    csv = CSVLogger(tmp_path, "csv", "one")
+    trainer = Trainer(logger=csv, accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False)
+    assert run_folder(trainer) == tmp_path / "csv" / "one"
+    none = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_checkpointing": False}
+    assert run_folder(Trainer(logger=False, **none)) == tmp_path
+    assert run_folder(Trainer(logger=csv, fast_dev_run=True, **none)) is None
 
 
 def test_other_ranks_write_nothing(tmp_path):
