@@ -1,7 +1,7 @@
 """Figures, made with matplotlib's object interface: no display, no global state.
 
-They are drawn in a few marker colours. In a page each stands for a variable of its style sheet, so that a figure
-turns dark with the page; elsewhere (TensorBoard) they are what they are.
+Figures use a few fixed colours. In a page, each is replaced by a variable of the style sheet, so that a figure turns
+dark with the page; elsewhere, as in TensorBoard, the colours stay.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _MOST_TICKS = 32
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """The ``<svg>`` element, its colours variables of the page's style sheet, its text text.
+    """The ``<svg>`` element of a figure, with the variables of the page's style sheet as colours, and text as text.
 
     Args:
-        figure: Drawn in this module's colours.
-        name: Put before every id in it, so that several figures can stand in one page.
+        figure: A figure in the colours of this module.
+        name: Prefix of every id in the figure, so that one page can hold several figures.
     """
     import matplotlib
 
@@ -87,7 +87,7 @@ def _quiet(axes: Axes) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name in which nothing is taken for a formula."""
+    """``name`` with escapes, so that matplotlib reads no formula in it."""
     return name.replace("$", r"\$")
 
 
@@ -96,10 +96,10 @@ def _legend(axes: Axes, **options: Any) -> None:
 
 
 def relevance_by_layer(sums: Mapping[str, float]) -> Figure:
-    """A bar for every layer: the sum of its scores, in the order of the model.
+    """One bar per layer: the sum of its scores, in the order of the model.
 
     Args:
-        sums: Layer name to the sum of its scores.
+        sums: Sum of the scores of each layer, by name.
     """
     figure, axes = _new(max(1.6, 0.16 * len(sums) + 0.8), "relevance (sum of scores)")
     axes.barh(range(len(sums)), list(sums.values()), color=SERIES[0])
@@ -110,10 +110,10 @@ def relevance_by_layer(sums: Mapping[str, float]) -> Figure:
 
 
 def relevance_of_sets(sets: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A line for every set of scores: the sum of each layer's, in the order of the model.
+    """One line per score folder: the sum of the scores of each layer, in the order of the model.
 
     Args:
-        sets: Name of the scores to layer name to sum.
+        sets: For each folder, by name, the sum of the scores of each layer, by name.
     """
     figure, axes = _new(2.9, y="sum of scores")
     for place, (name, sums) in enumerate(sets.items()):
@@ -126,11 +126,11 @@ def relevance_of_sets(sets: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def chosen_by_layer(counts: Mapping[str, Sequence[int]], names: Sequence[str]) -> Figure:
-    """How many components of each layer are chosen, a bar for every plan.
+    """Numbers of chosen components by layer, with one bar per plan.
 
     Args:
-        counts: Layer to one number a plan; all layers that could be chosen from.
-        names: Of the plans.
+        counts: For each layer one number per plan; all layers to choose from.
+        names: Names of the plans.
     """
     figure, axes = _new(2.5, y="chosen")
     width = 0.8 / len(names)
@@ -146,7 +146,7 @@ def chosen_by_layer(counts: Mapping[str, Sequence[int]], names: Sequence[str]) -
 
 
 def _layer_ticks(axes: Axes, layers: Sequence[str]) -> None:
-    """The numbers of the decoder layers where names differ in nothing else; at most ``_MOST_TICKS`` of them."""
+    """Ticks with the numbers of the decoder layers if names differ only in these; at most ``_MOST_TICKS``."""
     numbers = [re.search(r"\d+", layer) for layer in layers]
     step = -(-len(layers) // _MOST_TICKS)
     ticks = range(0, len(layers), step)
@@ -164,12 +164,12 @@ def _short(layer: str) -> str:
 
 
 def contrast_distribution(values: NDArray[np.float32], chosen: NDArray[np.float32], name: str) -> Figure:
-    """Histogram of a contrast, those chosen apart; numbers on a logarithmic axis.
+    """Histogram of a contrast, of all components and of the chosen ones; the axis of numbers is logarithmic.
 
     Args:
-        values: Of all components ``[n]``, finite.
-        chosen: Of the chosen ones ``[k]``.
-        name: Of the contrast.
+        values: Values of all components ``[n]``, finite.
+        chosen: Values of the chosen components ``[k]``.
+        name: Name of the contrast.
     """
     figure, axes = _new(2.6, f"{name} (general – behaviour): to the left, used more by the behaviour", "components")
     edges = np.linspace(values.min(), values.max(), 81) if values.min() < values.max() else np.linspace(-1, 1, 81)
@@ -182,11 +182,11 @@ def contrast_distribution(values: NDArray[np.float32], chosen: NDArray[np.float3
 
 
 def score_distribution(scores: NDArray[np.float32], label: str) -> Figure:
-    """Histogram of a judge's scores, and their mean.
+    """Histogram of a judge's scores, with their mean.
 
     Args:
-        scores: Of the completions, in [0, 1].
-        label: What the judge scores.
+        scores: Scores of the completions, in [0, 1].
+        label: Name of the scored property.
     """
     figure, axes = _new(2.4, f"{_plain(label)} of a completion", "completions")
     axes.hist(scores, np.linspace(0, 1, 21), color=SERIES[0])
@@ -198,10 +198,10 @@ def score_distribution(scores: NDArray[np.float32], label: str) -> Figure:
 
 @dataclass(frozen=True)
 class Dose:
-    """One edit, measured.
+    """A measured edit.
 
     Attributes:
-        label: What to write beside the point.
+        label: Text beside the point.
         perplexity: Relative change of perplexity in per cent.
         toxicity: Mean toxicity.
         low: Lower end of the interval of ``toxicity``.
@@ -216,18 +216,18 @@ class Dose:
 
 
 def dose_response(series: Mapping[str, Sequence[Dose]], before: float, bound: float = 1.0) -> Figure:
-    """Toxicity against the price in perplexity: a line through edits of growing size, points for the controls.
+    """Toxicity against the change of perplexity: a line through edits of growing size, and points for the controls.
 
     Args:
-        series: Name to its edits, in order of size.
-        before: Mean toxicity of the model as it was.
-        bound: Per cent of perplexity up to which the price is called small; shaded.
+        series: Edits in order of size, by name of the series.
+        before: Mean toxicity of the unedited model.
+        bound: Change of perplexity in per cent up to which the area is shaded.
     """
     figure, axes = _new(3.4, "change of perplexity, %", "mean toxicity of completions")
     axes.axvspan(
         min(0.0, *(dose.perplexity for doses in series.values() for dose in doses)), bound, color=LINE, alpha=0.35
     )
-    axes.plot(0, before, "*", color=INK, markersize=11, label="model as it was", zorder=4)
+    axes.plot(0, before, "*", color=INK, markersize=11, label="unedited model", zorder=4)
     axes.axhline(before, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     for place, (name, doses) in enumerate(series.items()):
         x, y = [dose.perplexity for dose in doses], [dose.toxicity for dose in doses]
@@ -243,7 +243,7 @@ def dose_response(series: Mapping[str, Sequence[Dose]], before: float, bound: fl
 
 
 def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: str, y_name: str) -> Figure:
-    """Lines over the same points, y from 0 to 1; one that has a single value is a level line."""
+    """Lines over the same points, with y from 0 to 1; a series with a single value is a horizontal line."""
     figure, axes = _new(2.7, x_name, y_name)
     for place, (name, y) in enumerate(series.items()):
         colour = SERIES[place % len(SERIES)]
@@ -260,9 +260,9 @@ def upset(sizes: Mapping[str, int], exclusive: Mapping[frozenset[str], int], mos
     """UpSet plot (Lex et al., IEEE TVCG 2014): the size of every exclusive intersection over a matrix of members.
 
     Args:
-        sizes: Name of a set to its size.
-        exclusive: Members to the number of elements that are in all of them and in no other set.
-        most: Intersections to show, the largest first.
+        sizes: Size of each set, by name.
+        exclusive: By names of sets, the number of elements that are in all of these and in no other set.
+        most: Number of intersections to show, the largest first.
     """
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ __all__ = ["markdown"]
 
 
 def markdown(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
-    """The text of the file. Figures are given in words; what models wrote is quoted, nothing in it acts as markup."""
+    """The Markdown text: pictures become their descriptions; texts of models are quoted and cannot act as markup."""
     parts = [f"# {_plain(title)}", _plain(subtitle)]
     for section in sections:
         parts += [f"## {_plain(section.title)}", *(_block(block) for block in section.blocks)]

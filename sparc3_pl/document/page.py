@@ -29,11 +29,11 @@ PAGE = FileKind("a page of this program", _is_page)
 
 
 def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: Status | None = None) -> str:
-    """The page's text. Everything but the figures is escaped; the figures are ours.
+    """The source of the page. Everything is escaped, except the pictures, which this program draws.
 
     Args:
-        title: Of the page.
-        sections: Its content.
+        title: Title of the page.
+        sections: Content of the page.
         subtitle: A line under the title.
         verdict: Shown beside the title.
     """

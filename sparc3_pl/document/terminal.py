@@ -1,4 +1,4 @@
-"""Results for the terminal, on stdout: of any width, in any encoding, and never a reason to fail."""
+"""Prints results on stdout, for terminals of any width and encoding, and without ever raising."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["print_result", "print_sections", "print_summary", "printable", "unfa
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 _WIDTH = 160  # where no terminal says its width
 _NARROWEST = 12
-"""Columns that a text may be wrapped to; longer words are folded."""
+"""Smallest width that a column of text may be wrapped to; longer words are folded."""
 _PLAIN = str.maketrans({"–": "-", "—": "-", "…": "...", "×": "x", "±": "+-", "≤": "<=", "≥": ">=", "’": "'"})
 """For a terminal whose encoding has no dash."""
 
@@ -43,7 +43,7 @@ def print_result(*parts: str | Table) -> None:
 
 
 def print_sections(sections: Sequence[Section]) -> None:
-    """A document as text; figures are for the other renderers."""
+    """Prints a document as text, without its pictures."""
     console = _console()
     for section in sections:
         _print_line(console, f"\n{section.title}", "bold")
@@ -52,11 +52,11 @@ def print_sections(sections: Sequence[Section]) -> None:
 
 
 def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
-    """What was scored, and the layers that hold most of the relevance.
+    """Prints a summary of scores, and the layers with most of the relevance.
 
     Args:
-        manifest: Of the scores.
-        folder: Where they are.
+        manifest: Manifest of the scores.
+        folder: Folder of the scores.
         most: Number of layers to show.
     """
     total = manifest.total_relevance
@@ -80,10 +80,10 @@ def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
 
 
 def printable(text: str, encoding: str | None = "utf-8") -> str:
-    """``text`` with escapes in place of what a terminal would obey, or cannot show in its encoding.
+    """``text`` with escapes for characters that a terminal would obey, or cannot show in its encoding.
 
-    Those are control characters (but line ends and tabs), invisible ones that turn the direction of a line, bytes of a
-    path that are not UTF-8, and letters that ``encoding`` does not have.
+    These are control characters (except line ends and tabs), invisible characters that turn the direction of a line,
+    bytes of a path that are not UTF-8, and letters that ``encoding`` lacks.
     """
     text = "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode()
@@ -139,12 +139,12 @@ def _print_block(console: Console, block: Block) -> None:
 
 
 def _print_table(console: Console, table: Table, styles: dict[str, str] | None = None) -> None:
-    """A table, or a list of its rows where it is wider than the terminal: no figure is ever cut or wrapped.
+    """Prints a table, or a list of its rows if it is wider than the terminal: no figure is ever cut or wrapped.
 
     Args:
-        console: Where to.
-        table: What.
-        styles: By the text of a first cell.
+        console: The console to print on.
+        table: The table.
+        styles: Style of a row by the text of its first cell.
     """
     columns = [printable(name, console.encoding) for name in table.columns]
     rows = [[printable(cell, console.encoding) for cell in row] for row in table.texts]

@@ -1,4 +1,4 @@
-"""A check's outcome: pass, warn or fail, and why."""
+"""The outcome of a check: pass, warn or fail, with the reason."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: What was looked at.
-        status: ``pass``; ``warn``: know this before you go on (or: it could not be checked); ``fail``: do not go on.
-        reason: The figures behind the status, and the way out where it is not ``pass``.
+        name: Name of the checked property.
+        status: ``pass``; ``warn``: take note before you go on, or it could not be checked; ``fail``: do not go on.
+        reason: The figures behind the status, and a remedy unless it is ``pass``.
     """
 
     name: str
@@ -31,9 +31,9 @@ def worst(checks: Iterable[Check]) -> Status:
 
 
 def grade(value: float, warn: float, fail: float) -> Status:
-    """``pass`` on the near side of ``warn``, ``fail`` beyond ``fail``, ``warn`` between; a NaN fails.
+    """``pass`` up to ``warn``, ``fail`` beyond ``fail``, ``warn`` in between; NaN fails.
 
-    With ``warn < fail`` large values are bad, with ``warn > fail`` small ones are.
+    Large values are bad if ``warn < fail``, small values if ``warn > fail``.
     """
     sign = 1 if warn <= fail else -1
     if not sign * value <= sign * fail:  # also for NaN
