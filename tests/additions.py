@@ -7,6 +7,7 @@ import torch
 from sparc3_pl.attribution.accumulators import component_scores, no_counts
 from sparc3_pl.attribution.methods import Gradient
 from sparc3_pl.attribution.targets import Attributed, Target, last_logits
+from sparc3_pl.evaluation.measurement import Measurement
 from sparc3_pl.model.components import Component, Group, Part
 from sparc3_pl.model.structure import features, mlps
 from sparc3_pl.pruning.edits import Change, Edit, contributing
@@ -67,3 +68,25 @@ class Fade(Edit):
 
     def changes(self, model, chosen):
         return [Change(part, chosen.factor[part.owner]) for part in contributing(chosen.parts)]
+
+
+@dataclass(frozen=True)
+class Surprise(Measurement):
+    """Entropy of the next token after each of some sentences, in nats."""
+
+    name = "surprise"
+    unit = "sentences"
+    better = "lower"
+    sentences: int = 7
+
+    def units(self, encoder):
+        return [f"The red fox number {i} crosses the" for i in range(self.sentences)]
+
+    def measure(self, model, encoder, units):
+        rows = []
+        for text in units:
+            logits_V = model(input_ids=torch.tensor([encoder.tokenizer(text).input_ids])).logits[0, -1]
+            rows.append(
+                {"unit": text, "nats": torch.distributions.Categorical(logits=logits_V.double()).entropy().item()}
+            )
+        return rows

@@ -1,6 +1,8 @@
 """A component, a method, a target, an edit and a measurement of a test file go through all commands."""
 
 import json
+import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.data.reference import ReferenceData
+from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.edit import pruned
@@ -20,6 +23,15 @@ model:
   granularity: additions.Pair
   target: {class_path: additions.Runner, init_args: {rank: 2}}
 data: {seq_len: 24, num_samples: 4, batch_size: 2}
+trainer: {accelerator: cpu, devices: 1, logger: false, enable_progress_bar: false}
+"""
+
+
+EVAL = """
+model:
+  max_length: 64
+  measurements: [{class_path: additions.Surprise, init_args: {sentences: 8}}]
+data: {prompts_source: null, text_max_bytes: 1500}
 trainer: {accelerator: cpu, devices: 1, logger: false, enable_progress_bar: false}
 """
 
@@ -82,3 +94,38 @@ def test_the_edit_is_that_of_the_plan(folders):
                 columns = slice(2 * pair, 2 * pair + 2)
                 torch.testing.assert_close(weight[:, columns], before[f"{layer}.weight"][:, columns] * factor)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def entropy_of(model, text):
+    """By another road than the measurement's: probabilities, and their logarithms, one after the other."""
+    ids = load_encoder(ModelSource()).tokenizer(text).input_ids
+    probabilities = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(0).tolist()
+    return -sum(p * math.log(p) for p in probabilities if p)
+
+
+def test_the_measurement_goes_through_eval_compare_and_report(folders, capsys):
+    (folders / "eval.yaml").write_text(EVAL)
+    runs = folders / "runs"
+    for name, plan in (("before", []), ("after", ["--plan", str(folders / "plan.json")])):
+        words = ["--config", str(folders / "eval.yaml"), "--output", str(runs / name), *plan]
+        assert main(["eval", *words]) == 0
+    before, after = (Evaluation.open(runs / name) for name in ("before", "after"))
+    assert after.results["plan"]["edit"] == "additions.Fade"
+    model, plan = load_model(ModelSource()), PrunePlan.load(folders / "plan.json")
+    texts = [f"The red fox number {i} crosses the" for i in range(8)]
+    entropies = [entropy_of(model, text) for text in texts]
+    assert before.results["measurements"]["surprise"]["nats"] == pytest.approx(fmean(entropies), rel=1e-6)
+    with pruned(model, plan):
+        changed = [entropy_of(model, text) for text in texts]
+    assert after.results["measurements"]["surprise"]["nats"] == pytest.approx(fmean(changed), rel=1e-6)
+    sides = ["--before", str(runs / "before"), "--after", str(runs / "after")]
+    assert main(["compare", *sides, "--output", str(runs / "comparison.json")]) == 0
+    change = json.loads((runs / "comparison.json").read_text())["measurements"]["surprise"]["nats"]
+    assert change["change"] == pytest.approx(fmean(changed) - fmean(entropies), rel=1e-5)
+    assert change["num_pairs"] == 8
+    assert main(["report", str(runs), str(folders / "plan.json"), "--output", str(folders / "report")]) == 0
+    page = (folders / "report" / "report.md").read_text()
+    assert "additions.Fade" in page
+    assert "surprise" in page
+    assert f"{change['change']:+.3f} (" in page
+    capsys.readouterr()

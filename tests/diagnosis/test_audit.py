@@ -175,3 +175,17 @@ def test_a_changed_byte_is_refused(tmp_path):
     file.write_bytes(data)
     with pytest.raises(InputError, match="sha256"):
         audit([str(tmp_path / "a")])
+
+
+@pytest.mark.parametrize(
+    ("granularity", "layer", "shape"),
+    [("head", "self_attn.o_proj", (4,)), ("channel", "self_attn.o_proj", (32,)), ("neuron", "mlp.up_proj", (24,))],
+)
+def test_architecture_of_every_kind_of_component(tmp_path, granularity, layer, shape):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    about = {"pretrained": str(tmp_path / "model"), "revision": None, "fingerprint": "sha256:00"}
+    names = [f"model.layers.{i}.{layer}" for i in range(2)]
+    for other, status in (("neuron" if granularity == "head" else "head", "fail"), (granularity, "pass")):
+        scores = random_scores(0, shape, names)
+        folder = write(tmp_path / other, scores, model=about, targets=None, granularity=other)
+        assert checks(audit_folder(folder))["architecture"].status == status
