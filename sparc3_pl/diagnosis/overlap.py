@@ -79,6 +79,7 @@ class Overlap:
         num_permutations: Number of draws for the p-values.
         stratum: Number of neurons per stratum.
         seed: Seed for the draws.
+        unit: Word for the components: ``neurons``.
     """
 
     sizes: dict[str, int]
@@ -88,6 +89,7 @@ class Overlap:
     num_permutations: int
     stratum: int
     seed: int
+    unit: str = "neurons"
 
 
 def overlap(
@@ -198,6 +200,7 @@ def measure_overlap(
         num_permutations=num_permutations,
         stratum=stratum,
         seed=seed,
+        unit=next(iter(plans.values())).unit,
     )
 
 
@@ -280,7 +283,7 @@ def _common(
 def overlap_sections(result: Overlap) -> list[Section]:
     """Intersections, correlations of contrasts, the figure."""
     sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    total = "" if result.num_candidates is None else f" from {result.num_candidates:,} neurons"
+    total = "" if result.num_candidates is None else f" from {result.num_candidates:,} {result.unit}"
     intro = Text(f"Sizes of the selections{total}: {sizes}.")
     sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
     correlated = [group for group in result.groups if group.quadrants]
@@ -304,14 +307,12 @@ def _intersections(result: Overlap) -> Table:
     ]
     columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
     note = (
-        "Matched null: mean over random selections with the same number of neurons in every layer and the same general "
-        f"relevance (strata of {result.stratum}); p by {result.num_permutations:,} permutations. Blind null: every "
-        "neuron is equally likely."
+        f"Matched null: mean over random selections with the same number of {result.unit} in every layer and the same "
+        f"general relevance (strata of {result.stratum}); p by {result.num_permutations:,} permutations."
     )
-    return Table.of(columns, rows, note=note if result.groups[0].expected is not None else _NO_NULL)
-
-
-_NO_NULL = "Matched null: not measured, it needs --general. Blind null: every neuron is equally likely."
+    if result.groups[0].expected is None:
+        note = "Matched null: not measured, it needs --general."
+    return Table.of(columns, rows, note=f"{note} Blind null: all {result.unit} are equally likely.")
 
 
 def _correlations(groups: Sequence[Common]) -> Table:
@@ -335,5 +336,5 @@ def _picture(result: Overlap) -> Picture:
     exclusive = {frozenset(names): size for names, size in result.exclusive}
     largest = sorted(result.exclusive, key=lambda item: -item[1])[:8]
     words = "; ".join(f"{size} in {' and '.join(names)} only" for names, size in largest)
-    caption = "Each column counts the neurons that are in exactly the selections marked below it."
+    caption = f"Each column counts the {result.unit} that are in exactly the selections marked below it."
     return Picture(as_svg(upset(result.sizes, exclusive), "upset"), f"UpSet plot. {words}.", caption)
