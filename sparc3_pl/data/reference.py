@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -182,8 +183,6 @@ class ReferenceData(LightningDataModule):
         self.encoder: Encoder | None = None
         """What reads the texts; unset: that of the Trainer's module."""
         self.samples: list[Sample] = []
-        self.equal_passes = False
-        """Whether all ranks get as many batches as the one with the most, the last of them stand-ins."""
         self._excluded: set[str] = set()
 
     def setup(self, stage: str | None = None) -> None:
@@ -236,6 +235,14 @@ class ReferenceData(LightningDataModule):
                 total,
                 self.match,
             )
+
+    @property
+    def equal_passes(self) -> bool:
+        """Whether all ranks get as many batches as the one with the most, the last of them stand-ins.
+
+        Every rank must take part in every pass of a model that is shared out over the ranks.
+        """
+        return isinstance(getattr(self.trainer, "strategy", None), ModelParallelStrategy)
 
     def exclude(self, ids: Iterable[str]) -> None:
         """Do not serve these samples (they are scored already). They stay in ``samples`` and in ``describe()``."""

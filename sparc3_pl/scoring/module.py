@@ -206,7 +206,6 @@ class ScoringModule(pl.LightningModule):
             self._check_method(model)  # now, while the weights are whole
             self.request.method.made.prepare(model)
             share_out(model, self.device_mesh["data_parallel"])
-            self.trainer.datamodule.equal_passes = True  # type: ignore[attr-defined]
         if self.source.device_map is None:
             self.model = model
         else:  # outside the module tree: nothing may move a model that is spread over devices

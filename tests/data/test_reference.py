@@ -123,7 +123,7 @@ def test_batches_are_padded_on_the_right_longest_first(corpus):
 
 def test_equal_passes_end_in_stand_ins(corpus, monkeypatch):
     data = ready(ReferenceData(corpus, seq_len=16, batch_size=2, num_samples=5), rank=1, world_size=2)
-    data.equal_passes = True
+    monkeypatch.setattr(ReferenceData, "equal_passes", True)
     monkeypatch.setattr("sparc3_pl.data.reference.gather_lists", lambda own: [3, *own])  # rank 0 has three batches
     *_, last = batches = list(data.predict_dataloader())
     assert [len(batch.ids) for batch in batches] == [2, 0, 0]
