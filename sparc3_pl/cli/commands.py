@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "evidence": Command(
         "sparc3_pl.diagnosis.evidence",
-        "Weigh a contrast before pruning by it: enough samples, a stable selection, more than strong neurons.",
+        "Check a contrast before pruning by it: enough samples, a stable selection, not just the strongest neurons.",
     ),
     "doctor": Command(
         "sparc3_pl.diagnosis.doctor",
@@ -67,7 +67,7 @@ COMMANDS = {
     ),
     "report": Command(
         "sparc3_pl.report.command",
-        "Tell what was done and found, as one HTML page and as Markdown.",
+        "Write a report on scores, plans and evaluations, as one HTML page and as Markdown.",
     ),
     "merge": Command(
         "sparc3_pl.scoring.merge",

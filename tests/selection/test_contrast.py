@@ -176,8 +176,8 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "shape", "match"),
     [
-        ("rank", (7, 5), "for neuron scores; use difference"),
-        ("t", (7, 5), "for neuron scores"),
+        ("rank", (7, 5), "is not for weight scores; use difference"),
+        ("t", (7, 5), "is not for weight scores"),
         ("t", (7,), "holds no squares"),
         ("guess", (7,), "contrast='guess' is unknown; known are difference"),
     ],
