@@ -53,8 +53,7 @@ def folders(tmp_path_factory):
 def samples_of(seed):
     """Token ids of the samples that ``SCORE`` draws."""
     data = ReferenceData(seq_len=24, num_samples=4, seed=seed)
-    data.encoder = load_encoder(ModelSource())
-    data.setup()
+    data.read(load_encoder(ModelSource()))
     return {sample.id: torch.tensor([sample.input_ids]) for sample in data.samples}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.reference import check_positive, encoder_of, pad_right, rank_of
+from sparc3_pl.data.reference import check_positive, pad_right, rank_of
 from sparc3_pl.data.samples import SEPARATOR
 from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
@@ -182,6 +182,8 @@ def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
 class EvaluationData(LightningDataModule):
     """Text for perplexity and prompts to complete; either may be null, and both beside a measurement of your own.
 
+    The module that evaluates calls ``read`` in its ``setup``, and ``plan_batches`` once it knows the model.
+
     Args:
         text_source: Hub data set id, local file, or ``demo``. A .txt file is read verbatim as one text, but for a byte
             order mark and with line ends as on Unix; records of anything else are joined by an empty line. null: no
@@ -248,8 +250,7 @@ class EvaluationData(LightningDataModule):
                 prefix="data.prompts_",
                 token_ids=False,  # prompts are completed, and judged, as text
             )
-        self.encoder: Encoder | None = None
-        """What reads the text; unset: that of the Trainer's module."""
+        self._encoder: Encoder | None = None
         self.prompts: list[str] = []
         self.token_ids: list[int] = []
         self._window: WindowSize | None = None
@@ -260,19 +261,29 @@ class EvaluationData(LightningDataModule):
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self, encoder: Encoder) -> None:
         """Read text and prompts; every rank reads the same. A second call does nothing.
+
+        Args:
+            encoder: The model's.
 
         Raises:
             InputError: If a source cannot be read, or gives less than asked for.
         """
+        self._encoder = encoder
         if self.text_source is not None and not self.token_ids:
             text = self._read_text(self.text_source)
             self._num_bytes = len(text.encode())
-            self.token_ids = read_tokens(text, encoder_of(self), self.text_source)
+            self.token_ids = read_tokens(text, encoder, self.text_source)
         if self.query is not None and not self.prompts:
             self.prompts = self._draw_prompts(self.query)
             log.info("%d prompts from %s", len(self.prompts), self.query.seen())
+
+    @property
+    def encoder(self) -> Encoder:
+        """What ``read`` was given."""
+        assert self._encoder is not None, "read() comes first"
+        return self._encoder
 
     def _read_text(self, source: str) -> str:
         path = local_source(source, "data.text_source")
@@ -313,7 +324,7 @@ class EvaluationData(LightningDataModule):
 
     def _tell_special(self, prompts: list[str], counts: Counter[str]) -> None:
         """Count, and say in the log, which prompts bring special tokens along."""
-        encoder = encoder_of(self)
+        encoder = self.encoder
         counts.update(num_with_prefix=0, num_with_special=0)
         for prompt in prompts:
             counts.update(encoder.special_counts(prompt))
@@ -341,7 +352,7 @@ class EvaluationData(LightningDataModule):
         """
         if not ids:
             return set()
-        encoder = encoder_of(self)
+        encoder = self.encoder
         return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
     def plan_batches(self, window: WindowSize | None, units: Sequence[Units] = ()) -> None:
@@ -354,7 +365,7 @@ class EvaluationData(LightningDataModule):
         Raises:
             InputError: If the tokenizer says that the model cannot read a whole window.
         """
-        context = encoder_of(self).context if window is not None and self.token_ids else None
+        context = self.encoder.context if window is not None and self.token_ids else None
         if context is not None and window is not None and window.max_length > context:
             raise InputError(
                 f"model.max_length={window.max_length} is longer than the model's context of {context} tokens; lower it"
@@ -383,7 +394,7 @@ class EvaluationData(LightningDataModule):
 
     def window_batch(self, windows: list[Window]) -> WindowBatch:
         """Tokens and labels of some windows, ``[B, T]``."""
-        pad_id = encoder_of(self).pad_id
+        pad_id = self.encoder.pad_id
         input_ids, mask = pad_right([self.token_ids[w.start : w.end] for w in windows], pad_id)
         labels = torch.full_like(input_ids, IGNORED)
         for row, window in enumerate(windows):
@@ -410,7 +421,7 @@ class EvaluationData(LightningDataModule):
             "text_max_bytes": self.text_max_bytes,
             "protocol": {
                 "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
-                "tokens_before_text": list(encoder_of(self).prefix),
+                "tokens_before_text": list(self.encoder.prefix),
                 "num_bytes": self._num_bytes,
                 "num_text_tokens": len(self.token_ids),
             },

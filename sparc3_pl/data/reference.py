@@ -128,6 +128,8 @@ def build_targets(
 class ReferenceData(LightningDataModule):
     """Reference samples: windows packed from documents, or one text a sample.
 
+    The module that scores them hands over its encoder: it calls ``read`` in its ``setup``.
+
     Args:
         source: Hub data set id, local .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), or ``demo``
             (``demo:prompts``, ``demo:general_heldout``, ``demo:prompts_heldout`` are the other embedded corpora).
@@ -180,20 +182,22 @@ class ReferenceData(LightningDataModule):
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
         self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.encoder: Encoder | None = None
-        """What reads the texts; unset: that of the Trainer's module."""
         self.samples: list[Sample] = []
+        self._pad_id: int | None = None
         self._excluded: set[str] = set()
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self, encoder: Encoder) -> None:
         """Draw the samples; every rank draws the same ones. A second call does nothing.
+
+        Args:
+            encoder: The model's.
 
         Raises:
             InputError: If the source cannot be read or gives fewer samples than asked for.
         """
         if self.samples:
             return
-        encoder = encoder_of(self)
+        self._pad_id = encoder.pad_id
         targets = None
         if self.match is not None:
             match = self.match_query or local_source(self.match, "data.match")
@@ -250,6 +254,7 @@ class ReferenceData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """The share of the samples that is this rank's, the longest first; no sample is on two ranks."""
+        assert self._pad_id is not None, "read() draws the samples first"
         rank, world_size = rank_of(self)
         todo = [sample for sample in self.samples if sample.id not in self._excluded]
         # Longest first over all ranks: the shares cost about the same, and too long a sample fails at once.
@@ -258,8 +263,7 @@ class ReferenceData(LightningDataModule):
         batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         if self.equal_passes:
             batches += [[]] * (max(gather_lists([len(batches)])) - len(batches))
-        collate = partial(pad_samples, pad_id=encoder_of(self).pad_id)
-        return DataLoader(batches, batch_size=None, collate_fn=collate)
+        return DataLoader(batches, batch_size=None, collate_fn=partial(pad_samples, pad_id=self._pad_id))
 
     def describe(self) -> dict[str, Any]:
         """The manifest's ``data`` entry: where the samples come from, which they are, and what was left out."""
@@ -325,14 +329,6 @@ def check_positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise InputError(f"data.{name}={value} is too small; give 1 or more")
-
-
-def encoder_of(data: Any) -> Encoder:
-    """What a DataModule was given as ``data.encoder``; else that of the Trainer's module."""
-    if data.encoder is not None:
-        return data.encoder
-    assert data.trainer is not None, "attach a Trainer or set .encoder first"
-    return data.trainer.lightning_module.encoder
 
 
 def rank_of(data: LightningDataModule) -> tuple[int, int]:

@@ -125,7 +125,7 @@ class EvaluationModule(pl.LightningModule):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What turns texts into the model's token ids, loaded when the data module asks for it."""
+        """What turns texts into the model's token ids, loaded before the weights."""
         return load_encoder(self.source)
 
     @property
@@ -134,10 +134,10 @@ class EvaluationModule(pl.LightningModule):
         return self._judge[0]
 
     def setup(self, stage: str) -> None:
-        """Checks what would otherwise fail after the model was loaded.
+        """Checks what would otherwise fail after the model was loaded, and has text and prompts read.
 
         Raises:
-            InputError: if the Trainer would convert the model, or there is nothing to evaluate.
+            InputError: if the Trainer would convert the model, there is nothing to evaluate, or it cannot be read.
         """
         check_precision(self.trainer)
         if self.data.text_source is None and self.data.query is None and not self.measurements:
@@ -145,6 +145,7 @@ class EvaluationModule(pl.LightningModule):
                 "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, or "
                 "model.measurements"
             )
+        self.data.read(self.encoder)
 
     def configure_model(self) -> None:
         """Loads the weights, once, takes their fingerprint before any edit, and says what the batches are to hold.

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparc3_pl.data.batches import ReferenceBatch
+    from sparc3_pl.data.reference import ReferenceData
 
 __all__ = ["ScoringModule"]
 
@@ -128,8 +129,13 @@ class ScoringModule(pl.LightningModule):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What turns texts into the model's token ids, loaded when the data module asks for it; the weights follow."""
+        """What turns texts into the model's token ids, loaded before the weights."""
         return load_encoder(self.source)
+
+    @property
+    def data(self) -> ReferenceData:
+        """What the Trainer was given to score on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def samples(self) -> list[ScoredSample]:
@@ -147,10 +153,11 @@ class ScoringModule(pl.LightningModule):
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def setup(self, stage: str) -> None:
-        """Checks what would otherwise fail after the model was loaded, or hours later, and chooses the samples.
+        """Checks what would otherwise fail after the model was loaded, or hours later, and has the samples drawn.
 
         Raises:
-            InputError: if the output cannot be written, or an argument does not go with a sharded model.
+            InputError: if the output cannot be written, an argument does not go with a sharded model, or the samples
+                cannot be read.
         """
         check_precision(self.trainer)
         if self.is_sharded:
@@ -165,10 +172,11 @@ class ScoringModule(pl.LightningModule):
                 f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} would count from where a run "
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
+        self.data.read(self.encoder)
         if self.part is not None:
-            data, (number, count) = self.trainer.datamodule, self.part  # type: ignore[attr-defined]
-            ids = sorted(sample.id for sample in data.samples)
-            data.exclude(set(ids) - set(ids[number - 1 :: count]))
+            number, count = self.part
+            ids = sorted(sample.id for sample in self.data.samples)
+            self.data.exclude(set(ids) - set(ids[number - 1 :: count]))
 
     def _check_sharded(self) -> None:
         if self.source.device_map is not None:
@@ -214,7 +222,7 @@ class ScoringModule(pl.LightningModule):
     def _take_up_partial_sums(self, model: PreTrainedModel) -> None:
         """Leaves out the samples whose sums an interrupted run has saved."""
         assert self.output is not None
-        partial, data = PartialSums(self.output, self.global_rank), self.trainer.datamodule  # type: ignore[attr-defined]
+        partial = PartialSums(self.output, self.global_rank)
         layers = [group.layer for group in self.request.groups(model)]
         partial.join(
             from_rank_zero(
@@ -224,7 +232,7 @@ class ScoringModule(pl.LightningModule):
                 )
             )
         )
-        data.exclude(partial.ids)
+        self.data.exclude(partial.ids)
         if partial.ids:
             kept(partial.folder)
             if self.trainer.is_global_zero:
@@ -233,12 +241,11 @@ class ScoringModule(pl.LightningModule):
 
     def _check_method(self, model: PreTrainedModel) -> None:
         if self._account is None:
-            samples = getattr(self.trainer.datamodule, "samples", [])  # type: ignore[attr-defined]
-            self._account = self.request.method.made.check(model, samples[0].input_ids if samples else [])
+            self._account = self.request.method.made.check(model, self.data.samples[0].input_ids)
 
     def _about(self) -> About:
-        data = self.trainer.datamodule.describe()  # type: ignore[attr-defined]
-        return replace(self.request.about(self._description, data), relevance_account=self._account)
+        about = self.request.about(self._description, self.data.describe())
+        return replace(about, relevance_account=self._account)
 
     def on_predict_start(self) -> None:
         """Makes the sums where the weights are.

@@ -40,8 +40,7 @@ def prompts(tmp_path) -> str:
 
 def ready(data, rank=0, world_size=1, max_length=16, stride=16, units=(), **tokenizer):
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
-    data.encoder = Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer))
-    data.setup("test")
+    data.read(Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)))
     if isinstance(data, EvaluationData):
         data.plan_batches(WindowSize(max_length, stride), units)
     return data
@@ -228,8 +227,7 @@ def test_prompts_are_known_by_their_letters_and_by_their_token_ids(prompts):
 def test_a_text_has_nothing_after_it(text):
     plain = ready(EvaluationData(text, prompts_source=None))
     data = EvaluationData(text, prompts_source=None)
-    data.encoder = Encoder(with_template(tiny_tokenizer(), "<s> $A </s>"))
-    data.setup("test")
+    data.read(Encoder(with_template(tiny_tokenizer(), "<s> $A </s>")))
     assert data.token_ids == plain.token_ids
     assert data.describe()["protocol"] == plain.describe()["protocol"]
 
@@ -277,8 +275,10 @@ def test_a_window_that_does_not_fit(asked, message):
 class Recorder(LightningModule):
     def __init__(self):
         super().__init__()
-        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.seen: list[str] = []
+
+    def setup(self, stage):
+        self.trainer.datamodule.read(Encoder(tiny_tokenizer(pad_token="</s>")))
 
     def configure_model(self):
         self.trainer.datamodule.plan_batches(WindowSize(16, 8))

@@ -31,9 +31,8 @@ def prompts(tmp_path_factory) -> str:
 
 
 def ready(data: ReferenceData, rank: int = 0, world_size: int = 1, **tokenizer) -> ReferenceData:
-    module = SimpleNamespace(encoder=Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)))
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
-    data.setup("predict")
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data.read(Encoder(tiny_tokenizer(**{"pad_token": "</s>"} | tokenizer)))
     return data
 
 
@@ -133,8 +132,7 @@ def test_equal_passes_end_in_stand_ins(corpus, monkeypatch):
 
 def test_without_a_trainer(corpus):
     data = ReferenceData(corpus, seq_len=16, num_samples=4)
-    data.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
-    data.setup()
+    data.read(Encoder(tiny_tokenizer(pad_token="</s>")))
     assert sorted(served(data)) == sorted(ids(data))
 
 
@@ -151,8 +149,10 @@ class Recorder(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.encoder = Encoder(tiny_tokenizer(pad_token="</s>"))
         self.ids: list[str] = []
+
+    def setup(self, stage):
+        self.trainer.datamodule.read(Encoder(tiny_tokenizer(pad_token="</s>")))
 
     def predict_step(self, batch, batch_idx):
         assert isinstance(batch, ReferenceBatch)
@@ -262,15 +262,13 @@ def test_texts_that_give_no_token_are_counted_and_told(tmp_path, caplog):
     source = tmp_path / "mixed.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("12", "abc", "3")))
     data = ReferenceData(str(source), seq_len=None)
-    data.encoder = Encoder(digits_tokenizer())
-    data.setup()
+    data.read(Encoder(digits_tokenizer()))
     assert sorted(sample.input_ids for sample in data.samples) == [[0, 3], [0, 10]]
     assert data.describe()["num_without_tokens"] == 1
     assert "1 texts give no token" in caplog.text
     data = ReferenceData(str(source), seq_len=None, num_samples=3)
-    data.encoder = Encoder(digits_tokenizer())
     with pytest.raises(InputError, match=r"gives only 2 samples.*1 records give no token"):
-        data.setup()
+        data.read(Encoder(digits_tokenizer()))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -321,8 +319,7 @@ def test_real_prompts_and_text_matched_to_them(real_data, smollm2):
 
     def drawn(**options) -> ReferenceData:
         data = ReferenceData(**options)
-        data.encoder = encoder
-        data.setup()
+        data.read(encoder)
         return data
 
     rtp, c4 = str(real_data / "rtp_dev.jsonl"), str(real_data / "c4_dev.jsonl")

@@ -110,8 +110,7 @@ def test_a_run_without_a_trainer_gives_the_same(files):
     want = run(files, module_of(files))
     source = ModelSource(str(files / "model"))
     model, encoder, data = load_model(source).eval(), load_encoder(source), data_of(files)
-    data.encoder = encoder
-    data.setup()
+    data.read(encoder)
     data.plan_batches(window_size(64, 32, 8))
     generator = Generator(model, encoder.tokenizer, Sampling(max_new_tokens=10, samples_per_prompt=2), 64)
     evaluation = EvaluationRun(
