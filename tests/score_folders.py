@@ -25,9 +25,13 @@ def write(
     squares: Mapping[str, Tensor] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     neuron_rows: Mapping[str, Sequence[int]] | None = None,
+    components: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> ScoreFolder:
-    """Writes a score folder and opens it; ``neuron_rows``: first and last + 1 of the scores that are of neurons."""
+    """Writes a score folder and opens it.
+
+    ``neuron_rows``: first and last + 1 of the scores that are of neurons; ``components``: the kind of each layer.
+    """
     defaults = {
         "method": "lrp",
         "num_samples": max(len(samples), 2),
@@ -38,6 +42,8 @@ def write(
     with ScoreWriter(folder) as writer:
         for name, values in scores.items():
             rows = slice(*neuron_rows[name]) if name in (neuron_rows or {}) else None
-            writer.add_layer(name, values, squares[name] if squares else None, rows=rows)
+            writer.add_layer(
+                name, values, squares[name] if squares else None, rows=rows, component=(components or {}).get(name)
+            )
         writer.finish(**{**defaults, **fields}, samples=map(ScoredSample.from_json, samples))
     return ScoreFolder.open(folder)

@@ -1,7 +1,7 @@
 """Scores a model's components: a method, a target and a kind of component put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
@@ -124,7 +124,7 @@ def layer_scores(
 
 
 def groups_of(model: nn.Module, components: Sequence[Component], patterns: Sequence[str] | None = None) -> list[Group]:
-    """Where the components are scored, each layer once.
+    """Where the components are scored, each layer once; of several kinds, each group names its own.
 
     Raises:
         InputError: as ``Component.groups``, and if two kinds of component are scored at one layer.
@@ -137,7 +137,7 @@ def groups_of(model: nn.Module, components: Sequence[Component], patterns: Seque
                     f"model.granularity: two kinds of component are scored at layer {group.layer}; score them in two "
                     "runs, or choose other layers by model.targets"
                 )
-            groups[group.layer] = group
+            groups[group.layer] = group if len(components) == 1 else replace(group, component=COMPONENTS.name_of(kind))
     return list(groups.values())
 
 

@@ -31,12 +31,14 @@ class Architecture:
         class_name: Class of the model.
         num_layers: Number of its linear layers, the output head included.
         shapes: Shape of the scores of every layer that is scored, in the model's order.
+        components: By layer, the name of its kind of component, where several kinds are scored.
         num_weights: Number of weights of these layers.
     """
 
     class_name: str
     num_layers: int
     shapes: dict[str, tuple[int, ...]]
+    components: dict[str, str | None]
     num_weights: int
 
 
@@ -50,9 +52,11 @@ def expected_scores(manifest: Manifest) -> Architecture:
     if isinstance(skeleton, str):
         raise InputError(skeleton)
     layers = linear_layers(skeleton)
-    shapes = {group.layer: group.shape for group in groups_of(skeleton, manifest.components(), manifest.targets)}
+    groups = groups_of(skeleton, manifest.components(), manifest.targets)
+    shapes = {group.layer: group.shape for group in groups}
+    components = {group.layer: group.component for group in groups}
     num_weights = sum(math.prod(features(layers[name])) for name in shapes)
-    return Architecture(type(skeleton).__name__, len(layers), shapes, num_weights)
+    return Architecture(type(skeleton).__name__, len(layers), shapes, components, num_weights)
 
 
 @functools.lru_cache(maxsize=16)
@@ -89,6 +93,9 @@ def _problems(manifest: Manifest, expected: Architecture) -> list[str]:
     for name, shape in expected.shapes.items():
         if name in scored and scored[name] != shape:
             problems.append(f"{name} has shape {list(scored[name])}, the model {list(shape)}")
+    for name, layer in manifest.layers.items():
+        if layer.component is not None and layer.component != (kind := expected.components.get(name)):
+            problems.append(f"{name} is scored as {layer.component}, in the model it is a layer of {kind}")
     if not problems and list(expected.shapes) != list(scored):
         problems.append("its layers are not in the model's order")
     return problems[:4]

@@ -213,13 +213,13 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
         if plan.fingerprint != one.fingerprint:
             raise InputError(f"{first} and {name} are plans for different models, so their neurons cannot be compared")
         if plan.granularity != one.granularity:
-            raise InputError(
-                f"{first} is a plan of {one.granularity}s and {name} of {plan.granularity}s; compare plans of one kind"
-            )
+            raise InputError(f"{first} is a plan of {one.unit} and {name} of {plan.unit}; compare plans of one kind")
     if general is None:
         return
     scored = general.folders[0].manifest
-    if (scored.granularity, scored.model["fingerprint"]) != (one.granularity, one.fingerprint):
+    kinds = {layer: plan.component(layer) for plan in plans.values() for layer in plan.entries}
+    other = next((kind for layer, kind in kinds.items() if general.components.get(layer, kind) != kind), None)
+    if other or scored.model["fingerprint"] != one.fingerprint:
         raise InputError(
             f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
         )

@@ -60,7 +60,8 @@ def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
         most: Number of layers to show.
     """
     total = manifest.total_relevance
-    kind = f"{'signed ' if manifest.signed else ''}{manifest.granularity} scores by {manifest.method}"
+    unit = manifest.granularity.replace("+", " and ")
+    kind = f"{'signed ' if manifest.signed else ''}{unit} scores by {manifest.method}"
     largest = sorted(manifest.layers.items(), key=lambda item: -abs(item[1].sum))[:most]
     rows = [
         (

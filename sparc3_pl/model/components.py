@@ -42,6 +42,7 @@ class Group:
         width: Rows or columns of one component.
         first: Index of the first score that belongs to a component. A fused map has the gates' rows before it.
         count: Number of components.
+        component: Name of their kind where several kinds are scored in one run; None: the run has one kind.
     """
 
     layer: str
@@ -50,6 +51,7 @@ class Group:
     count: int
     width: int = 1
     first: int = 0
+    component: str | None = None
 
     @property
     def own(self) -> slice:

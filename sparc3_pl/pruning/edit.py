@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.components import Part
+from sparc3_pl.model.components import Group, Part
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
 from sparc3_pl.model.structure import linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen
@@ -153,9 +153,12 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
             near = difflib.get_close_matches(layer, linear_layers(model), n=2, cutoff=0.5)
             names = ", ".join(near) or "no layer of a similar name"
             raise InputError(f"the plan's layer {layer} is not in this {type(model).__name__} (nearest: {names})")
-    component, edit, changes = plan.load_component(), plan.load_edit(), []
-    groups = {group.layer: group for group in component.groups(model, list(plan.counts()))}
-    for layer in plan.counts():
+    components, edit, changes = plan.load_components(), plan.load_edit(), []
+    groups: dict[str, Group] = {}
+    for component in dict.fromkeys(components.values()):
+        own = [layer for layer, kind in components.items() if kind is component]
+        groups |= {group.layer: group for group in component.groups(model, own)}
+    for layer, component in components.items():
         shape, entries = plan.shapes.get(layer), plan.entries[layer]
         if layer in groups and shape not in (None, list(groups[layer].shape), [groups[layer].count]):
             right = list(groups[layer].shape)

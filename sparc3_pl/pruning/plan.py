@@ -110,6 +110,7 @@ class _About:
 
     model: dict[str, Any]
     granularity: str = "neuron"
+    components: dict[str, str] = field(default_factory=dict)
     num_candidates: int | None = None
     contrast: str = "difference"
     edit: str = "zero"
@@ -159,7 +160,8 @@ class PrunePlan(_About):
             gives each its own; empty for single weights.
         model: The manifest's ``model`` entry; ``fingerprint`` ties the plan to the model. ``pruned_fingerprint`` is
             added when the plan keeps values: it is that of the pruned model.
-        granularity: The kind of component: ``neuron``, ``weight``, or a class path.
+        granularity: The kind of component: ``neuron``, ``weight``, or a class path; several joined by ``+``.
+        components: The kind of each layer that is touched, where the plan has several kinds.
         num_neurons: Number of listed components.
         num_weights: Number of chosen single weights.
         num_candidates: How many the choice was made from.
@@ -224,8 +226,8 @@ class PrunePlan(_About):
 
     @property
     def unit(self) -> str:
-        """The word for the components in tables: ``neurons``."""
-        return self.load_component().unit
+        """The word for the components in tables: ``neurons``, ``neurons and channels``."""
+        return " and ".join(COMPONENTS.from_file(kind).unit for kind in self.granularity.split("+"))
 
     def counts(self) -> dict[str, int]:
         """How many components of each layer are chosen, in the model's order."""
@@ -235,19 +237,24 @@ class PrunePlan(_About):
         ]
         return {layer: len(self.entries[layer].index) for layer in order}
 
-    def load_component(self) -> Component:
-        """The kind of component that the plan names.
+    def component(self, layer: str) -> str:
+        """Name of the kind of component that is chosen in a layer."""
+        return self.components.get(layer, self.granularity)
+
+    def load_components(self) -> dict[str, Component]:
+        """By layer, in the model's order, the kind of component that is chosen there.
 
         Raises:
             InputError: if there is no such kind, or the user has not allowed its module to be imported.
         """
-        return COMPONENTS.from_file(self.granularity)
+        kinds = {name: COMPONENTS.from_file(name) for name in self.granularity.split("+")}
+        return {layer: kinds[self.component(layer)] for layer in self.counts()}
 
     def load_edit(self) -> Edit:
         """The edit that the plan names, with its arguments.
 
         Raises:
-            InputError: as ``load_component``, or if its arguments are wrong.
+            InputError: as ``load_components``, or if its arguments are wrong.
         """
         alpha = {} if self.alpha is None else {"alpha": self.alpha}
         return EDITS.from_file(self.edit, alpha | self.settings.get("edit", {}))
@@ -263,9 +270,12 @@ class PrunePlan(_About):
                 f"num_neurons={num_neurons}, but the plan has {self.num_neurons} neurons; choose from 1 to that"
             )
         entries = entries_of(self.neurons[:num_neurons])
-        shapes = {layer: self.shapes[layer] for layer in self.shapes if layer in entries}
+        shapes, components = (
+            {layer: of_layer[layer] for layer in of_layer if layer in entries}
+            for of_layer in (self.shapes, self.components)
+        )
         model = {key: value for key, value in self.model.items() if key != "pruned_fingerprint"}
-        return replace(self, entries=entries, model=model, shapes=shapes, kept={})
+        return replace(self, entries=entries, model=model, shapes=shapes, components=components, kept={})
 
     def summary(self) -> dict[str, Any]:
         """What results say of the plan that made them: small, without the neurons."""
@@ -285,6 +295,8 @@ class PrunePlan(_About):
         for neuron in neurons:
             if neuron["factor"] is None:
                 del neuron["factor"]
+        if not data["components"]:
+            del data["components"]
         return {
             "format_version": data.pop("format_version"),
             "neurons": neurons,
@@ -352,7 +364,7 @@ class PrunePlan(_About):
         if problem:
             raise InputError(f"{where}: {problem}; make the plan again")
         try:
-            self.load_component()
+            self.load_components()
             self.load_edit()
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -364,6 +376,12 @@ class PrunePlan(_About):
             yield f"the edit's arguments are {self.settings['edit']!r}"
         if not self.entries:
             yield "it has no neurons listed, and no weights' indices lie beside it"
+        kinds = self.granularity.split("+")
+        for layer in self.entries:
+            if self.component(layer) not in kinds:
+                kind = self.components.get(layer)
+                yield f"layer {layer} is of component={kind!r}, but granularity={self.granularity!r}"
+                return
         for layer, entries in self.entries.items():
             index = entries.index
             if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not len(index):
@@ -371,11 +389,11 @@ class PrunePlan(_About):
                 continue
             low, high = int(index.min()), int(index.max())
             if low < 0 or high >= math.prod(self.shapes.get(layer, [math.inf])):
-                yield f"{self.granularity} {low if low < 0 else high} of {layer} is out of range"
+                yield f"{self.component(layer)} {low if low < 0 else high} of {layer} is out of range"
             if entries.rank is None and not (index[1:] > index[:-1]).all():
                 yield f"the indices of layer {layer} are not in ascending order"
             if entries.rank is not None and len(index.unique()) < len(index):
-                yield f"a {self.granularity} of {layer} is listed twice"
+                yield f"a {self.component(layer)} of {layer} is listed twice"
 
 
 def _readable(data: dict[str, Any]) -> str:

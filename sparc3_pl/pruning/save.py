@@ -146,7 +146,8 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
 
 def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
-    if not isinstance(plan.load_component(), Neuron) or not isinstance(plan.load_edit(), Zero | Mean):
+    are_neurons = all(isinstance(component, Neuron) for component in plan.load_components().values())
+    if not are_neurons or not isinstance(plan.load_edit(), Zero | Mean):
         raise InputError(
             f"shrink removes neurons by edit=zero or mean, but the plan is for {plan.unit} with edit={plan.edit}; save "
             "without shrink"

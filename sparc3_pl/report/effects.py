@@ -117,8 +117,8 @@ class Effect:
 
     @property
     def unit(self) -> str:
-        """``neurons`` or ``weights``."""
-        return f"{self.plan.get('granularity', 'neuron')}s"
+        """``neurons``, ``weights``, ``neurons and channels``."""
+        return " and ".join(f"{kind}s" for kind in self.plan.get("granularity", "neuron").split("+"))
 
     @property
     def toxicity(self) -> dict[str, Any] | None:

@@ -247,7 +247,7 @@ def _plan_table(plans: Mapping[str, PlanWithScores]) -> Table:
         edit = plan.edit if plan.alpha is None else f"{plan.edit} by {plan.alpha}"
         protect = percent(plan.settings.get("protect") or 0.0, 0)
         layers = Number(len(plan.counts()), form="d")
-        rows.append((name, kind, edit, count(size), plan.granularity, share, protect, layers))
+        rows.append((name, kind, edit, count(size), plan.unit, share, protect, layers))
     columns = ("plan", "chosen by", "edit", "number", "unit", "share of all", "protected", "layers touched")
     return Table.of(columns, rows)
 

@@ -103,6 +103,20 @@ class ScoreFolder:
         """The shape of a layer's scores, ``[out]`` or ``[out, in]``."""
         return tuple(self._stats(name).shape)
 
+    def component(self, name: str) -> str:
+        """Name of the kind of component that a layer's scores are of.
+
+        Raises:
+            InputError: if the folder has several kinds and does not say which layer is of which.
+        """
+        kind = self._stats(name).component or self.manifest.granularity
+        if "+" in kind:
+            raise InputError(
+                f"{self.path}: holds scores of {kind} and does not say which layer is of which kind, as earlier "
+                "versions wrote it; score again"
+            )
+        return kind
+
     def _stats(self, name: str) -> LayerStats:
         if name not in self.manifest.layers:
             raise InputError(
@@ -301,5 +315,7 @@ def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
         found.append(told("layers", len(first.layers), f"{len(other.layers)} ({odd})"))
     shared = [name for name in first.layers if name in two.layers]
     unequal = [name for name in shared if first.shape(name) != other.shape(name)]
+    kinds = [(name, one.layers[name].component, two.layers[name].component) for name in shared]
+    found += [told(f"component of {name}", *pair) for name, *pair in kinds if None not in pair and pair[0] != pair[1]]
     found += [told(f"shape of {name}", list(first.shape(name)), list(other.shape(name))) for name in unequal[:3]]
     return found

@@ -137,6 +137,7 @@ class LayerStats:
         sha256: Of the tensor's bytes, in hex.
         rows: First and last + 1 of the scores that ``sum``, ``negative`` and ``zero`` are of; null: all of them. The
             gates' rows of a fused map are no neurons, and count for nothing.
+        component: Name of the layer's kind of component, where the folder has several kinds.
     """
 
     shape: list[int]
@@ -148,6 +149,7 @@ class LayerStats:
     zero: Count
     sha256: str
     rows: list[int] | None = None
+    component: str | None = None
 
     @property
     def counted(self) -> slice:
@@ -224,8 +226,9 @@ class Manifest(About):
             if not data[name]:
                 del data[name]
         for layer in data["layers"].values():
-            if layer["rows"] is None:
-                del layer["rows"]
+            for name in ("rows", "component"):
+                if layer[name] is None:
+                    del layer[name]
         return FORMAT.seal(data | extra)
 
     def check(self, where: str | Path = MANIFEST) -> None:
@@ -254,6 +257,11 @@ class Manifest(About):
             if {len(layer.shape)} != dims or not dims <= {1, 2} or min(layer.shape) < 1:
                 raise InputError(
                     f"{where}: layer {name} has shape {layer.shape}, which no {self.granularity} score has"
+                )
+            if layer.component is not None and layer.component not in self.granularity.split("+"):
+                raise InputError(
+                    f"{where}: layer {name} is of component={layer.component!r}, but granularity={self.granularity!r}; "
+                    "the file is damaged, score again"
                 )
         spans = [("neuron_rows", name, span) for name, span in self.neuron_rows.items()]
         spans += [("rows", name, layer.rows) for name, layer in self.layers.items() if layer.rows is not None]

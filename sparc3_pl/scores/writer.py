@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -94,6 +95,7 @@ class ScoreWriter:
         nan: int = 0,
         inf: int = 0,
         rows: slice | None = None,
+        component: str | None = None,
     ) -> None:
         """Adds a layer; the folder keeps the order of the calls.
 
@@ -105,6 +107,7 @@ class ScoreWriter:
             nan: NaNs that were put to zero while scoring, counted beside those still in ``scores``.
             inf: Infinities, likewise.
             rows: The scores that belong to a component, if not all do: only they stand in sums, counts and shares.
+            component: Name of the layer's kind of component, where the folder has several kinds.
         """
         assert scores.dim() == (self._dims or scores.dim()) in (1, 2), f"{name}: scores of unlike granularity"
         assert name not in self._layers, f"{name} was added twice"
@@ -112,7 +115,7 @@ class ScoreWriter:
         self._dims = scores.dim()
         scores = scores.detach().to("cpu", torch.float32).contiguous()
         file = SCORES if self._dims == 1 else f"{name}.safetensors"
-        self._layers[name] = _statistics(scores, file, nan, inf, rows)
+        self._layers[name] = replace(_statistics(scores, file, nan, inf, rows), component=component)
         if self._dims == 1:
             self._neurons[name] = scores.clone()
         else:
@@ -240,7 +243,7 @@ def write_scores(
             name, rows = layer.group.layer, layer.group.own
             writer.add_layer(
                 name, layer.scores, layer.squares, layer.groups, nan=layer.nan, inf=layer.inf,
-                rows=None if layer.scores.dim() == 2 else rows,
+                rows=None if layer.scores.dim() == 2 else rows, component=layer.group.component,
             )  # fmt: skip
         if config is not None:
             writer.add_text("config.yaml", config)

@@ -63,11 +63,6 @@ def make_plan(
     steps = Control(seed) if control is None else _seeded(control, seed)
     general, behaviour = steps.sides(general, behaviour)
     sides = Scores.of(general, layers), Scores.of(behaviour, layers) if behaviour else None
-    if "+" in sides[0].granularity:
-        raise InputError(
-            f"these are scores of {sides[0].granularity}, but a plan holds one kind of component; score each kind in a "
-            "run of its own"
-        )
     amount = _amount(sides[0], num_neurons, num_weights, share)
     question = Question(*sides, kind, among, amount, protect)
     chosen = steps.exchanged(question, question.select(steps.values(question)))
@@ -84,6 +79,7 @@ def make_plan(
         entries=_entries(chosen, sides[0], change),
         model=dict(general[0].manifest.model),
         granularity=sides[0].granularity,
+        components={layer: sides[0].components[layer] for layer in chosen} if "+" in sides[0].granularity else {},
         num_candidates=sides[0].count,
         contrast=CONTRASTS.name_of(kind),
         edit=EDITS.name_of(change),

@@ -127,8 +127,17 @@ class Scores(Side):
 
     @property
     def granularity(self) -> str:
-        """The kind of component, as the folders name it."""
-        return self.folders[0].manifest.granularity
+        """The kind of component, as the folders name it; several, where these layers have several, joined by ``+``."""
+        return "+".join(dict.fromkeys(self.components.values()))
+
+    @property
+    def components(self) -> dict[str, str]:
+        """By layer, the name of the kind of component that is scored there.
+
+        Raises:
+            InputError: if the folders have several kinds and none says which layer is of which.
+        """
+        return {layer: self.folders[0].component(layer) for layer in self.layers}
 
     @property
     def holds_weights(self) -> bool:

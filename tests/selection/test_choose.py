@@ -232,7 +232,7 @@ def test_unlike_folders_are_refused(tmp_path, general):
         make_plan(general, [other], num_neurons=3)
 
 
-def test_scores_of_several_kinds_are_refused(tmp_path):
-    folder = write(tmp_path / "both", random_scores(1), granularity="neuron+head")
-    with pytest.raises(InputError, match="one kind of component"):
+def test_scores_of_several_kinds_must_say_which_layer_is_of_which(tmp_path):
+    folder = write(tmp_path / "both", random_scores(1), granularity="neuron+head")  # as earlier versions wrote it
+    with pytest.raises(InputError, match=r"does not say which layer is of which kind, .*; score again"):
         make_plan([folder], num_neurons=3, contrast="general")
