@@ -22,7 +22,10 @@ class ReferenceBatch:
         endings: ``stop``, ``cut`` or None (nothing can decode the ids) for each sample.
         text_ids: Identities of the texts that each sample was made from.
         fields: What a target needs to know of the samples besides their tokens (labels, weights, spans of the
-            completions), by name: tensors or lists with an entry for each sample.
+            completions), by name: tensors or lists with an entry for each sample. Those that data modules make:
+            ``completion_mask`` ``[B, T]`` bool, the completion's tokens; ``weight`` ``[B]`` float64, less its baseline;
+            ``label`` ``[B]`` float64; ``answer`` ``[B]`` int64, a token id; ``foil`` ``[B]`` int64, -1 for none;
+            ``counterfactual_ids`` ``[B, T]`` int64, padded as ``input_ids``.
     """
 
     input_ids: Tensor

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
+from sparc3_pl.data.fields import Baseline, RecordFields, less_baseline
 from sparc3_pl.data.matching import Target, matched_samples, read_targets
-from sparc3_pl.data.samples import Sample, pack_windows, text_samples
+from sparc3_pl.data.samples import Sample, pack_windows, record_samples, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # --- from a source to samples -----------------------------------------------------------------------------------------
 
-Progress = Callable[[Iterator[Text], str, int | None], Iterator[Text]]
+Progress = Callable[[Iterator[Any], str, int | None], Iterator[Any]]
 """Shows how many texts have been read: of the texts, their unit, and how many there will be."""
 
 
@@ -44,14 +45,16 @@ def build_samples(
     num_samples: int | None = None,
     max_tokens: int | None = None,
     targets: Sequence[Target] | None = None,
+    baseline: Baseline = "mean",
     progress: Progress = lambda texts, unit, total: texts,
 ) -> list[Sample]:
-    """Draw samples from a source: matched to ``targets`` if these are given, else windows of ``seq_len`` tokens, else
-    each text a sample.
+    """Draw samples from a source: matched to ``targets`` if these are given, else each record a sample if fields of it
+    are asked for (``query.fields``), else windows of ``seq_len`` tokens, else each text a sample.
 
     ``query.counts`` holds afterwards what was read and left out; beside the counts of ``TextQuery``:
     ``num_without_tokens``, ``num_with_prefix`` (texts with a rendered BOS of their own, which got no second one),
-    ``num_with_special`` (texts within which special tokens stand), and those of ``matched_samples``.
+    ``num_with_special`` (texts within which special tokens stand), and those of ``matched_samples`` and
+    ``record_samples``.
 
     Args:
         query: Where from, and which texts.
@@ -60,6 +63,7 @@ def build_samples(
         num_samples: How many; None: all.
         max_tokens: Where each text is a sample: keep only its first so many tokens.
         targets: Lengths and endings to match.
+        baseline: What is taken off the weights of records, see ``less_baseline``.
         progress: Wraps the texts while they are read.
 
     Raises:
@@ -72,6 +76,9 @@ def build_samples(
     try:
         if targets is not None:
             samples = matched_samples(texts, encoder, targets, **about)
+        elif query.fields.given:
+            records = progress(query.records(), "records", num_samples)
+            samples = record_samples(records, encoder, num_samples, max_tokens, baseline, **about)
         elif seq_len is not None:
             samples = pack_windows(progress(texts, "documents", None), encoder, seq_len, num_samples, **about)
         else:
@@ -81,6 +88,8 @@ def build_samples(
     except InputError as error:
         left_out = {"hold a null and never pass": query.counts["num_null"]}
         left_out["give no token"] = counts["num_without_tokens"]
+        left_out["have a counterfactual of another length"] = counts["num_unequal_lengths"]
+        left_out["have an answer and a foil with one first token"] = counts["num_equal_answers"]
         reasons = ", ".join(f"{number} records {what}" for what, number in left_out.items() if number)
         if not reasons:
             raise
@@ -150,6 +159,16 @@ class ReferenceData(LightningDataModule):
         match_field: Field of the text if ``match`` is a data file; null: as ``text_field``.
         match_filter: Filter if ``match`` is a data file.
         max_tokens: Where each text is a sample: keep only its first so many tokens.
+        completion_field: Field of what follows the text, for target ``completion``: text or, exact to the token, a list
+            of token ids. With this or any field below each record is a sample, and ``seq_len`` is not used.
+        weight_field: Field of the completion's weight, such as a judge's score.
+        weight_baseline: What is taken off the weights: ``mean`` of all samples, ``prompt`` (the mean of the prompt's
+            other completions), or ``none``.
+        label_field: Field of the text's label, a number.
+        answer_field: Field of what the model should say next, for target ``answer``: text, of which the first token
+            counts (give it with its space), or a token id.
+        foil_field: Field of what it should not say, likewise.
+        counterfactual_field: Field of the text with the decisive words exchanged, of as many tokens.
     """
 
     def __init__(
@@ -170,15 +189,27 @@ class ReferenceData(LightningDataModule):
         match_field: str | None = None,
         match_filter: str | None = None,
         max_tokens: int | None = None,
+        completion_field: str | None = None,
+        weight_field: str | None = None,
+        weight_baseline: Baseline = "mean",
+        label_field: str | None = None,
+        answer_field: str | None = None,
+        foil_field: str | None = None,
+        counterfactual_field: str | None = None,
     ) -> None:
         super().__init__()
         # A rank may have no sample at all: seven samples on eight ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         positive = {"seq_len": seq_len, "num_samples": num_samples, "batch_size": batch_size, "max_tokens": max_tokens}
         check_positive(**positive)
-        self.query = TextQuery(
-            source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share
+        fields = RecordFields(
+            completion_field, weight_field, label_field, answer_field, foil_field, counterfactual_field
         )
+        _check_fields(fields, weight_baseline, match, max_tokens)
+        self.query = TextQuery(
+            source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share, fields=fields
+        )
+        self.weight_baseline: Baseline = weight_baseline
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
         self.batch_size, self.max_tokens = batch_size, max_tokens
@@ -210,6 +241,7 @@ class ReferenceData(LightningDataModule):
             num_samples=self.num_samples,
             max_tokens=self.max_tokens,
             targets=targets,
+            baseline=self.weight_baseline,
             progress=partial(_progress, data=self),
         )
         self._tell()
@@ -219,6 +251,19 @@ class ReferenceData(LightningDataModule):
         counts, total = self.query.counts, len(self.samples)
         if any(counts[name] for name in ("num_null", "num_empty", "num_duplicates", "num_without_tokens")):
             log.info("%d samples from %s", total, self.query.seen())
+        of_completions = self.query.fields.completion is not None
+        left_out = {
+            "without a completion or a value asked for": counts["num_null"] if of_completions else 0,
+            "whose completion is empty": counts["num_empty"] if of_completions else 0,
+            "that are the only completion of their prompt (data.weight_baseline=prompt)": counts[
+                "num_without_baseline"
+            ],
+            "whose answer and foil begin with the same token": counts["num_equal_answers"],
+            "whose counterfactual has more or fewer tokens than the text": counts["num_unequal_lengths"],
+        }
+        for what, number in left_out.items():
+            if number:
+                log.warning("%d records %s were left out", number, what)
         if counts["num_without_tokens"]:
             log.warning("%d texts give no token and were left out", counts["num_without_tokens"])
         if counts["num_with_prefix"]:
@@ -276,7 +321,7 @@ class ReferenceData(LightningDataModule):
             "filter": query.filter,
             **query.origin,
             "seed": self.seed,
-            "seq_len": None if self.match else self.seq_len,
+            "seq_len": None if self.match or query.fields.given else self.seq_len,
             "max_tokens": self.max_tokens,
             "partition": query.half,
             "partition_seed": query.partition_seed,
@@ -285,8 +330,29 @@ class ReferenceData(LightningDataModule):
             "match_filter": self.match_query.filter if self.match_query else None,
             "match_revision": self.match_query.origin["revision"] if self.match_query else None,
             "sample_ids": [sample.id for sample in self.samples],
+            **query.fields.given,
+            **({"weight_baseline": self.weight_baseline} if query.fields.weight else {}),
             **dict(query.counts),
         }
+
+
+def _check_fields(fields: RecordFields, baseline: Baseline, match: str | None, max_tokens: int | None) -> None:
+    """Refuses fields that do not go together, or not with what cuts the texts."""
+    given = list(fields.given)
+    less_baseline([], [], baseline)
+    if given and match is not None:
+        raise InputError(
+            f"data.match={match!r} cuts samples out of texts, which data.{given[0]} does not fit; leave one"
+        )
+    ends = [name for name in given if name not in ("label_field", "weight_field")]
+    if ends and max_tokens is not None:
+        raise InputError(f"data.max_tokens={max_tokens} would cut the end that data.{ends[0]} is about; leave it out")
+    if baseline != "mean" and fields.weight is None:
+        raise InputError(f"data.weight_baseline={baseline} needs weights; give data.weight_field")
+    if fields.foil is not None and fields.answer is None:
+        raise InputError(f"data.foil_field={fields.foil!r} needs an answer; give data.answer_field")
+    if fields.completion is not None and (fields.answer or fields.counterfactual):
+        raise InputError(f"data.completion_field={fields.completion!r} and data.{ends[1]} are of two kinds of sample")
 
 
 def _match_query(
@@ -302,17 +368,30 @@ def _match_query(
 
 
 def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
-    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]``."""
+    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]`` without fields.
+
+    ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false
+    or by ``pad_id``.
+    """
     input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
+    fields: dict[str, Any] = {}
+    for name in samples[0].numbers if samples else ():
+        values = [sample.numbers[name] for sample in samples]
+        whole = all(isinstance(value, int) for value in values)
+        fields[name] = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
+    for name, first in samples[0].by_token.items() if samples else ():
+        is_mask = isinstance(first[0], bool)
+        rows, _ = pad_right([sample.by_token[name] for sample in samples], 0 if is_mask else pad_id)
+        fields[name] = rows.bool() if is_mask else rows
     return ReferenceBatch(
-        input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples]
+        input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples], fields
     )
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each ``[B, T]`` int64, padded on the right to the longest row."""
     length = max(1, *map(len, rows))
-    input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
+    input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.int64)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     return input_ids, mask
 

@@ -6,14 +6,15 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
+from sparc3_pl.data.fields import Baseline, TextRecord, less_baseline
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 
-__all__ = ["Ending", "Origins", "Sample", "ending", "pack_windows", "text_samples"]
+__all__ = ["Ending", "Origins", "Sample", "ending", "pack_windows", "record_samples", "text_samples"]
 
 
 Ending = Literal["stop", "cut"]
@@ -39,12 +40,20 @@ class Sample:
         ending: Whether the text ends in sentence-final punctuation (``stop``) or mid-sentence (``cut``); None for
             token ids that no tokenizer can read.
         text_ids: Identities of the texts that it was made from, sorted: none of these may be evaluated on.
+        numbers: What a target or method needs to know of it, by name; in a batch a float becomes float64, an int int64.
+        by_token: Likewise, lists with an entry for each of ``input_ids``: true or false, or token ids.
     """
 
     id: str
     input_ids: list[int]
     ending: Ending | None
     text_ids: tuple[str, ...] = ()
+    numbers: Mapping[str, float | int] = field(default_factory=dict)
+    by_token: Mapping[str, list[bool] | list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.by_token.items():
+            assert len(values) == len(self.input_ids), f"{name}: {len(values)} for {len(self.input_ids)} tokens"
 
 
 def ending(text: str) -> Ending:
@@ -198,10 +207,7 @@ def text_samples(
         if len(samples) == n:
             break
     if len(samples) < (n or 1):
-        raise InputError(
-            f"data.num_samples={n}: {source} gives only {len(samples)} samples; lower data.num_samples, widen "
-            "data.filter or give more text"
-        )
+        raise _too_few(len(samples), n, source)
     return list(samples.values())
 
 
@@ -225,3 +231,138 @@ def _text_sample(
             f"{encoder.context}; set data.max_tokens: {encoder.context} to cut such texts, or data.seq_len to pack them"
         )
     return Sample(text_id(text), ids, last, tuple(sorted(text_ids)))
+
+
+# --- records with completions, labels, answers ------------------------------------------------------------------------
+
+
+def record_samples(
+    records: Iterable[TextRecord],
+    encoder: Encoder,
+    n: int | None = None,
+    max_tokens: int | None = None,
+    baseline: Baseline = "mean",
+    source: str = "the source",
+    counts: Counter[str] | None = None,
+    origins: Origins | None = None,
+) -> list[Sample]:
+    """Each record a sample: its text, the completion after it, and what else the record holds.
+
+    What the tokenizer puts before a text stands once, before the text; the completion's own tokens follow. Of an answer
+    and a foil given as text the first token counts. Their names in ``Sample``: ``weight`` (less the baseline),
+    ``label``, ``answer``, ``foil`` (-1: none); by token ``completion_mask`` (true for the completion's tokens) and
+    ``counterfactual_ids``.
+
+    A sample's id tells its whole content. Of records with one content, which are draws of one completion, each has an
+    id of its own.
+
+    Args:
+        records: Texts with their values; read only as far as ``n`` samples need.
+        encoder: The model's.
+        n: Number of samples; None for all.
+        max_tokens: Keep only the first so many tokens of a text; not where its end matters.
+        baseline: What is taken off the weights, see ``less_baseline``. The mean is that of the samples.
+        source: What the records come from, for messages.
+        counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of a text, completion,
+            answer or foil), ``num_equal_answers`` (answer and foil begin with one token), ``num_unequal_lengths``
+            (the counterfactual has more or fewer tokens than the text) and ``num_without_baseline`` (the only
+            completion of its prompt, with ``baseline`` ``prompt``).
+        origins: Ids of the texts that a text was cut out of.
+
+    Raises:
+        InputError: If there are fewer samples than ``n`` (or none), or one is longer than the model's context.
+    """
+    counts = Counter() if counts is None else counts
+    samples: dict[Any, Sample] = {}
+    prompts: list[str] = []
+    draws: Counter[str] = Counter()
+    for record in records:
+        sample = _record_sample(record, encoder, max_tokens, counts, origins)
+        if sample is not None:
+            key: Any = tuple(sample.input_ids), *sample.numbers.items(), *map(tuple, sample.by_token.values())
+            if record.values.completion is not None:  # what was drawn twice counts twice
+                key = draw = (sample.id, draws[sample.id])
+                draws[sample.id] += 1
+                sample = replace(sample, id=text_id(f"{draw}")) if draw[1] else sample
+            is_new = _merged(samples, key, sample)
+            counts["num_duplicates"] += not is_new
+            prompts += [text_id(record.text)] * is_new
+        if len(samples) == n:
+            break
+    if len(samples) < (n or 1):
+        raise _too_few(len(samples), n, source)
+    return _less_baseline(list(samples.values()), prompts, baseline, counts)
+
+
+def _less_baseline(samples: list[Sample], prompts: list[str], baseline: Baseline, counts: Counter[str]) -> list[Sample]:
+    if "weight" not in samples[0].numbers:
+        return samples
+    weights = less_baseline([sample.numbers["weight"] for sample in samples], prompts, baseline)
+    counts["num_without_baseline"] += weights.count(None)
+    if weights.count(None) == len(weights):
+        raise InputError(
+            "data.weight_baseline=prompt: every prompt has only one completion, and the baseline is the mean of its "
+            "others; give several (eval's model.samples_per_prompt), or data.weight_baseline: mean"
+        )
+    return [
+        replace(sample, numbers={**sample.numbers, "weight": weight})
+        for sample, weight in zip(samples, weights, strict=True)
+        if weight is not None
+    ]
+
+
+def _too_few(number: int, n: int | None, source: str) -> InputError:
+    return InputError(
+        f"data.num_samples={n}: {source} gives only {number} samples; lower data.num_samples, widen "
+        "data.filter or give more text"
+    )
+
+
+def _record_sample(
+    record: TextRecord, encoder: Encoder, max_tokens: int | None, counts: Counter[str], origins: Origins | None
+) -> Sample | None:
+    """The record's sample; None if it cannot be one, for a reason that is counted."""
+    text, values = record.text, record.values
+    body = [] if encoder.is_only_special(text) else encoder.body(text)
+    completion = [] if values.completion is None else encoder.body(values.completion)
+    answers = {
+        name: _first_token(value, encoder)
+        for name, value in (("answer", values.answer), ("foil", values.foil))
+        if value is not None
+    }
+    for part in (text, values.completion):
+        counts.update(encoder.special_counts(part) if part is not None else {})
+    if not body or None in answers.values() or (values.completion is not None and not completion):
+        counts["num_without_tokens"] += 1
+        return None
+    text_ids = made_from(text, encoder, origins)
+    sample = _text_sample(text, [*body, *completion], encoder, max_tokens, text_ids)
+    by_token: dict[str, list[bool] | list[int]] = {}
+    if values.completion is not None:
+        first = len(sample.input_ids) - len(completion)
+        by_token["completion_mask"] = [place >= first for place in range(len(sample.input_ids))]
+        sample = replace(sample, ending=ending_of_ids(encoder, sample.input_ids))
+    if values.counterfactual is not None:
+        other = encoder(values.counterfactual)
+        if len(other) != len(sample.input_ids):
+            counts["num_unequal_lengths"] += 1
+            return None
+        by_token["counterfactual_ids"] = other
+        text_ids |= made_from(values.counterfactual, encoder, origins)
+    if "answer" in answers:
+        if answers.get("foil") == answers["answer"]:
+            counts["num_equal_answers"] += 1
+            return None
+        answers.setdefault("foil", -1)
+    own = {"weight": values.weight, "label": values.label, **answers}
+    return replace(
+        sample,
+        id=values.identity(text),
+        text_ids=tuple(sorted(text_ids)),
+        numbers={name: value for name, value in own.items() if value is not None},
+        by_token=by_token,
+    )
+
+
+def _first_token(value: str | int, encoder: Encoder) -> int | None:
+    return next(iter(encoder.body([value] if isinstance(value, int) else value)), None)

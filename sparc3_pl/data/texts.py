@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sparc3_pl.data.fields import RecordFields, TextRecord, checked_text
 from sparc3_pl.data.sources import (
     Filter,
     MissingField,
@@ -41,6 +42,7 @@ class TextQuery:
         prefix: What the configuration keys of this query start with, for messages (``data.``, ``data.prompts_``).
         source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
         token_ids: Whether lists of token ids may stand where texts do.
+        fields: What else ``records`` reads of a record.
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
             null or missing (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
         origin: ``revision`` and ``drawn_from`` of the records, as in ``Records``; set when they are first read.
@@ -60,6 +62,7 @@ class TextQuery:
     prefix: str = "data."
     source_key: str | None = None
     token_ids: bool = True
+    fields: RecordFields = field(default_factory=RecordFields)
     counts: Counter[str] = field(default_factory=Counter)
     origin: dict[str, str | None] = field(default_factory=lambda: {"revision": None, "drawn_from": None})
     made_from: dict[str, list[str]] = field(default_factory=dict)
@@ -101,26 +104,39 @@ class TextQuery:
         Raises:
             InputError: If the source cannot be read, a field does not exist, or a text is neither text nor token ids.
         """
+        for record in self.records():
+            yield record.text
+
+    def records(self) -> Iterator[TextRecord]:
+        """As ``texts``, each text with the values of ``fields``.
+
+        Equal records count once, but for those with a completion: a model that says the same twice has said it twice,
+        and a mean over its completions knows that. The half is that of the text.
+
+        Raises:
+            InputError: As ``texts``, and if a value is not of the kind that belongs there.
+        """
         self._reset()
         seen: set[str] = set()
         key = self.source_key or self._key("source")
         self._records = read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key)
         self.origin = self._records.origin
-        for text in self._passing(self._records):
-            identity = text_id(text)
-            if identity in seen:
-                self.counts["num_duplicates"] += 1
-                continue
-            seen.add(identity)
-            if self.half in ("all", partition(identity, self.partition_seed, self.partition_share)):
-                yield text
+        for record in self._passing(self._records):
+            if self.fields.completion is None:
+                identity = record.values.identity(record.text)
+                if identity in seen:
+                    self.counts["num_duplicates"] += 1
+                    continue
+                seen.add(identity)
+            if self.half in ("all", partition(text_id(record.text), self.partition_seed, self.partition_share)):
+                yield record
 
-    def _passing(self, records: Records) -> Iterator[str | list[int]]:
-        """The texts of the records that pass, all of one kind."""
+    def _passing(self, records: Records) -> Iterator[TextRecord]:
+        """The records that pass, their texts all of one kind."""
         num_lacking, first_error, kind = 0, None, None
         for record in records:
             try:
-                text = self._text(record)
+                passing = self._read(record)
             except MissingField as error:
                 if records.fixed_fields:
                     raise
@@ -130,43 +146,39 @@ class TextQuery:
                 continue
             except InputError as error:
                 raise InputError(f"{error} ({records.place})") from error
-            if text is None:
+            if passing is None:
                 continue
-            if kind not in (None, type(text)):
+            if kind not in (None, type(passing.text)):
                 raise InputError(
                     f"{self._field_key}: {self.text_field!r} holds texts in some records and token ids in others "
                     f"({records.place}); give a source with one of them"
                 )
-            kind = type(text)
-            yield text
+            kind = type(passing.text)
+            yield passing
         if first_error is not None and num_lacking == self.counts["num_read"]:
             raise first_error
 
-    def _text(self, record: dict) -> str | list[int] | None:
-        """The record's text if it passes, else None; the reason is counted."""
+    def _read(self, record: dict) -> TextRecord | None:
+        """The record's text and values if it passes, else None; the reason is counted."""
         self.counts["num_read"] += 1
         passes = True if self._filter is None else self._filter.passes(record)
         text = get_field(record, self.text_field, self._field_key)
-        if passes is None or text is None:
+        values = self.fields.values(record) if passes else None
+        if passes is None or text is None or (passes and values is None):
             self.counts["num_null"] += 1
             return None
-        if isinstance(text, str):
-            text = str(text)  # of a subclass, too
-        elif not (self.token_ids and isinstance(text, list)):
-            raise InputError(
-                f"{self._field_key}: {self.text_field!r} holds {type(text).__name__}, not text; name another field"
-            )
-        elif not all(type(token) is int and token >= 0 for token in text):
-            raise InputError(
-                f"{self._field_key}: {self.text_field!r} holds a list that is not one of token ids (integers from 0 "
-                "on); name another field"
-            )
-        if not text or (isinstance(text, str) and not text.strip()):
+        where = f"{self._field_key}: {self.text_field!r}"
+        if not (self.token_ids or isinstance(text, str)):
+            raise InputError(f"{where} holds {type(text).__name__}, not text; name another field")
+        text = checked_text(text, where)
+        if _is_empty(text) or (
+            values is not None and (_is_empty(values.counterfactual) or values.completion in ("", []))
+        ):
             self.counts["num_empty"] += 1
             return None
         if isinstance(record.get("text_ids"), list):
             self.made_from[text_id(text)] = [str(name) for name in record["text_ids"]]
-        return text if passes else None
+        return TextRecord(text, values) if values is not None else None
 
     def seen(self) -> str:
         """What has been read so far, in words, for messages."""
@@ -178,3 +190,7 @@ class TextQuery:
         words = {"num_null": "null", "num_empty": "empty", "num_duplicates": "duplicates"}
         details += [f"{self.counts[name]} {word}" for name, word in words.items() if self.counts[name]]
         return f"{self.source!r} ({', '.join(details)})"
+
+
+def _is_empty(text: str | list[int] | None) -> bool:
+    return text is not None and (not text or (isinstance(text, str) and not text.strip()))

@@ -1,0 +1,160 @@
+"""What a record holds beside its text for the sake of a target or a method: a completion, a weight, a label, a pair."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from sparc3_pl.data.local_files import Cell
+from sparc3_pl.data.sources import get_field, text_id
+from sparc3_pl.errors import InputError
+
+__all__ = ["Baseline", "RecordFields", "TextRecord", "Values", "checked_text", "less_baseline"]
+
+Baseline = Literal["mean", "prompt", "none"]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a record holds beside its text; None where no field was asked for.
+
+    Attributes:
+        completion: Follows the text; a text or token ids.
+        weight: Of the record, such as a judge's score of the completion.
+        label: A number.
+        answer: What the model should say next: a text, of which the first token counts, or a token id.
+        foil: What it should not say, likewise.
+        counterfactual: The text with the decisive words exchanged.
+    """
+
+    completion: str | list[int] | None = None
+    weight: float | None = None
+    label: float | None = None
+    answer: str | int | None = None
+    foil: str | int | None = None
+    counterfactual: str | list[int] | None = None
+
+    def identity(self, text: str | list[int]) -> str:
+        """By which a text with these values is told from others: of a text without any, its ``text_id``."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        return text_id(repr((text, sorted(values.items())))) if values else text_id(text)
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A text, or the token ids of one, and what its record holds beside it."""
+
+    text: str | list[int]
+    values: Values
+
+
+@dataclass(frozen=True)
+class RecordFields:
+    """In which fields of a record the values stand, dots for nesting; the attributes are those of ``Values``."""
+
+    completion: str | None = None
+    weight: str | None = None
+    label: str | None = None
+    answer: str | None = None
+    foil: str | None = None
+    counterfactual: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The fields that are read, by configuration key (without ``data.``)."""
+        return {f"{name}_field": value for name, value in vars(self).items() if value is not None}
+
+    def values(self, record: dict[str, Any]) -> Values | None:
+        """The values of a record; None if any of them is null.
+
+        Raises:
+            MissingField: If there is no such field.
+            InputError: If a value is not of the kind that belongs there.
+        """
+        read: dict[str, Any] = {}
+        for item in fields(self):
+            field = getattr(self, item.name)
+            if field is None:
+                continue
+            key = f"data.{item.name}_field"
+            value = get_field(record, field, key)
+            read[item.name] = None if value is None else _KINDS[item.name](value, f"{key}: {field!r}")
+        return None if None in read.values() else Values(**read)
+
+
+def checked_text(value: Any, where: str) -> str | list[int]:
+    """A text, or a list of token ids.
+
+    Raises:
+        InputError: If it is neither; ``where`` says of what.
+    """
+    if isinstance(value, str):
+        return str(value)  # of a subclass, too
+    if not isinstance(value, list):
+        raise InputError(f"{where} holds {type(value).__name__}, not text; name another field")
+    if not all(type(token) is int and token >= 0 for token in value):
+        raise InputError(f"{where} holds a list that is not one of token ids (integers from 0 on); name another field")
+    return value
+
+
+def _number(value: Any, where: str) -> float | None:
+    if isinstance(value, Cell):
+        value = value.like(0.0)
+        if value is None:
+            return None
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    raise InputError(f"{where} holds {str(value)[:60]!r}, not a finite number; name another field")
+
+
+def _answer(value: Any, where: str) -> str | int:
+    if isinstance(value, str) and value:
+        return str(value)
+    if type(value) is int and value >= 0:
+        return value
+    raise InputError(f"{where} holds {str(value)[:60]!r}, neither text nor a token id; name another field")
+
+
+_KINDS: dict[str, Callable[[Any, str], Any]] = {
+    "completion": checked_text,
+    "weight": _number,
+    "label": _number,
+    "answer": _answer,
+    "foil": _answer,
+    "counterfactual": checked_text,
+}
+
+
+def less_baseline(weights: Sequence[float], prompts: Sequence[str], baseline: Baseline) -> list[float | None]:
+    """Weights less what is expected of them, so that only what is better or worse than that counts.
+
+    Args:
+        weights: One a completion.
+        prompts: The prompt that each completes.
+        baseline: ``mean`` takes off the mean of all weights, ``prompt`` the mean of the prompt's *other* completions,
+            ``none`` nothing.
+
+    Returns:
+        The weights; None for the only completion of a prompt where ``prompt`` asks for others.
+
+    Raises:
+        InputError: If the baseline is unknown.
+    """
+    if baseline not in get_args(Baseline):
+        raise InputError(f"data.weight_baseline={baseline!r} is unknown; give {', '.join(get_args(Baseline))}")
+    if baseline == "none":
+        return list(weights)
+    if baseline == "mean":
+        mean = math.fsum(weights) / max(1, len(weights))
+        return [weight - mean for weight in weights]
+    counts = Counter(prompts)
+    sums = dict.fromkeys(counts, 0.0)
+    for prompt, weight in zip(prompts, weights, strict=True):
+        sums[prompt] += weight
+    return [
+        weight - (sums[prompt] - weight) / (counts[prompt] - 1) if counts[prompt] > 1 else None
+        for prompt, weight in zip(prompts, weights, strict=True)
+    ]
