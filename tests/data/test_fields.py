@@ -31,13 +31,12 @@ def ready(tmp_path, rows, bos=True, **options) -> ReferenceData:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ReferenceData(str(file), **options)
-    data.encoder = encoder(bos)
-    data.setup()
+    data.read(encoder(bos))
     return data
 
 
 def batch_of(data: ReferenceData):
-    return pad_samples(data.samples, data.encoder.pad_id)
+    return pad_samples(data.samples, encoder().pad_id)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------
@@ -154,8 +153,7 @@ def test_labels(tmp_path):
 def test_cells_of_a_table_are_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\nThe red fox,1\nA quiet child,0.5\nOur teacher,\n")
     data = ReferenceData(str(tmp_path / "a.csv"), label_field="label")
-    data.encoder = encoder()
-    data.setup()
+    data.read(encoder())
     assert sorted(sample.numbers["label"] for sample in data.samples) == [0.5, 1.0]
 
 
