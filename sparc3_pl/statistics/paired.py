@@ -18,6 +18,7 @@ __all__ = [
     "RatioChange",
     "block_length",
     "bootstrap_interval",
+    "bootstrap_ratios",
     "paired_change",
     "pairs_needed",
     "ratio_change",
@@ -137,6 +138,23 @@ def bootstrap_interval(
         means.append(values[picked].sum(1) / weights[picked].sum(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
+
+
+def bootstrap_ratios(
+    values_PJ: Floats, weights_PJ: Floats, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Floats:
+    """J figures, each sum(values) / sum(weights) over P units, for every bootstrap resample: ``[R, J]``.
+
+    A resample draws the same units for all figures, and the units that ``bootstrap_interval`` draws with the same seed.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(values_PJ)
+    ratios = []
+    for size in _chunks(num_resamples, n):
+        picked = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        times = np.bincount(picked.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        ratios.append((times @ values_PJ) / (times @ weights_PJ))
+    return np.concatenate(ratios)
 
 
 def block_length(values: Floats) -> int:

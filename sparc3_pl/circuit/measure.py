@@ -1,0 +1,107 @@
+"""How well a model does a task with some of its components ablated: one forward pass a batch for each set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sparc3_pl.attribution.targets import as_forward, last_hidden_state, last_logits
+from sparc3_pl.circuit.ablation import Replacement, ablated, masked_weights
+from sparc3_pl.circuit.components import Candidates
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.structure import output_head
+
+__all__ = ["Outcome", "measure", "outcome_of_batch"]
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model says to P pairs.
+
+    Attributes:
+        difference_P: Logit of the answer minus that of the foil, after the last token, before any final scaling or
+            soft-cap; float64.
+        first_P: Whether the answer has the largest logit of the vocabulary; bool.
+    """
+
+    difference_P: NDArray[np.float64]
+    first_P: NDArray[np.bool_]
+
+    @property
+    def right_P(self) -> NDArray[np.bool_]:
+        """Whether the answer has a larger logit than the foil."""
+        return self.difference_P > 0
+
+
+def measure(
+    model: nn.Module,
+    candidates: Candidates,
+    batches: Sequence[ReferenceBatch],
+    kept: Mapping[K, Tensor],
+    replacement: Replacement,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[K, Outcome]:
+    """The outcome of every set of components that stay, all others ablated.
+
+    Args:
+        model: In eval mode.
+        candidates: All N components.
+        batches: The pairs, with ``answer`` and ``foil`` among their fields.
+        kept: By name, which components stay: bool ``[N]``.
+        replacement: What is read in place of the others.
+        progress: Told the number of pairs after each pass.
+
+    Raises:
+        InputError: if a logit is not finite.
+    """
+    parts: dict[K, list[tuple[Tensor, Tensor]]] = {key: [] for key in kept}
+
+    def run(key: K, batch: ReferenceBatch) -> None:
+        parts[key].append(outcome_of_batch(model, batch))
+        progress(len(batch.input_ids))
+
+    with torch.no_grad(), onednn_linears(model):
+        if candidates.are_weights:  # to mask the weights costs as much as to read them all: once for a set
+            for key, kept_N in kept.items():
+                with masked_weights(model, candidates, kept_N):
+                    for batch in batches:
+                        run(key, batch)
+        else:
+            for batch in batches:
+                values = replacement(batch)
+                for key, kept_N in kept.items():
+                    with ablated(model, candidates, kept_N, values):
+                        run(key, batch)
+    return {
+        key: Outcome(*(torch.cat(column).numpy() for column in zip(*rows, strict=True))) for key, rows in parts.items()
+    }
+
+
+def outcome_of_batch(model: nn.Module, batch: ReferenceBatch) -> tuple[Tensor, Tensor]:
+    """The logit differences ``[B]`` float64 of a batch, and whether the answers come first, ``[B]`` bool; on the CPU.
+
+    Raises:
+        InputError: if a logit of an answer or a foil is not finite.
+    """
+
+    def forward(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        _, head = output_head(model)
+        return last_logits(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, attention_mask_BT)
+
+    logits_BV = as_forward(forward, model, batch.input_ids, batch.attention_mask)
+    answer_B, foil_B = (torch.as_tensor(batch.fields[name]).to(logits_BV.device) for name in ("answer", "foil"))
+    both_B2 = logits_BV.gather(1, torch.stack([answer_B, foil_B], 1)).double()
+    if not both_B2.isfinite().all():
+        raise InputError("a logit of an answer is not finite: measure in float32 (model.dtype)")
+    difference_B = (both_B2[:, 0] - both_B2[:, 1]).cpu()
+    return difference_B, (logits_BV.argmax(1) == answer_B).cpu()
