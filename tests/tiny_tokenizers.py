@@ -1,8 +1,9 @@
 """A small byte-level BPE tokenizer, trained in milliseconds on sentences of the tests' own."""
 
 import functools
+from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SUBJECTS = ("The red fox", "A quiet child", "My old neighbour", "The last train", "Our teacher", "One small boat")
@@ -71,3 +72,30 @@ def tokenizer_whose_unknown_is_bos() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<s>")
     return with_template(made, "<s> $A")
+
+
+def whole_word_tokenizer(
+    words: Iterable[str], bos: bool = False, metaspace: bool = False, digits: int = 1
+) -> PreTrainedTokenizerFast:
+    """Each word is one token with the space before it, anything else bytes; ``digits`` of a number are one token.
+
+    ``metaspace``: as SentencePiece does it, a space is put before the text too, and spaces are written as a low line.
+    """
+    space = "▁" if metaspace else "Ġ"
+    spaces = [space, *({} if metaspace else pre_tokenizers.ByteLevel.alphabet())]
+    if metaspace:
+        spaces += [chr(code) for code in range(33, 127)]
+    numbers = [f"{number:0{width}}" for width in range(1, digits + 1) for number in range(10**width)]
+    tokens = dict.fromkeys(["<s>", "<unk>", *spaces, *numbers, *(f"{space}{word}" for word in words)])
+    backend = Tokenizer(models.Unigram([(token, -float(1)) for token in tokens], unk_id=1))
+    split = pre_tokenizers.Split(Regex(rf"\d{{1,{digits}}}"), "isolated")
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(prepend_scheme="first")])
+        backend.decoder = decoders.Metaspace()
+    else:
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        words_ = pre_tokenizers.Split(Regex(r" ?[^\s\d]+"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, words_, bytes_])
+        backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    return with_template(made, "<s> $A") if bos else made

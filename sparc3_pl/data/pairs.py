@@ -1,0 +1,240 @@
+"""Pairs of sentences with a right and a wrong continuation: made by a task for a tokenizer.
+
+``make_pairs`` gives the pairs, ``pad_pairs`` a batch of them. Nothing here needs a Trainer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.data.pair_tasks.agreement import Agreement
+from sparc3_pl.data.pair_tasks.greater_than import GreaterThan
+from sparc3_pl.data.pair_tasks.indirect_objects import IndirectObjects
+from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part
+from sparc3_pl.data.sources import text_id
+from sparc3_pl.data.texts import PartitionChoice
+from sparc3_pl.errors import InputError
+
+__all__ = ["PAIR_TASKS", "Pair", "PairQuery", "PairSet", "Unequal", "encode_pair", "make_pairs", "pad_pairs"]
+
+PAIR_TASKS: dict[str, PairTask] = {task.name: task for task in (IndirectObjects(), GreaterThan(), Agreement())}
+"""The tasks that make their own sentences, by what ``data.source`` calls them."""
+
+DEFAULT_PAIRS = 128
+"""How many pairs a task makes where nobody says."""
+
+Unequal = Literal["drop", "error"]
+
+_PATIENCE = 1000  # a task that gives no new pair in so many sentences has no more
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sentence as the model reads it, and what it is compared with.
+
+    Attributes:
+        id: Identity by content: of the two sentences, the answer and the foil.
+        clean_ids: Token ids of the sentence, with what the tokenizer puts before a text.
+        counterfactual_ids: As many token ids of the other sentence; None: there is none.
+        answer: The first token of the right continuation.
+        foil: That of the wrong one; None: there is none.
+        text: The sentences as text, and what they were made from.
+        text_ids: Identities of the texts that the pair consists of, sorted: none of these may be evaluated on.
+    """
+
+    id: str
+    clean_ids: list[int]
+    counterfactual_ids: list[int] | None
+    answer: int
+    foil: int | None
+    text: PairText
+    text_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PairQuery:
+    """Which pairs to take.
+
+    Attributes:
+        source: ``ioi``, ``greater_than`` or ``agreement``.
+        num_pairs: How many; None: ``DEFAULT_PAIRS``.
+        half: Pairs of one half only: ``attribution`` to find a circuit, ``evaluation`` to test it. The halves of a task
+            share neither templates nor names (or nouns, or events). ``all``: both.
+        seed: Decides which pairs are drawn.
+        counterfactual: Kind of counterfactual sentence; None: the task's first.
+        partition_seed: Decides the halves; use the same one everywhere.
+        partition_share: Share of the attribution half.
+        unequal: What becomes of a pair whose sentences differ in their number of tokens, or whose answer and foil begin
+            with the same token: ``drop`` it and count it, or end with an ``error``.
+    """
+
+    source: str = "ioi"
+    num_pairs: int | None = None
+    half: PartitionChoice = "all"
+    seed: int = 0
+    counterfactual: str | None = None
+    partition_seed: int = 0
+    partition_share: float = 0.5
+    unequal: Unequal = "drop"
+
+    def __post_init__(self) -> None:
+        if self.source not in PAIR_TASKS:
+            raise InputError(f"data.source={self.source!r} makes no pairs; give {', '.join(PAIR_TASKS)}")
+        if self.half not in get_args(PartitionChoice):
+            raise InputError(f"data.partition={self.half!r} is not known; use all, attribution or evaluation")
+        if not 0 <= self.partition_share <= 1:
+            raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
+        if self.num_pairs is not None and self.num_pairs < 1:
+            raise InputError(f"data.num_samples={self.num_pairs} is too small; give 1 or more")
+        if self.unequal not in get_args(Unequal):
+            raise InputError(f"data.unequal={self.unequal!r} is not known; use {' or '.join(get_args(Unequal))}")
+        kinds = PAIR_TASKS[self.source].counterfactuals
+        if self.counterfactual is not None and self.counterfactual not in kinds:
+            raise InputError(
+                f"data.counterfactual={self.counterfactual!r} is no kind that {self.source} knows; give "
+                f"{' or '.join(kinds)}"
+            )
+
+    def texts(self, encoder: Encoder) -> Iterator[PairText]:
+        """The pairs as text; of a task without end.
+
+        Raises:
+            InputError: If the model has no tokenizer, or one that does not allow the task.
+        """
+        if encoder.tokenizer is None:
+            raise InputError(
+                f"data.source={self.source} makes sentences for the model's tokenizer, and the model has none; put the "
+                "tokenizer's files (tokenizer.json, tokenizer_config.json) beside its config.json"
+            )
+        task = PAIR_TASKS[self.source]
+        part = Part(self.half, self.partition_seed, self.partition_share)
+        kind = self.counterfactual or task.counterfactuals[0]
+        # The counterfactual has no say in the draw: both kinds are made of the same sentences.
+        return task.texts(encoder, part, kind, random.Random(f"{self.seed} {self.source} {self.half}"))
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs, and what was left out on the way.
+
+    Attributes:
+        pairs: In the order in which they were made or read.
+        counts: ``num_duplicates``; dropped: ``num_unequal_lengths`` (sentences of different numbers of tokens),
+            ``num_equal_answers`` (answer and foil begin with the same token), ``num_not_continuing`` (the tokenizer
+            joins the sentence's end and the answer or foil in one token, or makes nothing of either); kept:
+            ``num_long_answers`` (answer or foil has several tokens, of which the first counts).
+    """
+
+    pairs: list[Pair]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def make_pairs(query: PairQuery, encoder: Encoder) -> PairSet:
+    """Pairs that all differ, drawn by the query's seed alone.
+
+    Raises:
+        InputError: If the tokenizer does not allow the task, or there are fewer pairs than asked for.
+    """
+    number = query.num_pairs or DEFAULT_PAIRS
+    pairs: dict[str, Pair] = {}
+    names = ("num_duplicates", "num_unequal_lengths", "num_equal_answers", "num_not_continuing", "num_long_answers")
+    counts = Counter(dict.fromkeys(names, 0))
+    last_new = 0
+    for step, text in enumerate(query.texts(encoder)):
+        if len(pairs) == number or step - last_new > _PATIENCE:
+            break
+        pair = encode_pair(text, encoder, counts, query.unequal)
+        if pair is None:
+            continue
+        if pair.id in pairs:
+            counts["num_duplicates"] += 1
+            continue
+        pairs[pair.id] = pair
+        last_new = step
+    if len(pairs) < number:
+        left_out = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        raise InputError(
+            f"data.num_samples={number}: data.source={query.source} gives only {len(pairs)} pairs for this tokenizer"
+            f"{f' ({left_out})' if left_out else ''}; lower data.num_samples"
+        )
+    return PairSet(list(pairs.values()), counts)
+
+
+def encode_pair(text: PairText, encoder: Encoder, counts: Counter[str], unequal: Unequal = "drop") -> Pair | None:
+    """The pair as the model reads it; None if it is dropped, for a reason that ``counts`` grows by (see ``PairSet``).
+
+    Answer and foil are read as they continue the sentence: the tokens of sentence and answer together, less those of
+    the sentence. Whether a space stands between them is up to the texts.
+
+    Raises:
+        InputError: If the pair is to be dropped and ``unequal`` is ``error``, or it is longer than the model's context.
+    """
+    clean = encoder(text.clean)
+    other = None if text.counterfactual is None else encoder(text.counterfactual)
+    longest = max(len(clean), len(other or ()))
+    if encoder.context is not None and longest > encoder.context:
+        raise InputError(
+            f"a sentence of {longest} tokens ({text.clean[:40]!r}...) is longer than the model's context of "
+            f"{encoder.context}; leave it out"
+        )
+    answer = _continuation(text.clean, text.answer, encoder)
+    foil = [] if text.foil is None else _continuation(text.clean, text.foil, encoder)
+    reason, message = None, ""
+    if not answer or (text.foil is not None and not foil):
+        lacking = text.answer if not answer else text.foil
+        reason = "num_not_continuing"
+        message = f"{lacking!r} does not begin with a token of its own after it; put the space before it, not after it"
+    elif foil and answer[0] == foil[0]:
+        reason = "num_equal_answers"
+        message = f"{text.answer!r} and {text.foil!r} begin with the same token, {encoder.decode(answer[:1])!r}"
+    elif other is not None and len(other) != len(clean):
+        reason = "num_unequal_lengths"
+        message = f"it has {len(clean)} tokens, but its counterfactual {len(other)}"
+    if reason is not None:
+        if unequal == "error":
+            raise InputError(f"{text.clean[:80]!r}: {message} (data.unequal: drop leaves such pairs out)")
+        counts[reason] += 1
+        return None
+    counts["num_long_answers"] += len(answer) > 1 or len(foil) > 1
+    texts = [text.clean, *([] if text.counterfactual is None else [text.counterfactual])]
+    identity = text_id("\n".join([*texts, text.answer, text.foil or ""]))
+    text_ids = tuple(sorted({encoder.identity(sentence) for sentence in texts}))
+    return Pair(identity, clean, other, answer[0], foil[0] if foil else None, text, text_ids)
+
+
+def _continuation(sentence: str, continuation: str, encoder: Encoder) -> list[int]:
+    """The tokens of a continuation after a sentence; none if they are not told apart from the sentence's own."""
+    before, both = encoder.body(sentence), encoder.body(sentence + continuation)
+    return both[len(before) :] if both[: len(before)] == before else []
+
+
+def pad_pairs(pairs: Sequence[Pair], pad_id: int) -> ReferenceBatch:
+    """Pad on the right to the longest sentence.
+
+    Returns:
+        The clean sentences, with ``fields``: ``answer`` and ``foil`` (-1: none), ``[B]`` int64, and, if all pairs have
+        one, ``counterfactual_ids``, ``[B, T]`` int64, which ``attention_mask`` is valid for too.
+    """
+    length = max(len(pair.clean_ids) for pair in pairs)
+
+    def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
+
+    mask = torch.tensor([[1] * len(pair.clean_ids) + [0] * (length - len(pair.clean_ids)) for pair in pairs])
+    fields: dict[str, Any] = {
+        "answer": torch.tensor([pair.answer for pair in pairs]),
+        "foil": torch.tensor([-1 if pair.foil is None else pair.foil for pair in pairs]),
+    }
+    others = [pair.counterfactual_ids for pair in pairs if pair.counterfactual_ids is not None]
+    if len(others) == len(pairs):
+        fields["counterfactual_ids"] = padded(others)
+    ids, text_ids = [pair.id for pair in pairs], [pair.text_ids for pair in pairs]
+    return ReferenceBatch(padded([pair.clean_ids for pair in pairs]), mask, ids, ["cut"] * len(pairs), text_ids, fields)
