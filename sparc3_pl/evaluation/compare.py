@@ -12,7 +12,9 @@ import numpy as np
 
 from sparc3_pl.document.document import Cell, Number, better_worse, interval, p_value, with_relative
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, Row
+from sparc3_pl.evaluation.measurement import changes_of
+from sparc3_pl.evaluation.results import THRESHOLD, Evaluation
+from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.model.identity import differing_config
@@ -155,23 +157,26 @@ def compare_evaluations(
 def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str, int]) -> RatioChange:
     for key in ("max_length", "stride", "source", "protocol", "num_tokens"):
         _same(before, after, ("perplexity", key))
-    places = [[(row["index"], row["num_tokens"]) for row in side.windows] for side in (before, after)]
+    places = [[(row.index, row.num_tokens) for row in side.windows] for side in (before, after)]
     if places[0] != places[1] or not places[0]:
         raise InputError(f"{before.path} and {after.path}: their text windows differ; evaluate both on the same text")
-    nll = [_floats(row["nll"] for row in side.windows) for side in (before, after)]
+    nll = [_floats(row.nll for row in side.windows) for side in (before, after)]
     settings = before.results["perplexity"]
     overlap = math.ceil(settings["max_length"] / settings["stride"])
-    return ratio_change(*nll, _floats(row["num_tokens"] for row in before.windows), overlap=overlap, **options)
+    return ratio_change(*nll, _floats(row.num_tokens for row in before.windows), overlap=overlap, **options)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------
 
+Pair = tuple[CompletionRow, CompletionRow]
+"""The same completion before and after."""
 
-def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[tuple[Row, Row]]]:
+
+def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[Pair]]:
     """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
     _same(before, after, ("generation",), besides=("eos_token_ids",))
     _same(before, after, ("judge",), besides=_unknown_digests(before, after))
-    sides = [{(row["id"], row["k"]): row for row in side.completions} for side in (before, after)]
+    sides = [{(row.id, row.k): row for row in side.completions} for side in (before, after)]
     odd = sides[0].keys() ^ sides[1].keys()
     if odd:
         count = len({i for i, _ in odd})
@@ -179,21 +184,19 @@ def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[t
             f"{before.path} and {after.path}: {count} prompts are in one of them only (first id: {min(odd)[0]}); "
             "evaluate both on the same prompts"
         )
-    pairs: dict[str, list[tuple[Row, Row]]] = {}
+    pairs: dict[str, list[Pair]] = {}
     for key, row in sides[0].items():
-        scored = row["failed"] is None and sides[1][key]["failed"] is None
+        scored = row.failed is None and sides[1][key].failed is None
         pairs.setdefault(key[0], []).extend([(row, sides[1][key])] if scored else [])
     return pairs
 
 
-def _toxicity_changes(
-    prompts: Sequence[list[tuple[Row, Row]]], options: dict[str, int]
-) -> dict[str, dict[str, PairedChange]]:
+def _toxicity_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> dict[str, dict[str, PairedChange]]:
 
     def values(side: int, label: str, figure: Callable[[list[float]], float]) -> Floats:
-        return _floats(figure([pair[side]["scores"][label] for pair in rows]) for rows in prompts)
+        return _floats(figure([pair[side].scores[label] for pair in rows]) for rows in prompts)
 
-    labels = list(prompts[0][0][0]["scores"])
+    labels = list(prompts[0][0][0].scores)
     return {
         label: {
             name: paired_change(values(0, label, figure), values(1, label, figure), **options)
@@ -203,8 +206,8 @@ def _toxicity_changes(
     }
 
 
-def _uniqueness_change(prompts: Sequence[list[tuple[Row, Row]]], options: dict[str, int]) -> PairedChange:
-    sides = (_floats(np.mean([pair[side]["uniqueness"] for pair in rows]) for rows in prompts) for side in (0, 1))
+def _uniqueness_change(prompts: Sequence[list[Pair]], options: dict[str, int]) -> PairedChange:
+    sides = (_floats(np.mean([pair[side].uniqueness for pair in rows]) for rows in prompts) for side in (0, 1))
     return paired_change(*sides, lower_is_better=False, **options)
 
 
@@ -214,7 +217,7 @@ def _uniqueness_change(prompts: Sequence[list[tuple[Row, Row]]], options: dict[s
 def _measurement_changes(
     before: Evaluation, after: Evaluation, name: str, options: dict[str, int], notes: list[str]
 ) -> dict[str, PairedChange]:
-    """The change of each paired value's mean over the units that were measured on both sides."""
+    """How a measurement's values changed over the units that were measured on both sides."""
     for key in ("class", "settings", "unit", "better", "paired"):
         _same(before, after, ("measurement_settings", name, key))
     about = before.results["measurement_settings"][name]
@@ -229,14 +232,7 @@ def _measurement_changes(
         raise InputError(f"{before.path} and {after.path}: no {about['unit']} of {name} were measured on both sides")
     if dropped := len(sides[0]) - len(units):
         notes.append(f"{name}: {dropped} {about['unit']} were not measured on both sides and are left out")
-    return {
-        value: paired_change(
-            *(_floats(side[unit][value] for unit in units) for side in sides),
-            lower_is_better=about["better"] == "lower",
-            **options,
-        )
-        for value in about["paired"]
-    }
+    return dict(changes_of(about, *([side[unit] for unit in units] for side in sides), **options))
 
 
 def _floats(values: Any) -> Floats:

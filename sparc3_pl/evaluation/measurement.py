@@ -15,16 +15,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.provenance import is_secret_name
 from sparc3_pl.registry import Choice, Registry, Spec
+from sparc3_pl.statistics.paired import PairedChange, paired_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparc3_pl.data.encoding import Encoder
 
-__all__ = ["MEASUREMENTS", "Measured", "Measurement", "checked_rows", "chosen_measurements"]
+__all__ = ["MEASUREMENTS", "Measured", "Measurement", "changes_of", "checked_rows", "chosen_measurements"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,24 @@ class Measurement(ABC):
     def figures(self, rows: Sequence[Row]) -> dict[str, float]:
         """Figures by name, from the rows of all ranks, those of failed units left out; by default means over units."""
         return {name: _mean(rows, name) for name in paired_names(self, rows)}
+
+    def compare(
+        self, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
+    ) -> Mapping[str, PairedChange]:
+        """How what was measured has changed, by the name under which ``compare`` and ``report`` show it.
+
+        By default the change of each paired value's mean over units, with a bootstrap interval and a permutation test.
+        A measurement that is compared in another way says so here. ``compare`` then makes the object again, from the
+        arguments that the evaluation was given.
+
+        Args:
+            before: Rows of the units that were measured on both sides.
+            after: Rows of the same units in the same order.
+            seed: Seed for resampling.
+            num_resamples: How many resamples.
+        """
+        names, options = paired_names(self, before), {"seed": seed, "num_resamples": num_resamples}
+        return _paired_changes(before, after, names, self.better, options)
 
     def describe(self) -> dict[str, Any]:
         """Its settings, which must be equal in evaluations that are compared."""
@@ -166,6 +187,41 @@ def paired_names(measurement: Measurement, rows: Sequence[Row]) -> list[str]:
     return list(measurement.paired)
 
 
+def changes_of(
+    settings: Mapping[str, Any], before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
+) -> Mapping[str, PairedChange]:
+    """The changes of a measurement that ``results.json`` tells of; see ``Measurement.compare``.
+
+    Args:
+        settings: What ``Measured.settings`` has written. Only a measurement with a comparison of its own is made again.
+        before: Rows of the units that were measured on both sides.
+        after: Rows of the same units in the same order.
+        seed: Seed for resampling.
+        num_resamples: How many resamples.
+
+    Raises:
+        InputError: if the class must be asked but may not be imported, or does not keep to its contract.
+    """
+    options = {"seed": seed, "num_resamples": num_resamples}
+    if (own := settings.get("compared_by")) is None:
+        return _paired_changes(before, after, settings["paired"], settings["better"], options)
+    measurement = MEASUREMENTS.from_file(own["class_path"], own["init_args"])
+    changes = measurement.compare(before, after, **options)
+    if not isinstance(changes, Mapping) or not all(isinstance(change, PairedChange) for change in changes.values()):
+        raise InputError(f"measurement {measurement.name}: compare() must return PairedChange by name")
+    return changes
+
+
+def _paired_changes(
+    before: Sequence[Row], after: Sequence[Row], names: Sequence[str], better: str, options: Mapping[str, int]
+) -> dict[str, PairedChange]:
+    sides = [{name: np.array([row[name] for row in rows], np.float64) for name in names} for rows in (before, after)]
+    return {
+        name: paired_change(sides[0][name], sides[1][name], lower_is_better=better == "lower", **options)
+        for name in names
+    }
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
@@ -211,6 +267,7 @@ class Measured:
     def settings(self) -> dict[str, Any]:
         """What ``results.json`` says of it besides its figures: which class, how set, and what ``compare`` needs."""
         made = self.choice.made
+        own = {"class_path": self.choice.name, "init_args": self.choice.arguments or made.describe()}
         return {
             "class": self.choice.name,
             "settings": settings_of(self.choice),
@@ -219,4 +276,5 @@ class Measured:
             "paired": paired_names(made, self.measured),
             "num_units": len(self.rows),
             "num_failed": len(self.rows) - len(self.measured),
+            **({} if type(made).compare is Measurement.compare else {"compared_by": own}),
         }

@@ -13,10 +13,12 @@ from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, WindowSize, window_size
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
-from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun, input_device
+from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge
 from sparc3_pl.evaluation.measurement import chosen_measurements
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
+from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.io.files import check_output
@@ -203,15 +205,14 @@ class EvaluationModule(pl.LightningModule):
                 "so the result would not be held out; choose other prompts (data.partition: evaluation) or give "
                 "--allow_overlap"
             )
-        self.run = EvaluationRun(
-            self.model,
-            self.encoder,
-            evaluated,
-            window=self._window,
-            completions=self._completion_run(evaluated) if prompts else None,
-            measurements=self.measurements,
-            device=self.device,
-        )
+        runs: list[MeasurementRun] = []  # the same on every rank, also on one without prompts or windows
+        if self._window is not None:
+            runs.append(PerplexityRun(self.model, self._window, self.device))
+        if prompts:
+            runs.append(self._completion_run(evaluated))
+        if self.measurements:
+            runs.append(UnitRun(self.model, self.encoder, self.measurements))
+        self.run = EvaluationRun(evaluated, runs)
 
     def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
         assert self.model is not None

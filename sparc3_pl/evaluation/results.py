@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.rows import CompletionRow, WindowRow, from_json
 from sparc3_pl.io.files import (
     FolderKind,
     inside,
@@ -75,8 +76,8 @@ def write_evaluation(
     folder: str | Path,
     results: Mapping[str, Any],
     *,
-    completions: Sequence[Row],
-    windows: Sequence[Row],
+    completions: Sequence[CompletionRow],
+    windows: Sequence[WindowRow],
     measurements: Sequence[Row] = (),
     config: str | None = None,
     overwrite: bool = False,
@@ -86,8 +87,8 @@ def write_evaluation(
     Args:
         folder: Where.
         results: ``perplexity``, ``toxicity``, ``model``, ``data`` and whatever else is to be told.
-        completions: One a completion; none for an evaluation without prompts.
-        windows: One a text window: ``index``, ``nll`` (nats), ``num_tokens``.
+        completions: Those of all prompts; none for an evaluation without prompts.
+        windows: Those of the text; none for an evaluation without text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values.
         config: The resolved configuration as YAML.
         overwrite: Replace an earlier evaluation there.
@@ -96,8 +97,8 @@ def write_evaluation(
         InputError: if the place is taken or cannot be written.
     """
     with new_folder(folder, overwrite, KIND) as temporary:
-        write_text(temporary / "completions.jsonl", _lines(completions))
-        write_text(temporary / "windows.jsonl", _lines(windows))
+        write_text(temporary / "completions.jsonl", _lines(row.to_json() for row in completions))
+        write_text(temporary / "windows.jsonl", _lines(row.to_json() for row in windows))
         if measurements:
             write_text(temporary / "measurements.jsonl", _lines(measurements))
         if config is not None:
@@ -116,17 +117,16 @@ class Evaluation:
     Attributes:
         path: The folder.
         results: The content of ``results.json``.
-        completions: One a completion: ``id``, ``prompt``, ``k``, ``completion``, ``scores``, ``seed``, ``num_tokens``,
-            ``uniqueness``, ``failed``.
-        windows: One a text window: ``index``, ``nll``, ``num_tokens``.
+        completions: In the order of prompts and numbers.
+        windows: In the order of the text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values, or why it
             ``failed``.
     """
 
     path: Path
     results: dict[str, Any]
-    completions: list[Row]
-    windows: list[Row]
+    completions: list[CompletionRow]
+    windows: list[WindowRow]
     measurements: list[Row] = field(default_factory=list)
 
     @property
@@ -153,10 +153,13 @@ class Evaluation:
         results = read_json(path / MARKER)
         for name, digest in FORMAT.parse(results, path / MARKER).files.items():
             _check_file(inside(path, name), digest)
-        rows = {name: _read_lines(path / f"{name}.jsonl") for name in ("completions", "windows")}
-        if "measurements.jsonl" in results["files"]:
-            rows["measurements"] = _read_lines(path / "measurements.jsonl")
-        return cls(path, results, **rows)
+        return cls(
+            path,
+            results,
+            [from_json(CompletionRow, row) for row in _read_lines(path / "completions.jsonl")],
+            [from_json(WindowRow, row) for row in _read_lines(path / "windows.jsonl")],
+            _read_lines(path / "measurements.jsonl") if "measurements.jsonl" in results["files"] else [],
+        )
 
 
 def _check_file(path: Path, digest: str) -> None:
@@ -193,15 +196,15 @@ class CompletionStore:
         self._path = self.folder / f"{self._name}-{rank}.jsonl"
         self._stream: TextIO | None = None
 
-    def load(self) -> dict[str, list[Row]]:
+    def load(self) -> dict[str, list[CompletionRow]]:
         """Finished completions by prompt id, of all processes of earlier runs."""
-        found: dict[str, list[Row]] = {}
+        by_prompt: dict[str, list[CompletionRow]] = {}
         for path in sorted(self.folder.glob(f"{self._name}-*.jsonl")):
             for row in _whole_rows(path):
-                found.setdefault(row["id"], []).append(row)
-        return found
+                by_prompt.setdefault(row.id, []).append(row)
+        return by_prompt
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[CompletionRow]) -> None:
         """Append finished completions and wait until they are on the disk.
 
         Raises:
@@ -212,7 +215,7 @@ class CompletionStore:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._stream = self._path.open("a", encoding="utf-8")
                 self._stream.write("\n")  # an interrupted run may have left half a line
-            self._stream.write(_lines(rows))
+            self._stream.write(_lines(row.to_json(tokens=True) for row in rows))
             self._stream.flush()
             os.fsync(self._stream.fileno())
 
@@ -228,12 +231,13 @@ class CompletionStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _whole_rows(path: Path) -> list[Row]:
+def _whole_rows(path: Path) -> list[CompletionRow]:
     """The rows that were written whole; a torn one (the process was killed) is made again."""
-    rows, torn = [], 0
+    rows: list[CompletionRow] = []
+    torn = 0
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows += [json.loads(line)] if line else []
+            rows += [from_json(CompletionRow, json.loads(line))] if line else []
         except json.JSONDecodeError:
             torn += 1
     if torn:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.document.document import Cell, Number
-from sparc3_pl.evaluation.results import Row
+from sparc3_pl.evaluation.rows import CompletionRow
 
 if TYPE_CHECKING:
     from sparc3_pl.runtime.run_log import RunLog
@@ -38,7 +38,10 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def write_to_loggers(
-    run_log: RunLog, results: dict[str, Any], completions: list[Row], settings: Mapping[str, Any] | None = None
+    run_log: RunLog,
+    results: dict[str, Any],
+    completions: list[CompletionRow],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Figures as scalars, scores as histogram and figure, completions as text.
 
@@ -62,17 +65,17 @@ def write_to_loggers(
         run_log.texts("eval/completions", [_as_markdown(row) for row in completions[:MAX_TEXTS]])
 
 
-def _scores_by_label(completions: list[Row]) -> dict[str, Tensor]:
+def _scores_by_label(completions: list[CompletionRow]) -> dict[str, Tensor]:
     """The judge's scores of the completions that were scored."""
-    scored = [row["scores"] for row in completions if row["failed"] is None]
+    scored = [row.scores for row in completions if row.failed is None]
     return {label: torch.tensor([one[label] for one in scored]) for label in (scored[0] if scored else ())}
 
 
-def _as_markdown(row: Row) -> str:
+def _as_markdown(row: CompletionRow) -> str:
     """Prompt, completion and scores; indented by four blanks, so that nothing in a text is read as markup."""
-    scores = ", ".join(f"{label} {value:.3f}" for label, value in row["scores"].items())
-    answer = row["completion"] if row["failed"] is None else f"(failed: {row['failed']})"
-    block = "\n".join(f"    {line}" for line in f"{row['prompt']}\n>>> {answer}".splitlines())
+    scores = ", ".join(f"{label} {value:.3f}" for label, value in row.scores.items())
+    answer = row.completion if row.failed is None else f"(failed: {row.failed})"
+    block = "\n".join(f"    {line}" for line in f"{row.prompt}\n>>> {answer}".splitlines())
     return f"{block}\n\n{scores}"
 
 

@@ -32,7 +32,8 @@ from sparc3_pl.document.document import (
 )
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
-from sparc3_pl.evaluation.results import Evaluation, Row
+from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.report.collect import Inputs
 
 __all__ = [
@@ -296,7 +297,10 @@ def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
         for figure, change in figures.items()
     ]
     columns = ("edit", "measurement", "value", "change", "95 % interval", "p", "better/worse")
-    note = "Intervals: bootstrap over the units of the measurement; p: paired permutation test."
+    note = (
+        "Intervals: bootstrap over the units of the measurement; p: paired permutation test. A measurement may define "
+        "its own."
+    )
     return Table.of(columns, rows, title="Further measurements", note=note) if rows else None
 
 
@@ -386,16 +390,16 @@ def completions(effect: Effect) -> list[Block]:
     return blocks
 
 
-def _scored_pairs(before: Evaluation, after: Evaluation) -> Iterator[tuple[float, str, Row, Row]]:
+def _scored_pairs(before: Evaluation, after: Evaluation) -> Iterator[tuple[float, str, CompletionRow, CompletionRow]]:
     """Yields (change of the main label's score, label, row before, row after) for completions scored on both sides."""
     label = before.results["toxicity"]["label"]
-    earlier = {(row["id"], row["k"]): row for row in before.completions}
+    earlier = {(row.id, row.k): row for row in before.completions}
     for row in after.completions:
-        other = earlier.get((row["id"], row["k"]))
-        if other is not None and row["failed"] is None and other["failed"] is None:
-            yield row["scores"][label] - other["scores"][label], label, other, row
+        other = earlier.get((row.id, row.k))
+        if other is not None and row.failed is None and other.failed is None:
+            yield row.scores[label] - other.scores[label], label, other, row
 
 
-def _text_pair(change: float, label: str, before: Row, after: Row) -> TextPair:
-    note = f"{label} {before['scores'][label]:.3f} to {after['scores'][label]:.3f}"
-    return TextPair(before["prompt"], before["completion"], after["completion"], note)
+def _text_pair(change: float, label: str, before: CompletionRow, after: CompletionRow) -> TextPair:
+    note = f"{label} {before.scores[label]:.3f} to {after.scores[label]:.3f}"
+    return TextPair(before.prompt, before.completion, after.completion, note)

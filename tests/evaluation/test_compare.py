@@ -9,6 +9,7 @@ import pytest
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.results import write_evaluation
+from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 
 RNG = np.random.default_rng(3)
 SCORES = np.round(RNG.random((40, 2)), 6)
@@ -17,14 +18,11 @@ NLL = 100 + RNG.random(30)
 
 def write(path, scores=SCORES, nll=NLL, failed=(), drop=(), **changes):
     rows = [
-        {
-            "id": f"p{i:02}", "prompt": f"prompt {i}", "k": k, "completion": "x", "seed": 1, "num_tokens": 4,
-            "scores": {} if (i, k) in failed else {"toxicity": float(scores[i, k])},
-            "uniqueness": None if (i, k) in failed else 0.5, "failed": "why" if (i, k) in failed else None,
-        }
+        CompletionRow(f"p{i:02}", f"prompt {i}", k, failed="why") if (i, k) in failed
+        else CompletionRow(f"p{i:02}", f"prompt {i}", k, "x", {"toxicity": float(scores[i, k])}, 1, 4, 0.5)
         for i in range(len(scores)) for k in range(2) if i not in drop
     ]  # fmt: skip
-    windows = [{"index": i, "nll": float(v), "num_tokens": 50} for i, v in enumerate(nll)]
+    windows = [WindowRow(i, float(v), 50) for i, v in enumerate(nll)]
     results = {
         "perplexity": {
             "value": 1,

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.measurement import Measured, Measurement, checked_rows, chosen_measurements
+from sparc3_pl.evaluation.measurement_run import UnitRun
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.show import print_results
@@ -130,12 +132,12 @@ def model():
 
 def evaluated(model, folder, values, better="lower") -> Evaluation:
     """An evaluation with one measurement, made by the run alone."""
-    measurement = Fixed(values)
+    measurement = values if isinstance(values, Fixed) else Fixed(values)
     measurement.better = better
     loaded = {"fingerprint": "f", "pretrained": "m", "dtype": "float32"}
     choices = chosen_measurements([measurement])
-    run = EvaluationRun(model, Encoder(word_tokenizer()), EvaluatedModel(loaded, str(folder)), measurements=choices)
-    run.add(UnitBatch("fixed", range(len(values))))
+    run = EvaluationRun(EvaluatedModel(loaded, str(folder)), [UnitRun(model, Encoder(word_tokenizer()), choices)])
+    run.add(UnitBatch(measurement.name, range(len(measurement.values))))
     run.finish({"text_source": None}, folder)
     print_results(run.results, run.written_to)
     return Evaluation.open(folder)
@@ -153,6 +155,40 @@ def test_what_is_no_number_is_a_failure_that_is_counted(model, tmp_path, capsys)
     change = found.measurements["fixed"]["value"]
     assert (change.num_pairs, change.before, change.after) == (6, 4.0, pytest.approx(23 / 6))
     assert any("fixed: 3 units were not measured on both sides" in note for note in found.notes)
+
+
+class Answers(Fixed):
+    """Right or wrong, compared by McNemar's exact test."""
+
+    name = "answers"
+    better = "higher"
+
+    def compare(self, before, after, *, seed, num_resamples):
+        change = super().compare(before, after, seed=seed, num_resamples=num_resamples)["value"]
+        count, fewer = change.improved + change.worsened, min(change.improved, change.worsened)
+        p_value = 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count
+        return {"accuracy": replace(change, p_value=min(1.0, p_value))}
+
+
+def test_a_measurement_may_say_how_it_is_compared(model, tmp_path, capsys):
+    """15 wrong answers become right and 4 right ones wrong: p = 2 (C(19, 0) + ... + C(19, 4)) / 2^19 = 10072 / 2^19."""
+    sides = [Answers([i < 20 for i in range(40)]), Answers([4 <= i < 35 for i in range(40)])]
+    before, after = (evaluated(model, tmp_path / name, side, "higher") for name, side in zip("ab", sides, strict=True))
+    about = before.results["measurement_settings"]["answers"]
+    assert about["compared_by"] == {"class_path": f"{__name__}.Answers", "init_args": {}}
+    comparison = compare(str(before.path), str(after.path))
+    (change,) = comparison.measurements["answers"].values()
+    assert (change.before, change.after, change.improved, change.worsened) == (0.5, 31 / 40, 15, 4)
+    assert change.p_value == 10072 / 2**19
+    assert "answers: accuracy" in capsys.readouterr().out
+
+
+def test_a_comparison_whose_class_may_not_be_imported(model, tmp_path, monkeypatch):
+    before = evaluated(model, tmp_path / "a", Answers([True, False]), "higher")
+    about = before.results["measurement_settings"]["answers"]
+    about["compared_by"]["class_path"] = "elsewhere.Answers"
+    with pytest.raises(InputError, match="SPARC3_PLUGINS=elsewhere"):
+        compare_evaluations(before, before)
 
 
 def test_nothing_but_failures_is_no_figure(model, tmp_path):

@@ -22,7 +22,9 @@ from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.module import EvaluationModule
+from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
+from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
@@ -83,13 +85,13 @@ def test_figures_equal_those_of_the_rows(files, capsys):
     found = run(files, module_of(files))
     rows, windows, results = found.completions, found.windows, found.results
     assert len(rows) == 2 * len(PROMPTS)
-    assert sorted({row["prompt"] for row in rows}) == sorted(PROMPTS)
+    assert sorted({row.prompt for row in rows}) == sorted(PROMPTS)
     by_prompt: dict[str, list[float]] = {}
     for row in rows:
-        by_prompt.setdefault(row["id"], []).append(row["scores"]["toxicity"])
-        numbers = [int(w[1:]) for w in row["completion"].split()]
+        by_prompt.setdefault(row.id, []).append(row.scores["toxicity"])
+        numbers = [int(w[1:]) for w in row.completion.split()]
         share = sum(n % 2 for n in numbers) / max(1, len(numbers))
-        assert row["scores"] == pytest.approx({"odd": share, "toxicity": 1 - share}, abs=1e-6)
+        assert row.scores == pytest.approx({"odd": share, "toxicity": 1 - share}, abs=1e-6)
     toxicity = results["toxicity"]
     assert toxicity["mean"] == pytest.approx(sum(map(sum, by_prompt.values())) / len(rows))
     assert toxicity["expected_maximum"] == pytest.approx(sum(map(max, by_prompt.values())) / len(by_prompt))
@@ -97,8 +99,8 @@ def test_figures_equal_those_of_the_rows(files, capsys):
     assert (toxicity["num_prompts"], toxicity["num_completions"], toxicity["num_failed"]) == (7, 14, 0)
     assert list(toxicity["labels"]) == ["odd", "toxicity"]
     perplexity = results["perplexity"]
-    assert perplexity["nll"] == pytest.approx(math.fsum(row["nll"] for row in windows))
-    assert perplexity["num_tokens"] == 89 == sum(row["num_tokens"] for row in windows)
+    assert perplexity["nll"] == pytest.approx(math.fsum(row.nll for row in windows))
+    assert perplexity["num_tokens"] == 89 == sum(row.num_tokens for row in windows)
     assert perplexity["value"] == pytest.approx(math.exp(perplexity["nll"] / 89))
     assert (perplexity["max_length"], perplexity["stride"]) == (32, 8)
     printed = capsys.readouterr().out
@@ -113,13 +115,11 @@ def test_a_run_without_a_trainer_gives_the_same(files):
     data.read(encoder)
     data.plan_batches(window_size(64, 32, 8))
     generator = Generator(model, encoder.tokenizer, Sampling(max_new_tokens=10, samples_per_prompt=2), 64)
-    evaluation = EvaluationRun(
-        model,
-        encoder,
-        EvaluatedModel(describe(model, source), fingerprint(model)),
-        window=window_size(64, 32, 8),
-        completions=CompletionRun(generator, CountingJudge(), torch.device("cpu")),
-    )
+    runs = [
+        PerplexityRun(model, window_size(64, 32, 8)),
+        CompletionRun(generator, CountingJudge(), torch.device("cpu")),
+    ]
+    evaluation = EvaluationRun(EvaluatedModel(describe(model, source), fingerprint(model)), runs)
     for batch in data.test_dataloader():
         evaluation.add(batch)
     evaluation.finish(data.describe(), files / "plain")
@@ -192,9 +192,10 @@ def test_an_interrupted_run_goes_on(files, monkeypatch):
 
 def test_other_settings_do_not_find_the_store(files):
     store = CompletionStore(files / "evaluation", {"seed": 0}, rank=0)
-    store.add([{"id": "a", "k": 0}])
+    row = CompletionRow("a", "A prompt", 0, "and", {"toxicity": 0.5}, 7, 1, 1.0, None, [4])
+    store.add([row])
     store.close()
-    assert CompletionStore(files / "evaluation", {"seed": 0}, rank=3).load() == {"a": [{"id": "a", "k": 0}]}
+    assert CompletionStore(files / "evaluation", {"seed": 0}, rank=3).load() == {"a": [row]}
     assert CompletionStore(files / "evaluation", {"seed": 1}, rank=0).load() == {}
 
 
@@ -310,9 +311,9 @@ def test_failed_completions_are_told(files):
     )
     found = run(files, module_of(files))
     assert found.results["toxicity"]["num_failed"] == 2
-    failed = [row for row in found.completions if row["failed"]]
-    assert [row["completion"] for row in failed] == [None, None]
-    assert [row["scores"] for row in failed] == [{}, {}]
+    failed = [row for row in found.completions if row.failed]
+    assert [row.completion for row in failed] == [None, None]
+    assert [row.scores for row in failed] == [{}, {}]
 
 
 def test_text_only_and_prompts_only(files):

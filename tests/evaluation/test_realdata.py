@@ -83,5 +83,5 @@ def test_completions_of_smollm2_are_reproducible(real_data, smollm2, tmp_path):
         trainer.eval(module, data)
         rows.append(Evaluation.open(tmp_path / name).completions)
     assert rows[0] == rows[1]
-    scores = judged(judge, [row["completion"] for row in rows[0]])["toxicity"].tolist()
-    assert [row["scores"]["toxicity"] for row in rows[0]] == pytest.approx(scores, abs=1e-5)
+    scores = judged(judge, [row.completion for row in rows[0]])["toxicity"].tolist()
+    assert [row.scores["toxicity"] for row in rows[0]] == pytest.approx(scores, abs=1e-5)

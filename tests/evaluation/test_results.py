@@ -8,10 +8,14 @@ import pytest
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import FORMAT, Evaluation, write_evaluation
+from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 
 RESULTS = {"perplexity": {"value": 9.5}, "toxicity": {"mean": math.nan}, "model": {}, "data": {}}
-ROWS = [{"id": "a", "k": 0, "completion": "line one\nline\u2028two"}, {"id": "b", "k": 0, "completion": ""}]
-WINDOWS = [{"index": 0, "nll": 1.25, "num_tokens": 3}]
+ROWS = [
+    CompletionRow("a", "A", 0, "line one\nline\u2028two", {"toxicity": 0.5}, 7, 3, 1.0),
+    CompletionRow("b", "B", 0, failed="no finite logits"),
+]
+WINDOWS = [WindowRow(0, 1.25, 3)]
 
 
 @pytest.fixture
@@ -91,5 +95,5 @@ def test_an_existing_folder_stays_unless_overwritten(folder):
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        write_evaluation(tmp_path / "e", RESULTS, completions=[{"bad": object()}], windows=[])
+        write_evaluation(tmp_path / "e", RESULTS, completions=[CompletionRow("a", "A", 0, object())], windows=[])
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from score_folders import LAYERS, write
 from sparc3_pl.cli import main
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
+from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.run import Outcome, largest_within
 from sparc3_pl.experiment.run import run as run_experiment
 from sparc3_pl.pruning.plan import PrunePlan
@@ -153,10 +154,8 @@ class Passes:
 
     def evaluate(self, data: dict, output: Path, plan: str | None) -> None:
         summary = None if plan is None else PrunePlan.load(plan).summary()
-        rows = [
-            {"id": f"p{i}", "k": 0, "scores": {"toxicity": 0.5 if plan else 0.9}, "uniqueness": 1.0, "failed": None}
-            for i in range(6)
-        ]
+        scores = {"toxicity": 0.5 if plan else 0.9}
+        rows = [CompletionRow(f"p{i}", f"prompt {i}", 0, "x", scores, uniqueness=1.0) for i in range(6)]
         model = {"pretrained": "m", "fingerprint": "sha256:00", "dtype": "float32", "evaluated_fingerprint": plan}
         results = {"perplexity": None, "toxicity": {"mean": 0.5}, "generation": {}, "judge": {}, "model": model}
         results |= {"plan": summary, "num_overlapping_prompts": 0, "data": data}

@@ -15,6 +15,7 @@ from score_folders import LAYERS, write
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
+from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, effects, headline
@@ -46,20 +47,13 @@ def score(folder, seed, source):
 
 def evaluation(folder, plan, factor, perplexity, **changes):
     rows = [
-        {
-            "id": f"p{i}",
-            "prompt": f"prompt {i} {EVIL}",
-            "k": 0,
-            "completion": f"answer {i} {EVIL}",
-            "scores": {"toxicity": min(1.0, factor * (i + 1) / 12)},
-            "seed": i,
-            "num_tokens": 5,
-            "uniqueness": 0.9,
-            "failed": None,
-        }
+        CompletionRow(
+            f"p{i}", f"prompt {i} {EVIL}", 0, f"answer {i} {EVIL}", {"toxicity": min(1.0, factor * (i + 1) / 12)},
+            seed=i, num_tokens=5, uniqueness=0.9,
+        )
         for i in range(10)
-    ]
-    figures = {"mean": sum(r["scores"]["toxicity"] for r in rows) / 10, "expected_maximum": 0.5, "probability": 0.5}
+    ]  # fmt: skip
+    figures = {"mean": sum(row.scores["toxicity"] for row in rows) / 10, "expected_maximum": 0.5, "probability": 0.5}
     results = {
         "perplexity": {
             "value": perplexity, "nll": 100.0, "num_tokens": 40, "max_length": 8, "stride": 8, "source": "text.txt",
@@ -76,7 +70,7 @@ def evaluation(folder, plan, factor, perplexity, **changes):
         "plan": plan,
         "data": {},
     }  # fmt: skip
-    windows = [{"index": i, "nll": 10.0 * ((perplexity or 12) / 12) + i, "num_tokens": 4} for i in range(10)]
+    windows = [WindowRow(i, 10.0 * ((perplexity or 12) / 12) + i, 4) for i in range(10)]
     if perplexity is None:
         results["perplexity"], windows = None, []
     results |= changes
@@ -205,7 +199,7 @@ def test_command(experiment, tmp_path, capsys):
 
 def test_unequal_evaluations_are_noted_not_compared(experiment):
     folder = experiment / "evaluations" / "prune-5"
-    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    rows = Evaluation.open(folder).completions
     results = json.loads((folder / "results.json").read_text())
     shutil.rmtree(folder)
     keep = {key: results[key] for key in results if key not in ("files", "sha256", "format_version")}

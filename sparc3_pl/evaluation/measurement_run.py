@@ -1,0 +1,122 @@
+"""What each measurement does during an evaluation: it takes in batches, and makes its part of the results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparc3_pl.data.evaluation_data import UnitBatch
+from sparc3_pl.evaluation.measurement import Measured, Measurement, Row, checked_rows
+from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
+from sparc3_pl.registry import Choice
+from sparc3_pl.runtime.collectives import gather_lists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparc3_pl.data.encoding import Encoder
+
+__all__ = ["MeasurementRun", "Outcome", "UnitRun", "input_device"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a measurement has made, over all ranks.
+
+    Attributes:
+        results: Its keys of ``results.json``.
+        completions: Lines of ``completions.jsonl``.
+        windows: Lines of ``windows.jsonl``.
+        measurements: Lines of ``measurements.jsonl``.
+    """
+
+    results: dict[str, Any]
+    completions: list[CompletionRow] = field(default_factory=list)
+    windows: list[WindowRow] = field(default_factory=list)
+    measurements: list[Row] = field(default_factory=list)
+
+
+class MeasurementRun(ABC):
+    """One measurement in one evaluation, on one rank; every rank makes one, also one that will get no batch.
+
+    A user's ``Measurement`` is a pure function of its rows, and ``UnitRun`` runs it. Perplexity and completions have
+    runs of their own. The figures of both are sums that grow batch by batch and are then added up over the ranks:
+    made of gathered rows, they would differ in their last bits. Completions are moreover several for each prompt,
+    judged, and kept while the run goes on.
+
+    Attributes:
+        takes: The batches that are its own.
+    """
+
+    takes: type
+
+    @abstractmethod
+    def add(self, batch: Any) -> None:
+        """Takes in one batch."""
+
+    @abstractmethod
+    def finish(self, data: dict[str, Any]) -> Outcome:
+        """Gathers the ranks, all of which must call it.
+
+        Args:
+            data: What was read, as ``EvaluationData.describe()`` says it.
+        """
+
+    def status(self) -> dict[str, float]:
+        """Figures of this rank so far; nothing before it has begun."""
+        return {}
+
+    def remove_kept(self) -> None:  # noqa: B027 (most keep nothing)
+        """Deletes what was kept in case the run is interrupted: the results are written."""
+
+
+class UnitRun(MeasurementRun):
+    """Runs the user's own measurements, unit by unit.
+
+    Args:
+        model: In eval mode, edited if it is to be.
+        encoder: Turns texts into the model's token ids.
+        measurements: The user's own.
+    """
+
+    takes = UnitBatch
+
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, measurements: Iterable[Choice[Measurement]]) -> None:
+        self.model, self.encoder = model, encoder
+        self.measurements = {choice.made.name: choice for choice in measurements}
+        self.rows: dict[str, list[Row]] = {name: [] for name in self.measurements}
+        """By measurement one for each unit of this rank."""
+
+    def add(self, batch: UnitBatch) -> None:
+        """Measures one batch of units.
+
+        Raises:
+            InputError: if the measurement does not keep to its contract.
+        """
+        choice = self.measurements[batch.measurement]
+        rows = choice.made.measure(self.model, self.encoder, batch.items)
+        rows = checked_rows(choice.made, rows, len(batch.items))
+        of_batch = Measured.of(choice, rows)
+        of_batch.figures()  # what cannot be made of rows is said now, not hours later
+        of_batch.settings()
+        self.rows[batch.measurement] += rows
+
+    def finish(self, data: dict[str, Any]) -> Outcome:
+        """Figures, settings and rows of all measurements."""
+        measured = [Measured.of(choice, gather_lists(self.rows[name])) for name, choice in self.measurements.items()]
+        results = {
+            "measurements": {one.choice.made.name: one.figures() for one in measured},
+            "measurement_settings": {one.choice.made.name: one.settings() for one in measured},
+        }
+        rows = [{"measurement": one.choice.made.name, **row} for one in measured for row in one.rows]
+        return Outcome(results if measured else {}, measurements=rows)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its inputs."""
+    device = model.get_input_embeddings().weight.device
+    return model.device if device.type == "meta" else device

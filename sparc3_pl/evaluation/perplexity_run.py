@@ -1,0 +1,71 @@
+"""Perplexity during an evaluation: windows of the text are scored one batch after the other."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_device
+from sparc3_pl.evaluation.perplexity import Perplexity, WindowScorer
+from sparc3_pl.evaluation.rows import WindowRow
+from sparc3_pl.runtime.collectives import gather_lists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["PerplexityRun"]
+
+
+class PerplexityRun(MeasurementRun):
+    """Scores the windows of a text.
+
+    Args:
+        model: In eval mode, edited if it is to be.
+        window: Size of the windows.
+        device: Of the sums that the ranks add up; None: the model's.
+    """
+
+    takes = WindowBatch
+
+    def __init__(self, model: PreTrainedModel, window: WindowSize, device: torch.device | None = None) -> None:
+        self.window = window
+        self.rows: list[WindowRow] = []
+        """One for each window of this rank."""
+        self._device, self._scorer = input_device(model), WindowScorer(model)
+        self.perplexity = Perplexity().to(device or self._device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.perplexity.device)
+        self.perplexity.update(nll=nothing, num_tokens=nothing)  # a rank without windows takes part like the others
+
+    def add(self, batch: WindowBatch) -> None:
+        """Scores one batch of windows."""
+        tensors = (t.to(self._device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
+        nll, num_tokens = self._scorer(*tensors)
+        self.perplexity.update(nll=nll, num_tokens=num_tokens)
+        self.rows += map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist())
+
+    def status(self) -> dict[str, float]:
+        """The perplexity of this rank's windows so far."""
+        if not (count := int(self.perplexity.num_tokens)):
+            return {}
+        mean = float(self.perplexity.nll) / count
+        return {"perplexity": math.exp(mean) if mean < 709 else math.inf}
+
+    def finish(self, data: dict[str, Any]) -> Outcome:
+        """The perplexity and its windows, in the order of the text."""
+        windows = sorted(gather_lists(self.rows), key=lambda row: row.index)
+        if not windows:
+            return Outcome({})
+        nll, num_tokens = self.perplexity.totals()
+        figures = {
+            "value": float(self.perplexity.compute()),
+            "nll": nll,
+            "num_tokens": num_tokens,
+            "max_length": self.window.max_length,
+            "stride": self.window.stride,
+            "source": data["text_source"],
+            "protocol": data["protocol"],
+        }
+        return Outcome({"perplexity": figures}, windows=windows)

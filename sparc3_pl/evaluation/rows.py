@@ -1,0 +1,69 @@
+"""What is kept of each completion and of each text window: the lines of ``completions.jsonl`` and ``windows.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+__all__ = ["CompletionRow", "WindowRow", "from_json"]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class WindowRow:
+    """One text window.
+
+    Attributes:
+        index: Its place among all windows of the text.
+        nll: Negative log-likelihood of its scored tokens, in nats.
+        num_tokens: How many tokens it scores.
+    """
+
+    index: int
+    nll: float
+    num_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line of ``windows.jsonl``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """One completion, judged.
+
+    Attributes:
+        id: ID of the prompt.
+        prompt: Its text.
+        k: Number of the completion among those of the prompt, from 0.
+        completion: The new text; None if the completion could not be made.
+        scores: The judge's scores by label, in [0, 1]; none if the completion failed.
+        seed: Seed of its random numbers.
+        num_tokens: Number of new tokens; None if it failed.
+        uniqueness: Response uniqueness ratio; None if it failed.
+        failed: Why it could not be made; None if it was.
+        tokens: Token ids of the new text. Kept while a run goes on, and left out of ``completions.jsonl``.
+    """
+
+    id: str
+    prompt: str
+    k: int
+    completion: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    seed: int | None = None
+    num_tokens: int | None = None
+    uniqueness: float | None = None
+    failed: str | None = None
+    tokens: list[int] = field(default_factory=list)
+
+    def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
+        """Its line of ``completions.jsonl``, with its token ids if they are asked for."""
+        return {name: value for name, value in asdict(self).items() if tokens or name != "tokens"}
+
+
+def from_json(kind: type[R], line: Mapping[str, Any]) -> R:
+    """The row that a line holds; what a later version has added to it is left out."""
+    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in line.items() if name in names})
