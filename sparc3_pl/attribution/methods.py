@@ -121,6 +121,10 @@ class Method(ABC):
         """The options that change what the method does for this kind of component; any other is refused."""
         return frozenset()
 
+    def at_values(self, target: Target, options: Options) -> bool:
+        """Whether components are scored where their values are read (``Group.site``), if they have such a place."""
+        return False
+
     def prepare(self, model: nn.Module) -> None:
         """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
         return None
@@ -183,6 +187,9 @@ class Gradient(Method):
         kinds = ("sums_on_host",) if component.dims == 2 else ("signed", "squares", "groups")
         return frozenset(("nonfinite", "gradient_checkpointing", *kinds))
 
+    def at_values(self, target: Target, options: Options) -> bool:
+        return options.signed and target.at_values
+
     def rules(self, model: nn.Module) -> AbstractContextManager[object]:
         """What shapes the backward passes of a batch: nothing, for the plain gradient."""
         return nullcontext()
@@ -214,15 +221,18 @@ class Gradient(Method):
         groups_B = group_of(*samples, options.groups) if options.groups else None
         relevance: dict[str, Tensor] = {}
         by_token: dict[str, Tensor] = {}
+        read = {name: layer.group for name, layer in layers.items()}
+        if self.at_values(target, options):
+            read = {name: group.site or group for name, group in read.items()}
 
         def take(layer: LayerPass) -> None:
             if layer.name in relevance:
                 raise InputError(f"layer {layer.name} runs twice in one pass: leave it out of model.targets")
-            layer, scored = layer.first(num_samples), layers[layer.name]
-            relevance[layer.name] = self.add(scored.sums, scored.group, layer, groups_B, options)
-            by_token[layer.name] = token_relevance(layer, scored.group)
+            name, layer = layer.name, layer.first(num_samples)
+            relevance[name] = self.add(layers[name].sums, read[name], layer, groups_B, options)
+            by_token[name] = token_relevance(layer, read[name])
 
-        modules = {name: layer.module for name, layer in layers.items()}
+        modules = {name: model.get_submodule(group.layer) for name, group in read.items()}
         checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
         with torch.enable_grad(), self.rules(model), checkpointing:
             attributed = self.passes(model, batch, target, modules, take)
@@ -242,14 +252,31 @@ class Gradient(Method):
         modules: Mapping[str, nn.Module],
         take: Callable[[LayerPass], None],
     ) -> Attributed:
-        """Runs the batch forward and backward, and shows every layer's pass to ``take``, each layer once."""
+        """Runs the batch forward and backward, and shows every layer's pass to ``take``, each layer once.
+
+        Args:
+            model: In eval mode.
+            batch: The samples.
+            target: What is differentiated.
+            modules: Where components are read, by the key of their scores: the scored layer itself, or the layer that
+                reads the components' values.
+            take: Receives the passes, each named by its key.
+        """
         with recording(modules, len(batch.input_ids), take):
             attributed = attribute(model, target, batch)
             attributed.value_B.sum().backward()
         return attributed
 
     def add(self, sums: Sums, group: Group, layer: LayerPass, groups_B: Tensor | None, options: Options) -> Tensor:
-        """Adds a layer's pass to its sums; returns the sum of each sample's scores, ``[B]`` float64."""
+        """Adds a layer's pass to its sums; returns the sum of each sample's scores, ``[B]`` float64.
+
+        Args:
+            sums: The layer's; updated in place.
+            group: The components, as rows or columns of the layer that ``layer`` is a pass of.
+            layer: The pass.
+            groups_B: The group of each sample (``group_of``), if sums of groups are kept.
+            options: Those of the run.
+        """
         counts = sums if options.nonfinite == "zero" else None
         if group.axis == "both":
             return add_weight_scores(sums["sum"], layer, counts)

@@ -40,6 +40,10 @@ class Attributed(NamedTuple):
 class Target(ABC):
     """A kind of target. Sample b's number must depend on the hidden states of sample b alone."""
 
+    at_values: bool = True
+    """Whether signed scores are read where the components' values are read (``Group.site``): they are then the
+    derivative of the target by each component's gain, whatever the activation function and the biases."""
+
     @abstractmethod
     def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
         """Reads the numbers off the decoder's output.
@@ -52,7 +56,12 @@ class Target(ABC):
 
 
 class Predicted(Target):
-    """The largest logit after the sample's last real token, before any final scaling or soft-cap."""
+    """The largest logit after the sample's last real token, before any final scaling or soft-cap.
+
+    Signed scores of neurons are read at the rows of the up-projection, as the paper has them (SparC3, App. B).
+    """
+
+    at_values = False
 
     def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
         logit_B, token_B = last_logits(hidden_BTH, head, batch.attention_mask).max(1)

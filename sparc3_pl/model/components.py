@@ -4,9 +4,12 @@ A component kind says where in the model its scores are read (``groups``) and wh
 touches (``parts``). Methods, contrasts, plans and edits work with these two answers and know no kind by name.
 """
 
+from __future__ import annotations
+
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +26,7 @@ __all__ = [
     "Neuron",
     "Part",
     "Weight",
+    "WholeMLP",
     "check_range",
     "linear_layer",
     "mlp_by_up",
@@ -43,6 +47,9 @@ class Group:
         first: Index of the first score that belongs to a component. A fused map has the gates' rows before it.
         count: Number of components.
         component: Name of their kind where several kinds are scored in one run; None: the run has one kind.
+        reader: Of components along ``out``, the linear layer that reads their values: ``reader_width`` consecutive
+            inputs for each, the first component's first. None: no layer reads just these.
+        reader_width: Inputs of ``reader`` for one component.
     """
 
     layer: str
@@ -52,6 +59,23 @@ class Group:
     width: int = 1
     first: int = 0
     component: str | None = None
+    reader: str | None = None
+    reader_width: int = 1
+
+    @property
+    def site(self) -> Group | None:
+        """Where the components' values are read: the same components as consecutive inputs of a linear layer.
+
+        A component's value is what an ablation replaces and a gain multiplies: a neuron's activation at the
+        down-projection, a head's slice of the input of attention's output projection. Component c, from 0, is the
+        inputs ``c * width`` to ``(c + 1) * width`` of ``site.layer``, and ``site.first + c`` is its score's index.
+        None for components that are no inputs of one layer: single weights, rows of a layer that is no MLP's.
+        """
+        if self.axis == "in":
+            return self
+        if self.reader is None:
+            return None
+        return Group(self.reader, self.shape, "in", self.count, self.reader_width, self.first, self.component)
 
     @property
     def own(self) -> slice:
@@ -67,9 +91,19 @@ class Group:
     def gathered(self, values: Tensor) -> Tensor:
         """Sums over the rows (or columns) of each component: ``[..., n]`` of one value for each, ``[..., n * width]``.
 
-        The gates' rows of a fused map have their sums too, though nobody counts them.
+        The gates' rows of a fused map have their sums too, though nobody counts them; where its neurons' values are
+        read there are none, and their sums are 0.
         """
-        return values if self.width == 1 else values.unflatten(-1, (-1, self.width)).sum(-1)
+        sums = values if self.width == 1 else values.unflatten(-1, (-1, self.width)).sum(-1)
+        missing = self.shape[0] - sums.shape[-1] if self.axis == "in" else 0
+        return sums if missing == 0 else nn.functional.pad(sums, (self.first, missing - self.first))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[..., n]``, a value for each score, over the rows (or columns) of the components: ``[..., count * width]``.
+
+        At ``site`` these factors multiply the layer's input.
+        """
+        return values[..., self.own].repeat_interleave(self.width, -1)
 
     def reduced(self, matrix_OI: Tensor) -> Tensor:
         """The sum over each component of a matrix ``[out, in]`` that has a value for every weight: of ``shape``."""
@@ -169,8 +203,10 @@ class Neuron(Component):
         blocks, result = mlp_by_up(model), []
         for name, module in select_layers(model, patterns).items():
             rows = features(module)[0]
-            neurons = blocks[name].up_rows if name in blocks else slice(0, rows)
-            result.append(Group(name, (rows,), "out", neurons.stop - neurons.start, first=neurons.start))
+            if (mlp := blocks.get(name)) is None:
+                result.append(Group(name, (rows,), "out", rows))
+            else:
+                result.append(Group(name, (rows,), "out", mlp.width, first=mlp.up_rows.start, reader=mlp.down))
         return result
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
@@ -187,6 +223,34 @@ class Neuron(Component):
             own = torch.cat([neuron, neuron + mlp.width]) if mlp.fused else neuron
             parts += rows_and_bias(name, model.get_submodule(name), own, owner.repeat(len(own) // max(1, len(neuron))))
         return [*parts, Part(mlp.down, "columns", neuron, owner, "reads")]
+
+
+class WholeMLP(Component):
+    """The MLP of one decoder layer, whole. Its one score lies at the down-projection, ``[1]``.
+
+    Its value is what the down-projection makes of the neurons: all its columns together. The down-projection's bias
+    stays when the MLP is taken away, as it does when all its neurons are.
+    """
+
+    unit = "MLPs"
+
+    def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
+        blocks = mlps(model)
+        for pattern in patterns or ():
+            if not fnmatch.filter([mlp.down for mlp in blocks], pattern):
+                raise InputError(f"targets: {pattern!r} matches no down-projection; they are {blocks[0].down}, ...")
+        chosen = [m for m in blocks if patterns is None or any(fnmatch.fnmatchcase(m.down, p) for p in patterns)]
+        return [Group(mlp.down, (1,), "in", 1, width=mlp.width) for mlp in chosen]
+
+    def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
+        mlp = next((mlp for mlp in mlps(model) if mlp.down == layer), None)
+        if mlp is None:
+            raise InputError(f"{layer} is not the down-projection of an MLP of this model")
+        check_range("MLP", layer, index, 1, "MLP")
+        if len(index) > 1:
+            raise InputError(f"the MLP of {layer} is named twice")
+        parts = Neuron().parts(model, mlp.up, torch.arange(mlp.width * len(index)))
+        return [replace(part, owner=torch.zeros_like(part.owner)) for part in parts]
 
 
 class Weight(Component):
@@ -213,6 +277,7 @@ COMPONENTS: Registry[Component] = Registry(
     {
         "neuron": "sparc3_pl.model.components.Neuron",
         "weight": "sparc3_pl.model.components.Weight",
+        "mlp": "sparc3_pl.model.components.WholeMLP",
         "head": "sparc3_pl.model.attention_components.Head",
         "channel": "sparc3_pl.model.attention_components.Channel",
     },

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.remembered import by_structure
 from sparc3_pl.model.structure import decoder, features, is_linear
 
 __all__ = ["Attention", "attentions"]
@@ -58,6 +59,7 @@ class Attention:
         return (torch.bincount(heads // group, minlength=self.num_kv_heads) == group).nonzero().flatten()
 
 
+@by_structure
 def attentions(model: nn.Module) -> list[Attention]:
     """The attention blocks of ``model`` in layer order.
 

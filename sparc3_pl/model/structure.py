@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.remembered import by_structure
 
 __all__ = [
     "MLP",
@@ -190,6 +191,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {**layers, head_name: head}
 
 
+@by_structure
 def mlps(model: nn.Module) -> list[MLP]:
     """The MLPs of ``model`` in layer order.
 

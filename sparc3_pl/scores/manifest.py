@@ -110,6 +110,7 @@ class About:
     nonfinite: str | None = None
     seed: int | None = None
     relevance_account: dict[str, Any] | None = None
+    at_values: bool = False
 
     def components(self) -> list[Component]:
         """The kinds of component that are scored.
@@ -188,6 +189,8 @@ class Manifest(About):
         seed: Seed of random scores; null for other methods.
         relevance_account: Of a method that checks itself on one sample (LRP): ``relative_residual`` and
             ``num_tokens``; where nothing was measured, the ``reason``.
+        at_values: Whether components are scored where their values are read: a neuron at the input of the
+            down-projection. Signed scores of ``gradient`` are then the target's derivative by each component's gain.
         neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
             of those that do.
         hardware: The machine that wrote the scores.
@@ -271,7 +274,7 @@ class Manifest(About):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
 
-_ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "shards")
+_ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "at_values", "shards")
 """Keys that most manifests do not have."""
 
 FORMAT = Format(

@@ -60,12 +60,14 @@ class ScoringModule(pl.LightningModule):
         method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude`` or ``random``; or ``class_path`` and
             ``init_args`` of a method of your own.
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
-            attention's output projection), or a class of your own. A list scores several kinds in one pass, each at
-            layers of its own.
+            attention's output projection), ``mlp`` (whole MLPs), or a class of your own. A list scores several kinds
+            in one pass, each at layers of its own.
         target: What is attributed: ``predicted`` (the largest logit after the sample), or a class of your own.
-        signed: Keep the sign of scores (SparC3, App. B); needs no weight gradient. Not for single weights.
+        signed: Keep the sign of scores (SparC3, App. B); needs no weight gradient. Not for single weights. With any
+            target but ``predicted`` they are the derivative by each component's gain.
         targets: Glob patterns of linear layers, as ``["*.up_proj"]``; ``["*"]``: all of the decoder and the output
-            head; unset: the up-projection of every MLP, or for heads and channels every attention's output projection.
+            head; unset: the up-projection of every MLP, or for heads and channels every attention's output projection,
+            for whole MLPs every down-projection.
         squares: Store squared neuron scores too, for the ``t`` contrast.
         groups: Store the neuron scores of this many groups of samples too (8 is a good number), by which ``evidence``
             tells whether there are enough samples. 0: none.

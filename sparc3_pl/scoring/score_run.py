@@ -99,6 +99,7 @@ class ScoreRequest:
             seed=self.options.seed if "seed" in self.method.made.heeds(self.components[0].made) else None,
             model=dict(model),
             data=dict(data),
+            at_values=self.method.made.at_values(self.target.made, self.options),
         )
 
 
@@ -109,6 +110,7 @@ def settings_of(about: About, options: Options, layers: Sequence[str], part: tup
         "granularity_args": about.granularity_args,
         "target": None if about.target == "predicted" else about.target,
         "target_args": about.target_args,
+        "at_values": about.at_values,
     }
     return {
         "model": {key: about.model.get(key) for key in ("fingerprint", "dtype", "config")},
