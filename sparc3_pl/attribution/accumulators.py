@@ -6,22 +6,28 @@ sums here are over samples, never over tokens or batches first: the absolute val
 absolute values.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from sparc3_pl.attribution.fused import fused_relevance, fusible
 from sparc3_pl.attribution.recording import LayerPass
+from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Group
 from sparc3_pl.runtime.collectives import is_sharded
 
 __all__ = [
     "Counts",
+    "add_sample_scores",
     "add_weight_scores",
     "component_scores",
     "drop_nonfinite",
     "no_counts",
+    "no_sample_scores",
+    "require_all",
+    "require_finite",
+    "sum_of_layers",
     "token_relevance",
     "weight_relevance",
 ]
@@ -180,3 +186,77 @@ def _unit_products(layer: LayerPass) -> Tensor:
     """Pre-activation times gradient, z * dz, ``[B, T, O]``."""
     units_BTO = layer.units_BTO
     return units_BTO * layer.delta_BTO.to(_exact(units_BTO.dtype))
+
+
+def no_sample_scores(group: Group, device: torch.device, squares: bool, groups: int) -> dict[str, Tensor]:
+    """Sums of 0 for ``add_sample_scores``; with ``squares``, and with those of so many ``groups``."""
+    sums = {"sum": torch.zeros(group.shape, dtype=torch.float64, device=device)}
+    if squares:
+        sums["squares"] = torch.zeros_like(sums["sum"])
+    if groups:
+        sums["groups"] = torch.zeros(groups, *group.shape, dtype=torch.float64, device=device)
+        sums["group_sizes"] = torch.zeros(groups, dtype=torch.int64, device=device)
+    return sums
+
+
+def add_sample_scores(
+    sums: dict[str, Tensor], scores_BN: Tensor, group: Group, groups_B: Tensor | None = None
+) -> Tensor:
+    """Adds each sample's scores of a layer's components to ``sums``, and to its squares and groups if there are any.
+
+    Args:
+        sums: Updated in place.
+        scores_BN: ``[B, n]`` float64.
+        group: The components.
+        groups_B: The samples' groups, if sums of groups are kept.
+
+    Returns:
+        The sum of each sample's scores, ``[B]``: NaN where one of them is not finite, also one that counts for nothing.
+    """
+    if groups_B is not None:
+        groups_B = groups_B.to(scores_BN.device)
+        sums["groups"].index_add_(0, groups_B, scores_BN)
+        sums["group_sizes"].index_add_(0, groups_B, torch.ones_like(groups_B))
+    sums["sum"] += scores_BN.sum(0)
+    if "squares" in sums:
+        sums["squares"] += scores_BN.square().sum(0)
+    relevance_B = scores_BN[:, group.own].sum(1)
+    if group.count < scores_BN.shape[1]:  # what is not finite is seen wherever it stands
+        relevance_B = relevance_B.where(scores_BN.isfinite().all(1), torch.nan)
+    return relevance_B
+
+
+def require_all(layers: Mapping[str, object], seen: Mapping[str, object]) -> None:
+    """Refuses layers that a pass has not met.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise InputError(f"layer {missing[0]} takes no part in the model's pass: leave it out of model.targets")
+
+
+def require_finite(values: Mapping[str, Tensor]) -> None:
+    """Refuses values by layer that are not finite, with one device synchronisation for all of them.
+
+    Args:
+        values: In the order in which the pass met the layers.
+
+    Raises:
+        InputError: naming the first layer.
+    """
+    first = next(iter(values.values()))
+    finite = torch.stack([value.isfinite().all().to(first.device) for value in values.values()])
+    if not finite.all():
+        name = list(values)[int(finite.logical_not().nonzero()[0, 0])]
+        raise InputError(
+            f"layer {name}: NaN or infinite values in its scores; load the model in float32 (model.dtype), "
+            "or replace them by 0 and count them (model.nonfinite: zero)"
+        )
+
+
+def sum_of_layers(values: Mapping[str, Tensor]) -> Tensor:
+    """The sum over layers, which may lie on several devices, in float64."""
+    first = next(iter(values.values()))
+    return torch.stack([value.to(first.device) for value in values.values()]).sum(0, dtype=torch.float64)

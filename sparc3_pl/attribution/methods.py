@@ -7,35 +7,39 @@ whoever merges parts, asks the same object.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.accumulators import (
+    Counts,
+    add_sample_scores,
     add_weight_scores,
     component_scores,
     drop_nonfinite,
     no_counts,
+    no_sample_scores,
+    require_all,
+    require_finite,
+    sum_of_layers,
     token_relevance,
 )
 from sparc3_pl.attribution.checkpointing import checkpointed
-from sparc3_pl.attribution.recording import LayerPass, recording
+from sparc3_pl.attribution.recording import LayerPass, inputs_shown, recording
 from sparc3_pl.attribution.rules import PreparedRules, RuleSet
-from sparc3_pl.attribution.targets import Attributed, Target, as_forward, attribute, last_hidden_state
+from sparc3_pl.attribution.targets import Attributed, Target, attribute
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Component, Group
-from sparc3_pl.model.kernels import onednn_linears
-from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Registry
 from sparc3_pl.runtime.collectives import is_sharded
 
 __all__ = [
+    "COUNTERFACTUAL",
     "METHODS",
     "BatchFigures",
     "Gradient",
@@ -48,7 +52,11 @@ __all__ = [
     "Sums",
     "Wanda",
     "group_of",
+    "require_counterfactual",
 ]
+
+COUNTERFACTUAL = "counterfactual_ids"
+"""The field of a batch that holds the counterfactuals' tokens, ``[B, T]`` int64, padded as the samples are."""
 
 Sums = dict[str, Tensor]
 """Tensors of one layer that simply add up. The keys ``squares`` (over samples, of a component's score), ``groups`` and
@@ -96,7 +104,7 @@ class BatchFigures:
     """Sum of the sample's scores over the components of all layers, ``[B]`` float64."""
     first_token_share: Tensor | None
     """Share of the first position in the sum over tokens, units and layers of |z * dz|, ``[B]`` float64; None where
-    the only layer, the output head, sees one position."""
+    the only layer, the output head, sees one position, or nothing is differentiated."""
     target: dict[str, Tensor]
     """What the target records, ``[B]`` by name."""
 
@@ -116,6 +124,10 @@ class Method(ABC):
     """Whether ``scores`` reads the weights: ``merge`` must then load the model."""
     needs_target: bool = False
     """Whether a target is differentiated."""
+    needs_values: bool = False
+    """Whether components are scored by their values alone, so that each must be read by one layer (``Group.site``)."""
+    needs_counterfactual: bool = False
+    """Whether every sample needs a counterfactual."""
 
     def heeds(self, component: Component) -> frozenset[str]:
         """The options that change what the method does for this kind of component; any other is refused."""
@@ -124,6 +136,18 @@ class Method(ABC):
     def at_values(self, target: Target, options: Options) -> bool:
         """Whether components are scored where their values are read (``Group.site``), if they have such a place."""
         return False
+
+    def check_use(self, component: Component, target: Target) -> None:
+        """Refuses a component or a target that the method cannot do, before a model is loaded.
+
+        Raises:
+            InputError: saying which, and what to do.
+        """
+        if self.needs_values and component.dims == 2:
+            raise InputError(
+                f"model.granularity: a single one of the {component.unit} has no value of its own, so method "
+                f"{METHODS.name_of(self)} cannot score it; score neuron, head, channel or mlp"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
@@ -204,14 +228,7 @@ class Gradient(Method):
                 else (torch.zeros(weight_OI.shape, device="cpu" if options.sums_on_host else device))
             )
             return sums
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        sums["sum"] = zeros(group.shape)
-        if options.squares:
-            sums["squares"] = zeros(group.shape)
-        if options.groups:
-            sums["groups"] = zeros(options.groups, *group.shape)
-            sums["group_sizes"] = torch.zeros(options.groups, dtype=torch.int64, device=device)
-        return sums
+        return sums | no_sample_scores(group, device, options.squares, options.groups)
 
     def take_in(
         self, model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, Layer], target: Target, options: Options
@@ -236,10 +253,10 @@ class Gradient(Method):
         checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
         with torch.enable_grad(), self.rules(model), checkpointing:
             attributed = self.passes(model, batch, target, modules, take)
-        _require_all(layers, relevance)
-        _require_finite(relevance)
+        require_all(layers, relevance)
+        require_finite(relevance)
         return BatchFigures(
-            relevance=_sum_of_layers(relevance),
+            relevance=sum_of_layers(relevance),
             first_token_share=_first_token_share(by_token, samples[1]),
             target={name: values[:num_samples] for name, values in attributed.records.items()},
         )
@@ -280,18 +297,11 @@ class Gradient(Method):
         counts = sums if options.nonfinite == "zero" else None
         if group.axis == "both":
             return add_weight_scores(sums["sum"], layer, counts)
-        scores_BN = component_scores(layer, group, signed=options.signed, counts=counts)
-        if groups_B is not None:
-            groups_B = groups_B.to(scores_BN.device)
-            sums["groups"].index_add_(0, groups_B, scores_BN)
-            sums["group_sizes"].index_add_(0, groups_B, torch.ones_like(groups_B))
-        sums["sum"] += scores_BN.sum(0)
-        if options.squares:
-            sums["squares"] += scores_BN.square().sum(0)
-        relevance_B = scores_BN[:, group.own].sum(1)
-        if group.count < scores_BN.shape[1]:  # what is not finite is seen wherever it stands
-            relevance_B = relevance_B.where(scores_BN.isfinite().all(1), torch.nan)
-        return relevance_B
+        return add_sample_scores(sums, self.sample_scores(layer, group, options, counts), group, groups_B)
+
+    def sample_scores(self, layer: LayerPass, group: Group, options: Options, counts: Counts | None) -> Tensor:
+        """Each sample's scores of whole components, ``[B, n]`` float64; the arguments are those of ``add``."""
+        return component_scores(layer, group, signed=options.signed, counts=counts)
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         return (sums["sum"] / num_samples).float()
@@ -353,16 +363,9 @@ class Wanda(Method):
                 sums[kind] += count
             energy[name] = squares_I.sum()
 
-        with onednn_linears(model), ExitStack() as hooks:
-            for name, layer in layers.items():
-                hook = layer.module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-                hooks.callback(hook.remove)
-            hidden_BTH = as_forward(last_hidden_state, model, batch.input_ids, batch.attention_mask)
-        head_name, _ = output_head(model)
-        if head_name in layers:  # the norm of what the head reads needs no logits
-            add(head_name, hidden_BTH)
-        _require_all(layers, energy)
-        _require_finite(energy)
+        inputs_shown(model, batch, {name: layer.module for name, layer in layers.items()}, add)
+        require_all(layers, energy)
+        require_finite(energy)
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         return group.reduced(weight_OI.float().abs() * sums["sum"].sqrt().float()).float()
@@ -419,7 +422,13 @@ class Random(Method):
 METHODS: Registry[Method] = Registry(
     "model.method",
     Method,
-    {kind.__name__.lower(): f"{__name__}.{kind.__name__}" for kind in (Lrp, Gradient, Wanda, Magnitude, Random)},
+    {kind.__name__.lower(): f"{__name__}.{kind.__name__}" for kind in (Lrp, Gradient, Wanda, Magnitude, Random)}
+    | {
+        "activation": "sparc3_pl.attribution.methods_activation.Activation",
+        "attribution_patching": "sparc3_pl.attribution.methods_patching.AttributionPatching",
+        "relevance_patching": "sparc3_pl.attribution.methods_patching.RelevancePatching",
+        "integrated_gradients": "sparc3_pl.attribution.methods_patching.IntegratedGradients",
+    },
 )
 
 
@@ -430,28 +439,17 @@ def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -
     return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
 
 
-def _require_all(layers: Mapping[str, object], seen: Mapping[str, object]) -> None:
-    missing = [name for name in layers if name not in seen]
-    if missing:
-        raise InputError(f"layer {missing[0]} takes no part in the model's pass: leave it out of model.targets")
+def require_counterfactual(fields: Container[str]) -> None:
+    """Refuses samples whose ``fields`` hold no counterfactual.
 
-
-def _require_finite(values: Mapping[str, Tensor]) -> None:
-    """One device synchronisation for all layers; the layers come in the order in which the pass met them."""
-    first = next(iter(values.values()))
-    finite = torch.stack([value.isfinite().all().to(first.device) for value in values.values()])
-    if not finite.all():
-        name = list(values)[int(finite.logical_not().nonzero()[0, 0])]
+    Raises:
+        InputError: with the way out.
+    """
+    if COUNTERFACTUAL not in fields:
         raise InputError(
-            f"layer {name}: NaN or infinite values in its scores; load the model in float32 (model.dtype), "
-            "or replace them by 0 and count them (model.nonfinite: zero)"
+            "model.method: it compares each sample with a counterfactual, and these samples have none; give "
+            "data.counterfactual_field, or a source of pairs such as ioi (data.source)"
         )
-
-
-def _sum_of_layers(values: Mapping[str, Tensor]) -> Tensor:
-    """The layers may lie on several devices."""
-    first = next(iter(values.values()))
-    return torch.stack([value.to(first.device) for value in values.values()]).sum(0, dtype=torch.float64)
 
 
 def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor) -> Tensor | None:
@@ -459,6 +457,6 @@ def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor
     every = {name: value for name, value in by_token.items() if value.shape == attention_mask_BT.shape}
     if not every:
         return None
-    total_BT = _sum_of_layers(every)
+    total_BT = sum_of_layers(every)
     first_B1 = attention_mask_BT.argmax(1, keepdim=True).to(total_BT.device)
     return total_BT.gather(1, first_B1)[:, 0] / total_BT.sum(1)

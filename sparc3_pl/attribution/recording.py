@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.model.structure import weight_matrix
+from sparc3_pl.attribution.targets import as_forward, last_hidden_state
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.structure import output_head, weight_matrix
 
-__all__ = ["LayerPass", "recording"]
+__all__ = ["LayerPass", "inputs_shown", "recording"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,26 @@ def recording(layers: Mapping[str, nn.Module], batch_size: int, sink: Callable[[
             handle = module.register_forward_hook(_tap_hook(name, batch_size, sink))
             hooks.callback(handle.remove)
         yield
+
+
+@torch.no_grad()
+def inputs_shown(
+    model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> None:
+    """Runs the batch forward, and shows ``see`` the name and the input of every one of ``layers``.
+
+    Inputs are ``[B, T, I]`` or ``[B*T, I]``. The output head's are the hidden states of all positions: it makes no
+    logits.
+    """
+    _, head = output_head(model)
+    with onednn_linears(model), ExitStack() as hooks:
+        for name, module in layers.items():
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            hooks.callback(handle.remove)
+        hidden_BTH = as_forward(last_hidden_state, model, batch.input_ids, batch.attention_mask)
+    for name, module in layers.items():
+        if module is head:
+            see(name, hidden_BTH)
 
 
 def _tap_hook(name: str, batch_size: int, sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:

@@ -142,11 +142,12 @@ def groups_of(model: nn.Module, components: Sequence[Component], patterns: Seque
 
 
 def require_heeded(method: Method, component: Component, target: Target, options: Options) -> None:
-    """Refuses an option that would change nothing.
+    """Refuses what the method cannot do, and an option that would change nothing.
 
     Raises:
         InputError: for the first of them.
     """
+    method.check_use(component, target)
     name, unit, heeded = METHODS.name_of(method), component.unit, method.heeds(component)
     if options.groups < 0:
         raise InputError(f"model.groups={options.groups}; give 0 for none, or a number of groups such as 8")

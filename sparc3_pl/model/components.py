@@ -31,6 +31,7 @@ __all__ = [
     "linear_layer",
     "mlp_by_up",
     "rows_and_bias",
+    "site_of",
 ]
 
 
@@ -290,6 +291,20 @@ def mlp_by_up(model: nn.Module) -> dict[str, MLP]:
         return {mlp.up: mlp for mlp in mlps(model)}
     except InputError:  # components of such a model are rows of named layers, or single weights
         return {}
+
+
+def site_of(group: Group) -> Group:
+    """``group.site``, for those who cannot do without.
+
+    Raises:
+        InputError: if no one layer reads the components' values.
+    """
+    if group.site is None:
+        raise InputError(
+            f"the components of {group.layer} have no value that one layer reads; score an MLP's up-projection, or "
+            "heads, channels or whole MLPs"
+        )
+    return group.site
 
 
 def linear_layer(model: nn.Module, layer: str) -> nn.Module:

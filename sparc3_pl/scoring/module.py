@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from sparc3_pl.attribution.methods import require_counterfactual
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import check_output
@@ -57,8 +58,9 @@ class ScoringModule(pl.LightningModule):
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
-        method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude`` or ``random``; or ``class_path`` and
-            ``init_args`` of a method of your own.
+        method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude``, ``random``, ``activation``, or, for samples
+            with counterfactuals, ``attribution_patching``, ``relevance_patching``, ``integrated_gradients``; or
+            ``class_path`` and ``init_args`` of one of them or of a method of your own.
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
             attention's output projection), ``mlp`` (whole MLPs), or a class of your own. A list scores several kinds
             in one pass, each at layers of its own.
@@ -175,6 +177,8 @@ class ScoringModule(pl.LightningModule):
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
         self.data.read(self.encoder)
+        if self.request.method.made.needs_counterfactual and self.data.samples:
+            require_counterfactual(self.data.samples[0].by_token)
         if self.part is not None:
             number, count = self.part
             ids = sorted(sample.id for sample in self.data.samples)
