@@ -122,6 +122,17 @@ class Encoder:
                 )
         return list(text)
 
+    def continuation(self, text: Text, more: Text) -> list[int]:
+        """The tokens of what follows a text directly: those of both together, less the text's own.
+
+        None where they cannot be told apart: the tokenizer joins the text's end and what follows in one token, as it
+        does with a space at the end and the word after it. Of a list the list; after a list the tokens of ``more``.
+        """
+        if not (isinstance(text, str) and isinstance(more, str)):
+            return self.body(more)
+        before, both = self.body(text), self.body(text + more)
+        return both[len(before) :] if both[: len(before)] == before else []
+
     def stripped(self, text: str) -> str:
         """The text without what stands around every text, where it has that written out (``<s>``)."""
         if self._head:

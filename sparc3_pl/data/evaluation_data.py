@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.reference import check_positive, pad_right, rank_of
-from sparc3_pl.data.samples import SEPARATOR
+from sparc3_pl.data.reference import check_positive, rank_of
+from sparc3_pl.data.samples import SEPARATOR, pad_right
 from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError

@@ -12,9 +12,20 @@ from sparc3_pl.data.local_files import Cell
 from sparc3_pl.data.sources import get_field, text_id
 from sparc3_pl.errors import InputError
 
-__all__ = ["Baseline", "RecordFields", "TextRecord", "Values", "checked_text", "less_baseline"]
+__all__ = [
+    "Baseline",
+    "RecordFields",
+    "TextRecord",
+    "Unequal",
+    "Values",
+    "check_unequal",
+    "checked_text",
+    "less_baseline",
+]
 
 Baseline = Literal["mean", "prompt", "none"]
+Unequal = Literal["drop", "error"]
+"""What becomes of a record whose text and counterfactual, or answer and foil, cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,16 @@ class RecordFields:
             value = get_field(record, field, key)
             read[item.name] = None if value is None else _KINDS[item.name](value, f"{key}: {field!r}")
         return None if None in read.values() else Values(**read)
+
+
+def check_unequal(unequal: str) -> None:
+    """Refuse another word than ``drop`` and ``error``.
+
+    Raises:
+        InputError: If it is one.
+    """
+    if unequal not in get_args(Unequal):
+        raise InputError(f"data.unequal={unequal!r} is not known; use {' or '.join(get_args(Unequal))}")
 
 
 def checked_text(value: Any, where: str) -> str | list[int]:

@@ -9,29 +9,26 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
+from typing import cast, get_args
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.data.fields import TextRecord, Unequal, Values, check_unequal
 from sparc3_pl.data.pair_tasks.agreement import Agreement
 from sparc3_pl.data.pair_tasks.greater_than import GreaterThan
 from sparc3_pl.data.pair_tasks.indirect_objects import IndirectObjects
 from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part
-from sparc3_pl.data.sources import text_id
+from sparc3_pl.data.samples import Sample, pad_samples, record_sample
 from sparc3_pl.data.texts import PartitionChoice
 from sparc3_pl.errors import InputError
 
-__all__ = ["PAIR_TASKS", "Pair", "PairQuery", "PairSet", "Unequal", "encode_pair", "make_pairs", "pad_pairs"]
+__all__ = ["PAIR_TASKS", "Pair", "PairQuery", "PairSet", "encode_pair", "make_pairs", "pad_pairs"]
 
 PAIR_TASKS: dict[str, PairTask] = {task.name: task for task in (IndirectObjects(), GreaterThan(), Agreement())}
 """The tasks that make their own sentences, by what ``data.source`` calls them."""
 
 DEFAULT_PAIRS = 128
 """How many pairs a task makes where nobody says."""
-
-Unequal = Literal["drop", "error"]
 
 _PATIENCE = 1000  # a task that gives no new pair in so many sentences has no more
 
@@ -41,22 +38,39 @@ class Pair:
     """A sentence as the model reads it, and what it is compared with.
 
     Attributes:
-        id: Identity by content: of the two sentences, the answer and the foil.
-        clean_ids: Token ids of the sentence, with what the tokenizer puts before a text.
-        counterfactual_ids: As many token ids of the other sentence; None: there is none.
-        answer: The first token of the right continuation.
-        foil: That of the wrong one; None: there is none.
+        sample: The clean sentence as a sample: its ``numbers`` are the first tokens of answer and foil (-1: none), its
+            ``counterfactual_ids`` those of the other sentence, as many as its own.
         text: The sentences as text, and what they were made from.
-        text_ids: Identities of the texts that the pair consists of, sorted: none of these may be evaluated on.
     """
 
-    id: str
-    clean_ids: list[int]
-    counterfactual_ids: list[int] | None
-    answer: int
-    foil: int | None
+    sample: Sample
     text: PairText
-    text_ids: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Identity by content: of the two sentences, the answer and the foil."""
+        return self.sample.id
+
+    @property
+    def clean_ids(self) -> list[int]:
+        """Token ids of the sentence, with what the tokenizer puts before a text."""
+        return self.sample.input_ids
+
+    @property
+    def counterfactual_ids(self) -> list[int] | None:
+        """As many token ids of the other sentence; None: there is none."""
+        return cast("list[int] | None", self.sample.by_token.get("counterfactual_ids"))
+
+    @property
+    def answer(self) -> int:
+        """The first token of the right continuation."""
+        return int(self.sample.numbers["answer"])
+
+    @property
+    def foil(self) -> int | None:
+        """That of the wrong one; None: there is none."""
+        foil = int(self.sample.numbers["foil"])
+        return None if foil < 0 else foil
 
 
 @dataclass(frozen=True)
@@ -94,14 +108,18 @@ class PairQuery:
             raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
         if self.num_pairs is not None and self.num_pairs < 1:
             raise InputError(f"data.num_samples={self.num_pairs} is too small; give 1 or more")
-        if self.unequal not in get_args(Unequal):
-            raise InputError(f"data.unequal={self.unequal!r} is not known; use {' or '.join(get_args(Unequal))}")
+        check_unequal(self.unequal)
         kinds = PAIR_TASKS[self.source].counterfactuals
         if self.counterfactual is not None and self.counterfactual not in kinds:
             raise InputError(
                 f"data.counterfactual={self.counterfactual!r} is no kind that {self.source} knows; give "
                 f"{' or '.join(kinds)}"
             )
+
+    @property
+    def kind(self) -> str:
+        """The kind of counterfactual sentence."""
+        return self.counterfactual or PAIR_TASKS[self.source].counterfactuals[0]
 
     def texts(self, encoder: Encoder) -> Iterator[PairText]:
         """The pairs as text; of a task without end.
@@ -114,11 +132,10 @@ class PairQuery:
                 f"data.source={self.source} makes sentences for the model's tokenizer, and the model has none; put the "
                 "tokenizer's files (tokenizer.json, tokenizer_config.json) beside its config.json"
             )
-        task = PAIR_TASKS[self.source]
         part = Part(self.half, self.partition_seed, self.partition_share)
-        kind = self.counterfactual or task.counterfactuals[0]
         # The counterfactual has no say in the draw: both kinds are made of the same sentences.
-        return task.texts(encoder, part, kind, random.Random(f"{self.seed} {self.source} {self.half}"))
+        rng = random.Random(f"{self.seed} {self.source} {self.half}")
+        return PAIR_TASKS[self.source].texts(encoder, part, self.kind, rng)
 
 
 @dataclass(frozen=True)
@@ -177,64 +194,16 @@ def encode_pair(text: PairText, encoder: Encoder, counts: Counter[str], unequal:
     Raises:
         InputError: If the pair is to be dropped and ``unequal`` is ``error``, or it is longer than the model's context.
     """
-    clean = encoder(text.clean)
-    other = None if text.counterfactual is None else encoder(text.counterfactual)
-    longest = max(len(clean), len(other or ()))
-    if encoder.context is not None and longest > encoder.context:
-        raise InputError(
-            f"a sentence of {longest} tokens ({text.clean[:40]!r}...) is longer than the model's context of "
-            f"{encoder.context}; leave it out"
-        )
-    answer = _continuation(text.clean, text.answer, encoder)
-    foil = [] if text.foil is None else _continuation(text.clean, text.foil, encoder)
-    reason, message = None, ""
-    if not answer or (text.foil is not None and not foil):
-        lacking = text.answer if not answer else text.foil
-        reason = "num_not_continuing"
-        message = f"{lacking!r} does not begin with a token of its own after it; put the space before it, not after it"
-    elif foil and answer[0] == foil[0]:
-        reason = "num_equal_answers"
-        message = f"{text.answer!r} and {text.foil!r} begin with the same token, {encoder.decode(answer[:1])!r}"
-    elif other is not None and len(other) != len(clean):
-        reason = "num_unequal_lengths"
-        message = f"it has {len(clean)} tokens, but its counterfactual {len(other)}"
-    if reason is not None:
-        if unequal == "error":
-            raise InputError(f"{text.clean[:80]!r}: {message} (data.unequal: drop leaves such pairs out)")
-        counts[reason] += 1
-        return None
-    counts["num_long_answers"] += len(answer) > 1 or len(foil) > 1
-    texts = [text.clean, *([] if text.counterfactual is None else [text.counterfactual])]
-    identity = text_id("\n".join([*texts, text.answer, text.foil or ""]))
-    text_ids = tuple(sorted({encoder.identity(sentence) for sentence in texts}))
-    return Pair(identity, clean, other, answer[0], foil[0] if foil else None, text, text_ids)
-
-
-def _continuation(sentence: str, continuation: str, encoder: Encoder) -> list[int]:
-    """The tokens of a continuation after a sentence; none if they are not told apart from the sentence's own."""
-    before, both = encoder.body(sentence), encoder.body(sentence + continuation)
-    return both[len(before) :] if both[: len(before)] == before else []
+    values = Values(answer=text.answer, foil=text.foil, counterfactual=text.counterfactual)
+    sample = record_sample(TextRecord(text.clean, values), encoder, counts, unequal=unequal)
+    return None if sample is None else Pair(sample, text)
 
 
 def pad_pairs(pairs: Sequence[Pair], pad_id: int) -> ReferenceBatch:
     """Pad on the right to the longest sentence.
 
     Returns:
-        The clean sentences, with ``fields``: ``answer`` and ``foil`` (-1: none), ``[B]`` int64, and, if all pairs have
-        one, ``counterfactual_ids``, ``[B, T]`` int64, which ``attention_mask`` is valid for too.
+        The clean sentences, with ``fields``: ``answer`` and ``foil`` (-1: none), ``[B]`` int64, and, if they have one,
+        ``counterfactual_ids``, ``[B, T]`` int64, which ``attention_mask`` is valid for too.
     """
-    length = max(len(pair.clean_ids) for pair in pairs)
-
-    def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
-
-    mask = torch.tensor([[1] * len(pair.clean_ids) + [0] * (length - len(pair.clean_ids)) for pair in pairs])
-    fields: dict[str, Any] = {
-        "answer": torch.tensor([pair.answer for pair in pairs]),
-        "foil": torch.tensor([-1 if pair.foil is None else pair.foil for pair in pairs]),
-    }
-    others = [pair.counterfactual_ids for pair in pairs if pair.counterfactual_ids is not None]
-    if len(others) == len(pairs):
-        fields["counterfactual_ids"] = padded(others)
-    ids, text_ids = [pair.id for pair in pairs], [pair.text_ids for pair in pairs]
-    return ReferenceBatch(padded([pair.clean_ids for pair in pairs]), mask, ids, ["cut"] * len(pairs), text_ids, fields)
+    return pad_samples([pair.sample for pair in pairs], pad_id)

@@ -10,17 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
-from sparc3_pl.data.fields import Baseline, RecordFields, less_baseline
+from sparc3_pl.data.fields import Baseline, RecordFields, Unequal, check_unequal, less_baseline
 from sparc3_pl.data.matching import Target, matched_samples, read_targets
-from sparc3_pl.data.samples import Sample, pack_windows, record_samples, text_samples
+from sparc3_pl.data.pairs import PAIR_TASKS, PairQuery, make_pairs
+from sparc3_pl.data.samples import Sample, pack_windows, pad_samples, record_samples, text_samples
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
@@ -46,6 +45,7 @@ def build_samples(
     max_tokens: int | None = None,
     targets: Sequence[Target] | None = None,
     baseline: Baseline = "mean",
+    unequal: Unequal = "drop",
     progress: Progress = lambda texts, unit, total: texts,
 ) -> list[Sample]:
     """Draw samples from a source: matched to ``targets`` if these are given, else each record a sample if fields of it
@@ -64,6 +64,7 @@ def build_samples(
         max_tokens: Where each text is a sample: keep only its first so many tokens.
         targets: Lengths and endings to match.
         baseline: What is taken off the weights of records, see ``less_baseline``.
+        unequal: What becomes of records that cannot be compared, see ``record_samples``.
         progress: Wraps the texts while they are read.
 
     Raises:
@@ -78,7 +79,7 @@ def build_samples(
             samples = matched_samples(texts, encoder, targets, **about)
         elif query.fields.given:
             records = progress(query.records(), "records", num_samples)
-            samples = record_samples(records, encoder, num_samples, max_tokens, baseline, **about)
+            samples = record_samples(records, encoder, num_samples, max_tokens, baseline, **about, unequal=unequal)
         elif seq_len is not None:
             samples = pack_windows(progress(texts, "documents", None), encoder, seq_len, num_samples, **about)
         else:
@@ -90,6 +91,7 @@ def build_samples(
         left_out["give no token"] = counts["num_without_tokens"]
         left_out["have a counterfactual of another length"] = counts["num_unequal_lengths"]
         left_out["have an answer and a foil with one first token"] = counts["num_equal_answers"]
+        left_out["have an answer or foil that is not told apart from the text's end"] = counts["num_not_continuing"]
         reasons = ", ".join(f"{number} records {what}" for what, number in left_out.items() if number)
         if not reasons:
             raise
@@ -142,6 +144,8 @@ class ReferenceData(LightningDataModule):
     Args:
         source: Hub data set id, local .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), or ``demo``
             (``demo:prompts``, ``demo:general_heldout``, ``demo:prompts_heldout`` are the other embedded corpora).
+            ``ioi``, ``greater_than`` and ``agreement`` make sentences in pairs for the model's tokenizer, with answer,
+            foil and counterfactual; ``seq_len`` is not used, and without ``num_samples`` they make 128.
         text_field: Field of the text, dots for nesting (``prompt.text``). It may hold lists of token ids instead of
             text: these are taken as they stand, and the model then needs no tokenizer.
         filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``, joined by ``and``. A null never passes.
@@ -169,6 +173,10 @@ class ReferenceData(LightningDataModule):
             counts (give it with its space), or a token id.
         foil_field: Field of what it should not say, likewise.
         counterfactual_field: Field of the text with the decisive words exchanged, of as many tokens.
+        counterfactual: Where the source makes the sentences: their kind of counterfactual, ``abc`` or ``s2_io`` for
+            ``ioi``, ``start_01`` for ``greater_than``, ``number`` for ``agreement``. null: the first.
+        unequal: What becomes of a record whose text and counterfactual differ in their number of tokens, or whose
+            answer and foil begin with the same token: ``drop`` it and count it, or end with an ``error``.
     """
 
     def __init__(
@@ -196,6 +204,8 @@ class ReferenceData(LightningDataModule):
         answer_field: str | None = None,
         foil_field: str | None = None,
         counterfactual_field: str | None = None,
+        counterfactual: str | None = None,
+        unequal: Unequal = "drop",
     ) -> None:
         super().__init__()
         # A rank may have no sample at all: seven samples on eight ranks.
@@ -206,10 +216,26 @@ class ReferenceData(LightningDataModule):
             completion_field, weight_field, label_field, answer_field, foil_field, counterfactual_field
         )
         _check_fields(fields, weight_baseline, match, max_tokens)
+        check_unequal(unequal)
+        if source in PAIR_TASKS:
+            unused = {"filter": filter, "match": match, "max_tokens": max_tokens, "subset": subset, **fields.given}
+            _check_made(source, {name: value for name, value in unused.items() if value is not None})
+        elif counterfactual is not None:
+            raise InputError(
+                f"data.counterfactual={counterfactual!r} is for sources that make their sentences "
+                f"({', '.join(PAIR_TASKS)}); give data.counterfactual_field, or leave it out"
+            )
         self.query = TextQuery(
             source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share, fields=fields
         )
+        self.pair_query = (
+            PairQuery(source, num_samples, partition, seed, counterfactual, partition_seed, partition_share, unequal)
+            if source in PAIR_TASKS
+            else None
+        )
+        """Which sentences to make; None: the source has them."""
         self.weight_baseline: Baseline = weight_baseline
+        self.unequal: Unequal = unequal
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
         self.batch_size, self.max_tokens = batch_size, max_tokens
@@ -229,6 +255,12 @@ class ReferenceData(LightningDataModule):
         if self.samples:
             return
         self._pad_id = encoder.pad_id
+        if self.pair_query is not None:
+            made = make_pairs(self.pair_query, encoder)
+            self.samples = [pair.sample for pair in made.pairs]
+            self.query.counts.update(made.counts)
+            self._tell()
+            return
         targets = None
         if self.match is not None:
             match = self.match_query or local_source(self.match, "data.match")
@@ -242,6 +274,7 @@ class ReferenceData(LightningDataModule):
             max_tokens=self.max_tokens,
             targets=targets,
             baseline=self.weight_baseline,
+            unequal=self.unequal,
             progress=partial(_progress, data=self),
         )
         self._tell()
@@ -259,11 +292,20 @@ class ReferenceData(LightningDataModule):
                 "num_without_baseline"
             ],
             "whose answer and foil begin with the same token": counts["num_equal_answers"],
+            "whose answer or foil is not told apart from the text's end": counts["num_not_continuing"],
             "whose counterfactual has more or fewer tokens than the text": counts["num_unequal_lengths"],
         }
         for what, number in left_out.items():
             if number:
                 log.warning("%d records %s were left out", number, what)
+        if counts["num_long_answers"]:
+            log.info("%d pairs have answers of several tokens; the first counts", counts["num_long_answers"])
+        if counts["num_without_space"]:
+            log.warning(
+                "%d answers go on within the text's last word; where a word of its own is meant, let it begin with "
+                "the space",
+                counts["num_without_space"],
+            )
         if counts["num_without_tokens"]:
             log.warning("%d texts give no token and were left out", counts["num_without_tokens"])
         if counts["num_with_prefix"]:
@@ -317,11 +359,11 @@ class ReferenceData(LightningDataModule):
             "source": query.source,
             "split": query.split,
             "subset": query.subset,
-            "text_field": query.text_field,
+            "text_field": None if self.pair_query else query.text_field,
             "filter": query.filter,
             **query.origin,
             "seed": self.seed,
-            "seq_len": None if self.match or query.fields.given else self.seq_len,
+            "seq_len": None if self.match or query.fields.given or self.pair_query else self.seq_len,
             "max_tokens": self.max_tokens,
             "partition": query.half,
             "partition_seed": query.partition_seed,
@@ -331,9 +373,18 @@ class ReferenceData(LightningDataModule):
             "match_revision": self.match_query.origin["revision"] if self.match_query else None,
             "sample_ids": [sample.id for sample in self.samples],
             **query.fields.given,
+            **({"counterfactual": self.pair_query.kind} if self.pair_query else {}),
             **({"weight_baseline": self.weight_baseline} if query.fields.weight else {}),
             **dict(query.counts),
         }
+
+
+def _check_made(source: str, unused: dict[str, Any]) -> None:
+    """Refuses settings of data that is read, where it is made."""
+    for name, value in unused.items():
+        raise InputError(
+            f"data.{name}={value!r} has no meaning where data.source={source} makes sentences; leave it out"
+        )
 
 
 def _check_fields(fields: RecordFields, baseline: Baseline, match: str | None, max_tokens: int | None) -> None:
@@ -365,35 +416,6 @@ def _match_query(
     if path is not None and path.is_dir():
         return None
     return TextQuery(match, field, condition, split, subset, prefix="data.match_", source_key="data.match")
-
-
-def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
-    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]`` without fields.
-
-    ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false
-    or by ``pad_id``.
-    """
-    input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
-    fields: dict[str, Any] = {}
-    for name in samples[0].numbers if samples else ():
-        values = [sample.numbers[name] for sample in samples]
-        whole = all(isinstance(value, int) for value in values)
-        fields[name] = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
-    for name, first in samples[0].by_token.items() if samples else ():
-        is_mask = isinstance(first[0], bool)
-        rows, _ = pad_right([sample.by_token[name] for sample in samples], 0 if is_mask else pad_id)
-        fields[name] = rows.bool() if is_mask else rows
-    return ReferenceBatch(
-        input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples], fields
-    )
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each ``[B, T]`` int64, padded on the right to the longest row."""
-    length = max(1, *map(len, rows))
-    input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return input_ids, mask
 
 
 # --- what both DataModules need ---------------------------------------------------------------------------------------

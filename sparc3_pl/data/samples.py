@@ -9,12 +9,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
-from sparc3_pl.data.fields import Baseline, TextRecord, less_baseline
+from sparc3_pl.data.fields import Baseline, TextRecord, Unequal, Values, less_baseline
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 
-__all__ = ["Ending", "Origins", "Sample", "ending", "pack_windows", "record_samples", "text_samples"]
+__all__ = [
+    "Ending",
+    "Origins",
+    "Sample",
+    "ending",
+    "pack_windows",
+    "pad_right",
+    "pad_samples",
+    "record_sample",
+    "record_samples",
+    "text_samples",
+]
 
 
 Ending = Literal["stop", "cut"]
@@ -245,11 +260,13 @@ def record_samples(
     source: str = "the source",
     counts: Counter[str] | None = None,
     origins: Origins | None = None,
+    unequal: Unequal = "drop",
 ) -> list[Sample]:
     """Each record a sample: its text, the completion after it, and what else the record holds.
 
-    What the tokenizer puts before a text stands once, before the text; the completion's own tokens follow. Of an answer
-    and a foil given as text the first token counts. Their names in ``Sample``: ``weight`` (less the baseline),
+    What the tokenizer puts before a text stands once, before the text; the completion's own tokens follow. An answer
+    and a foil given as text are read as they continue the text, and the first token counts: whether a space stands
+    between is up to the record. Their names in ``Sample``: ``weight`` (less the baseline),
     ``label``, ``answer``, ``foil`` (-1: none); by token ``completion_mask`` (true for the completion's tokens) and
     ``counterfactual_ids``.
 
@@ -263,21 +280,26 @@ def record_samples(
         max_tokens: Keep only the first so many tokens of a text; not where its end matters.
         baseline: What is taken off the weights, see ``less_baseline``. The mean is that of the samples.
         source: What the records come from, for messages.
-        counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of a text, completion,
-            answer or foil), ``num_equal_answers`` (answer and foil begin with one token), ``num_unequal_lengths``
-            (the counterfactual has more or fewer tokens than the text) and ``num_without_baseline`` (the only
-            completion of its prompt, with ``baseline`` ``prompt``).
+        counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of a text or
+            completion), ``num_not_continuing`` (it makes nothing of an answer or foil, or joins it with the text's
+            end), ``num_equal_answers`` (answer and foil begin with one token), ``num_unequal_lengths`` (the
+            counterfactual has more or fewer tokens than the text) and ``num_without_baseline`` (the only completion of
+            its prompt, with ``baseline`` ``prompt``); and by what is kept: ``num_long_answers`` (answer or foil has
+            several tokens) and ``num_without_space`` (the answer goes on within the text's last word).
         origins: Ids of the texts that a text was cut out of.
+        unequal: What becomes of a record that cannot be compared, for its answer, foil or counterfactual: ``drop`` it
+            and count it, or end with an ``error``.
 
     Raises:
         InputError: If there are fewer samples than ``n`` (or none), or one is longer than the model's context.
+        UnreadableTextError: For the first record that cannot be compared, where ``unequal`` is ``error``.
     """
     counts = Counter() if counts is None else counts
     samples: dict[Any, Sample] = {}
     prompts: list[str] = []
     draws: Counter[str] = Counter()
     for record in records:
-        sample = _record_sample(record, encoder, max_tokens, counts, origins)
+        sample = record_sample(record, encoder, counts, max_tokens, origins, unequal)
         if sample is not None:
             key: Any = tuple(sample.input_ids), *sample.numbers.items(), *map(tuple, sample.by_token.values())
             if record.values.completion is not None:  # what was drawn twice counts twice
@@ -318,43 +340,50 @@ def _too_few(number: int, n: int | None, source: str) -> InputError:
     )
 
 
-def _record_sample(
-    record: TextRecord, encoder: Encoder, max_tokens: int | None, counts: Counter[str], origins: Origins | None
+def record_sample(
+    record: TextRecord,
+    encoder: Encoder,
+    counts: Counter[str],
+    max_tokens: int | None = None,
+    origins: Origins | None = None,
+    unequal: Unequal = "drop",
 ) -> Sample | None:
-    """The record's sample; None if it cannot be one, for a reason that is counted."""
+    """The record's sample; None if it cannot be one, for a reason that is counted. As ``record_samples``."""
     text, values = record.text, record.values
     body = [] if encoder.is_only_special(text) else encoder.body(text)
     completion = [] if values.completion is None else encoder.body(values.completion)
-    answers = {
-        name: _first_token(value, encoder)
-        for name, value in (("answer", values.answer), ("foil", values.foil))
-        if value is not None
-    }
     for part in (text, values.completion):
         counts.update(encoder.special_counts(part) if part is not None else {})
-    if not body or None in answers.values() or (values.completion is not None and not completion):
+    if not body or (values.completion is not None and not completion):
         counts["num_without_tokens"] += 1
         return None
     text_ids = made_from(text, encoder, origins)
     sample = _text_sample(text, [*body, *completion], encoder, max_tokens, text_ids)
+    answers = {
+        name: encoder.continuation(text, [value] if isinstance(value, int) else value)
+        for name, value in (("answer", values.answer), ("foil", values.foil))
+        if value is not None
+    }
+    other = None if values.counterfactual is None else encoder(values.counterfactual)
+    if (fault := _fault(values, sample, answers, other)) is not None:
+        reason, message = fault
+        if unequal == "error":
+            raise UnreadableTextError(f"{str(text)[:80]!r}: {message} (data.unequal: drop leaves such records out)")
+        counts[reason] += 1
+        return None
     by_token: dict[str, list[bool] | list[int]] = {}
     if values.completion is not None:
         first = len(sample.input_ids) - len(completion)
         by_token["completion_mask"] = [place >= first for place in range(len(sample.input_ids))]
         sample = replace(sample, ending=ending_of_ids(encoder, sample.input_ids))
-    if values.counterfactual is not None:
-        other = encoder(values.counterfactual)
-        if len(other) != len(sample.input_ids):
-            counts["num_unequal_lengths"] += 1
-            return None
+    if other is not None:
         by_token["counterfactual_ids"] = other
         text_ids |= made_from(values.counterfactual, encoder, origins)
+    own = {"weight": values.weight, "label": values.label, **{name: tokens[0] for name, tokens in answers.items()}}
     if "answer" in answers:
-        if answers.get("foil") == answers["answer"]:
-            counts["num_equal_answers"] += 1
-            return None
-        answers.setdefault("foil", -1)
-    own = {"weight": values.weight, "label": values.label, **answers}
+        own.setdefault("foil", -1)
+        counts["num_long_answers"] += any(len(tokens) > 1 for tokens in answers.values())
+        counts["num_without_space"] += _within_word(text, values.answer)
     return replace(
         sample,
         id=values.identity(text),
@@ -364,5 +393,56 @@ def _record_sample(
     )
 
 
-def _first_token(value: str | int, encoder: Encoder) -> int | None:
-    return next(iter(encoder.body([value] if isinstance(value, int) else value)), None)
+def _fault(
+    values: Values, sample: Sample, answers: Mapping[str, list[int]], other: list[int] | None
+) -> tuple[str, str] | None:
+    """Why a record cannot be compared: the count that grows by it, and the reason in words. None if it can be."""
+    for name, tokens in answers.items():
+        if not tokens:
+            return "num_not_continuing", (
+                f"the {name} {getattr(values, name)!r} does not begin with a token of its own after it; put the space "
+                "between them before the answer, not at the text's end"
+            )
+    if "foil" in answers and answers["foil"][0] == answers["answer"][0]:
+        return "num_equal_answers", (
+            f"answer {values.answer!r} and foil {values.foil!r} begin with the same token, {answers['foil'][0]}"
+        )
+    if other is not None and len(other) != len(sample.input_ids):
+        return "num_unequal_lengths", f"it has {len(sample.input_ids)} tokens, its counterfactual {len(other)}"
+    return None
+
+
+def _within_word(text: Text, answer: str | int | None) -> bool:
+    return isinstance(text, str) and isinstance(answer, str) and text[-1:].isalpha() and answer[:1].isalpha()
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
+    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]`` without fields.
+
+    ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false
+    or by ``pad_id``.
+    """
+    input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
+    fields: dict[str, Any] = {}
+    for name in samples[0].numbers if samples else ():
+        values = [sample.numbers[name] for sample in samples]
+        whole = all(isinstance(value, int) for value in values)
+        fields[name] = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
+    for name, first in samples[0].by_token.items() if samples else ():
+        is_mask = isinstance(first[0], bool)
+        rows, _ = pad_right([sample.by_token[name] for sample in samples], 0 if is_mask else pad_id)
+        fields[name] = rows.bool() if is_mask else rows
+    return ReferenceBatch(
+        input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples], fields
+    )
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each ``[B, T]`` int64, padded on the right to the longest row."""
+    length = max(1, *map(len, rows))
+    input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return input_ids, mask

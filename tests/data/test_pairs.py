@@ -12,6 +12,7 @@ from sparc3_pl.data.pair_tasks.greater_than import EVENTS
 from sparc3_pl.data.pair_tasks.indirect_objects import NAMES, OBJECTS, PLACES, TEMPLATES
 from sparc3_pl.data.pair_tasks.task import PairText, Part, one_token
 from sparc3_pl.data.pairs import PAIR_TASKS, Pair, PairQuery, encode_pair, make_pairs, pad_pairs
+from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.source import ModelSource
 
@@ -269,7 +270,7 @@ def encoded(encoder: Encoder, unequal="drop", **text) -> tuple[Pair | None, Coun
     ("text", "reason", "message"),
     [
         ({"counterfactual": "Mary gave the key to"}, "num_unequal_lengths", "its counterfactual"),
-        ({"answer": " John gave"}, "num_equal_answers", "begin with the same token, ' ?John'"),
+        ({"answer": " John gave"}, "num_equal_answers", "' John gave' and foil ' John' begin with the same token"),
         ({"answer": ""}, "num_not_continuing", "does not begin with a token of its own"),
         ({"foil": ""}, "num_not_continuing", "does not begin with a token of its own"),
     ],
@@ -300,7 +301,7 @@ def test_of_a_long_answer_the_first_token_counts_and_a_foil_is_not_needed(encode
     whole, counts = encoded(encoder)
     assert not counts
     assert whole.id != pair.id
-    assert whole.text_ids == (encoder.identity(whole.text.clean),)
+    assert whole.sample.text_ids == (encoder.identity(whole.text.clean),)
 
 
 def test_too_long_a_sentence_is_an_error():
@@ -325,3 +326,94 @@ def test_a_batch_is_padded_on_the_right(encoders):
     alone, _ = encoded(encoder, foil=None)
     assert pad_pairs([alone], 0).fields["foil"].tolist() == [-1]
     assert "counterfactual_ids" not in pad_pairs([alone], 0).fields
+
+
+# --- in the data module -----------------------------------------------------------------------------------------------
+
+
+def test_the_data_module_serves_what_make_pairs_makes(encoders):
+    encoder = encoders("words-bos")
+    data = ReferenceData("ioi", num_samples=20, partition="evaluation", seed=4, counterfactual="s2_io", batch_size=6)
+    data.read(encoder)
+    pairs = {p.id: p for p in pairs_of(encoder, "ioi", 20, "evaluation", seed=4, counterfactual="s2_io")}
+    seen = 0
+    for batch in data.predict_dataloader():
+        for row, name in enumerate(batch.ids):
+            pair, size = pairs[name], int(batch.attention_mask[row].sum())
+            assert batch.input_ids[row, :size].tolist() == pair.clean_ids
+            assert batch.fields["counterfactual_ids"][row, :size].tolist() == pair.counterfactual_ids
+            assert (int(batch.fields["answer"][row]), int(batch.fields["foil"][row])) == (pair.answer, pair.foil)
+            seen += 1
+    assert seen == 20
+    about = data.describe()
+    assert about["sample_ids"] == list(pairs)
+    assert (about["source"], about["counterfactual"], about["partition"]) == ("ioi", "s2_io", "evaluation")
+    assert about["seq_len"] is about["text_field"] is None
+    default = ReferenceData("agreement")
+    default.read(encoder)
+    assert len(default.samples) == 128
+    assert default.describe()["counterfactual"] == "number"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"source": "ioi", "answer_field": "answer"},
+            "data.answer_field='answer' has no meaning where data.source=ioi",
+        ),
+        ({"source": "ioi", "filter": "a > 1"}, "data.filter='a > 1' has no meaning"),
+        ({"source": "ioi", "counterfactual": "number"}, "data.counterfactual='number' is no kind that ioi knows"),
+        (
+            {"source": "demo", "counterfactual": "abc"},
+            "data.counterfactual='abc' is for sources that make their sentences",
+        ),
+        ({"source": "demo", "unequal": "keep"}, "data.unequal='keep' is not known"),
+    ],
+)
+def test_settings_of_the_data_module_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        ReferenceData(**options)
+
+
+PAIRS = """\
+clean,counterfactual,answer,foil
+"After Mary and John met, John gave the key to","After Mary and John met, Mary gave the key to", Mary, John
+"After Anna and Paul met, Paul gave the key to","After Anna and Paul met, Anna gave the key to Paul", Anna, Paul
+"After Anna and Ruth met, Ruth gave the key to","After Anna and Ruth met, Anna gave the key to", Ruth, Ruth
+"After Anna and Carl met, Carl gave the key to ","After Anna and Carl met, Anna gave the key to ",Anna,Carol
+"After Jane and Paul met, Paul gave the key to","After Jane and Paul met, Jane gave the key to",Jane,Paul
+"""
+FIELDS = {f"{name}_field": name for name in ("answer", "foil", "counterfactual")} | {"text_field": "clean"}
+
+
+def test_pairs_of_a_file_are_read_dropped_and_counted(encoders, tmp_path, caplog):
+    (tmp_path / "pairs.csv").write_text(PAIRS)
+    encoder = encoders("words")
+    data = ReferenceData(str(tmp_path / "pairs.csv"), **FIELDS)
+    with caplog.at_level("INFO"):
+        data.read(encoder)
+    first = next(sample for sample in data.samples if sample.input_ids == encoder(PAIRS.split('"')[1]))
+    assert first.numbers == {
+        name: encoder.body(f"to {word}")[-1] for name, word in {"answer": "Mary", "foil": "John"}.items()
+    }
+    assert first.by_token["counterfactual_ids"] == encoder(PAIRS.split('"')[3])
+    about = data.describe()
+    reasons = ("num_unequal_lengths", "num_equal_answers", "num_not_continuing", "num_without_space")
+    assert [about[name] for name in reasons] == [1, 1, 1, 1]
+    assert len(data.samples) == 2
+    for message in ("1 answers go on within the text's last word", "1 records whose answer or foil is not told apart"):
+        assert message in caplog.text
+    whole = ReferenceData(str(tmp_path / "pairs.csv"), **FIELDS, unequal="error")
+    with pytest.raises(InputError, match=r"pairs.csv': line [345]: 'After Anna .* \(data.unequal: drop leaves such"):
+        whole.read(encoder)
+
+
+def test_answers_are_read_as_they_follow_the_sentence_not_as_texts_of_their_own(encoders):
+    encoder = encoders("pieces")
+    # SentencePiece puts a space before every text: taken by itself, the name would be the word that follows a space.
+    assert encoder.body("Mary") == encoder.body(" Mary") == [encoder.body("to Mary")[-1]]
+    pair, _ = encoded(encoder, clean='John said to her "', answer="Mary", foil="John")
+    assert [encoder.decode([token]) for token in (pair.answer, pair.foil)] == ["M", "J"]
+    pair, _ = encoded(encoder, answer=" Mary")
+    assert pair.answer == encoder.body("to Mary")[-1]
