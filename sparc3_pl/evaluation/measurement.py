@@ -99,7 +99,9 @@ class Measurement(ABC):
         return asdict(self) if is_dataclass(self) and not isinstance(self, type) else {}
 
 
-MEASUREMENTS: Registry[Measurement] = Registry("model.measurements", Measurement, {})
+MEASUREMENTS: Registry[Measurement] = Registry(
+    "model.measurements", Measurement, {"pairs": "sparc3_pl.evaluation.pairs.SentencePairs"}
+)
 
 
 def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Measurement], ...]:

@@ -1,0 +1,112 @@
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import tiny
+from word_tokenizer import word_tokenizer
+
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.measurement import MEASUREMENTS, Measured, checked_rows, chosen_measurements
+from sparc3_pl.evaluation.pairs import SentencePairs
+
+PAIRS = [
+    ("w4 w5 w6", "w4 w7 w6", "a"),
+    ("w8 w9", "w9 w9", "b"),  # they differ in the first token
+    ("w10 w11 w12 w13 w14", "w10 w11 w12", "a"),
+    ("w3 w4 w5", "w3 w4 w5", "b"),  # the same sentence twice
+]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("more,less,kind\n" + "".join(",".join(pair) + "\n" for pair in PAIRS))
+    return str(path)
+
+
+def by_hand(model, first_token: int, sentence: str) -> float:
+    """The chain rule, one token at a time, each in a forward pass of its own without padding."""
+    tokens = word_tokenizer()(sentence, add_special_tokens=False).input_ids
+    total = 0.0
+    for count, token in enumerate(tokens):
+        ids = torch.tensor([[first_token, *tokens[:count]]])
+        with torch.no_grad():
+            probabilities = model.double()(ids).logits[0, -1].softmax(-1)
+        total += math.log(float(probabilities[token]))
+    return total
+
+
+def measured(measurement: SentencePairs, model, encoder: Encoder) -> dict[str, dict]:
+    units = measurement.units(encoder)
+    with torch.no_grad():
+        rows = [
+            row
+            for start in range(0, len(units), measurement.batch_size)
+            for row in measurement.measure(model, encoder, units[start : start + measurement.batch_size])
+        ]
+    return {row["unit"]: row for row in checked_rows(measurement, rows, len(units))}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_differences_equal_a_loop_over_tokens(source, size):
+    tokenizer, model = word_tokenizer(), tiny("llama").double().eval()
+    encoder = Encoder(tokenizer)
+    measurement = SentencePairs(source, batch_size=size)
+    before = [*encoder.prefix, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    first_token = next(token for token in before if token is not None)
+    rows = list(measured(measurement, model, encoder).values())
+    expected = [by_hand(model, first_token, one) - by_hand(model, first_token, other) for one, other, _ in PAIRS]
+    assert [row["difference"] for row in rows] == pytest.approx(expected, abs=1e-9)
+    assert abs(expected[1]) > 1e-3
+    assert [row["prefers_first"] for row in rows] == [float(value > 0) for value in expected[:3]] + [0.5]
+    figures = measurement.figures(rows)
+    assert figures["prefers_first"] == (sum(value > 0 for value in expected[:3]) + 0.5) / 4
+    assert figures["difference"] == pytest.approx(sum(expected) / 4)
+
+
+def test_a_filter_a_number_and_other_fields(source, tmp_path, caplog):
+    encoder = Encoder(word_tokenizer())
+    assert len(SentencePairs(source, filter='kind == "a"').units(encoder)) == 2
+    assert len(SentencePairs(source, num_pairs=3).units(encoder)) == 3
+    rows = [{"x": "w4", "y": "w5"}, {"x": "w4", "y": "w5"}, {"x": None, "y": "w5"}, {"x": "w6", "y": "w5"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = SentencePairs(str(tmp_path / "own.jsonl"), "x", "y")
+    assert len(own.units(encoder)) == 2
+    assert "1 the same as another, 1 null left out" in caplog.text
+    with pytest.raises(InputError, match=r"model.measurements: pairs.num_pairs=5: .* gives only 2 pairs"):
+        SentencePairs(str(tmp_path / "own.jsonl"), "x", "y", num_pairs=5).units(encoder)
+    with pytest.raises(InputError, match=r"pairs.first_field: no field 'more'; there are: x, y \(line 1\)"):
+        SentencePairs(str(tmp_path / "own.jsonl")).units(encoder)
+
+
+def test_what_is_wrong_is_said_before_the_model_is_there(source):
+    with pytest.raises(InputError, match=r"model.measurements: pairs.source='./no.csv'"):
+        SentencePairs("./no.csv")
+    with pytest.raises(InputError, match=r"pairs.filter='kind' is not FIELD OP VALUE"):
+        SentencePairs(source, filter="kind")
+    with pytest.raises(InputError, match=r"pairs.num_pairs=0 is too small"):
+        SentencePairs(source, num_pairs=0)
+
+
+def test_too_long_a_sentence_has_failed_and_is_no_number(source):
+    encoder = Encoder(word_tokenizer(), context=5)
+    rows = measured(SentencePairs(source, batch_size=4), tiny("llama").eval(), encoder)
+    assert [row.get("failed") for row in rows.values()] == [
+        None,
+        None,
+        "longer than the model's context of 5 tokens",
+        None,
+    ]
+
+
+def test_it_is_built_in_by_name(source):
+    (choice,) = chosen_measurements([{"class_path": "pairs", "init_args": {"source": source}}])
+    assert choice.name == "pairs"
+    assert "pairs" in MEASUREMENTS
+    rows = list(measured(choice.made, tiny("llama").eval(), Encoder(word_tokenizer())).values())
+    settings = Measured.of(choice, rows).settings()
+    assert settings["paired"] == ["prefers_first", "difference"]
+    assert settings["settings"]["source"] == source
+    assert "batch_size" not in settings["settings"]
