@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.structure import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
@@ -123,6 +124,8 @@ class Part:
         index: Which of them, ``[n]`` int64: rows, columns, or flat indices into ``[out, in]``.
         owner: For each entry, the position of its component in the list of the chosen, ``[n]`` int64.
         role: ``writes``: the entries make the component's value; ``reads``: they pass it on to the next layer.
+        mask: Which single weights, in place of ``index`` and ``owner`` (then empty), where they are too many to be
+            listed. ``read`` and ``write`` go through them in the order of their flat indices.
     """
 
     layer: str
@@ -130,6 +133,18 @@ class Part:
     index: Tensor
     owner: Tensor
     role: Literal["writes", "reads"] = "writes"
+    mask: BitMask | None = None
+
+    @classmethod
+    def masked(cls, layer: str, mask: BitMask) -> "Part":
+        """The single weights that a mask shows."""
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(layer, "weights", none, none, mask=mask)
+
+    @property
+    def count(self) -> int:
+        """How many entries, rows or columns they are."""
+        return len(self.index) if self.mask is None else self.mask.count
 
     @property
     def key(self) -> str:
@@ -139,23 +154,30 @@ class Part:
     def read(self, module: nn.Module) -> Tensor:
         """A copy of the entries."""
         values, index = self._locate(module)
-        return values[index].clone()
+        return values[index].clone() if self.mask is None else values[index]
 
     @torch.no_grad()
     def write(self, module: nn.Module, values: Tensor | float) -> None:
         """Writes the entries in place."""
         where, index = self._locate(module)
-        where[index] = values.to(where) if isinstance(values, Tensor) else values
+        if self.mask is None:
+            where[index] = values.to(where) if isinstance(values, Tensor) else values
+        elif isinstance(values, Tensor):
+            where.masked_scatter_(index, values.to(where))
+        else:
+            where.masked_fill_(index, values)
 
     def spread(self, values: Tensor, entries: Tensor) -> Tensor:
         """``[n]`` values, one for each of ``index``, in a shape that multiplies the ``entries`` that ``read`` gives."""
         return values if self.where == "columns" else values.view(-1, *[1] * (entries.dim() - 1))
 
-    def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...]]:
+    def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...] | Tensor]:
         if self.where == "bias":
             bias = module.bias.detach()
             return bias, (self.index.to(bias.device),)
         matrix = weight_matrix(module).detach()
+        if self.mask is not None:
+            return matrix, self.mask.unpacked().view(matrix.shape).to(matrix.device)
         index = self.index.to(matrix.device)
         if self.where == "weights":
             return matrix, (index // matrix.shape[1], index % matrix.shape[1])
@@ -189,6 +211,14 @@ class Component(ABC):
         Raises:
             InputError: if an index is out of range, or two of them are one component.
         """
+
+    def masked_parts(self, model: nn.Module, layer: str, mask: BitMask) -> list[Part]:
+        """As ``parts``, for components that a mask shows because they are too many to be listed.
+
+        Raises:
+            InputError: for a kind that is always listed, or a mask that does not fit the layer.
+        """
+        raise InputError(f"{layer}: {self.unit} are given as a mask, which is for weights; make the plan again")
 
 
 class Neuron(Component):
@@ -270,6 +300,12 @@ class Weight(Component):
         out, inner = features(linear_layer(model, layer))
         check_range("weight", layer, index, out * inner, "weights")
         return [Part(layer, "weights", index, torch.arange(len(index)))]
+
+    def masked_parts(self, model: nn.Module, layer: str, mask: BitMask) -> list[Part]:
+        out, inner = features(linear_layer(model, layer))
+        if mask.size != out * inner:
+            raise InputError(f"the mask of {layer} is of {mask.size} weights, but the layer has {out * inner}")
+        return [Part.masked(layer, mask)]
 
 
 COMPONENTS: Registry[Component] = Registry(

@@ -116,7 +116,7 @@ class PruningCallback(pl.Callback):
             return self.applied  # pruned by an earlier run, and not reverted
         plan = self.load()
         with torch.inference_mode(False):  # what is kept must be usable after an inference run
-            self._applied = apply_plan(model, plan, self.check_fingerprint)
+            self._applied = apply_plan(model, plan, self.check_fingerprint, keep=self.revert)
         counts = plan.counts()
         layers = f"{len(counts)} layer{'' if len(counts) == 1 else 's'}"
         log.info("pruned %d %s in %s (edit %s)", sum(counts.values()), plan.unit, layers, plan.edit)

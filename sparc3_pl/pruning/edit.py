@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import Group, Part
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
 from sparc3_pl.model.structure import linear_layers
@@ -28,12 +29,12 @@ __all__ = ["AppliedPlan", "apply_plan", "planned_changes", "pruned", "revert"]
 
 @dataclass
 class AppliedPlan:
-    """A plan that is in force in a model, and the values that it replaced."""
+    """A plan that is in force in a model, and the values that it replaced (None if they were not to be kept)."""
 
     model: nn.Module
     plan: PrunePlan
     changes: list[Change]
-    kept: dict[str, Tensor]
+    kept: dict[str, Tensor] | None
     zeroed: list[Part]
     active: bool = field(default=True)
 
@@ -43,13 +44,23 @@ class AppliedPlan:
             part.write(self.model.get_submodule(part.layer), 0.0)
 
     def revert(self) -> None:
-        """Puts the replaced values back, bit for bit; does nothing the second time."""
+        """Puts the replaced values back, bit for bit; does nothing the second time.
+
+        Raises:
+            InputError: if they were not kept.
+        """
         if self.active:
+            if self.kept is None:
+                raise InputError(
+                    "the replaced values were not kept; apply the plan with keep=True, or load the model again"
+                )
             _restore(self.model, self.changes, self.kept)
             self.active = False
 
 
-def apply_plan(model: "PreTrainedModel", plan: PrunePlan, check_fingerprint: bool = True) -> AppliedPlan:
+def apply_plan(
+    model: "PreTrainedModel", plan: PrunePlan, check_fingerprint: bool = True, keep: bool = True
+) -> AppliedPlan:
     """Edits ``model`` in place as ``plan`` says.
 
     Args:
@@ -57,6 +68,8 @@ def apply_plan(model: "PreTrainedModel", plan: PrunePlan, check_fingerprint: boo
         plan: What to edit.
         check_fingerprint: Whether the weights must be those that were scored. Turn it off for a model that was
             trained since; names, shapes and indices are checked all the same.
+        keep: Whether the values that are replaced are kept, so that they can be put back: half a model's for a plan
+            that removes half of its weights. They are kept anyhow unless all become zero.
 
     Returns:
         The edit in force, with ``revert`` and ``hold``.
@@ -66,8 +79,12 @@ def apply_plan(model: "PreTrainedModel", plan: PrunePlan, check_fingerprint: boo
             is then as it was.
     """
     changes = planned_changes(model, plan, check_fingerprint)
+    zeroed = [part for part in map(_zeroed, changes) if part.count]
+    if not keep and all(not isinstance(c.factor, Tensor) and c.factor == 0 and c.added is None for c in changes):
+        for part in zeroed:
+            part.write(model.get_submodule(part.layer), 0.0)
+        return AppliedPlan(model, plan, changes, None, zeroed)
     kept = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
-    zeroed = [part for part in map(_zeroed, changes) if len(part.index)]
     applied = AppliedPlan(model, plan, changes, kept, zeroed)
     for change in changes:
         old = kept[change.part.key]
@@ -97,6 +114,8 @@ def _zeroed(change: Change) -> Part:
     part, factor = change.part, change.factor
     if change.added is not None:
         factor = 1.0
+    if part.mask is not None:
+        return part if factor == 0 else replace(part, mask=BitMask.empty(part.mask.size))
     zero = factor == 0 if isinstance(factor, Tensor) else torch.full_like(part.index, factor == 0, dtype=torch.bool)
     return replace(part, index=part.index[zero], owner=part.owner[zero])
 
@@ -163,7 +182,10 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
         if layer in groups and shape not in (None, list(groups[layer].shape), [groups[layer].count]):
             right = list(groups[layer].shape)
             raise InputError(f"the plan's layer {layer} has shape {shape}, but this model's has {right}; wrong model")
-        parts = component.parts(model, layer, entries.index.long())
+        if entries.mask is None:
+            parts = component.parts(model, layer, entries.index.long())
+        else:
+            parts = component.masked_parts(model, layer, entries.mask)
         for name in dict.fromkeys(part.layer for part in parts):
             _check_writable(modules, name)
         chosen = Chosen(layer, parts, entries.score, entries.factor, plan.means.get(layer))
@@ -207,6 +229,8 @@ def _each_entry_once(changes: Sequence[Change]) -> list[Change]:
 
 def _united(group: Sequence[Change]) -> Change:
     first = group[0]
+    if first.part.mask is not None and len(group) == 1:
+        return first
     index, owner = torch.cat([c.part.index for c in group]), torch.cat([c.part.owner for c in group])
     if (index[1:] > index[:-1]).all() and len(group) == 1:
         return first

@@ -1,8 +1,9 @@
 """The plan: which components are edited, how, in which model, and on what evidence.
 
 A plan is a small JSON file that lists the chosen components. What does not belong in JSON lies beside it in safetensors
-files named in the plan with their sha256: the indices of single weights, of which there may be millions (``weights``),
-mean activations for the ``mean`` edit (``means``), and, when asked for, the removed values (``kept``).
+files named in the plan with their sha256: single weights, of which there may be billions, as indices (``weights``) or,
+where these would take more room, as one bit for each weight of the layer (``masks``); mean activations for the ``mean``
+edit (``means``); and, when asked for, the removed values (``kept``).
 """
 
 import math
@@ -30,13 +31,15 @@ from sparc3_pl.io.files import (
     write_text,
 )
 from sparc3_pl.io.formats import Count, Format
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.pruning.edits import EDITS, Edit
 
 __all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]
 
 FORMAT_VERSION = 1
-_COMPANIONS = ("weights", "means", "kept")
+_INDEX_BITS = 32  # of an index in a file, where one bit shows a weight in a mask
+_INT32 = 2**31
 KIND = FileKind.json("a plan", lambda data: {"neurons", "format_version", "model"} <= data.keys())
 
 
@@ -61,19 +64,39 @@ class PlannedNeuron:
 
 @dataclass(frozen=True)
 class Entries:
-    """The chosen components of one layer, all of them in tensors ``[n]``.
+    """The chosen components of one layer, all of them in tensors ``[n]``, or as a mask.
 
     Attributes:
-        index: Indices into the layer's flattened scores, integers.
+        index: Indices into the layer's flattened scores, integers; empty where there is a mask.
         rank: Place of each in the order of the whole choice, best first; None for single weights, whose indices ascend.
         score: The values they were chosen by, float64, NaN where unknown; None for single weights.
         factor: A factor for each, float64, for edits that need one.
+        mask: The chosen weights, where indices would take more room.
     """
 
     index: Tensor
     rank: Tensor | None = None
     score: Tensor | None = None
     factor: Tensor | None = None
+    mask: BitMask | None = None
+
+    @classmethod
+    def of_weights(cls, mask: BitMask) -> Self:
+        """Single weights, in whichever form is the smaller in a file."""
+        if mask.count * _INDEX_BITS > mask.size:
+            return cls(torch.empty(0, dtype=torch.int64), mask=mask)
+        index = mask.index()
+        return cls(index.int() if mask.size <= _INT32 else index)
+
+    @property
+    def count(self) -> int:
+        """How many components are chosen."""
+        return len(self.index) if self.mask is None else self.mask.count
+
+    @property
+    def indices(self) -> Tensor:
+        """``index``, of a mask too: 64 bits for each weight that it shows."""
+        return self.index if self.mask is None else self.mask.index()
 
 
 def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
@@ -143,7 +166,7 @@ class _Content(_About):
     neurons: list[PlannedNeuron]
     num_neurons: int | None = None
     num_weights: int | None = None
-    files: dict[Literal["weights", "means", "kept"], _Companion] = field(default_factory=dict)
+    files: dict[Literal["weights", "masks", "means", "kept"], _Companion] = field(default_factory=dict)
 
 
 FORMAT = Format(_Content, "a plan", FORMAT_VERSION, "make the plan again")
@@ -181,7 +204,7 @@ class PrunePlan(_About):
         command: The command line that made it.
         created: UTC, ISO 8601.
         format_version: Version of the file's layout.
-        weights: By layer, the chosen weights' flat indices into ``[out, in]``, ascending (companion file).
+        weights: By layer, the chosen weights' flat indices into ``[out, in]``, ascending (companion files).
         means: By layer, mean activations ``[neurons]`` (companion file).
         kept: Values before the edit, for ``revert`` (companion file).
     """
@@ -210,19 +233,27 @@ class PrunePlan(_About):
         ]
 
     @property
+    def holds_weights(self) -> bool:
+        """Whether the plan is of single weights, which are not listed."""
+        return any(entries.rank is None for entries in self.entries.values())
+
+    @property
     def weights(self) -> dict[str, Tensor]:
-        """By layer, the chosen weights' flat indices into ``[out, in]``, ascending; empty for listed components."""
-        return {layer: entries.index for layer, entries in self.entries.items() if entries.rank is None}
+        """By layer, the chosen weights' flat indices into ``[out, in]``, ascending; empty for listed components.
+
+        Masks are unpacked for it: of a large plan use ``entries``.
+        """
+        return {layer: entries.indices for layer, entries in self.entries.items() if entries.rank is None}
 
     @property
     def num_neurons(self) -> int:
         """Number of listed components."""
-        return sum(len(entries.index) for entries in self.entries.values() if entries.rank is not None)
+        return sum(entries.count for entries in self.entries.values() if entries.rank is not None)
 
     @property
     def num_weights(self) -> int:
         """Number of chosen single weights."""
-        return sum(map(len, self.weights.values()))
+        return sum(entries.count for entries in self.entries.values() if entries.rank is None)
 
     @property
     def unit(self) -> str:
@@ -235,7 +266,7 @@ class PrunePlan(_About):
             *(layer for layer in self.shapes if layer in self.entries),
             *(layer for layer in self.entries if layer not in self.shapes),
         ]
-        return {layer: len(self.entries[layer].index) for layer in order}
+        return {layer: self.entries[layer].count for layer in order}
 
     def component(self, layer: str) -> str:
         """Name of the kind of component that is chosen in a layer."""
@@ -316,14 +347,24 @@ class PrunePlan(_About):
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
             plan_file = files.enter_context(new_file(path, overwrite, KIND))
             named = {}
-            for kind in _COMPANIONS:
-                if tensors := getattr(self, kind):
+            for kind, tensors in self._companions().items():
+                if tensors:
                     name = f"{path.stem}.{kind}.safetensors"
                     temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
                     named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
             write_text(plan_file, _readable(FORMAT.seal(self.to_json() | {"files": named})))
         return path
+
+    def _companions(self) -> dict[str, dict[str, Tensor]]:
+        """What lies beside the JSON file, by kind."""
+        unlisted = {layer: entries for layer, entries in self.entries.items() if entries.rank is None}
+        return {
+            "weights": {layer: entries.index for layer, entries in unlisted.items() if entries.mask is None},
+            "masks": {layer: entries.mask.bits for layer, entries in unlisted.items() if entries.mask is not None},
+            "means": self.means,
+            "kept": self.kept,
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -339,10 +380,17 @@ class PrunePlan(_About):
         about = {item.name: getattr(content, item.name) for item in fields(_About)}
         plan = cls(entries=entries_of(content.neurons), **about)
         tensors: dict[str, Any] = {kind: _companion(path, entry) for kind, entry in content.files.items()}
-        if weights := tensors.pop("weights", None):
-            if plan.entries:
-                raise InputError(f"{path}: it lists neurons and has weights beside it; make the plan again")
-            tensors["entries"] = {layer: Entries(index) for layer, index in weights.items()}
+        weights, masks = tensors.pop("weights", {}), tensors.pop("masks", {})
+        if plan.entries and (weights or masks):
+            raise InputError(f"{path}: it lists neurons and has weights beside it; make the plan again")
+        if both := sorted(weights.keys() & masks.keys()):
+            raise InputError(f"{path}: layer {both[0]} has indices and a mask beside it; make the plan again")
+        if weights or masks:
+            none = torch.empty(0, dtype=torch.int64)
+            entries = {layer: Entries(index) for layer, index in weights.items()}
+            for layer, bits in masks.items():
+                entries[layer] = Entries(none, mask=BitMask(bits, math.prod(plan.shapes.get(layer, [0]))))
+            tensors["entries"] = {name: entries[name] for name in [*plan.shapes, *entries] if name in entries}
         plan = replace(plan, **tensors)
         plan.check(path)
         for key in ("num_neurons", "num_weights"):
@@ -384,6 +432,12 @@ class PrunePlan(_About):
                 return
         for layer, entries in self.entries.items():
             index = entries.index
+            if entries.mask is not None:
+                if problem := entries.mask.problem:
+                    yield f"the mask of layer {layer} is {problem}"
+                elif not entries.mask.count:
+                    yield f"the mask of layer {layer} shows no weight"
+                continue
             if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or not len(index):
                 yield f"the indices of layer {layer} are not a list of integers"
                 continue
