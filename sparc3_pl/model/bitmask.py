@@ -41,6 +41,13 @@ class BitMask:
         mask.add(0, chosen.flatten())
         return mask
 
+    @classmethod
+    def of_index(cls, index: Tensor, size: int) -> Self:
+        """The set of the components ``index``, ``[n]`` integers."""
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[index.long()] = True
+        return cls.of(chosen)
+
     @property
     def problem(self) -> str | None:
         """What is wrong with the bits, as of a file that was written elsewhere; None if nothing is."""

@@ -8,10 +8,12 @@ import torch
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import sha256_of_file
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.pruning.edits import EDITS, Edit
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of, budgets_of
 from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
 from sparc3_pl.selection.lowest import Selection
@@ -21,7 +23,6 @@ __all__ = ["make_plan"]
 
 _STRONG = 0.05  # a choice is checked for how much of it lies in this share of the general set's strongest
 _MANY = 0.3
-_INT32 = 2**31
 
 
 def make_plan(
@@ -38,6 +39,7 @@ def make_plan(
     control: Spec | Control | None = None,
     seed: int = 0,
     edit: Spec | Edit = "zero",
+    budgets: Spec | Budgets | None = None,
 ) -> PrunePlan:
     """Chooses the components that the behaviour uses and general text does not.
 
@@ -55,6 +57,10 @@ def make_plan(
         control: Draw a control of the same size instead (``controls.py``).
         seed: Seed for drawing the control.
         edit: What the plan does to what is chosen (``edits.py``).
+        budgets: A share of its own for each layer: ``owl``, a file, or a class (``budgets.py``).
+
+    With scope ``row`` or ``pattern``, or with ``budgets``, layers outside of the transformer blocks (the output head)
+    are left out unless ``layers`` is given.
 
     Raises:
         InputError: naming the argument that is wrong.
@@ -62,10 +68,15 @@ def make_plan(
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
     steps = Control(seed) if control is None else _seeded(control, seed)
     general, behaviour = steps.sides(general, behaviour)
-    sides = Scores.of(general, layers), Scores.of(behaviour, layers) if behaviour else None
-    amount = _amount(sides[0], num_neurons, num_weights, share)
+    left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
+    sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
+    amount, own_shares = _amount(sides[0], among, num_neurons, num_weights, share, budgets)
     question = Question(*sides, kind, among, amount, protect)
-    chosen = steps.exchanged(question, question.select(steps.values(question)))
+    if sides[0].holds_weights and type(steps).exchanged is Control.exchanged:
+        entries = _weights(question, steps, change)
+    else:
+        chosen = steps.exchanged(question, question.select(steps.values(question)))
+        entries = _entries(chosen, sides[0], change)
     used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
     warnings = format_warnings(general, used) if used else []
     if control is None and kind.needs_behaviour and not sides[0].holds_weights:
@@ -73,13 +84,16 @@ def make_plan(
     scope_name, arguments = SCOPES.name_of(among), change.arguments()
     settings = {"protect": protect} | kind.settings()
     settings |= {"share": share, "layers": layers and list(layers), "per_layer": scope_name == "layer"}
-    settings |= {} if scope_name in ("model", "layer") else {"scope": scope_name}
+    settings |= {} if scope_name in ("model", "layer") else {"scope": scope_name} | among.arguments()
+    settings |= own_shares | ({"left_out": left_out} if left_out else {})
+    if sides[0].holds_weights and not kind.needs_behaviour and not layers:
+        warnings += _outside_warnings(sides[0])
     alpha = arguments.pop("alpha", None)
     return PrunePlan(
-        entries=_entries(chosen, sides[0], change),
+        entries=entries,
         model=dict(general[0].manifest.model),
         granularity=sides[0].granularity,
-        components={layer: sides[0].components[layer] for layer in chosen} if "+" in sides[0].granularity else {},
+        components={layer: sides[0].components[layer] for layer in entries} if "+" in sides[0].granularity else {},
         num_candidates=sides[0].count,
         contrast=CONTRASTS.name_of(kind),
         edit=EDITS.name_of(change),
@@ -87,7 +101,7 @@ def make_plan(
         control=None if control is None else CONTROLS.name_of(steps),
         seed=None if control is None else steps.seed,
         settings=settings | ({"edit": arguments} if arguments else {}),
-        shapes={layer: list(general[0].shape(layer)) for layer in chosen},
+        shapes={layer: list(general[0].shape(layer)) for layer in entries},
         scores={"general": _provenance(general), "behaviour": _provenance(used)},
         behaviour_samples=_behaviour_ids(used),
         warnings=warnings + _sample_warnings(general, used),
@@ -99,26 +113,65 @@ def _seeded(control: Spec | Control, seed: int) -> Control:
     return CONTROLS.make({"class_path": control, "init_args": {"seed": seed}} if isinstance(control, str) else control)
 
 
-def _amount(scores: Scores, num_neurons: int | None, num_weights: int | None, share: float | None) -> Amount:
-    """How many to choose, in the one way that was given and fits the scores."""
+def _left_out(general: Sequence[ScoreFolder], layers: Sequence[str] | None) -> list[str]:
+    """Layers outside of the transformer blocks, such as the output head, unless layers are named."""
+    inside = [layer for layer in general[0].layers if block_of(layer) is not None] if general else []
+    return [] if layers or not inside else [layer for layer in general[0].layers if layer not in inside]
+
+
+def _amount(
+    scores: Scores,
+    scope: Scope,
+    num_neurons: int | None,
+    num_weights: int | None,
+    share: float | None,
+    budgets: Spec | Budgets | None,
+) -> tuple[Amount, dict[str, Any]]:
+    """How many to choose, in the one way that was given and fits the scores, and what the plan says of it besides."""
     asked = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
     given = {name: value for name, value in asked.items() if value is not None}
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
+    name, values = SCOPES.name_of(scope), ", ".join(f"{key}={value}" for key, value in given.items())
+    if budgets is not None:
+        if not scope.takes_budgets:
+            raise InputError(f"budgets give every layer a share of its own, but scope={name}; use scope=row or layer")
+        if other in given or own in given:
+            raise InputError(f"budgets are shares, but {values} is a number; give share, or nothing besides a file")
+        kind = budgets_of(budgets)
+        shares = kind.shares(scores, Amount(own, None, share).share)
+        arguments = {} if isinstance(kind, FileBudgets) else kind.arguments()
+        return Amount(own, None, share, shares), {"budgets": BUDGETS.name_of(kind), **arguments, "shares": shares}
+    if not scope.takes_amount:
+        if given:
+            raise InputError(f"scope={name} says by itself how many are chosen; leave out {values}")
+        return Amount(own), {}
     if len(given) != 1 or other in given:
-        values = ", ".join(f"{name}={value}" for name, value in given.items()) or "neither was given"
+        values = values or "neither was given"
         raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({values})")
-    return Amount(own, given.get(own), share)
+    return Amount(own, given.get(own), share), {}
+
+
+def _weights(question: Question, control: Control, edit: Edit) -> dict[str, Entries]:
+    """Chosen single weights, as masks or lists, whichever is smaller."""
+    _refuse_factors(edit, torch.zeros(1))
+    entries = {layer: Entries.of_weights(mask) for layer, mask in question.masks(control.values(question))}
+    if not entries:
+        raise InputError("nothing is chosen: the share of every layer is 0; raise one of the budgets")
+    return entries
+
+
+def _refuse_factors(edit: Edit, values: torch.Tensor) -> None:
+    if edit.factors(values.double()) is not None:
+        raise InputError(f"edit={EDITS.name_of(edit)} gives every component a factor: it is not for single weights")
 
 
 def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries]:
     """The selection as a plan holds it: single weights by their indices, everything else listed best first."""
     if scores.holds_weights:
-        if any(edit.factors(values[:1].double()) is not None for _, values in chosen.values()):
-            raise InputError(f"edit={EDITS.name_of(edit)} gives every component a factor: it is not for single weights")
-        return {
-            layer: Entries(index.int() if scores.span(layer)[1] <= _INT32 else index)
-            for layer, (index, _) in chosen.items()
-        }
+        for _, values in chosen.values():
+            _refuse_factors(edit, values[:1])
+        masks = {layer: BitMask.of_index(index, scores.span(layer)[1]) for layer, (index, _) in chosen.items()}
+        return {layer: Entries.of_weights(mask) for layer, mask in masks.items()}
     listed = best_first(chosen)
     factors = edit.factors(torch.tensor([value for *_, value in listed], dtype=torch.float64))
     each = [None] * len(listed) if factors is None else factors.tolist()
@@ -135,6 +188,17 @@ def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:
     return [
         f"{part:.0%} of the chosen are among the {_STRONG:.0%} that general text uses most: the edit will harm "
         f"the model; protect them (protect={_STRONG}) or use another contrast"
+    ]
+
+
+def _outside_warnings(general: Scores) -> list[str]:
+    """Of compression in which the output head, or what else lies outside of the blocks, competes with the rest."""
+    outside = [layer for layer in general.layers if block_of(layer) is None]
+    if not outside or len(outside) == len(general.layers):
+        return []
+    return [
+        f"{', '.join(outside)} competes with the rest, though papers leave the output head out when they compress; "
+        "name the layers to choose from (layers), or use scope=row"
     ]
 
 

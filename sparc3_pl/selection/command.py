@@ -44,6 +44,8 @@ def prune(
     share: float | None = None,
     contrast: str | dict[str, Any] = "difference",
     scope: str | dict[str, Any] = "model",
+    pattern: str | None = None,
+    budgets: str | dict[str, Any] | None = None,
     protect: float = 0.0,
     layers: list[str] | None = None,
     top_general: float = 0.05,
@@ -80,7 +82,12 @@ def prune(
             over its standard error; needs scores made with squares), set_difference (top_behaviour without
             top_general), general (the lowest general scores), or the class path of a Contrast.
         scope: Among whom components compete: model (all with all), layer (the same number, or share, in every layer),
-            or the class path of a Scope.
+            row (weights: the same share of every output row, rounded down), or the class path of a Scope. With row,
+            pattern and budgets the output head is left out unless layers names it.
+        pattern: For weights, instead of a share: n:m, n of every m consecutive inputs of a row stay, the others are
+            chosen. 2:4 and 4:8 are half.
+        budgets: A share of its own for each layer, for scope row or layer: a JSON or YAML file of shares by glob of
+            layer names (share is for the rest), or owl: the share, less in blocks with many outliers (Yin et al. 2024).
         protect: Share of the strongest neurons on general text that is never touched: 0.05 is 5 %.
         layers: Glob patterns of the layers to choose from. Default: all that are scored.
         top_general: For set_difference: the share of the highest general scores that is left out.
@@ -110,6 +117,7 @@ def prune(
     from sparc3_pl.selection.choose import make_plan
 
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
+    scope = _scope(scope, pattern, shrink)
     plan = make_plan(
         [ScoreFolder.open(path) for path in general],
         [ScoreFolder.open(path) for path in behaviour or ()],
@@ -117,12 +125,13 @@ def prune(
         num_weights=num_weights,
         share=share,
         contrast=_with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour}),
-        scope="layer" if shrink else scope,
+        scope=scope,
         layers=layers,
         protect=protect,
         control=None if control == "none" else control,  # not None: on a command line "null" would mean that
         seed=seed,
         edit=_scaled(edit, alpha),
+        budgets=budgets,
     )
     if shrink:
         _check_shrinkable(plan)
@@ -144,6 +153,16 @@ def prune(
 def _with(spec: Spec, name: str, arguments: dict[str, Any]) -> Spec:
     """``spec`` with the arguments that have options of their own, if it is the implementation ``name``."""
     return {"class_path": name, "init_args": arguments} if spec == name else spec
+
+
+def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
+    """The scope, which a pattern and ``shrink`` say by themselves."""
+    if pattern is None:
+        return "layer" if shrink else scope
+    if shrink or scope not in ("model", "pattern"):
+        said = "shrink=true" if shrink else f"scope={scope}"
+        raise InputError(f"pattern={pattern} says among whom weights compete, and so does {said}; give one of them")
+    return {"class_path": "pattern", "init_args": {"pattern": pattern}}
 
 
 def _scaled(edit: Spec, alpha: float | None) -> Spec:
@@ -171,7 +190,7 @@ def _check_places(
 
 def _check_shrinkable(plan: PrunePlan) -> None:
     """What can be refused before the model is loaded."""
-    if plan.weights:
+    if plan.holds_weights:
         raise InputError("shrink removes whole neurons, but these are weight scores; give neuron scores")
     if len(widths := {math.prod(shape) for shape in plan.shapes.values()}) > 1:
         raise InputError(f"shrink needs layers of one width, but widths are {sorted(widths)}; narrow layers")
@@ -246,13 +265,16 @@ def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     from sparc3_pl.document.terminal import print_result
 
     counts, unit = plan.counts(), plan.unit
-    rows = [
-        (layer, Number(count, form="d"), Number(math.prod(plan.shapes[layer]), form="d"))
-        for layer, count in counts.items()
-    ]
+    sizes = {layer: math.prod(plan.shapes[layer]) for layer in counts}
+    rows = [(layer, Number(count, form="d"), Number(sizes[layer], form="d")) for layer, count in counts.items()]
     title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
     factor = "" if plan.alpha is None else f" by {plan.alpha}"
     chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
     lines = [f"{chosen}, edit {plan.edit}{factor}", *(f"warning: {warning}" for warning in plan.warnings)]
+    if left_out := plan.settings.get("left_out"):
+        lines.append(f"left out: {', '.join(left_out)}; name all layers to choose from (layers) to have it pruned too")
+    if plan.holds_weights and plan.edit == "zero" and plan.num_candidates:
+        zeros = Number(100 * plan.num_weights / plan.num_candidates, form=".1f")
+        lines.append(f"a pruned model keeps its size, with {zeros} % zeros among these weights")
     lines += [f"plan: {path}", *([] if saved is None else [f"model: {saved}"])]
     print_result(Table.of(("layer", unit, "of"), rows, title=title), *lines)

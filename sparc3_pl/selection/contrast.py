@@ -28,7 +28,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.registry import Registry, Spec
 from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, require_comparable
-from sparc3_pl.selection.lowest import Block, Passes, collect, cut_lowest
+from sparc3_pl.selection.lowest import Block, Passes, all_finite, collect, cut_lowest
 
 __all__ = [
     "CONTRASTS",
@@ -65,6 +65,14 @@ class Side(ABC):
     @abstractmethod
     def span(self, layer: str) -> tuple[int, int]:
         """First and last + 1 index of a layer's components."""
+
+    def row_length(self, layer: str) -> int:
+        """How many weights a row of the layer has: its inputs.
+
+        Raises:
+            InputError: if the components are no weights.
+        """
+        raise InputError("there are no rows: these are no weight scores; score with --model.granularity weight")
 
     @abstractmethod
     def squared_error(self, layer: str) -> Tensor:
@@ -111,8 +119,10 @@ class Scores(Side):
     layers: tuple[str, ...]
 
     @classmethod
-    def of(cls, folders: Sequence[ScoreFolder], patterns: Sequence[str] | None = None) -> "Scores":
-        """The scores of ``folders`` in the layers that match the glob ``patterns`` (None: all).
+    def of(
+        cls, folders: Sequence[ScoreFolder], patterns: Sequence[str] | None = None, without: Sequence[str] = ()
+    ) -> "Scores":
+        """The scores of ``folders`` in the layers that match the glob ``patterns`` (None: all), ``without`` some.
 
         Raises:
             InputError: if the folders cannot be compared, or a pattern matches no layer.
@@ -123,7 +133,7 @@ class Scores(Side):
             if not fnmatch.filter(names, pattern):
                 raise InputError(f"layers: {pattern!r} matches no scored layer; scored are {', '.join(names[:3])}, ...")
         kept = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns or ("*",))]
-        return cls(tuple(folders), tuple(kept))
+        return cls(tuple(folders), tuple(name for name in kept if name not in without))
 
     @property
     def granularity(self) -> str:
@@ -143,6 +153,15 @@ class Scores(Side):
     def holds_weights(self) -> bool:
         return len(self.folders[0].shape(self.layers[0])) > 1
 
+    def row_length(self, layer: str) -> int:
+        shape = self.folders[0].shape(layer)
+        if len(shape) < 2:
+            raise InputError(
+                f"{self.folders[0].path}: rows and patterns are for weight scores, but these are of "
+                f"{self.granularity}s; score with --model.granularity weight, or use scope=layer"
+            )
+        return shape[1]
+
     def span(self, layer: str) -> tuple[int, int]:
         """All rows (or weights), but for a fused map that holds gate and up together: there the manifest's
         ``neuron_rows`` says which rows are the neurons.
@@ -160,7 +179,7 @@ class Scores(Side):
             start, stop = self.span(layer)
             offset = 0
             for block in mean_blocks(self.folders, layer):
-                if not block.isfinite().all():
+                if not all_finite(block):
                     where = ", ".join(str(folder.path) for folder in self.folders)
                     raise InputError(f"{where}: layer {layer} has scores that are not finite; score again in float32")
                 part = block[max(start - offset, 0) : max(stop - offset, 0)]
@@ -389,8 +408,8 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
 
     def checked() -> Iterator[Block]:
         for block in passes():
-            finite = block.values.isfinite()
-            if not finite.all() and not (block.allowed is not None and finite[block.allowed].all()):
+            values = block.values
+            if not all_finite(values) and (block.allowed is None or not all_finite(values[block.allowed])):
                 raise InputError(f"contrast={name}: layer {block.layer} has values that are not finite; use another")
             yield block
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.registry import Registry
 from sparc3_pl.selection.contrast import Contrast, Side, contrast, protected, strongest
-from sparc3_pl.selection.lowest import Block, Passes, Selection, TooFewCandidates, collect
+from sparc3_pl.selection.lowest import Block, Masks, Passes, Selection, TooFewCandidates, collect
 from sparc3_pl.selection.scope import Amount, Scope
 
 __all__ = [
@@ -76,14 +76,30 @@ class Question:
         try:
             return self.scope.select(passes, self.general, self.amount)
         except TooFewCandidates as error:
-            reasons = [f"{name}={value}" for name, value in self.contrast.arguments().items()]
-            reasons += [f"protect={self.protect}"] if self.protect else []
-            left_out = f" ({', '.join(reasons)})" if reasons else ""
-            name = self.amount.name
-            raise InputError(
-                f"{error.where}{name}={error.asked}, but only {error.available} of {self.general.count} may be "
-                f"chosen{left_out}; lower {name}"
-            ) from None
+            raise self._too_few(error) from None
+
+    def masks(self, passes: Passes) -> Masks:
+        """The lowest of ``passes``, of single weights.
+
+        Raises:
+            InputError: as ``select``.
+        """
+        try:
+            yield from self.scope.masks(passes, self.general, self.amount)
+        except TooFewCandidates as error:
+            raise self._too_few(error) from None
+
+    def _too_few(self, error: TooFewCandidates) -> InputError:
+        reasons = [f"{name}={value}" for name, value in self.contrast.arguments().items()]
+        reasons += [f"protect={self.protect}"] if self.protect else []
+        left_out = f" ({', '.join(reasons)})" if reasons else ""
+        name, asked = self.amount.name, f"{self.amount.name}={error.asked}"
+        if error.among is not None:
+            name, asked = "the share", f"{error.asked} of {error.among} are to be chosen"
+        return InputError(
+            f"{error.where}{asked}, but only {error.available} of {error.among or self.general.count} may be "
+            f"chosen{left_out}; lower {name}"
+        )
 
 
 @dataclass(frozen=True)

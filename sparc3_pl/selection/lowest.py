@@ -1,4 +1,4 @@
-"""The k lowest of billions of values, exactly, in the memory of one block.
+"""The k lowest of billions of values, of all or of each row, exactly, in the memory of one block.
 
 Values come as *passes*: a function that, each time it is called, goes once through all components in the model's order,
 block by block. A block says which of its components are candidates. The choice is by value, ascending; equal values by
@@ -7,26 +7,38 @@ layer, then index.
 Method: radix selection. A float's bits, the sign aside, are in the order of its magnitude, so they make a 32-bit key in
 the order of the floats. One pass counts the upper 16 bits, a second the lower 16 bits within the upper half that
 holds the k-th smallest, and a third collects. No sorting, no copy of the values, and the same answer as a stable sort.
+Within rows, or groups of a row, one pass is enough: a block is cut so that it holds whole ones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import attrgetter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.statistics.agreement import spread_positions
 
 __all__ = [
     "Block",
     "Cut",
+    "Masks",
     "Passes",
     "Selection",
     "TooFewCandidates",
+    "all_finite",
     "collect",
     "cut_lowest",
+    "cut_lowest_of_each",
     "joined",
+    "lowest_in_groups",
+    "lowest_of_each_group",
+    "masks_below",
     "order_keys",
     "sample",
     "select_lowest",
@@ -57,10 +69,11 @@ class TooFewCandidates(InputError):
         asked: How many are to be chosen.
         available: How many candidates there are.
         where: Where that is, to begin a message with; empty for the whole model.
+        among: How many components there are in that place; None for the whole model or layer.
     """
 
-    def __init__(self, asked: int, available: int, where: str = "") -> None:
-        self.asked, self.available, self.where = asked, available, where
+    def __init__(self, asked: int, available: int, where: str = "", among: int | None = None) -> None:
+        self.asked, self.available, self.where, self.among = asked, available, where, among
         super().__init__(f"{where}{asked} are to be chosen, but there are only {available} candidates; choose fewer")
 
 
@@ -68,7 +81,16 @@ Passes = Callable[[], Iterator[Block]]
 Selection = dict[str, tuple[Tensor, Tensor]]
 """By layer, for the layers that have any: indices (int64, ascending) and their values (float32)."""
 
+Masks = Iterator[tuple[str, BitMask]]
+"""For single weights, layer by layer, for the layers that have any: which are chosen."""
+
 _HALF = 1 << 16
+_NARROW = 16  # up to here, comparing every two members of a group is faster than a partial sort of each
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN. Either would carry over into the sum, which takes a fraction of the time."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def order_keys(values: Tensor) -> Tensor:
@@ -134,26 +156,52 @@ def cut_lowest(passes: Passes, k: int) -> Cut:
     Raises:
         TooFewCandidates: if there are fewer than ``k`` candidates.
     """
-    raw = torch.zeros(_HALF + 1, dtype=torch.int64)  # one bucket more for what may not be chosen
+    return cut_lowest_of_each(lambda: (replace(block, layer="") for block in passes()), {"": k})[""]
+
+
+def cut_lowest_of_each(passes: Passes, counts: Mapping[str, int]) -> dict[str, Cut]:
+    """For every layer, the cut below which so many of its candidates lie; two passes in all.
+
+    Args:
+        passes: The components to choose from. Layers that ``counts`` does not name are passed over.
+        counts: How many to take of each layer, at least 1.
+
+    Raises:
+        TooFewCandidates: if a layer has fewer candidates.
+    """
+    raw = {layer: torch.zeros(_HALF + 1, dtype=torch.int64) for layer in counts}  # the last: what may not be chosen
     for block in passes():
+        if block.layer not in counts:
+            continue
         halves = _upper_halves(block.values)
         if block.allowed is not None:
             halves.masked_fill_(~block.allowed, _HALF)
-        raw += torch.bincount(halves, minlength=_HALF + 1)
+        raw[block.layer] += torch.bincount(halves, minlength=_HALF + 1)
+    places = {layer: _place_of(raw.pop(layer), k, layer) for layer, k in counts.items()}
+    lower = {layer: torch.zeros(_HALF, dtype=torch.int64) for layer in counts}
+    for block in passes():
+        if block.layer not in counts:
+            continue
+        high, _ = places[block.layer]
+        half = high - _HALF // 2 if high >= _HALF // 2 else _HALF - 1 - high
+        within = _upper_halves(block.values) == half
+        keys = order_keys(block.values[within if block.allowed is None else within & block.allowed])
+        lower[block.layer] += torch.bincount(keys & (_HALF - 1), minlength=_HALF)
+    cuts = {}
+    for layer, (high, below) in places.items():
+        low, below_low = _bucket(lower[layer], counts[layer] - below)
+        cuts[layer] = Cut(_value_of((high << 16) + low), counts[layer] - below - below_low)
+    return cuts
+
+
+def _place_of(raw: Tensor, k: int, layer: str) -> tuple[int, int]:
+    """The bucket of upper halves, in rising order, that holds the k-th smallest, and how many lie before it."""
     # Negative numbers have the upper half of all halves, in falling order: they come first.
     negative, positive = raw[_HALF // 2 : _HALF], raw[: _HALF // 2]
     upper = torch.cat([negative.flip(0), positive])
     if k > (total := int(upper.sum())):
-        raise TooFewCandidates(k, total)
-    high, below = _bucket(upper, k)
-    half = high - _HALF // 2 if high >= _HALF // 2 else _HALF - 1 - high
-    lower = torch.zeros(_HALF, dtype=torch.int64)
-    for block in passes():
-        within = _upper_halves(block.values) == half
-        keys = order_keys(block.values[within if block.allowed is None else within & block.allowed])
-        lower += torch.bincount(keys & (_HALF - 1), minlength=_HALF)
-    low, below_low = _bucket(lower, k - below)
-    return Cut(_value_of((high << 16) + low), k - below - below_low)
+        raise TooFewCandidates(k, total, f"layer {layer}: " if layer else "")
+    return _bucket(upper, k)
 
 
 def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
@@ -182,6 +230,102 @@ def select_lowest(passes: Passes, k: int) -> Selection:
             ends[block.layer] = filled = into.stop
     starts = dict(zip(ends, [0, *ends.values()], strict=False))
     return {layer: (indices[starts[layer] : end], chosen[starts[layer] : end]) for layer, end in ends.items()}
+
+
+def masks_below(passes: Passes, cuts: Mapping[str, Cut], sizes: Mapping[str, int]) -> Masks:
+    """Which weights lie below their layer's cut; one pass.
+
+    Args:
+        passes: The weights to choose from.
+        cuts: By layer; one and the same ``Cut`` under all names is a cut through the whole model. Layers without one
+            are passed over.
+        sizes: Number of weights of each layer.
+    """
+    for layer, blocks in groupby(passes(), key=attrgetter("layer")):
+        if layer not in cuts:
+            continue
+        mask = BitMask.empty(sizes[layer])
+        for block in blocks:
+            mask.add(block.offset, cuts[layer].take(block))
+        if mask.count:
+            yield layer, mask
+
+
+def lowest_in_groups(
+    passes: Passes, widths: Mapping[str, int], counts: Mapping[str, int], sizes: Mapping[str, int]
+) -> Masks:
+    """The lowest of every group of consecutive weights: of every row, or of every m weights of a row; one pass.
+
+    Args:
+        passes: The weights to choose from.
+        widths: Weights in a group, by layer; a layer's weights are a multiple of it.
+        counts: How many of each group are taken, by layer; layers with 0 are passed over.
+        sizes: Number of weights of each layer.
+
+    Raises:
+        TooFewCandidates: if fewer weights of a group may be chosen than are to be.
+    """
+    for layer, blocks in groupby(passes(), key=attrgetter("layer")):
+        width, count = widths[layer], counts[layer]
+        if not count:
+            continue
+        mask = BitMask.empty(sizes[layer])
+        for block in _of_whole_groups(blocks, width):
+            values = block.values.view(-1, width).numpy()
+            if block.allowed is not None:
+                allowed = block.allowed.view(-1, width).numpy()
+                few = np.flatnonzero(np.count_nonzero(allowed, axis=1) < count)
+                if len(few):
+                    where = f"weights {block.offset + int(few[0]) * width} and on of layer {layer}: "
+                    raise TooFewCandidates(count, int(np.count_nonzero(allowed[few[0]])), where, width)
+                values = np.where(allowed, values, np.float32(np.inf))
+            taken = torch.from_numpy(lowest_of_each_group(values, count))
+            mask.add(block.offset, taken.flatten())
+        yield layer, mask
+
+
+def _of_whole_groups(blocks: Iterable[Block], width: int) -> Iterator[Block]:
+    """The blocks of one layer, cut anew so that each holds whole groups of ``width``."""
+    rest: Block | None = None
+    for block in blocks:
+        block = block if rest is None else joined([rest, block])
+        whole = len(block.values) // width * width
+        ahead, behind = (
+            Block(
+                block.layer,
+                block.offset + piece.start,
+                block.values[piece],
+                None if block.allowed is None else block.allowed[piece],
+            )
+            for piece in (slice(0, whole), slice(whole, len(block.values)))
+        )
+        if whole:
+            yield ahead
+        rest = behind if len(behind.values) else None
+    assert rest is None, f"{len(rest.values)} values of layer {rest.layer} are no whole group of {width}"
+
+
+def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    """Which are the ``count`` lowest of each group ``[groups, width]``; of equal values the first. No NaN.
+
+    Infinity stands for what may not be taken: at least ``count`` of a group must be below it.
+    """
+    width = values.shape[1]
+    if width > _NARROW:
+        last = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
+        taken, equal = values < last, values == last
+        left = count - np.count_nonzero(taken, axis=1)
+        more = np.flatnonzero(np.count_nonzero(equal, axis=1) > left)
+        equal[more] &= np.cumsum(equal[more], axis=1) <= left[more, None]
+        return taken | equal
+    members = np.ascontiguousarray(values.T)  # [width, groups]
+    ranks = np.zeros(members.shape, dtype=np.uint8)
+    for one in range(width):
+        for other in range(one + 1, width):
+            is_first = (members[one] <= members[other]).view(np.uint8)
+            ranks[other] += is_first
+            ranks[one] += 1 - is_first
+    return np.ascontiguousarray((ranks < count).T)
 
 
 def collect(passes: Passes) -> dict[str, Block]:

@@ -211,7 +211,7 @@ def test_shared_samples_are_flagged(tmp_path):
         ({"num_neurons": 3, "control": "best"}, "control='best' is unknown"),
         ({"num_neurons": 3, "edit": "burn"}, "edit='burn' is unknown"),
         ({"num_neurons": 3, "edit": "scale"}, "edit=scale needs a finite alpha, but alpha=None"),
-        ({"num_neurons": 3, "scope": "row"}, "scope='row' is unknown; known are model, layer"),
+        ({"num_neurons": 3, "scope": "column"}, "scope='column' is unknown; known are model, layer"),
         ({"num_neurons": 3, "protect": 1.0}, "protect=1.0 is not a share"),
         ({"num_neurons": 100, "protect": 0.5}, r"only 60 of 120 may be chosen \(protect=0.5\)"),
         ({"num_neurons": 3, "layers": ["y*"]}, "matches no scored layer"),
