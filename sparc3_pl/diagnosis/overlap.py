@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from sparc3_pl.document.document import Picture, Section, Table, Text, count, nu
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.paths import distinct_names
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
@@ -24,6 +26,7 @@ from sparc3_pl.selection.contrast import contrast as contrast_of
 from sparc3_pl.selection.intersections import (
     Ints,
     exclusive_intersections,
+    exclusive_intersections_of_masks,
     expected_common,
     hypergeometric_p,
     matched_draws,
@@ -33,7 +36,7 @@ from sparc3_pl.selection.intersections import (
     strata_by_rank,
 )
 from sparc3_pl.selection.lowest import collect
-from sparc3_pl.statistics.agreement import jaccard, rank_correlation
+from sparc3_pl.statistics.agreement import rank_correlation
 
 __all__ = ["Common", "Overlap", "measure_overlap", "overlap", "overlap_sections"]
 
@@ -108,7 +111,8 @@ def overlap(
     """Compare the neurons chosen for several behaviours: what they share, and whether that is more than chance.
 
     Chance means random selections with the same number in each layer and the same general relevance: strong neurons
-    are chosen for any behaviour. The hypergeometric p-value, which ignores that, stands beside it.
+    are chosen for any behaviour. The hypergeometric p-value, which ignores that, stands beside it. Plans of weights are
+    compared by their masks, without p-values.
 
     Args:
         folders: Plans, or score folders of behaviours (then give general too), two or more.
@@ -183,20 +187,21 @@ def measure_overlap(
         seed: Seed for the draws.
 
     Raises:
-        InputError: if the plans are not for neurons of one model, or do not fit the general scores.
+        InputError: if the plans are not for components of one kind and model, or do not fit the general scores.
     """
     _check_plans(plans, general)
-    sets = {name: {(n.layer, n.index) for n in plan.neurons} for name, plan in plans.items()}
+    of_weights = next(iter(plans.values())).holds_weights
+    sets = {} if of_weights else {name: {(n.layer, n.index) for n in plan.neurons} for name, plan in plans.items()}
     numbers = [plan.num_candidates for plan in plans.values()]
     total = general.count if general else min(numbers) if all(numbers) else None
     groups = pairs_and_all(list(plans))
-    null = _null(sets, general, groups, num_permutations, stratum, seed) if general else {}
-    exclusive = exclusive_intersections(sets)
+    null = _null(sets, general, groups, num_permutations, stratum, seed) if general and not of_weights else {}
+    exclusive = _exclusive_weights(plans) if of_weights else exclusive_intersections(sets)
     return Overlap(
-        sizes={name: len(members) for name, members in sets.items()},
+        sizes={name: sum(plan.counts().values()) for name, plan in plans.items()},
         num_candidates=total,
-        groups=tuple(_common(group, sets, total, null.get(group), contrasts) for group in groups),
-        exclusive=tuple((tuple(name for name in sets if name in members), n) for members, n in exclusive.items()),
+        groups=tuple(_common(group, exclusive, total, null.get(group), contrasts, of_weights) for group in groups),
+        exclusive=tuple((tuple(name for name in plans if name in members), n) for members, n in exclusive.items()),
         num_permutations=num_permutations,
         stratum=stratum,
         seed=seed,
@@ -206,9 +211,6 @@ def measure_overlap(
 
 def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None:
     (first, one), *others = plans.items()
-    for name, plan in plans.items():
-        if plan.weights:
-            raise InputError(f"{name}: this is a plan of weights; overlap compares neurons")
     for name, plan in others:
         if plan.fingerprint != one.fingerprint:
             raise InputError(f"{first} and {name} are plans for different models, so their neurons cannot be compared")
@@ -223,9 +225,21 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
         raise InputError(
             f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
         )
-    missing = sorted({n.layer for plan in plans.values() for n in plan.neurons} - set(general.layers))
+    missing = sorted({layer for plan in plans.values() for layer in plan.entries} - set(general.layers))
     if missing:
         raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those of the plan itself")
+
+
+def _exclusive_weights(plans: Mapping[str, PrunePlan]) -> dict[frozenset[str], int]:
+    """In exactly which plans how many weights are, by masks."""
+    masks: dict[str, dict[str, BitMask]] = {}
+    for name, plan in plans.items():
+        sizes = {layer: math.prod(shape) for layer, shape in plan.shapes.items()}
+        masks[name] = {
+            layer: entries.mask or BitMask.of_index(entries.index, sizes[layer])
+            for layer, entries in plan.entries.items()
+        }
+    return exclusive_intersections_of_masks(masks)
 
 
 def _null(
@@ -254,24 +268,27 @@ def _null(
 
 def _common(
     group: tuple[str, ...],
-    sets: Mapping[str, set[tuple[str, int]]],
+    exclusive: Mapping[frozenset[str], int],
     total: int | None,
     null: tuple[float, list[int]] | None,
     contrasts: Mapping[str, Tensor],
+    of_weights: bool,
 ) -> Common:
-    members = [sets[name] for name in group]
-    common = len(set.intersection(*members))
-    sizes = [len(one) for one in members]
+    common = sum(number for names, number in exclusive.items() if names.issuperset(group))
+    in_any = sum(number for names, number in exclusive.items() if not names.isdisjoint(group))
+    sizes = [sum(number for names, number in exclusive.items() if name in names) for name in group]
     pair = len(group) == 2
+    # No two selections of millions of weights are independent: that p-value would be a long sum that says 0 or 1.
+    counted = pair and total is not None and not of_weights
     has_contrasts = pair and all(name in contrasts for name in group)
     return Common(
         names=group,
         common=common,
-        jaccard=jaccard(*members) if pair else common / len(set.union(*members)),
+        jaccard=common / in_any,
         expected=null and null[0],
         p_value=null and permutation_p(common, null[1]),
         expected_random=None if total is None else total * float(np.prod([size / total for size in sizes])),
-        p_hypergeometric=hypergeometric_p(common, *sizes, total) if pair and total is not None else None,
+        p_hypergeometric=hypergeometric_p(common, *sizes, total) if counted else None,
         correlation=rank_correlation(*(contrasts[name] for name in group)) if has_contrasts else None,
         quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if has_contrasts else None,
     )
@@ -311,7 +328,8 @@ def _intersections(result: Overlap) -> Table:
         f"general relevance (strata of {result.stratum}); p by {result.num_permutations:,} permutations."
     )
     if result.groups[0].expected is None:
-        note = "Matched null: not measured, it needs --general."
+        reason = "it is for components that can be listed" if result.unit == "weights" else "it needs --general"
+        note = f"Matched null: not measured, {reason}."
     return Table.of(columns, rows, note=f"{note} Blind null: all {result.unit} are equally likely.")
 
 

@@ -50,6 +50,7 @@ class SavedModel:
         parameters: Number of parameters before and after.
         bytes: Their size before and after.
         done: What was done to the chosen: ``neurons zeroed``.
+        zeros: Share of the parameters that are zero.
     """
 
     folder: Path
@@ -57,12 +58,13 @@ class SavedModel:
     parameters: tuple[int, int]
     bytes: tuple[int, int]
     done: str
+    zeros: float = 0.0
 
     @property
     def effect(self) -> str:
         """What became of the model, in words."""
         if self.parameters[0] == self.parameters[1]:
-            return f"same size: {self.done}"
+            return f"same size: {self.done}, {self.zeros:.1%} of all parameters are zero"
         return "smaller: the neurons are removed from the matrices"
 
     def __str__(self) -> str:
@@ -219,6 +221,11 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     )
 
 
+def _zeros(model: nn.Module) -> float:
+    """The share of the parameters that are zero; tied ones count once."""
+    return sum(int((p == 0).sum()) for p in model.parameters()) / _parameters(model)[0]
+
+
 def _save(
     model: "PreTrainedModel",
     reference: "PreTrainedModel",
@@ -238,7 +245,7 @@ def _save(
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
         done = f"{plan.unit} {plan.load_edit().participle()}"
-        result = SavedModel(Path(folder), difference, (before, after), (old, new), done)
+        result = SavedModel(Path(folder), difference, (before, after), (old, new), done, _zeros(model))
         write_text(temporary / "README.md", _model_card(model, plan, result))
         listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
         write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")

@@ -30,6 +30,7 @@ from sparc3_pl.document.document import (
 )
 from sparc3_pl.document.verdicts import Check
 from sparc3_pl.io.provenance import redacted
+from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.collect import Inputs, PlanWithScores
 from sparc3_pl.report.effects import (
     Effect,
@@ -41,6 +42,7 @@ from sparc3_pl.report.effects import (
     measurement_table,
     title_of,
 )
+from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
 from sparc3_pl.selection.lowest import sample
 from sparc3_pl.selection.stability import Choice, WeighedContrast
@@ -212,6 +214,11 @@ def _chosen(inputs: Inputs, names: Sequence[str]) -> Iterator[Block]:
         yield Checks(tuple(checks), "Warnings")
 
 
+def _scores_of(folders: Sequence[ScoreFolder], plan: PrunePlan) -> Scores:
+    """The scores that the plan was chosen from."""
+    return Scores.of(folders, plan.settings.get("layers"), plan.settings.get("left_out") or ())
+
+
 def _is_large(entry: PlanWithScores) -> bool:
     """Whether a report does not read the scores of a plan again, because of their size."""
     return any(num_bytes(folder) > MOST_READ for folder in (*entry.general, *entry.behaviour))
@@ -227,9 +234,9 @@ def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
         plan = entry.plan
         if not entry.is_complete or not entry.behaviour or plan.control or _is_large(entry):
             continue
-        if plan.weights or plan.contrast not in get_args(WeighedContrast):
+        if plan.holds_weights or plan.contrast not in get_args(WeighedContrast):
             continue
-        sides = (Scores.of(side, plan.settings.get("layers")) for side in (entry.general, entry.behaviour))
+        sides = (_scores_of(side, plan) for side in (entry.general, entry.behaviour))
         choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
         sections = evidence_sections(weigh(*sides, choice))
         blocks += [Text(f"Plan {name}:"), *(block for section in sections for block in section.blocks)]
@@ -278,9 +285,7 @@ def _distribution(name: str, entry: PlanWithScores, picture: str) -> Picture:
     from sparc3_pl.document.figures import as_svg, contrast_distribution
 
     plan = entry.plan
-    sides = (Scores.of(entry.general, plan.settings.get("layers")), None)
-    if entry.behaviour:
-        sides = (sides[0], Scores.of(entry.behaviour, plan.settings.get("layers")))
+    sides = (_scores_of(entry.general, plan), _scores_of(entry.behaviour, plan) if entry.behaviour else None)
     passes = contrast(named_in_plan(plan.contrast, plan.settings), *sides)
     values = sample(passes, sides[0].count, MOST_BINNED)
     scores = torch.tensor([n.score for n in plan.neurons if n.score is not None])

@@ -13,8 +13,12 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.bitmask import BitMask
+
 __all__ = [
     "exclusive_intersections",
+    "exclusive_intersections_of_masks",
     "expected_common",
     "hypergeometric_p",
     "matched_draws",
@@ -33,6 +37,33 @@ def exclusive_intersections(sets: Mapping[str, Collection[object]]) -> dict[froz
         members = frozenset(name for name, one in sets.items() if element in one)
         counts[members] = counts.get(members, 0) + 1
     return counts
+
+
+def exclusive_intersections_of_masks(masks: Mapping[str, Mapping[str, BitMask]]) -> dict[frozenset[str], int]:
+    """As ``exclusive_intersections``, for sets of very many weights.
+
+    Args:
+        masks: For each name, by layer, the weights in the set. Layers that a name lacks hold none.
+
+    Raises:
+        InputError: for masks of unlike size, or more sets than can be counted together.
+    """
+    names, most = list(masks), 16
+    if len(names) > most:
+        raise InputError(f"{len(names)} plans of weights; compare at most {most} at a time")
+    totals = np.zeros(1 << len(names), dtype=np.int64)
+    for layer in dict.fromkeys(layer for one in masks.values() for layer in one):
+        own = {place: masks[name][layer] for place, name in enumerate(names) if layer in masks[name]}
+        first = next(iter(own.values()))
+        if any(mask.size != first.size for mask in own.values()):
+            raise InputError(f"plans of unlike size for layer {layer} cannot be compared; make them of one model")
+        for start, stop in first.pieces():
+            codes = np.zeros(stop - start, dtype=np.int32)  # bit p: in the set of place p
+            for place, mask in own.items():
+                codes |= mask.part(start, stop).numpy().astype(np.int32) << place
+            totals += np.bincount(codes, minlength=len(totals))
+    members = (frozenset(name for place, name in enumerate(names) if code >> place & 1) for code in range(len(totals)))
+    return {group: int(total) for group, total in zip(members, totals, strict=True) if group and total}
 
 
 def strata_by_rank(layers: Sequence[NDArray[np.floating]], size: int) -> Ints:

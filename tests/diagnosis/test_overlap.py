@@ -1,6 +1,7 @@
 """The overlap command on selections whose overlap is known."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
 WIDTH = 200
 
 
-def scores(seed):
+def scores(seed, shape=(WIDTH,)):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(WIDTH, generator=generator) for name in LAYERS}
+    return {name: torch.rand(*shape, generator=generator) for name in LAYERS}
 
 
 @pytest.fixture
@@ -108,3 +109,30 @@ def test_refusals(folders):
     )
     with pytest.raises(InputError, match="different models"):
         overlap([str(folders / "mine.json"), str(folders / "other.json")])
+
+
+def test_plans_of_weights_are_compared_by_their_masks(tmp_path, capsys):
+    values = {seed: scores(seed, (20, 10)) for seed in range(3)}
+    sets = {}
+    for seed, layers in values.items():
+        folder = write(tmp_path / str(seed), layers, granularity="weight")
+        # The last leaves only a few: a list of indices, which is compared with the others' masks.
+        share = {"scope": "row", "share": 0.5} if seed < 2 else {"num_weights": 5}
+        plan = make_plan([folder], contrast="general", **share)
+        plan.save(tmp_path / f"{seed}.json")
+        flat = [
+            (layer, row * 10 + column)
+            for layer, matrix in layers.items()
+            for row, row_values in enumerate(matrix.tolist())
+            for _, column in sorted((value, place) for place, value in enumerate(row_values))[:5]
+        ]
+        lowest = sorted(((float(x), i, layer) for layer, m in layers.items() for i, x in enumerate(m.flatten())))
+        sets[f"{seed}.json"] = set(flat) if seed < 2 else {(layer, i) for _, i, layer in lowest[:5]}
+    found = overlap([str(tmp_path / name) for name in sets])
+    assert sorted(found.sizes.values()) == [5, 200, 200]
+    for group in found.groups:
+        own = [sets[f"{Path(name).stem}.json"] for name in group.names]
+        assert group.common == len(set.intersection(*own))
+        assert group.jaccard == group.common / len(set.union(*own))
+        assert group.p_value is None and group.p_hypergeometric is None
+    assert "weights" in capsys.readouterr().out

@@ -5,9 +5,12 @@ from math import comb
 
 import numpy as np
 import pytest
+import torch
 
+from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.selection.intersections import (
     exclusive_intersections,
+    exclusive_intersections_of_masks,
     expected_common,
     hypergeometric_p,
     matched_draws,
@@ -90,3 +93,18 @@ def test_quadrants_and_groups():
     assert found == {"--": 0.25, "-+": 0.25, "+-": 0.25, "++": 0.25}
     assert pairs_and_all(["a", "b"]) == [("a", "b")]
     assert pairs_and_all(["a", "b", "c"]) == [("a", "b"), ("a", "c"), ("b", "c"), ("a", "b", "c")]
+
+
+def test_exclusive_intersections_of_masks_are_those_of_sets():
+    rng = np.random.default_rng(1)
+    members = {name: {layer: rng.random(45) < 0.4 for layer in "pq"} for name in "abc"}
+    del members["b"]["q"]  # a plan that leaves a layer alone
+    masks = {
+        name: {layer: BitMask.of(torch.from_numpy(flags)) for layer, flags in one.items()}
+        for name, one in members.items()
+    }
+    sets = {
+        name: {(layer, int(i)) for layer, flags in one.items() for i in np.flatnonzero(flags)}
+        for name, one in members.items()
+    }
+    assert exclusive_intersections_of_masks(masks) == exclusive_intersections(sets)
