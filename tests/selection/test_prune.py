@@ -15,9 +15,12 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
-from sparc3_pl.model.structure import features, mlps
+from sparc3_pl.model.structure import features, linear_layers, mlps
 from sparc3_pl.pruning.edit import pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.pruning.save import save_pruned
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.selection.command import prune
 
 
@@ -191,3 +194,61 @@ def test_control_is_what_was_typed(scored, capsys, control):
     sides = ["--general", *scored["general"], "--behaviour", *scored["behaviour"]]
     assert main(["prune", *sides, "--num_neurons", "5", "--control", control, "--output", scored["output"]]) == 0
     assert PrunePlan.load(scored["output"]).control == (None if control == "none" else control)
+
+
+@pytest.mark.parametrize(
+    ("words", "stay", "of"), [(["--scope", "row", "--share", "0.5"], 8, 16), (["--pattern", "2:4"], 2, 4)]
+)
+def test_compresses_rows_and_patterns(tmp_path, tokenizer, capsys, words, stay, of):  # noqa: F811
+    """The saved model, by plain transformers: the lowest of each group are zero, everything else is as it was."""
+    from sparc3_pl.cli import main
+
+    model = tiny("llama", bias=False)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    layers = [name for name in linear_layers(model) if ".0." in name]
+    folder = score(tmp_path / "s", model, 0, pretrained=tmp_path / "model", layers=layers, weights=True)
+    places = ["--output", str(tmp_path / "plan.json"), "--save_model", str(tmp_path / "m")]
+    assert main(["prune", "--general", folder, "--contrast", "general", *words, *places]) == 0
+    said = capsys.readouterr().out
+    assert "a pruned model keeps its size, with 50.0 % zeros among these weights" in said
+    assert "same size: weights zeroed, " in said
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    scores = ScoreFolder.open(folder)
+    for name, before in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer not in layers:
+            assert torch.equal(loaded[name], before)
+            continue
+        values = scores.load(layer).tolist()
+        for row, weights in enumerate(loaded[name].tolist()):
+            width = len(weights) if words[0] == "--scope" else of
+            for start in range(0, len(weights), width):
+                group = sorted((values[row][i], i) for i in range(start, start + width))
+                zero = {i for _, i in group[: width // 2]}
+                assert [weights[i] for i in range(start, start + width)] == [
+                    0.0 if i in zero else float(before[row, i]) for i in range(start, start + width)
+                ]
+
+
+def test_half_of_every_row_of_a_real_model(tmp_path, smollm2):
+    model = load_model(ModelSource(str(smollm2), "float32"))
+    layers = [name for name in linear_layers(model) if ".layers.0." in name]
+    scores = {name: model.get_submodule(name).weight.detach().abs() for name in layers}
+    about = describe(model, ModelSource(str(smollm2), "float32"))
+    folder = write(tmp_path / "s", scores, granularity="weight", method="magnitude", model=about)
+    plan = make_plan([folder], contrast="general", scope="row", share=0.5)
+    save_pruned(model, None, plan, tmp_path / "m")
+    assert plan.num_weights == sum(values.numel() // 2 for values in scores.values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    for name, before in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in scores:
+            order = before.abs().argsort(dim=1, stable=True)  # each row by magnitude, equal ones by index
+            before = before.scatter(1, order[:, : before.shape[1] // 2], 0.0)
+        assert torch.equal(loaded[name], before), name
+
+
+def test_a_pattern_and_a_scope_are_not_both_taken(scored):
+    with pytest.raises(InputError, match="pattern=2:4 says among whom weights compete, and so does scope=row"):
+        prune(**scored, pattern="2:4", scope="row")
