@@ -136,7 +136,7 @@ class Part:
     mask: BitMask | None = None
 
     @classmethod
-    def masked(cls, layer: str, mask: BitMask) -> "Part":
+    def masked(cls, layer: str, mask: BitMask) -> Part:
         """The single weights that a mask shows."""
         none = torch.empty(0, dtype=torch.int64)
         return cls(layer, "weights", none, none, mask=mask)
