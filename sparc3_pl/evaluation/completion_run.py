@@ -156,4 +156,5 @@ def _row(completion: Completion, scores: dict[str, float]) -> CompletionRow:
         uniqueness=uniqueness(completion.tokens) if ok else None,
         failed=completion.failed,
         tokens=list(completion.tokens),
+        completion_ids=completion.drawn if ok else None,
     )

@@ -72,6 +72,7 @@ class Completion:
         seed: Of its random numbers, derived from the run's seed, the prompt's id and k.
         text: New text only, without special tokens, up to the end token; None if it could not be made.
         tokens: The new token ids before the end token.
+        end: The end token that it drew; None if it was cut.
         failed: Why it could not be made; None if it was.
     """
 
@@ -81,7 +82,13 @@ class Completion:
     seed: int
     text: str | None
     tokens: tuple[int, ...] = ()
+    end: int | None = None
     failed: str | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        """All token ids that were drawn, the end token with them."""
+        return [*self.tokens, *([] if self.end is None else [self.end])]
 
 
 def completion_seed(seed: int, prompt_id: str, k: int) -> int:
@@ -288,7 +295,7 @@ class Generator:
             return Completion(row.id, row.prompt, row.k, row.seed, None, failed=reason)
         tokens = tuple(new[:end])
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(row.id, row.prompt, row.k, row.seed, text, tokens)
+        return Completion(row.id, row.prompt, row.k, row.seed, text, tokens, new[end] if end < len(new) else None)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -45,6 +45,8 @@ class CompletionRow:
         uniqueness: Response uniqueness ratio; None if it failed.
         failed: Why it could not be made; None if it was.
         tokens: Token ids of the new text. Kept while a run goes on, and left out of ``completions.jsonl``.
+        completion_ids: All token ids that were drawn, an end token among them; None if it failed, or was made by an
+            earlier version.
     """
 
     id: str
@@ -57,6 +59,7 @@ class CompletionRow:
     uniqueness: float | None = None
     failed: str | None = None
     tokens: list[int] = field(default_factory=list)
+    completion_ids: list[int] | None = None
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
         """Its line of ``completions.jsonl``, with its token ids if they are asked for."""

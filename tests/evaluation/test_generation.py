@@ -56,6 +56,7 @@ def test_equal_to_a_loop_of_single_rows(tiny_model):
     for c in found:
         ids = [int(w[1:]) for w in c.prompt.split()]
         assert list(c.tokens) == slow_completion(tiny_model, ids, c.seed, SAMPLING)
+        assert c.drawn == [*c.tokens, *[2][: SAMPLING.max_new_tokens - len(c.tokens)]]
         assert c.text == " ".join(f"w{t}" for t in c.tokens if t > 2)
         assert c.failed is None
 

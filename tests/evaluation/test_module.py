@@ -108,6 +108,20 @@ def test_figures_equal_those_of_the_rows(files, capsys):
     assert str(files / "evaluation") in printed
 
 
+def test_completions_are_reference_samples_to_the_token(files):
+    module = module_of(files)
+    rows = run(files, module).completions
+    names = {"text_field": "prompt", "completion_field": "completion_ids", "weight_field": "scores.odd"}
+    data = ReferenceData(f"{module.output}/completions.jsonl", **names, weight_baseline="none")
+    data.read(load_encoder(ModelSource(str(files / "model"))))
+    made = {tuple(i.input_ids): (sum(i.by_token["completion_mask"]), i.numbers["weight"]) for i in data.samples}
+    generator = Generator(tiny("llama"), word_tokenizer(), Sampling(max_new_tokens=10, samples_per_prompt=2))
+    drawn = generator([text_id(p) for p in PROMPTS], PROMPTS)
+    assert made.keys() == {(*(int(w[1:]) for w in c.prompt.split()), *c.drawn) for c in drawn}
+    assert sorted(made.values()) == sorted((len(row.completion_ids), row.scores["odd"]) for row in rows)
+    assert {name for sample in data.samples for name in sample.text_ids} == {row.id for row in rows}
+
+
 def test_a_run_without_a_trainer_gives_the_same(files):
     want = run(files, module_of(files))
     source = ModelSource(str(files / "model"))
