@@ -142,7 +142,7 @@ class Evidence:
 def evidence(
     general: list[str],
     behaviour: list[str],
-    num_neurons: int = 100,
+    num_neurons: int | None = None,
     contrast: WeighedContrast = "difference",
     protect: float = 0.0,
     layers: list[str] | None = None,
@@ -160,7 +160,8 @@ def evidence(
     Args:
         general: Score folders of general text, one per seed.
         behaviour: Score folders of the behaviour's samples, one per seed.
-        num_neurons: Number of neurons that prune would choose.
+        num_neurons: Number of components that prune would choose; unset: 100 neurons, or of other components 10 % of
+            those scored, at most 100.
         contrast: Contrast that prune would choose by.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.
@@ -175,12 +176,19 @@ def evidence(
     check_places("evidence", output, html, overwrite)
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     require_comparable([folder for side in sides for folder in side])
-    result = weigh(*(Scores.of(side, layers) for side in sides), Choice(contrast, num_neurons, protect), seed=seed)
+    scores = [Scores.of(side, layers) for side in sides]
+    size = usual_size(scores[0]) if num_neurons is None else num_neurons
+    result = weigh(*scores, Choice(contrast, size, protect), seed=seed)
     json = as_json("evidence", result.to_json())
     sections = evidence_sections(result)
     title = "Evidence before pruning"
     publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=result.verdict)
     return result
+
+
+def usual_size(scores: Scores) -> int:
+    """Size of the selection if none is given. A model has thousands of neurons but few heads: not all may be chosen."""
+    return 100 if scores.granularity == "neuron" else min(100, max(1, scores.count // 10))
 
 
 def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) -> Evidence:

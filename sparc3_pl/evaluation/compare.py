@@ -37,7 +37,7 @@ _OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambd
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found.
+    """What changed between two evaluations.
 
     Attributes:
         before: Folder of the first evaluation.
@@ -90,11 +90,12 @@ def compare(
     """
     if output is not None:
         check_output(output, overwrite, KIND)
-    found = compare_evaluations(Evaluation.open(before), Evaluation.open(after), seed=seed, num_resamples=num_resamples)
+    sides = [Evaluation.open(path) for path in (before, after)]
+    comparison = compare_evaluations(*sides, seed=seed, num_resamples=num_resamples)
     if output is not None:
-        write_comparison(output, found, seed=seed, num_resamples=num_resamples, overwrite=overwrite)
-    _print(found, None if output is None else Path(output))
-    return found
+        write_comparison(output, comparison, seed=seed, num_resamples=num_resamples, overwrite=overwrite)
+    _print(comparison, None if output is None else Path(output))
+    return comparison
 
 
 def write_comparison(
@@ -303,36 +304,36 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def _print(found: Comparison, path: Path | None) -> None:
+def _print(comparison: Comparison, path: Path | None) -> None:
     from sparc3_pl.document.document import Table
     from sparc3_pl.document.terminal import print_result
 
     columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
-    lines = [f"note: {note}" for note in found.notes]
-    if (p := found.perplexity) is not None and p.block > 1:
+    lines = [f"note: {note}" for note in comparison.notes]
+    if (p := comparison.perplexity) is not None and p.block > 1:
         lines.append(
             f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
             f"{p.num_blocks} blocks of {p.block}"
         )
-    if found.num_dropped:
-        lines.append(f"note: {found.num_dropped} prompts had no completion scored on both sides and are left out")
+    if comparison.num_dropped:
+        lines.append(f"note: {comparison.num_dropped} prompts had no completion scored on both sides and are left out")
     if path is not None:
         lines.append(f"comparison: {path}")
-    print_result(Table.of(columns, _rows(found), title="After against before"), *lines)
+    print_result(Table.of(columns, _rows(comparison), title="After against before"), *lines)
 
 
-def _rows(found: Comparison) -> list[tuple[Cell, ...]]:
+def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
     rows = []
-    if (p := found.perplexity) is not None:
+    if (p := comparison.perplexity) is not None:
         ends = [None if end is None else 100 * (end - 1) for end in (p.low, p.high)]
         change = Number(100 * (p.ratio - 1), form="+.2f", unit=" %")
         cells = (change, interval(*ends, p.num_blocks, "+.2f", unit=" %"), p_value(p.p_value), None, None)
         rows.append(("perplexity", Number(p.before, form=".4f"), Number(p.after, form=".4f"), *cells))
-    for label, by_figure in found.toxicity.items():
+    for label, by_figure in comparison.toxicity.items():
         rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
-    if found.uniqueness is not None:
-        rows.append(_row("unique tokens / tokens", found.uniqueness))
-    for name, by_value in found.measurements.items():
+    if comparison.uniqueness is not None:
+        rows.append(_row("unique tokens / tokens", comparison.uniqueness))
+    for name, by_value in comparison.measurements.items():
         rows += [_row(f"{name}: {value.replace('_', ' ')}", change, "units") for value, change in by_value.items()]
     return rows
 

@@ -110,9 +110,9 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
     Raises:
         InputError: if one is not there or its arguments do not fit, has no name of its own, or takes no units.
     """
-    chosen = tuple(MEASUREMENTS.choose(spec) for spec in specs)
+    choices = tuple(MEASUREMENTS.choose(spec) for spec in specs)
     names: list[str] = []
-    for choice in chosen:
+    for choice in choices:
         name, size = getattr(choice.made, "name", None), choice.made.batch_size
         if not isinstance(name, str) or not name:
             raise InputError(f"model.measurements: {choice.name} has no name; give the class an attribute `name`")
@@ -129,7 +129,7 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
         except (TypeError, ValueError) as error:
             raise InputError(f"model.measurements: the settings of {name} are no JSON ({error})") from None
         names.append(name)
-    return chosen
+    return choices
 
 
 def settings_of(choice: Choice[Measurement]) -> dict[str, Any]:
@@ -268,15 +268,15 @@ class Measured:
 
     def settings(self) -> dict[str, Any]:
         """What ``results.json`` says of it besides its figures: which class, how set, and what ``compare`` needs."""
-        made = self.choice.made
-        own = {"class_path": self.choice.name, "init_args": self.choice.arguments or made.describe()}
+        measurement = self.choice.made
+        own = {"class_path": self.choice.name, "init_args": self.choice.arguments or measurement.describe()}
         return {
             "class": self.choice.name,
             "settings": settings_of(self.choice),
-            "unit": made.unit,
-            "better": made.better,
-            "paired": paired_names(made, self.measured),
+            "unit": measurement.unit,
+            "better": measurement.better,
+            "paired": paired_names(measurement, self.measured),
             "num_units": len(self.rows),
             "num_failed": len(self.rows) - len(self.measured),
-            **({} if type(made).compare is Measurement.compare else {"compared_by": own}),
+            **({} if type(measurement).compare is Measurement.compare else {"compared_by": own}),
         }

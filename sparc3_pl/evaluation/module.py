@@ -174,11 +174,12 @@ class EvaluationModule(pl.LightningModule):
         if self.data.text_source is not None:
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             self._window = window_size(context, self._max_length, self._stride)
-        chosen = [choice.made for choice in self.measurements]
-        units = [from_rank_zero(lambda one=one: list(one.units(self.encoder))) for one in chosen]
-        self.data.plan_batches(
-            self._window, [Units(one.name, u, one.batch_size) for one, u in zip(chosen, units, strict=True)]
-        )
+        measurements = [choice.made for choice in self.measurements]
+        units = [
+            Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
+            for one in measurements
+        ]
+        self.data.plan_batches(self._window, units)
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
@@ -198,10 +199,10 @@ class EvaluationModule(pl.LightningModule):
             check_output(self.output, self.overwrite, KIND)
         self._log = RunLog(self.trainer)
         evaluated, prompts = self._identify(), self.data.prompt_ids  # of all ranks, on every rank
-        known = evaluated.prompts_of_plan(prompts)
-        if known and not self.allow_overlap:
+        overlap = evaluated.prompts_of_plan(prompts)
+        if overlap and not self.allow_overlap:
             raise InputError(
-                f"{len(known)} of {len(set(prompts))} prompts were used to make the plan (first id: {min(known)}), "
+                f"{len(overlap)} of {len(set(prompts))} prompts were used to make the plan (first id: {min(overlap)}), "
                 "so the result would not be held out; choose other prompts (data.partition: evaluation) or give "
                 "--allow_overlap"
             )

@@ -99,6 +99,7 @@ def run(
     """
     from sparc3_pl.report.command import KIND as REPORT
 
+    _check_folder(Path(output))
     check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
     size = _size_key(plan, score or {})
     experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, score or {}, trainer or {})
@@ -154,15 +155,15 @@ class _Experiment:
         """Makes a plan from the scores: ``behaviour``, all others are general."""
         path = self._plan_path(name)
         general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
-        given = {"general": general, "behaviour": [str(scores["behaviour"])], "output": str(path)}
-        given |= settings | {"control": settings["control"] or "none"}
+        arguments = {"general": general, "behaviour": [str(scores["behaviour"])], "output": str(path)}
+        arguments |= settings | {"control": settings["control"] or "none"}
 
         def make(overwrite: bool) -> None:
             from sparc3_pl.selection.command import prune
 
             try:
-                with _typed("prune", *_options(given)):
-                    prune(**given, overwrite=overwrite)
+                with _typed("prune", *_options(arguments)):
+                    prune(**arguments, overwrite=overwrite)
             except TypeError as error:  # a key that prune does not have
                 raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
 
@@ -203,26 +204,27 @@ class _Experiment:
     def compare(self, name: str) -> Comparison:
         """Compares with the evaluation of the model as it was, and keeps the result."""
         folders = [self.folder / "evaluations" / side for side in ("before", name)]
-        found = compare_evaluations(*map(Evaluation.open, folders))
+        comparison = compare_evaluations(*map(Evaluation.open, folders))
         path = self._comparison_path(name)
         with _typed("compare", "--before", str(folders[0]), "--after", str(folders[1]), "--output", str(path)):
-            write_comparison(path, found, overwrite=True)
-        return found
+            write_comparison(path, comparison, overwrite=True)
+        return comparison
 
     def conclude(self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage]) -> None:
-        """Writes and prints what was found, and makes the report of it."""
+        """Writes and prints the outcomes, and makes the report of them."""
         from sparc3_pl.document.terminal import print_result
         from sparc3_pl.report.command import report
 
         best = largest_within(outcomes, bound)
         rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
         summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
-        made = {"versions": versions(), "command": command_line(), "created": now()}
+        origin = {"versions": versions(), "command": command_line(), "created": now()}
         path = self.folder / "experiment.json"
-        write_json(path, summary | made)
-        told = [path, *(stage.output for stage in stages), *(self.stages.settings_file(stage.name) for stage in stages)]
-        told += [self._comparison_path(outcome.name) for outcome in outcomes]
-        report([str(one) for one in told], output=str(self.folder / "report"), overwrite=True)
+        write_json(path, summary | origin)
+        inputs = [path, *(stage.output for stage in stages)]
+        inputs += [self.stages.settings_file(stage.name) for stage in stages]
+        inputs += [self._comparison_path(outcome.name) for outcome in outcomes]
+        report([str(one) for one in inputs], output=str(self.folder / "report"), overwrite=True)
         verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
         if all(outcome.rise is None for outcome in outcomes):
             verdict = "not known, no perplexity was measured"
@@ -235,14 +237,26 @@ class _Experiment:
         return self.folder / "comparisons" / f"{name}.json"
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that holds something else than an experiment, before anything is written there.
+
+    Raises:
+        InputError: if it is a file, or has content but no ``stages``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output={folder}: is a file; give a folder for the experiment")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "stages").is_dir():
+        raise InputError(f"output={folder}: holds other files and no experiment; give a new or an empty folder")
+
+
 def _typed(*words: str) -> AbstractContextManager[Any]:
     """Inside the block results say that they were made by this command, not by the experiment's."""
     return swapped(sys, "argv", ["sparc3", *words])
 
 
-def _options(given: Settings) -> Iterator[str]:
+def _options(arguments: Settings) -> Iterator[str]:
     """Arguments of a function as words of a command line."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None and value is not False:
             values = value if isinstance(value, list) else ["true" if value is True else value]
             yield from (f"--{name}", *map(str, values))
@@ -281,9 +295,9 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
 
     rows = []
     for outcome in outcomes:
-        found = outcome.comparison
+        comparison = outcome.comparison
         perplexity = None if outcome.rise is None else Number(outcome.rise, form="+.2%")
-        for label, figures in found.toxicity.items() or [("", {})]:
+        for label, figures in comparison.toxicity.items() or [("", {})]:
             change = figures.get("mean")
             cells = [None, None, None, None]
             if change is not None:
@@ -294,7 +308,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                     interval(change.low, change.high, change.num_pairs, "+.3f"),
                     p_value(change.p_value),
                 ]
-            name = outcome.name if len(found.toxicity) < 2 else f"{outcome.name}: {label}"
+            name = outcome.name if len(comparison.toxicity) < 2 else f"{outcome.name}: {label}"
             rows.append((name, Number(outcome.count, form="d"), *cells, perplexity))
     columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
     return Table.of(columns, rows, title="Against the model as it was")

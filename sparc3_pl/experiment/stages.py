@@ -100,8 +100,8 @@ class Stages:
         self.settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
         stage.make(stage.output.exists())
-        made = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
-        write_json(self.record_file(stage.name), made)
+        record = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
+        write_json(self.record_file(stage.name), record)
 
     def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
         """Why the stage must be done; None if it is done already. Writes nothing."""

@@ -69,10 +69,10 @@ class PassCLI(LightningCLI):
     """
 
     def __init__(self, name: str, words: Sequence[str]) -> None:
-        self.chosen = PASSES[name]
+        self.kind = PASSES[name]
         super().__init__(
-            self.chosen.module,
-            self.chosen.data,
+            self.kind.module,
+            self.kind.data,
             trainer_class=Trainer,
             parser_class=PassParser,
             parser_kwargs={"prog": f"sparc3 {name}", "description": inspect.getdoc(getattr(Trainer, name))},
@@ -95,20 +95,20 @@ class PassCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lets ``--output`` stand for ``--model.output``, and so on."""
-        module = self.chosen.module
+        module = self.kind.module
         hints, texts = get_type_hints(module.__init__), argument_texts(module)
-        for name in self.chosen.shortcuts:
+        for name in self.kind.shortcuts:
             default = inspect.signature(module).parameters[name].default
             flag = FLAG if hints[name] is bool else {}
             parser.add_argument(f"--{name}", type=hints[name], default=default, help=texts[name], **flag)
             parser.link_arguments(name, f"model.{name}")
-        if self.chosen.takes_plan:
+        if self.kind.takes_plan:
             parser.add_argument("--plan", type=str | None, default=None, help="Plan to apply before measuring.")
 
     def before_instantiate_classes(self) -> None:
         """Adds the pass's own callbacks to the user's."""
         callbacks = [ProgressBar()] if self.config.trainer.enable_progress_bar else []
-        callbacks += [callback() for callback in self.chosen.callbacks]
+        callbacks += [callback() for callback in self.kind.callbacks]
         if (path := self.config.get("plan")) is not None:
             callbacks.append(PruningCallback(PrunePlan.load(path)))
         callbacks.append(RunConfig(self.resolved_config()))
@@ -135,10 +135,11 @@ def run_pass(name: str, words: Sequence[str]) -> None:
     """
     if is_supervised():  # by the command line; Lightning has made itself heard again when it was imported
         quiet()
-    made = PassCLI(name, words)
-    getattr(made.trainer, name)(made.model, made.datamodule)
-    if isinstance(made.model, ScoringModule):
-        if made.model.manifest is not None:
-            print_summary(made.model.manifest, Path(made.model.output))
-        elif made.model.part is not None and made.model.output is not None:
-            print_result(made.model.output)
+    cli = PassCLI(name, words)
+    module = cli.model
+    getattr(cli.trainer, name)(module, cli.datamodule)
+    if isinstance(module, ScoringModule):
+        if module.manifest is not None:
+            print_summary(module.manifest, Path(module.output))
+        elif module.part is not None and module.output is not None:
+            print_result(module.output)

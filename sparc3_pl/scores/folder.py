@@ -41,7 +41,7 @@ from sparc3_pl.scores.manifest import (
     samples_from,
 )
 
-__all__ = ["BLOCK", "ScoreFolder", "mean_blocks", "mean_scores", "require_comparable"]
+__all__ = ["BLOCK", "ScoreFolder", "mean_blocks", "require_comparable"]
 
 BLOCK = 1 << 19  # values read at a time: 2 MB of float32, which stays in cache and does not scatter the heap
 
@@ -264,22 +264,6 @@ def mean_blocks(folders: Sequence[ScoreFolder], name: str, size: int = BLOCK) ->
             yield blocks[0]
         else:
             yield (sum(block.double() for block in blocks) / len(blocks)).float()
-
-
-def mean_scores(folders: Sequence[ScoreFolder]) -> Iterator[tuple[str, Tensor]]:
-    """The mean over seeds: each layer's name and the mean of the folders' scores, one layer at a time.
-
-    Raises:
-        InputError: if the folders cannot be compared (``require_comparable``) or a byte was changed.
-    """
-    require_comparable(folders)
-    for name in folders[0].layers:
-        mean = torch.empty(math.prod(folders[0].shape(name)))
-        start = 0
-        for block in mean_blocks(folders, name):
-            mean[start : start + len(block)] = block
-            start += len(block)
-        yield name, mean.view(folders[0].shape(name))
 
 
 def require_comparable(folders: Sequence[ScoreFolder]) -> None:

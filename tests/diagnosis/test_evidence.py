@@ -135,6 +135,12 @@ def test_t_is_that_of_the_t_contrast(tmp_path, strengths):
     assert found.t.median == pytest.approx(float(expected[lowest].median()), rel=1e-4)
 
 
+@pytest.mark.parametrize(("granularity", "count", "size"), [("neuron", 600, 100), ("head", 600, 60), ("head", 16, 1)])
+def test_the_size_of_a_selection_that_is_not_given(tmp_path, granularity, count, size):
+    path = str(write(tmp_path / "g", {LAYERS[0]: torch.rand(count)}, granularity=granularity).path)
+    assert evidence([path], [path]).num_neurons == size
+
+
 def test_refusals(tmp_path, strengths):
     path = folder(tmp_path / "g", strengths)
     with pytest.raises(InputError, match="num_neurons=1000"):

@@ -243,6 +243,19 @@ def test_other_settings_are_refused_before_anything_is_done(small, passes, tmp_p
     assert content(tmp_path / "out") == before
 
 
+def test_a_folder_of_something_else_is_left_alone(small, passes, tmp_path):
+    for name in ("papers", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "papers" / "experiment.json").write_text("mine")
+    for name, message in (("papers", "holds other files and no experiment"), ("general.txt", "is a file")):
+        with pytest.raises(InputError, match=message):
+            run_experiment(**small | {"output": str(tmp_path / name)})
+    assert content(tmp_path / "papers").keys() == {tmp_path / "papers" / "experiment.json"}
+    assert passes.done == []
+    run_experiment(**small | {"output": str(tmp_path / "empty")})
+    assert (tmp_path / "empty" / "experiment.json").is_file()
+
+
 @pytest.mark.parametrize("lost", ["yaml", "json"])
 def test_a_result_without_its_record_is_not_done(small, passes, tmp_path, lost):
     (tmp_path / "out" / "stages" / f"score-behaviour.{lost}").unlink()

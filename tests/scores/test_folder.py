@@ -16,8 +16,7 @@ from score_folders import LAYERS, random_scores, write
 from sparc3_pl.data.matching import Target, read_targets
 from sparc3_pl.errors import InputError
 from sparc3_pl.io import files
-from sparc3_pl.scores import folder as scores
-from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, mean_scores, require_comparable
+from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, require_comparable
 from sparc3_pl.scores.manifest import FORMAT, ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 
@@ -328,25 +327,14 @@ def test_shape_that_the_file_does_not_have(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 5)], ids=["neuron", "weight"])
-def test_mean_over_seeds(tmp_path, shape, monkeypatch):
-    monkeypatch.setattr(scores, "BLOCK", 4)
+def test_mean_over_seeds(tmp_path, shape):
     sets = [random_scores(seed, shape) for seed in range(3)]
     folders = [write(tmp_path / str(i), values) for i, values in enumerate(sets)]
-    means = dict(mean_scores(folders))
     for name in LAYERS:
         expected = np.mean([values[name].numpy().astype(np.float64) for values in sets], axis=0)
-        assert means[name].shape == shape
-        np.testing.assert_allclose(means[name].numpy(), expected, rtol=1e-7)
-
-
-def test_mean_scores_holds_one_layer(tmp_path, monkeypatch):
-    folders = [write(tmp_path / str(i), random_scores(i, (7, 5))) for i in range(2)]
-    opened = []
-    blocks = ScoreFolder.blocks
-    monkeypatch.setattr(ScoreFolder, "blocks", lambda self, name, *a: opened.append(name) or blocks(self, name, *a))
-    for name, _ in mean_scores(folders):
-        assert set(opened) == {name}
-        opened.clear()
+        blocks = list(mean_blocks(folders, name, size=4))
+        assert [len(block) for block in blocks[:-1]] == [4] * (len(blocks) - 1)
+        np.testing.assert_allclose(torch.cat(blocks).numpy(), expected.ravel(), rtol=1e-7)
 
 
 def test_mean_of_one_is_itself(tmp_path):
@@ -384,13 +372,13 @@ def test_every_mismatch_is_named(tmp_path):
 def test_unlike_folders_are_not_averaged(tmp_path, fields, match):
     folders = [write(tmp_path / "a", random_scores(1)), write(tmp_path / "b", random_scores(1), **fields)]
     with pytest.raises(InputError, match=match):
-        list(mean_scores(folders))
+        require_comparable(folders)
 
 
 def test_unlike_shapes_are_not_averaged(tmp_path):
     folders = [write(tmp_path / "a", random_scores(1, (3,))), write(tmp_path / "b", random_scores(1, (4,)))]
     with pytest.raises(InputError, match=r"shape of .*\[3\] in .*\[4\]"):
-        list(mean_scores(folders))
+        require_comparable(folders)
 
 
 def test_a_byte_flipped_between_two_readings_is_seen(tmp_path):
