@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -19,7 +19,14 @@ from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.fields import Baseline, RecordFields, Unequal, check_unequal, less_baseline
 from sparc3_pl.data.matching import Target, matched_samples, read_targets
 from sparc3_pl.data.pairs import PAIR_TASKS, PairQuery, make_pairs
-from sparc3_pl.data.samples import Sample, pack_windows, pad_samples, record_samples, text_samples
+from sparc3_pl.data.samples import (
+    Sample,
+    pack_windows,
+    pad_samples,
+    random_windows,
+    record_samples,
+    text_samples,
+)
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
@@ -31,6 +38,9 @@ log = logging.getLogger(__name__)
 
 
 # --- from a source to samples -----------------------------------------------------------------------------------------
+
+Windows = Literal["packed", "random"]
+"""How windows are cut out of documents: joined and cut without gaps, or one at a random place of each."""
 
 Progress = Callable[[Iterator[Any], str, int | None], Iterator[Any]]
 """Shows how many texts have been read: of the texts, their unit, and how many there will be."""
@@ -46,6 +56,8 @@ def build_samples(
     targets: Sequence[Target] | None = None,
     baseline: Baseline = "mean",
     unequal: Unequal = "drop",
+    windows: Windows = "packed",
+    seed: int = 0,
     progress: Progress = lambda texts, unit, total: texts,
 ) -> list[Sample]:
     """Draw samples from a source: matched to ``targets`` if these are given, else each record a sample if fields of it
@@ -53,8 +65,8 @@ def build_samples(
 
     ``query.counts`` holds afterwards what was read and left out; beside the counts of ``TextQuery``:
     ``num_without_tokens``, ``num_with_prefix`` (texts with a rendered BOS of their own, which got no second one),
-    ``num_with_special`` (texts within which special tokens stand), and those of ``matched_samples`` and
-    ``record_samples``.
+    ``num_with_special`` (texts within which special tokens stand), and those of ``matched_samples``,
+    ``record_samples`` and ``random_windows``.
 
     Args:
         query: Where from, and which texts.
@@ -65,6 +77,8 @@ def build_samples(
         targets: Lengths and endings to match.
         baseline: What is taken off the weights of records, see ``less_baseline``.
         unequal: What becomes of records that cannot be compared, see ``record_samples``.
+        windows: How windows are cut out of documents.
+        seed: Decides where a random window begins.
         progress: Wraps the texts while they are read.
 
     Raises:
@@ -80,6 +94,9 @@ def build_samples(
         elif query.fields.given:
             records = progress(query.records(), "records", num_samples)
             samples = record_samples(records, encoder, num_samples, max_tokens, baseline, **about, unequal=unequal)
+        elif seq_len is not None and windows == "random":
+            texts = progress(texts, "documents", None)
+            samples = random_windows(texts, encoder, seq_len, num_samples, seed, **about)
         elif seq_len is not None:
             samples = pack_windows(progress(texts, "documents", None), encoder, seq_len, num_samples, **about)
         else:
@@ -149,7 +166,7 @@ class ReferenceData(LightningDataModule):
         text_field: Field of the text, dots for nesting (``prompt.text``). It may hold lists of token ids instead of
             text: these are taken as they stand, and the model then needs no tokenizer.
         filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``, joined by ``and``. A null never passes.
-        seq_len: Window length in tokens, special tokens included; documents are packed. null: each text is a sample.
+        seq_len: Window length in tokens, special tokens included. null: each text is a sample.
         num_samples: How many samples; null: as many as there are (or as ``match`` has).
         seed: Decides which samples are drawn.
         batch_size: Samples of one batch.
@@ -177,6 +194,8 @@ class ReferenceData(LightningDataModule):
             ``ioi``, ``start_01`` for ``greater_than``, ``number`` for ``agreement``. null: the first.
         unequal: What becomes of a record whose text and counterfactual differ in their number of tokens, or whose
             answer and foil begin with the same token: ``drop`` it and count it, or end with an ``error``.
+        windows: ``packed``: documents are joined and cut into windows without gaps. ``random``: one window out of every
+            document longer than ``seq_len``, at a random place, as SparseGPT and Wanda calibrate.
     """
 
     def __init__(
@@ -206,12 +225,15 @@ class ReferenceData(LightningDataModule):
         counterfactual_field: str | None = None,
         counterfactual: str | None = None,
         unequal: Unequal = "drop",
+        windows: Windows = "packed",
     ) -> None:
         super().__init__()
         # A rank may have no sample at all: seven samples on eight ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         positive = {"seq_len": seq_len, "num_samples": num_samples, "batch_size": batch_size, "max_tokens": max_tokens}
         check_positive(**positive)
+        if windows not in get_args(Windows):
+            raise InputError(f"data.windows={windows!r} is unknown; give {' or '.join(get_args(Windows))}")
         fields = RecordFields(
             completion_field, weight_field, label_field, answer_field, foil_field, counterfactual_field
         )
@@ -225,6 +247,10 @@ class ReferenceData(LightningDataModule):
                 f"data.counterfactual={counterfactual!r} is for sources that make their sentences "
                 f"({', '.join(PAIR_TASKS)}); give data.counterfactual_field, or leave it out"
             )
+        if windows == "random" and (seq_len is None or match is not None or fields.given or source in PAIR_TASKS):
+            other = f"match={match!r}" if match is not None else next(iter(fields.given), "seq_len=null")
+            other = f"source={source}" if source in PAIR_TASKS else other
+            raise InputError(f"data.windows=random: with data.{other} no windows are cut; leave out one of the two")
         self.query = TextQuery(
             source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share, fields=fields
         )
@@ -238,6 +264,7 @@ class ReferenceData(LightningDataModule):
         self.unequal: Unequal = unequal
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
+        self.windows = windows
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.samples: list[Sample] = []
         self._pad_id: int | None = None
@@ -275,6 +302,8 @@ class ReferenceData(LightningDataModule):
             targets=targets,
             baseline=self.weight_baseline,
             unequal=self.unequal,
+            windows=self.windows,
+            seed=self.seed,
             progress=partial(_progress, data=self),
         )
         self._tell()
@@ -282,6 +311,12 @@ class ReferenceData(LightningDataModule):
     def _tell(self) -> None:
         """Say in the log what was left out, and what of the texts changes what the model reads."""
         counts, total = self.query.counts, len(self.samples)
+        if counts["num_too_short"]:
+            log.info(
+                "%d documents have no window of data.seq_len=%s tokens and were passed over",
+                counts["num_too_short"],
+                self.seq_len,
+            )
         if any(counts[name] for name in ("num_null", "num_empty", "num_duplicates", "num_without_tokens")):
             log.info("%d samples from %s", total, self.query.seen())
         of_completions = self.query.fields.completion is not None
@@ -364,6 +399,7 @@ class ReferenceData(LightningDataModule):
             **query.origin,
             "seed": self.seed,
             "seq_len": None if self.match or query.fields.given or self.pair_query else self.seq_len,
+            **({} if self.windows == "packed" else {"windows": self.windows}),
             "max_tokens": self.max_tokens,
             "partition": query.half,
             "partition_seed": query.partition_seed,

@@ -1,8 +1,9 @@
-"""Token sequences to attribute: packed windows, one text a sample, and samples matched to another set's format."""
+"""Token sequences to attribute: packed windows, random windows of documents, and one text a sample."""
 
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "pack_windows",
     "pad_right",
     "pad_samples",
+    "random_windows",
     "record_sample",
     "record_samples",
     "text_samples",
@@ -173,6 +175,65 @@ def pack_windows(
         raise InputError(
             f"data.num_samples={n}: {source} gives only {len(windows)} windows of data.seq_len={seq_len} tokens "
             f"({num_tokens} tokens in all); lower data.num_samples or data.seq_len, or give more text"
+        )
+    return list(windows.values())
+
+
+def random_windows(
+    texts: Iterable[Text],
+    encoder: Encoder,
+    seq_len: int,
+    n: int | None,
+    seed: int,
+    source: str = "the source",
+    counts: Counter[str] | None = None,
+    origins: Origins | None = None,
+) -> list[Sample]:
+    """One window of exactly ``seq_len`` tokens out of every document that is longer, at a random place.
+
+    This is how SparseGPT and Wanda draw their calibration samples, but for two things. As in ``pack_windows`` every
+    window starts with the special tokens that the tokenizer puts before a text (BOS), which ``seq_len`` includes; the
+    papers' code tokenizes the document with them, so that only a window from its very start has them. And a document
+    that is drawn is drawn once.
+
+    Args:
+        texts: Documents, in the order in which they are to be drawn; read only as far as ``n`` windows need.
+        encoder: The model's.
+        seq_len: Tokens of a window.
+        n: Number of windows; None: one of every document that is long enough.
+        seed: Decides, with the document, where the window begins; every place is equally likely.
+        source: What the documents come from, for messages.
+        counts: Grows by ``num_too_short`` (documents that are passed over), ``num_duplicates`` (windows equal to an
+            earlier one) and ``num_without_tokens``.
+        origins: Ids of the texts that a document was cut out of.
+
+    Raises:
+        InputError: If ``seq_len`` does not fit the model, or there are fewer long documents than ``n`` (or none).
+    """
+    counts = Counter() if counts is None else counts
+    counts["num_too_short"] += 0
+    windows: dict[str, Sample] = {}
+    for text, body in _read(texts, encoder, counts):
+        prefix = encoder.before(text)
+        _check_seq_len(seq_len, len(prefix), encoder.context)
+        length = seq_len - len(prefix)
+        if len(body) <= length:
+            counts["num_too_short"] += 1
+            continue
+        # By content, so that a document's window does not depend on which others were read before it.
+        start = random.Random(f"{seed} {text_id(text)}").randint(0, len(body) - length)
+        tokens = body[start : start + length]
+        ids = [*prefix, *tokens]
+        text_ids = tuple(sorted(made_from(text, encoder, origins)))
+        window = Sample(text_id(ids), ids, ending_of_ids(encoder, tokens), text_ids)
+        counts["num_duplicates"] += not _merged(windows, window.id, window)
+        if len(windows) == n:
+            break
+    if len(windows) < (n or 1):
+        raise InputError(
+            f"data.num_samples={n}: {source} has only {len(windows)} documents longer than data.seq_len={seq_len} "
+            f"tokens ({counts['num_too_short']} are too short); lower data.num_samples or data.seq_len, or pack "
+            "documents (data.windows: packed)"
         )
     return list(windows.values())
 

@@ -54,6 +54,24 @@ def test_a_seed_gives_the_same_windows_and_another_seed_others(corpus):
     assert not set(one) & set(other)
 
 
+def test_random_windows(corpus, caplog):
+    """As long as asked for, each of one document; what was too short is counted, told and kept with the data."""
+    one, same, other = (
+        ready(ReferenceData(corpus, seq_len=40, windows="random", num_samples=8, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert ids(one) == ids(same) != ids(other)
+    assert all(len(sample.input_ids) == 40 and len(sample.text_ids) == 1 for sample in one.samples)
+    about = one.describe()
+    assert about["windows"] == "random" and "windows" not in ready(ReferenceData(corpus, seq_len=16)).describe()
+    short = ready(ReferenceData(corpus, seq_len=16)).describe()  # of packed windows nothing is too short
+    assert "num_too_short" not in short
+    with caplog.at_level("INFO"):
+        every = ready(ReferenceData(corpus, seq_len=120, windows="random"))
+    count = every.describe()["num_too_short"]
+    assert count == 60 - len(every.samples) > 0
+    assert f"{count} documents have no window of data.seq_len=120 tokens" in caplog.text
+
+
 def test_a_seed_gives_other_texts(prompts):
     one, other = (ready(ReferenceData(prompts, **PROMPTS, num_samples=10, seed=s)) for s in (0, 1))
     assert set(ids(one)) != set(ids(other))
@@ -287,6 +305,10 @@ def test_counts_below_one(key, value):
         ({"partition": "train"}, r"data\.partition='train'"),
         ({"partition_share": 1.5}, r"data\.partition_share=1\.5"),
         ({"filter": "toxicity"}, r"data\.filter='toxicity'"),
+        ({"windows": "rand"}, r"data\.windows='rand' is unknown; give packed or random"),
+        ({"windows": "random", "seq_len": None}, r"data\.windows=random: with data\.seq_len=null no windows"),
+        ({"windows": "random", "match": "scores"}, r"data\.windows=random: with data\.match='scores' no windows"),
+        ({"windows": "random", "label_field": "label"}, r"data\.windows=random: with data\.label_field no windows"),
     ],
 )
 def test_wrong_options(options, message):

@@ -7,7 +7,7 @@ from tiny_tokenizers import digits_tokenizer, documents, sentences, tiny_tokeniz
 
 from sparc3_pl.data.encoding import Encoder, UnreadableTextError
 from sparc3_pl.data.matching import Target, matched_samples, read_targets
-from sparc3_pl.data.samples import ending, pack_windows, text_samples
+from sparc3_pl.data.samples import ending, pack_windows, random_windows, text_samples
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 
@@ -85,6 +85,57 @@ def test_equal_windows_are_served_once():
     seq_len = len(tokenizer(texts[0] + "\n\n").input_ids)
     assert len(pack_windows(texts, Encoder(tokenizer), seq_len, None, counts=counts)) == 1
     assert counts["num_duplicates"] == 3
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_random_windows_are_slices_of_long_documents(bos):
+    """Each window is looked for in its own document's tokens; the document is known by its id."""
+    tokenizer, texts, counts = tiny_tokenizer(bos), documents(30), Counter()
+    bodies = {text_id(text): tokenizer(text, add_special_tokens=False).input_ids for text in texts}
+    seq_len = sorted(map(len, bodies.values()))[10] + bos  # one document fills a window exactly: not longer, left out
+    windows = random_windows(texts, Encoder(tokenizer), seq_len, None, seed=3, counts=counts)
+    long = [name for name, body in bodies.items() if len(body) + bos > seq_len]
+    assert [window.text_ids for window in windows] == [(name,) for name in long]
+    assert counts["num_too_short"] == len(texts) - len(long) >= 11
+    for window in windows:
+        (name,), tokens = window.text_ids, window.input_ids[bos:]
+        starts = [i for i in range(len(bodies[name])) if bodies[name][i : i + seq_len - bos] == tokens]
+        assert starts and len(window.input_ids) == seq_len and window.input_ids[:bos] == [0] * bos
+
+
+def test_random_windows_begin_anywhere():
+    """A document of n tokens has n - length + 1 windows; over many seeds each is drawn about equally often."""
+    text = list(range(12))  # token ids, which stand for themselves
+    encoder = Encoder(digits_tokenizer(), vocab_size=12)
+    starts = Counter(random_windows([text], encoder, 9, 1, seed=seed)[0].input_ids[0] for seed in range(800))
+    assert sorted(starts) == [0, 1, 2, 3]
+    assert all(150 < count < 250 for count in starts.values())  # 200 +- 4 standard deviations
+
+
+def test_a_documents_window_does_not_depend_on_the_others():
+    encoder, texts = Encoder(tiny_tokenizer()), documents(20)
+    every = {w.text_ids: w.input_ids for w in random_windows(texts, encoder, 16, None, seed=1)}
+    some = {w.text_ids: w.input_ids for w in random_windows(texts[::-2], encoder, 16, None, seed=1)}
+    other = {w.text_ids: w.input_ids for w in random_windows(texts, encoder, 16, None, seed=2)}
+    assert some.items() <= every.items() and len(some) < len(every)
+    assert other.keys() == every.keys() and other != every
+
+
+def test_random_windows_read_no_more_than_they_need():
+    read = []
+
+    def texts():
+        for text in documents(100):
+            read.append(text)
+            yield text
+
+    assert len(random_windows(texts(), Encoder(tiny_tokenizer()), 16, 5, seed=0)) == 5
+    assert len(read) < 20
+
+
+def test_too_few_long_documents():
+    with pytest.raises(InputError, match=r"num_samples=9: here has only 0 documents longer than data\.seq_len=5000"):
+        random_windows(documents(12), Encoder(tiny_tokenizer()), 5000, 9, 0, "here")
 
 
 def test_too_little_text_for_the_windows():
