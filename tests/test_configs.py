@@ -49,6 +49,14 @@ def test_model_overlays_fit_eval(path, capsys):
     assert yaml.safe_load(path.read_text())["model"]["pretrained"] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "eval_data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_evaluation_overlays_fit_eval(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        execute(["eval", "--config", str(CONFIGS / "eval.yaml"), "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    assert holds(yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text()))
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_experiments_parse(path, capsys):
     with pytest.raises(SystemExit) as stop:

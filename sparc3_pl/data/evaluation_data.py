@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -31,6 +31,8 @@ __all__ = [
     "Window",
     "WindowBatch",
     "WindowSize",
+    "Windows",
+    "published_windows",
     "read_tokens",
     "sliding_windows",
     "window_size",
@@ -94,28 +96,37 @@ class UnitBatch:
         self.measurement, self.items = measurement, items
 
 
+Windows = Literal["sliding", "published"]
+"""How a text is read: each token scored once (``sliding_windows``), or as pruning papers do (``published_windows``)."""
+
+
 @dataclass(frozen=True)
 class WindowSize:
-    """Length of a perplexity window, and the way from one to the next, in tokens."""
+    """Length of a perplexity window, and the way from one to the next, in tokens; and which windows there are."""
 
     max_length: int
     stride: int
+    windows: Windows = "sliding"
 
 
 LONGEST_WINDOW = 2048
 """Window where ``max_length`` is not set and the model could read more: the length that published figures use."""
 
 
-def window_size(context: int | None, max_length: int | None = None, stride: int | None = None) -> WindowSize:
+def window_size(
+    context: int | None, max_length: int | None = None, stride: int | None = None, windows: Windows = "sliding"
+) -> WindowSize:
     """The window for a model.
 
     Args:
         context: Tokens that the model can read; None: nothing says so.
         max_length: Asked for; None: the context, at most ``LONGEST_WINDOW``.
         stride: Asked for; None: windows that do not overlap.
+        windows: Which windows there are; published ones never overlap.
 
     Raises:
-        InputError: if the window is longer than the context, or the stride longer than the window.
+        InputError: if the window is longer than the context, the stride longer than the window, or published windows
+            are to overlap.
     """
     if max_length is None:
         max_length = min(context or LONGEST_WINDOW, LONGEST_WINDOW)
@@ -126,7 +137,11 @@ def window_size(context: int | None, max_length: int | None = None, stride: int 
         raise InputError(
             f"model.stride={stride} is longer than model.max_length={max_length}; give at most {max_length}"
         )
-    return WindowSize(max_length, stride)
+    if windows == "published" and stride < max_length:
+        raise InputError(
+            f"model.stride={stride}: published windows do not overlap; leave it out, or set model.windows: sliding"
+        )
+    return WindowSize(max_length, stride, windows)
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,27 @@ def sliding_windows(num_tokens: int, max_length: int, stride: int) -> list[Windo
             windows.append(Window(len(windows), start, end, scored))
         reached = end
     return windows
+
+
+def published_windows(num_tokens: int, max_length: int) -> list[Window]:
+    """The windows by which SparseGPT and Wanda measure: whole ones without overlap; what is left at the end is dropped.
+
+    Their code multiplies each window's mean loss, which is over its ``max_length - 1`` predicted tokens, by
+    ``max_length``, and divides the sum by ``max_length`` times the number of windows. Since all windows are equally
+    long, that is the sum of all losses divided by the number of predicted tokens: ``Perplexity`` as it is.
+
+    Raises:
+        InputError: If ``max_length`` is below 2, or the text does not fill a window.
+    """
+    if max_length < 2:
+        raise InputError(f"model.max_length={max_length}: a window needs 2 tokens or more; raise it")
+    if num_tokens < max_length:
+        raise InputError(
+            f"model.windows=published: the text's {num_tokens} tokens fill no window of model.max_length={max_length}; "
+            "lower it, or give more text"
+        )
+    starts = range(0, num_tokens - max_length + 1, max_length)
+    return [Window(index, start, start + max_length, start + 1) for index, start in enumerate(starts)]
 
 
 def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
@@ -377,6 +413,8 @@ class EvaluationData(LightningDataModule):
         if not self.token_ids:
             return []
         assert self._window is not None, "plan_batches says how long a window is"
+        if self._window.windows == "published":
+            return published_windows(len(self.token_ids), self._window.max_length)
         return sliding_windows(len(self.token_ids), self._window.max_length, self._window.stride)
 
     def test_dataloader(self) -> DataLoader:

@@ -156,6 +156,14 @@ def compare_evaluations(
 
 
 def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str, int]) -> RatioChange:
+    ways = [
+        side.results["perplexity"].get("windows", "sliding") for side in (before, after)
+    ]  # earlier versions: one way
+    if ways[0] != ways[1]:
+        raise InputError(
+            f"perplexity.windows is {ways[0]!r} in {before.path} and {ways[1]!r} in {after.path}; evaluate both with "
+            "the same model.windows"
+        )
     for key in ("max_length", "stride", "source", "protocol", "num_tokens"):
         _same(before, after, ("perplexity", key))
     places = [[(row.index, row.num_tokens) for row in side.windows] for side in (before, after)]

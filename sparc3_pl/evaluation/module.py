@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.data.evaluation_data import Units, WindowSize, window_size
+from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
@@ -56,6 +56,8 @@ class EvaluationModule(pl.LightningModule):
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
         max_length: Perplexity window in tokens; unset: the model's context, at most 2048.
         stride: Tokens from one window to the next; unset: ``max_length``, windows that do not overlap.
+        windows: ``sliding``: every token of the text is scored once. ``published``: as SparseGPT and Wanda measure (so
+            that their tables compare), whole windows without overlap, the short one at the end dropped.
         max_new_tokens: Length at which a completion is cut.
         temperature: Sampling temperature; 0: greedy.
         top_p: Nucleus sampling: the likeliest tokens that together reach this probability; 1: all tokens.
@@ -78,6 +80,7 @@ class EvaluationModule(pl.LightningModule):
         trust_remote_code: bool = False,
         max_length: int | None = None,
         stride: int | None = None,
+        windows: Windows = "sliding",
         max_new_tokens: int = 50,
         temperature: float = 0.7,
         top_p: float = 0.9,
@@ -91,11 +94,11 @@ class EvaluationModule(pl.LightningModule):
         overwrite: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(max_length, stride, generation_batch_size)
+        _check_sizes(max_length, stride, windows, generation_batch_size)
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         self.measurements = chosen_measurements(measurements or ())
-        self._max_length, self._stride = max_length, stride
+        self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
         if judge is None:
@@ -173,7 +176,7 @@ class EvaluationModule(pl.LightningModule):
         self._window = None
         if self.data.text_source is not None:
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            self._window = window_size(context, self._max_length, self._stride)
+            self._window = window_size(context, self._max_length, self._stride, self._windows)
         measurements = [choice.made for choice in self.measurements]
         units = [
             Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
@@ -286,12 +289,18 @@ def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
     return callbacks[0] if callbacks else None
 
 
-def _check_sizes(max_length: int | None, stride: int | None, generation_batch_size: int) -> None:
+def _check_sizes(max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int) -> None:
     if max_length is not None and max_length < 2:
         raise InputError(f"model.max_length={max_length}; give at least 2 tokens (the first of a window is not scored)")
     if stride is not None and stride < 1:
         raise InputError(f"model.stride={stride}; give at least 1")
     if stride is not None and max_length is not None and stride > max_length:
         raise InputError(f"model.stride={stride} is longer than model.max_length={max_length}: text would be skipped")
+    if windows not in get_args(Windows):
+        raise InputError(f"model.windows={windows!r} is unknown; give {' or '.join(get_args(Windows))}")
+    if windows == "published" and stride is not None and stride != max_length:
+        raise InputError(
+            f"model.stride={stride}: published windows do not overlap; leave it out, or set model.windows: sliding"
+        )
     if generation_batch_size < 1:
         raise InputError(f"model.generation_batch_size={generation_batch_size}; give at least 1")

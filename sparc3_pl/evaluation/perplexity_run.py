@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_device
 from sparc3_pl.evaluation.perplexity import Perplexity, WindowScorer
 from sparc3_pl.evaluation.rows import WindowRow
-from sparc3_pl.runtime.collectives import gather_lists
+from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["PerplexityRun"]
+
+log = logging.getLogger(__name__)
 
 
 class PerplexityRun(MeasurementRun):
@@ -59,12 +62,23 @@ class PerplexityRun(MeasurementRun):
         if not windows:
             return Outcome({})
         nll, num_tokens = self.perplexity.totals()
+        if is_rank_zero():
+            size = self.window
+            log.info(
+                "perplexity of %d tokens in %d %s windows of %d",
+                num_tokens,
+                len(windows),
+                size.windows,
+                size.max_length,
+            )
         figures = {
             "value": float(self.perplexity.compute()),
             "nll": nll,
             "num_tokens": num_tokens,
             "max_length": self.window.max_length,
             "stride": self.window.stride,
+            "windows": self.window.windows,
+            "num_windows": len(windows),
             "source": data["text_source"],
             "protocol": data["protocol"],
         }

@@ -92,6 +92,8 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     if (p := results["perplexity"]) is not None:
         of = f"{p['num_tokens']} tokens, window {p['max_length']}, stride {p['stride']}"
+        if p["windows"] == "published":
+            of = f"{p['num_tokens']} tokens of {p['num_windows']} windows of {p['max_length']}, as papers print it"
         rows.append(("perplexity", Number(p["value"], form=".4f"), of))
     if (t := results["toxicity"]) is not None:
         of = f"{t['num_completions']} completions of {t['num_prompts']} prompts"

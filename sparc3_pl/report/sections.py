@@ -376,6 +376,8 @@ def _measured(inputs: Inputs) -> Table:
         text = NOTHING
         if perplexity:
             text = f"{perplexity['source']}, window {perplexity['max_length']}, stride {perplexity['stride']}"
+            if perplexity.get("windows") == "published":
+                text += f", {perplexity['num_windows']} whole windows as papers print it"
         judged = NOTHING
         if toxicity:
             number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"

@@ -15,6 +15,7 @@ from sparc3_pl.data.evaluation_data import (
     Units,
     WindowBatch,
     WindowSize,
+    published_windows,
     sliding_windows,
     window_size,
 )
@@ -78,6 +79,27 @@ def test_each_token_is_scored_once_in_the_first_window_that_reaches_it(num_token
 def test_windows_that_would_leave_tokens_out(max_length, stride, message):
     with pytest.raises(InputError, match=message):
         sliding_windows(100, max_length, stride)
+
+
+@pytest.mark.parametrize("num_tokens", [8, 9, 15, 16, 50])
+def test_published_windows_are_whole_and_the_rest_is_dropped(num_tokens):
+    windows, tokens = published_windows(num_tokens, 8), list(range(num_tokens))
+    slices = []  # the papers' loop: as many whole windows as fit
+    for i in range(num_tokens // 8):
+        slices.append(tokens[i * 8 : (i + 1) * 8])
+    assert [tokens[w.start : w.end] for w in windows] == slices
+    assert all(w.scored == w.start + 1 for w in windows)
+    assert [w.index for w in windows] == list(range(len(slices)))
+
+
+def test_published_windows_that_do_not_fit():
+    with pytest.raises(
+        InputError, match=r"windows=published: the text's 7 tokens fill no window of model\.max_length=8"
+    ):
+        published_windows(7, 8)
+    with pytest.raises(InputError, match=r"model\.stride=4: published windows do not overlap"):
+        window_size(64, 8, 4, "published")
+    assert window_size(64, None, None, "published") == WindowSize(64, 64, "published")
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(16, 16), (16, 5)])

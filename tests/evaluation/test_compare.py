@@ -78,6 +78,10 @@ def test_failed_completions_are_left_out_on_both_sides(tmp_path):
         ({"drop": {4, 7}}, r"2 prompts are in one of them only \(first id: p04\)"),
         ({"nll": NLL[:-1]}, "text windows differ"),
         ({"perplexity": {"max_length": 32, "stride": 64}}, r"perplexity\.max_length is 64"),
+        (
+            {"perplexity": {"max_length": 64, "stride": 64, "windows": "published"}},
+            r"perplexity\.windows is 'sliding' in .*a and 'published' in .*b",
+        ),
         ({"perplexity": None, "toxicity": None}, "no figure in common"),
     ],
 )

@@ -122,6 +122,30 @@ def test_completions_are_reference_samples_to_the_token(files):
     assert {name for sample in data.samples for name in sample.text_ids} == {row.id for row in rows}
 
 
+def test_perplexity_as_papers_print_it(files, capsys):
+    """The loop of SparseGPT and Wanda, as their papers and code describe it, on the model as transformers runs it."""
+    words = [f"w{3 + (7 * i) % 47}" for i in range(90)]
+    texts = ["", *(" ".join(words[i : i + 11]) for i in range(0, 90, 11)), ""]
+    (files / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = load_model(ModelSource(str(files / "model"))).eval()
+    ids = word_tokenizer()("\n\n".join(texts), return_tensors="pt").input_ids
+    seq_len, losses = 32, []
+    count = ids.numel() // seq_len
+    for i in range(count):
+        batch = ids[:, i * seq_len : (i + 1) * seq_len]
+        with torch.no_grad():
+            logits = source(batch).logits.double()
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:])
+        losses.append(loss * seq_len)
+    want = math.exp(sum(losses) / (count * seq_len))
+    data = data_of(files, text_source=str(files / "text.jsonl"), prompts_source=None)
+    found = run(files, module_of(files, stride=None, windows="published", judge=None), data).results["perplexity"]
+    assert found["value"] == pytest.approx(want, rel=1e-6)
+    assert (found["windows"], found["num_windows"], found["num_tokens"]) == ("published", count, count * (seq_len - 1))
+    assert ids.numel() % seq_len and found["protocol"]["num_text_tokens"] == ids.numel()
+    assert f"{count * (seq_len - 1)} tokens of {count} windows of 32, as papers print it" in capsys.readouterr().out
+
+
 def test_a_run_without_a_trainer_gives_the_same(files):
     want = run(files, module_of(files))
     source = ModelSource(str(files / "model"))
@@ -357,7 +381,15 @@ def test_an_existing_result_is_refused_at_the_start(files, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_length": 1}, {"stride": 0}, {"max_length": 8, "stride": 9}, {"generation_batch_size": 0}]
+    "wrong",
+    [
+        {"windows": "printed"},
+        {"windows": "published", "stride": 4},
+        {"max_length": 1},
+        {"stride": 0},
+        {"max_length": 8, "stride": 9},
+        {"generation_batch_size": 0},
+    ],
 )
 def test_impossible_sizes_are_refused_when_the_module_is_made(files, wrong):
     with pytest.raises(InputError, match=list(wrong)[-1]):
