@@ -100,7 +100,9 @@ class Measurement(ABC):
 
 
 MEASUREMENTS: Registry[Measurement] = Registry(
-    "model.measurements", Measurement, {"pairs": "sparc3_pl.evaluation.pairs.SentencePairs"}
+    "model.measurements",
+    Measurement,
+    {"pairs": "sparc3_pl.evaluation.pairs.SentencePairs", "task": "sparc3_pl.evaluation.tasks.TaskAccuracy"},
 )
 
 

@@ -21,6 +21,7 @@ from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
+from sparc3_pl.evaluation.tasks import task_specs
 from sparc3_pl.io.files import check_output
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
@@ -66,6 +67,12 @@ class EvaluationModule(pl.LightningModule):
         generation_batch_size: Completions made at once; changes no completion, only speed and memory.
         judge: What scores completions; unset: Detoxify ``original``, or the demo's own judge for the demo model.
         measurements: Measurements of your own, each a class path, alone or with ``init_args``; they follow the others.
+        tasks: Multiple-choice tasks of the LM Evaluation Harness (``lm_eval``, extra ``harness``), as
+            ``[boolq, arc_easy]``: zero-shot accuracy, item by item.
+        tasks_folder: Folder of task files (YAML) besides the harness' own, for tasks of your own and for machines
+            without a hub.
+        tasks_limit: Only the first so many items of each task; null: all.
+        tasks_batch_size: Sequences (a context with one of its choices) in one forward pass.
         allow_overlap: Evaluate also on prompts from which the plan was made; the results say so.
         output: Where the results go; by default ``evaluation`` in the run's log folder.
         overwrite: Replace an earlier evaluation in ``output``.
@@ -89,6 +96,10 @@ class EvaluationModule(pl.LightningModule):
         generation_batch_size: int = 64,
         judge: SequenceJudge | Judge | None = None,
         measurements: list[dict[str, Any] | str] | None = None,
+        tasks: list[str] | None = None,
+        tasks_folder: str | None = None,
+        tasks_limit: int | None = None,
+        tasks_batch_size: int = 8,
         allow_overlap: bool = False,
         output: str | None = None,
         overwrite: bool = False,
@@ -97,7 +108,10 @@ class EvaluationModule(pl.LightningModule):
         _check_sizes(max_length, stride, windows, generation_batch_size)
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
-        self.measurements = chosen_measurements(measurements or ())
+        if not tasks and (tasks_folder is not None or tasks_limit is not None):
+            raise InputError("model.tasks_folder and model.tasks_limit need model.tasks; name tasks, or leave them out")
+        specs = task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)
+        self.measurements = chosen_measurements([*(measurements or ()), *specs])
         self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
@@ -110,6 +124,7 @@ class EvaluationModule(pl.LightningModule):
         self._loaded_fingerprint: str | None = None
         """Of the model before any edit; None if the plan's own check tells it."""
         self._window: WindowSize | None = None
+        self._units: list[Units] = []
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -148,9 +163,14 @@ class EvaluationModule(pl.LightningModule):
         if self.data.text_source is None and self.data.query is None and not self.measurements:
             raise InputError(
                 "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, or "
-                "model.measurements"
+                "model.measurements or model.tasks"
             )
         self.data.read(self.encoder)
+        made = (choice.made for choice in self.measurements)
+        self._units = [
+            Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
+            for one in made
+        ]
 
     def configure_model(self) -> None:
         """Loads the weights, once, takes their fingerprint before any edit, and says what the batches are to hold.
@@ -177,12 +197,7 @@ class EvaluationModule(pl.LightningModule):
         if self.data.text_source is not None:
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             self._window = window_size(context, self._max_length, self._stride, self._windows)
-        measurements = [choice.made for choice in self.measurements]
-        units = [
-            Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
-            for one in measurements
-        ]
-        self.data.plan_batches(self._window, units)
+        self.data.plan_batches(self._window, self._units)
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 

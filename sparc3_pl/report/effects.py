@@ -298,8 +298,8 @@ def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
     ]
     columns = ("edit", "measurement", "value", "change", "95 % interval", "p", "better/worse")
     note = (
-        "Intervals: bootstrap over the units of the measurement; p: paired permutation test. A measurement may define "
-        "its own."
+        "Intervals: bootstrap over the units of the measurement; p: paired permutation test, of a task's right and "
+        "wrong answers McNemar's exact test. A measurement may define its own."
     )
     return Table.of(columns, rows, title="Further measurements", note=note) if rows else None
 

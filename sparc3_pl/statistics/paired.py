@@ -19,6 +19,7 @@ __all__ = [
     "block_length",
     "bootstrap_interval",
     "bootstrap_ratios",
+    "mcnemar_p_value",
     "paired_change",
     "pairs_needed",
     "ratio_change",
@@ -51,7 +52,8 @@ class PairedChange:
         relative_change: change / before; None if before is 0.
         low: Lower end of the 95 % bootstrap interval of ``change``; None below ``LEAST_UNITS`` pairs.
         high: Upper end, likewise.
-        p_value: Two-sided sign-flip permutation test of "no change".
+        p_value: Two-sided sign-flip permutation test of "no change"; of answers that are right or wrong, McNemar's
+            exact test, which is the same test with all patterns counted.
         improved: Units with a better value after.
         worsened: Units with a worse value after.
         unchanged: Units with equal values.
@@ -204,6 +206,23 @@ def sign_flip_p_value(differences: Floats, *, seed: int = 0, num_resamples: int 
         signs = rng.integers(0, 2, size=(size, n), dtype=np.int8) * 2.0 - 1.0
         extreme += int((np.abs(signs @ differences) >= observed).sum())
     return (1 + extreme) / (1 + num_resamples)
+
+
+def mcnemar_p_value(before: Floats, after: Floats) -> float:
+    """Two-sided exact p-value of McNemar's test that right answers turn wrong as often as wrong ones turn right.
+
+    Of n items whose answer changed, k one way and n - k the other: 2 P(X <= min(k, n - k)), at most 1, X binomial with
+    n trials of probability 1/2 (McNemar 1947). It is the sign-flip test of the differences, all patterns counted.
+
+    Args:
+        before: ``[n]``, 1 for right, 0 for wrong.
+        after: ``[n]``, in the same order.
+    """
+    assert np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all(), "1 for right, 0 for wrong"
+    lost, won = int((before > after).sum()), int((before < after).sum())
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))  # whole numbers: nothing is rounded
+    return min(1.0, 2 * tail / 2**n)
 
 
 def pairs_needed(change: float, standard_deviation: float, *, power: float = 0.8, alpha: float = 0.05) -> int | None:

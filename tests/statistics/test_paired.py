@@ -10,6 +10,7 @@ import scipy.stats
 from sparc3_pl.statistics.paired import (
     block_length,
     bootstrap_interval,
+    mcnemar_p_value,
     paired_change,
     pairs_needed,
     ratio_change,
@@ -60,6 +61,17 @@ def test_p_value_of_many_pairs_agrees_with_scipy():
         (AFTER, BEFORE), lambda a, b, axis: (a - b).mean(axis), permutation_type="samples", n_resamples=20_000, rng=3
     ).pvalue
     assert sign_flip_p_value(AFTER - BEFORE, num_resamples=20_000) == pytest.approx(want, abs=5e-3)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (0, 1), (1, 7), (5, 5), (6, 5), (40, 21), (700, 610)])
+def test_mcnemar_agrees_with_scipys_binomial_test(lost, won):
+    before = np.array([1.0] * lost + [0.0] * won + [1.0] * 9 + [0.0] * 4)
+    after = np.array([0.0] * lost + [1.0] * won + [1.0] * 9 + [0.0] * 4)
+    want = scipy.stats.binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
+    assert mcnemar_p_value(before, after) == pytest.approx(want, rel=1e-9)
+    if 0 < lost + won <= 13:  # the sign-flip test counts all patterns then
+        changed = (after - before)[: lost + won]
+        assert sign_flip_p_value(changed) == pytest.approx(want)
 
 
 def test_p_value_is_uniform_where_nothing_changes():
