@@ -31,12 +31,14 @@ from sparc3_pl.attribution.accumulators import (
 from sparc3_pl.attribution.checkpointing import checkpointed
 from sparc3_pl.attribution.recording import LayerPass, inputs_shown, recording
 from sparc3_pl.attribution.rules import PreparedRules, RuleSet
+from sparc3_pl.attribution.sequential import Blocks, Sparsity
 from sparc3_pl.attribution.targets import Attributed, Target, attribute
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Component, Group
+from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Registry
-from sparc3_pl.runtime.collectives import is_sharded
+from sparc3_pl.runtime.collectives import is_rank_zero, is_sharded, sum_over_ranks
 
 __all__ = [
     "COUNTERFACTUAL",
@@ -75,6 +77,8 @@ class Options:
         seed: Seed of random scores.
         sums_on_host: Keep the sums of weight scores in the host's memory.
         gradient_checkpointing: Keep the activations of one decoder layer at a time, see ``checkpointed``.
+        sequential: Prune decoder layers one after the other while scoring: a share of each row or a pattern, see
+            ``Sparsity``.
     """
 
     signed: bool = False
@@ -84,6 +88,7 @@ class Options:
     seed: int = 0
     sums_on_host: bool = False
     gradient_checkpointing: bool = False
+    sequential: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,13 @@ class Method(ABC):
 
         Raises:
             InputError: if a layer's sums are not finite, or a layer takes no part in the model's forward pass.
+        """
+        return None
+
+    def finish(self, model: nn.Module, layers: Mapping[str, Layer], options: Options) -> None:
+        """Completes the layers' sums after the last batch, before those of the ranks are added up.
+
+        Every rank calls it, also one that had no batch.
         """
         return None
 
@@ -336,13 +348,18 @@ class Lrp(Gradient):
 class Wanda(Method):
     r"""S_ij = |W_ij| * ||x_j||_2, the norm over all real tokens of all samples (Sun et al., ICLR 2024, Eq. 1).
 
-    Memory: one float64 vector ``[I]`` for each layer, whatever the number of tokens.
+    Memory: one float64 vector ``[I]`` for each layer, whatever the number of tokens. With ``Options.sequential``, which
+    is how its authors prune, also the hidden states of all samples before one decoder layer (``sequential.py``).
     """
 
     needs_weights = True
 
+    def __init__(self) -> None:
+        self._blocks: Blocks | None = None
+        """The batches so far, if decoder layers are pruned one after the other."""
+
     def heeds(self, component: Component) -> frozenset[str]:
-        return frozenset(("nonfinite",))
+        return frozenset(("nonfinite", "sequential") if component.dims == 2 else ("nonfinite",))
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
         norms = torch.zeros(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
@@ -352,6 +369,9 @@ class Wanda(Method):
     def take_in(
         self, model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, Layer], target: Target, options: Options
     ) -> None:
+        if options.sequential is not None:
+            self._blocks_of(model, layers, options).hold(batch)
+            return
         squares = _InputSquares(batch.attention_mask.bool(), options.nonfinite == "zero")
         energy: dict[str, Tensor] = {}
 
@@ -366,6 +386,42 @@ class Wanda(Method):
         inputs_shown(model, batch, {name: layer.module for name, layer in layers.items()}, add)
         require_all(layers, energy)
         require_finite(energy)
+
+    def _blocks_of(self, model: nn.Module, layers: Mapping[str, Layer], options: Options) -> Blocks:
+        if self._blocks is None:
+            modules = {name: layer.module for name, layer in layers.items()}
+            self._blocks = Blocks(model, modules, Sparsity.of(options.sequential))
+        return self._blocks
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module, layers: Mapping[str, Layer], options: Options) -> None:
+        if options.sequential is None:
+            return
+        blocks, self._blocks = self._blocks_of(model, layers, options), None
+        squares = [_InputSquares(batch.attention_mask.bool(), options.nonfinite == "zero") for batch in blocks.held]
+        seen: dict[str, Tensor] = {}
+
+        def take(batch: int, name: str, x: Tensor) -> None:
+            squares_I, counts = squares[batch].of(x)
+            layers[name].sums["sum"] += squares_I
+            for kind, count in counts.items():
+                layers[name].sums[kind] += count
+            seen[name] = layers[name].sums["sum"].sum()
+
+        def measured(name: str) -> Tensor:
+            if blocks.held:
+                require_all({name: layers[name]}, seen)
+                require_finite({name: seen[name]})
+            sums, group = layers[name].sums, layers[name].group
+            for tensor in sums.values():
+                sum_over_ranks(tensor)
+            scores_OI = self.scores(sums, group, 1, weight_matrix(layers[name].module).detach(), options)
+            if not is_rank_zero():  # the sums of all ranks are going to be added up
+                for tensor in sums.values():
+                    tensor.zero_()
+            return scores_OI
+
+        blocks.run(take, measured)
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         return group.reduced(weight_OI.float().abs() * sums["sum"].sqrt().float()).float()

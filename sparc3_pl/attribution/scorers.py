@@ -96,6 +96,11 @@ class Scorer:
         target = Predicted() if is_stand_in else self.target
         return self.method.take_in(self.model, batch.to(device), self.layers, target, self.options)
 
+    def finish(self) -> None:
+        """Completes this rank's sums after its last batch; every rank must call it, see ``Method.finish``."""
+        if self.method.needs_samples:
+            self.method.finish(self.model, self.layers, self.options)
+
     def scores(self, name: str, num_samples: int) -> LayerScores:
         """A layer's scores, once the sums hold ``num_samples`` samples.
 

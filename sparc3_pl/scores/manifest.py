@@ -109,6 +109,7 @@ class About:
     targets: list[str] | None = None
     nonfinite: str | None = None
     seed: int | None = None
+    sequential: str | None = None
     relevance_account: dict[str, Any] | None = None
     at_values: bool = False
 
@@ -187,6 +188,7 @@ class Manifest(About):
         targets: Globs of the scored layers; null: the component's own choice.
         nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
         seed: Seed of random scores; null for other methods.
+        sequential: The share or pattern by which decoder layers were pruned one after the other while scoring.
         relevance_account: Of a method that checks itself on one sample (LRP): ``relative_residual`` and
             ``num_tokens``; where nothing was measured, the ``reason``.
         at_values: Whether components are scored where their values are read: a neuron at the input of the
@@ -274,7 +276,7 @@ class Manifest(About):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
 
-_ONLY_WHERE_GIVEN = ("method_args", "granularity_args", "target_args", "at_values", "shards")
+_ONLY_WHERE_GIVEN = ("sequential", "method_args", "granularity_args", "target_args", "at_values", "shards")
 """Keys that most manifests do not have."""
 
 FORMAT = Format(

@@ -84,6 +84,9 @@ class ScoringModule(pl.LightningModule):
         sums_on_host: Keep the sums of weight scores (as large as the weights in float32) in the host's memory, where
             they do not fit beside the model. Larger batches then mean fewer transfers. The processes add them up
             through gloo, whatever connects their devices.
+        sequential: For ``wanda`` and single weights: a share (``0.5``) or pattern (``"2:4"``: 2 of 4 stay) by which
+            each decoder layer is pruned, row by row, before the next one's inputs are measured, as Wanda's authors do.
+            The model itself is not changed; ``prune`` must then remove the same.
         gradient_checkpointing: Keep the activations of one decoder layer at a time and make the others again, for
             windows that do not fit: about a third slower, the same scores.
     """
@@ -111,16 +114,24 @@ class ScoringModule(pl.LightningModule):
         shard: str | None = None,
         sums_on_host: bool = False,
         gradient_checkpointing: bool = False,
+        sequential: str | float | None = None,
     ) -> None:
         super().__init__()
         self.request = ScoreRequest.of(
             method, granularity, target, targets, signed=signed, squares=squares, groups=groups, nonfinite=nonfinite,
             seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
+            sequential=None if sequential is None else str(sequential),
         )  # fmt: skip
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.output, self.overwrite = output, overwrite
         self.part = _checked_part(part, shard, self.request)
         self.checkpoint_every = _checked_interval(checkpoint_every, output)
+        if sequential is not None and (self.part is not None or checkpoint_every is not None):
+            other = "part" if self.part is not None else "model.checkpoint_every"
+            raise InputError(
+                f"model.sequential={sequential}: a decoder layer is pruned by what all samples show, so that neither "
+                f"sums in between nor those of a part can be kept; leave out {other}"
+            )
         self.model: PreTrainedModel | None = None
         self.run: ScoreRun | None = None
         """From the first batch on."""
@@ -189,6 +200,11 @@ class ScoringModule(pl.LightningModule):
             raise InputError(
                 f"model.device_map={self.source.device_map!r}: trainer.strategy=ModelParallelStrategy places the model "
                 "itself; leave out one of the two"
+            )
+        if (sequential := self.request.options.sequential) is not None:
+            raise InputError(
+                f"model.sequential={sequential}: a model that trainer.strategy=ModelParallelStrategy shares out cannot "
+                "be run layer by layer; use model.device_map, or processes with a whole model each"
             )
         if self.request.options.sums_on_host:
             raise InputError(

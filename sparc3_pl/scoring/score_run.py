@@ -12,6 +12,7 @@ from torch import nn
 
 from sparc3_pl.attribution.methods import METHODS, Method, Options
 from sparc3_pl.attribution.scorers import LayerScores, Scorer, groups_of, require_heeded
+from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.attribution.targets import TARGETS, Target
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
@@ -61,6 +62,8 @@ class ScoreRequest:
             raise InputError("model.granularity is an empty list; name what is scored, as neuron")
         for component in components:
             require_heeded(request.method.made, component.made, request.target.made, request.options)
+        if request.options.sequential is not None:
+            Sparsity.of(request.options.sequential)
         if len({component.made.dims for component in components}) > 1:
             raise InputError("model.granularity: scores of single weights and of whole components need two runs")
         return request
@@ -97,6 +100,7 @@ class ScoreRequest:
             targets=self.layers,
             nonfinite=self.options.nonfinite,
             seed=self.options.seed if "seed" in self.method.made.heeds(self.components[0].made) else None,
+            sequential=self.options.sequential,
             model=dict(model),
             data=dict(data),
             at_values=self.method.made.at_values(self.target.made, self.options),
@@ -110,6 +114,7 @@ def settings_of(about: About, options: Options, layers: Sequence[str], part: tup
         "granularity_args": about.granularity_args,
         "target": None if about.target == "predicted" else about.target,
         "target_args": about.target_args,
+        "sequential": about.sequential,
         "at_values": about.at_values,
     }
     return {
@@ -198,6 +203,7 @@ class ScoreRun:
         Raises:
             InputError: if no sample was scored, or the folder cannot be written.
         """
+        self.scorer.finish()
         samples = gather_lists(self.samples)
         for sums in self.scorer.sums.values():
             for tensor in sums.values():
