@@ -59,8 +59,8 @@ class Sparsity:
             share = 0.0
         if not 0 < share < 1:
             raise InputError(
-                f"model.sequential={value}: give a share between 0 and 1, such as 0.5, or a pattern n:m, such as '2:4' "
-                "(in YAML in quotes: without them it is read as a number)"
+                f"model.sequential={value}: give a share between 0 and 1, such as 0.5, or a pattern n:m, such as 2:4 "
+                "(n of every m weights stay)"
             )
         return cls(text, share=share)
 

@@ -18,6 +18,7 @@ from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_war
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
 from sparc3_pl.selection.lowest import Selection
 from sparc3_pl.selection.scope import SCOPES, Amount, Scope
+from sparc3_pl.selection.sequential import check_sequential
 
 __all__ = ["make_plan"]
 
@@ -67,6 +68,15 @@ def make_plan(
     """
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
     steps = Control(seed) if control is None else _seeded(control, seed)
+    if control is None:
+        check_sequential(
+            general,
+            scope=SCOPES.name_of(among),
+            share=share,
+            pattern=getattr(among, "pattern", None),
+            contrast=CONTRASTS.name_of(kind),
+            protect=protect,
+        )
     general, behaviour = steps.sides(general, behaviour)
     left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
     sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None

@@ -1,0 +1,54 @@
+"""Scores that were made while decoder layers were pruned one after the other hold for that pruning alone."""
+
+from collections.abc import Sequence
+
+from sparc3_pl.attribution.sequential import Sparsity
+from sparc3_pl.errors import InputError
+from sparc3_pl.scores.folder import ScoreFolder
+
+__all__ = ["check_sequential"]
+
+
+def check_sequential(
+    folders: Sequence[ScoreFolder],
+    *,
+    scope: str,
+    share: float | None,
+    pattern: str | None,
+    contrast: str,
+    protect: float,
+    other: bool = False,
+) -> None:
+    """Refuses a choice that is not the one by which the layers were pruned while they were scored.
+
+    Args:
+        folders: Of the general set.
+        scope: Name of the scope.
+        share: Of each row, if that is how many are chosen.
+        pattern: n:m, if that is.
+        contrast: Name of the contrast.
+        protect: Share of the strongest that is left alone.
+        other: Whether anything else decides how many are chosen, such as a budget for each layer.
+
+    Raises:
+        InputError: naming the folder, and what must be given.
+    """
+    pruned = {folder.manifest.sequential for folder in folders}
+    if pruned == {None}:
+        return
+    folder = next(folder for folder in folders if folder.manifest.sequential is not None)
+    asked = Sparsity.of(folder.manifest.sequential)
+    if len(pruned) > 1:
+        raise InputError(
+            f"{folder.path}: was scored with model.sequential={asked.text}, another folder was not; score all alike"
+        )
+    same = not other and contrast == "general" and protect == 0
+    if asked.pattern is not None:
+        same, how = same and scope == "pattern" and pattern == asked.text, f"pattern {asked.text}"
+    else:
+        same, how = same and scope == "row" and share == asked.share, f"scope row --share {asked.text}"
+    if not same:
+        raise InputError(
+            f"{folder.path}: was scored with model.sequential={asked.text}: its layers were pruned so before the next "
+            f"were measured, and the scores hold for that alone; give --contrast general --{how}, or score without it"
+        )
