@@ -1,16 +1,17 @@
 """What is attributed: a number for each sample, which the backward pass begins at."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.model.logits import OutputHead
 from sparc3_pl.model.patching import swapped
-from sparc3_pl.model.structure import decoder, output_head
+from sparc3_pl.model.structure import decoder
 from sparc3_pl.registry import Registry
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Target",
     "as_forward",
     "attribute",
+    "last_hidden",
     "last_hidden_state",
     "last_logits",
 ]
@@ -40,17 +42,33 @@ class Attributed(NamedTuple):
 class Target(ABC):
     """A kind of target. Sample b's number must depend on the hidden states of sample b alone."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The fields of a batch without which there is nothing to attribute."""
+    reads: ClassVar[frozenset[str] | None] = None
+    """All fields that make a difference; None: nobody knows."""
     at_values: bool = True
     """Whether signed scores are read where the components' values are read (``Group.site``): they are then the
     derivative of the target by each component's gain, whatever the activation function and the biases."""
 
+    def check(self, model: nn.Module, sample: Sequence[int]) -> None:
+        """Sees whether the target is right on a model, before any batch; every rank must call it.
+
+        Args:
+            model: In eval mode, its weights whole.
+            sample: Token ids.
+
+        Raises:
+            InputError: if it is not.
+        """
+        return None
+
     @abstractmethod
-    def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
+    def __call__(self, hidden_BTH: Tensor, head: OutputHead, batch: ReferenceBatch) -> Attributed:
         """Reads the numbers off the decoder's output.
 
         Args:
             hidden_BTH: The decoder's output; padding may stand on either side.
-            head: The linear map from hidden states to logits.
+            head: ``head(hidden)`` gives logits as the linear map makes them, ``head.logits(hidden)`` the model's own.
             batch: The samples' tokens, and ``fields`` that came with them.
         """
 
@@ -62,20 +80,35 @@ class Predicted(Target):
     """
 
     at_values = False
+    reads = frozenset()
 
-    def __call__(self, hidden_BTH: Tensor, head: nn.Module, batch: ReferenceBatch) -> Attributed:
+    def __call__(self, hidden_BTH: Tensor, head: OutputHead, batch: ReferenceBatch) -> Attributed:
         logit_B, token_B = last_logits(hidden_BTH, head, batch.attention_mask).max(1)
         return Attributed(logit_B, {"logit": logit_B.detach().double(), "target": token_B})
 
 
-TARGETS: Registry[Target] = Registry("model.target", Target, {"predicted": f"{__name__}.Predicted"})
+TARGETS: Registry[Target] = Registry(
+    "model.target",
+    Target,
+    {
+        "predicted": f"{__name__}.Predicted",
+        "completion": "sparc3_pl.attribution.targets_completion.CompletionLikelihood",
+        "text": "sparc3_pl.attribution.targets_text.TextLikelihood",
+        "answer": "sparc3_pl.attribution.targets_answer.AnswerLogit",
+    },
+)
 
 
-def last_logits(hidden_BTH: Tensor, head: nn.Module, attention_mask_BT: Tensor) -> Tensor:
-    """The output head's logits at each sample's last real token, ``[B, V]``."""
+def last_hidden(hidden_BTH: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The decoder's output at each sample's last real token, ``[B, 1, H]``."""
     last_B = attention_mask_BT.shape[1] - 1 - attention_mask_BT.flip(1).argmax(1)
     batch = torch.arange(len(last_B), device=hidden_BTH.device)
-    return head(hidden_BTH[batch, last_B.to(hidden_BTH.device), None])[:, 0]
+    return hidden_BTH[batch, last_B.to(hidden_BTH.device), None]
+
+
+def last_logits(hidden_BTH: Tensor, head: Callable[[Tensor], Tensor], attention_mask_BT: Tensor) -> Tensor:
+    """The output head's logits at each sample's last real token, ``[B, V]``."""
+    return head(last_hidden(hidden_BTH, attention_mask_BT))[:, 0]
 
 
 def last_hidden_state(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -94,8 +127,7 @@ def attribute(model: nn.Module, target: Target, batch: ReferenceBatch) -> Attrib
     """The target of a batch, from one forward pass."""
 
     def forward(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Attributed:
-        _, head = output_head(model)
-        return target(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, batch)
+        return target(last_hidden_state(model, input_ids_BT, attention_mask_BT), OutputHead(model), batch)
 
     return as_forward(forward, model, batch.input_ids, batch.attention_mask)
 

@@ -13,6 +13,7 @@ from sparc3_pl.data.sources import get_field, text_id
 from sparc3_pl.errors import InputError
 
 __all__ = [
+    "FIELD_KEYS",
     "Baseline",
     "RecordFields",
     "TextRecord",
@@ -26,6 +27,16 @@ __all__ = [
 Baseline = Literal["mean", "prompt", "none"]
 Unequal = Literal["drop", "error"]
 """What becomes of a record whose text and counterfactual, or answer and foil, cannot be compared."""
+
+FIELD_KEYS = {
+    "completion_mask": "data.completion_field",
+    "weight": "data.weight_field",
+    "label": "data.label_field",
+    "answer": "data.answer_field",
+    "foil": "data.foil_field",
+    "counterfactual_ids": "data.counterfactual_field",
+}
+"""The configuration key that each field of a batch comes from."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.partial import PartialSums
 from sparc3_pl.scores.parts import KIND as PART
 from sparc3_pl.scores.parts import parse_part
-from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, settings_of
+from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, require_fields, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,11 @@ class ScoringModule(pl.LightningModule):
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
             attention's output projection), ``mlp`` (whole MLPs), or a class of your own. A list scores several kinds
             in one pass, each at layers of its own.
-        target: What is attributed: ``predicted`` (the largest logit after the sample), or a class of your own.
+        target: What is attributed: ``predicted`` (the largest logit after the sample), ``completion`` (log-likelihood
+            of the sample's completion, times its weight), ``text`` (log-likelihood of its tokens), ``answer`` (logit of
+            the answer minus that of the foil), or a class of your own.
+        labels: For target ``text``: the text's own tokens (``data``), or tokens drawn from the model at every place
+            (``model``); the mean of squares is then the Fisher information.
         signed: Keep the sign of scores (SparC3, App. B); needs no weight gradient. Not for single weights. With any
             target but ``predicted`` they are the derivative by each component's gain.
         targets: Glob patterns of linear layers, as ``["*.up_proj"]``; ``["*"]``: all of the decoder and the output
@@ -74,7 +78,7 @@ class ScoringModule(pl.LightningModule):
         groups: Store the neuron scores of this many groups of samples too (8 is a good number), by which ``evidence``
             tells whether there are enough samples. 0: none.
         nonfinite: ``error`` stops at the first NaN or infinity; ``zero`` replaces each by 0 and counts them.
-        seed: Seed of the ``random`` method.
+        seed: Seed of the ``random`` method, and of labels drawn from the model.
         output: Where the scores go; by default ``scores`` in the run's log folder.
         overwrite: Replace earlier scores in ``output``.
         checkpoint_every: Save the partial sums every so many batches of a process. After a crash the same command
@@ -101,6 +105,7 @@ class ScoringModule(pl.LightningModule):
         method: dict[str, Any] | str = "lrp",
         granularity: dict[str, Any] | str | list[dict[str, Any] | str] = "neuron",
         target: dict[str, Any] | str = "predicted",
+        labels: Literal["data", "model"] = "data",
         signed: bool = False,
         targets: list[str] | None = None,
         squares: bool = False,
@@ -118,8 +123,8 @@ class ScoringModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.request = ScoreRequest.of(
-            method, granularity, target, targets, signed=signed, squares=squares, groups=groups, nonfinite=nonfinite,
-            seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
+            method, granularity, target, targets, labels, signed=signed, squares=squares, groups=groups,
+            nonfinite=nonfinite, seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
             sequential=None if sequential is None else str(sequential),
         )  # fmt: skip
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
@@ -139,6 +144,7 @@ class ScoringModule(pl.LightningModule):
         """On rank 0, the model's entry in the manifest."""
         self._account: dict[str, Any] | None = None
         """What the method's check of itself on one sample said."""
+        self._is_checked = False
         self._partial: PartialSums | None = None
         self._loop = ExitStack()
 
@@ -188,6 +194,8 @@ class ScoringModule(pl.LightningModule):
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
         self.data.read(self.encoder)
+        if self.request.method.made.needs_samples:
+            require_fields(self.request, {*self.data.samples[0].numbers, *self.data.samples[0].by_token})
         if self.request.method.made.needs_counterfactual and self.data.samples:
             require_counterfactual(self.data.samples[0].by_token)
         if self.part is not None:
@@ -262,8 +270,11 @@ class ScoringModule(pl.LightningModule):
         self._partial = partial
 
     def _check_method(self, model: PreTrainedModel) -> None:
-        if self._account is None:
-            self._account = self.request.method.made.check(model, self.data.samples[0].input_ids)
+        if not self._is_checked:
+            self._is_checked = True
+            sample = self.data.samples[0].input_ids
+            self._account = self.request.method.made.check(model, sample)
+            self.request.target.made.check(model, sample)
 
     def _about(self) -> About:
         about = self.request.about(self._description, self.data.describe())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from sparc3_pl.attribution.scorers import LayerScores, Scorer, groups_of, requir
 from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.attribution.targets import TARGETS, Target
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.fields import FIELD_KEYS
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS, Component, Group
 from sparc3_pl.registry import Choice, Spec
@@ -26,7 +27,7 @@ from sparc3_pl.scores.parts import write_part
 from sparc3_pl.scores.sums import sums_of
 from sparc3_pl.scores.writer import write_scores
 
-__all__ = ["Destination", "ScoreRequest", "ScoreRun", "settings_of"]
+__all__ = ["Destination", "ScoreRequest", "ScoreRun", "require_fields", "settings_of"]
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,16 @@ class ScoreRequest:
         granularity: Spec | Component | list[Spec | Component] = "neuron",
         target: Spec | Target = "predicted",
         layers: list[str] | None = None,
+        labels: Literal["data", "model"] = "data",
         **options: Any,
     ) -> ScoreRequest:
         """The request that the keys of ``model`` make; ``options`` are those of ``Options``.
 
         Raises:
-            InputError: if a name is unknown, or the method ignores an option.
+            InputError: if a name is unknown, or the method or target ignores an option.
         """
+        if labels != "data":
+            target = _with_labels(target, labels, options.pop("seed", 0))
         kinds = granularity if isinstance(granularity, list) else [granularity]
         components = tuple(COMPONENTS.choose(kind) for kind in kinds)
         request = cls(METHODS.choose(method), components, TARGETS.choose(target), layers, Options(**options))
@@ -105,6 +109,39 @@ class ScoreRequest:
             data=dict(data),
             at_values=self.method.made.at_values(self.target.made, self.options),
         )
+
+
+def _with_labels(target: Spec | Target, labels: str, seed: int) -> Spec:
+    """Target ``text`` with labels that are drawn, by the run's seed."""
+    given = {"class_path": target} if isinstance(target, str) else target
+    arguments = given.get("init_args") or {} if isinstance(given, dict) else {}
+    if not isinstance(given, dict) or given.get("class_path") != "text" or {"labels", "seed"} & arguments.keys():
+        raise InputError(f"model.labels={labels} is for model.target: text, and given once; leave it out, or set that")
+    return {"class_path": "text", "init_args": {**arguments, "labels": labels, "seed": seed}}
+
+
+def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
+    """Refuses samples that lack what the target needs, or hold what nothing heeds.
+
+    Args:
+        request: What is scored.
+        given: Names of the fields that come with the samples.
+
+    Raises:
+        InputError: with the configuration key of the first such field.
+    """
+    target, name, needs_target = request.target.made, request.target.name, request.method.made.needs_target
+    for field in target.needs:
+        if field not in given:
+            raise InputError(f"model.target={name} needs {FIELD_KEYS.get(field, field)}; give it")
+    # Labels and pairs are for methods and measurements too; a completion and its weight say what the target should be.
+    heeded = target.reads if needs_target else frozenset(("completion_mask",))
+    for field in ("completion_mask", "weight"):
+        if field in given and heeded is not None and field not in heeded:
+            what = f"model.target={name}" if needs_target else f"model.method={request.method.name}"
+            raise InputError(
+                f"{FIELD_KEYS[field]}: {what} does not heed it; leave it out, or set model.target: completion"
+            )
 
 
 def settings_of(about: About, options: Options, layers: Sequence[str], part: tuple[int, int] | None) -> dict[str, Any]:
