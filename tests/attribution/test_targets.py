@@ -1,6 +1,6 @@
 """Targets against slow loops over single samples: the plain model's logits, log-softmax, and autograd on weights."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from sparc3_pl.attribution.targets import TARGETS, attribute
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.logits import OutputHead
-from sparc3_pl.model.structure import linear_layers, mlps, output_head, weight_matrix
+from sparc3_pl.model.structure import features, linear_layers, mlps, output_head, weight_matrix
 from sparc3_pl.scoring.score_run import ScoreRequest, require_fields
 
 LENGTHS = (9, 4, 6, 2)
@@ -205,6 +205,50 @@ def test_logits_are_made_a_few_positions_at_a_time(monkeypatch):
     model = tiny("llama").requires_grad_(False)
     Scorer(model, "gradient", "neuron", None, "completion").update(batch_of(samples_of()))
     assert sizes == [4, 4, 2]  # ten tokens of completions, each position once: none is made again for the gradient
+
+
+@contextmanager
+def gain(model, group, component, factor):
+    """Multiplies what one component sends to the layer that reads it."""
+    site = group.site
+
+    def louder(module, args):
+        factors = torch.ones(features(module)[1], dtype=torch.float64)
+        factors[component * site.width : (component + 1) * site.width] = factor
+        return (args[0] * factors,)
+
+    hook = model.get_submodule(site.layer).register_forward_pre_hook(louder)
+    yield
+    hook.remove()
+
+
+FAMILIES = ("llama", "qwen2", "phi3", "granite", "gpt2", "opt", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "completion") for family in FAMILIES), ("gpt2", "text"), ("llama", "answer")]
+)
+def test_signed_scores_are_derivatives_by_a_gain(family, kind, monkeypatch):
+    """Against central differences of the plain model's log-likelihood, biases and any activation included."""
+    monkeypatch.setattr(torch, "float32", torch.float64)  # norms of these models go down to float32 by themselves
+    model, samples, step = tiny(family, dtype=torch.float64).requires_grad_(False), samples_of(), 1e-5
+
+    def value():
+        logits = [model(sample[None]).logits[0] for sample in samples]
+        return float(sum(slow_value(kind, logits[i], i, sample) for i, sample in enumerate(samples))) / len(samples)
+
+    for unit, components in (("neuron", (0, 23)), ("channel", (30,)), ("head", (1,))):
+        scorer = Scorer(model, "gradient", unit, None, SPECS[kind], Options(signed=True))
+        for rows in (slice(0, 2), slice(2, None)):
+            scorer.update(batch_of(samples, rows=rows))
+        layer = list(scorer.layers.values())[-1 if unit == "head" else 0]
+        for component in components:
+            values = []
+            for factor in (1 + step, 1 - step):
+                with gain(model, layer.group, component, factor):
+                    values.append(value())
+            score = float(layer.sums["sum"][layer.group.first + component]) / len(samples)
+            assert score == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-8), (unit, component)
 
 
 # --- labels drawn from the model --------------------------------------------------------------------------------------
