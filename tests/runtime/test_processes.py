@@ -56,6 +56,20 @@ def test_scores_do_not_depend_on_processes_and_batches(ranks, files, tmp_path, m
         assert_same_scores(output, tmp_path / "1-1", num_samples=7)
 
 
+def test_scores_of_log_likelihoods_do_not_depend_on_processes_and_batches(ranks, files, tmp_path):
+    rows = [{"p": s[: 9 + i], "c": s[9 + i :], "score": (3 * i % 7) / 7} for i, s in enumerate(sentences(7))]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["--data.text_field", "p", "--data.completion_field", "c", "--data.weight_field", "score"]
+    said = ["--data.source", tmp_path / "said.jsonl", *names, "--model.target", "completion"]
+    drawn = ["--model.target", "text", "--model.labels", "model", "--model.method", "gradient"]
+    for name, words in (("said", said), ("drawn", drawn)):
+        words = [*words, "--model.granularity", "[neuron, channel]", "--model.signed", "true", *NEURONS]
+        for world, batch in [(1, 1), (2, 3)]:
+            output = tmp_path / f"{name}-{world}-{batch}"
+            succeed(ranks.run([*score(files, output), *words, "--data.batch_size", batch], world))
+            assert_same_scores(output, tmp_path / f"{name}-1-1", num_samples=7)
+
+
 def test_ranks_without_any_sample_take_part(ranks, files, tmp_path):
     for world in (1, 4):
         words = score(files, tmp_path / str(world), "--data.num_samples", 2)

@@ -39,6 +39,8 @@ CASES = {
     "weights": ("untied", ALL_WEIGHTS),
     "neurons": ("tied", ["--model.squares", "true", "--model.groups", "2"]),
     "signed": ("untied", ["--model.signed", "true", "--model.gradient_checkpointing", "true"]),
+    "text": ("tied", ["--model.target", "text", "--model.signed", "true"]),
+    "drawn": ("untied", ["--model.target", "text", "--model.labels", "model", *ALL_WEIGHTS]),
     "wanda": ("tied", ["--model.method", "wanda", *ALL_WEIGHTS]),
     "magnitude": ("untied", ["--model.method", "magnitude", *ALL_WEIGHTS]),
 }
