@@ -274,7 +274,7 @@ def test_arguments_of_a_built_in_method(model, tmp_path):
         ({"method": {"class_path": "lrp", "init_args": {"rule": "cp"}}}, "its arguments do not fit"),
         ({"method": {"path": "lrp"}}, "give a name, or class_path"),
         ({"method": None}, "give a name, or class_path"),
-        ({"target": "answer"}, r"model\.target='answer' is unknown; known are predicted"),
+        ({"target": "answers"}, r"model\.target='answers' is unknown; did you mean answer"),
         ({"granularity": []}, "empty list"),
         ({"granularity": ["neuron", "weight"]}, "need two runs"),
         ({"method": "wanda", "target": f"{__name__}.Labelled"}, "attributes no target"),
