@@ -325,12 +325,17 @@ class Lrp(Gradient):
     Args:
         rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
         unlisted: Try a model family that was never checked; look at ``doctor`` before you believe the scores.
+        softmax_temperature: Temperature at which attention's softmax passes relevance on to query and key; 1: its own.
+            GIM (arXiv 2505.17630) has 2. Only with ``attn``.
     """
 
-    def __init__(self, rules: RuleSet = "attn", unlisted: bool = False) -> None:
+    def __init__(self, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
         if rules not in get_args(RuleSet):
-            raise InputError(f"method lrp: rules={rules!r} is unknown; give {' or '.join(get_args(RuleSet))}")
-        self._rules, self._unlisted = PreparedRules(rules=rules, unlisted=unlisted), unlisted
+            raise InputError(
+                f"method {METHODS.name_of(self)}: rules={rules!r} is unknown; give {' or '.join(get_args(RuleSet))}"
+            )
+        self._unlisted = unlisted
+        self._rules = PreparedRules(rules=rules, unlisted=unlisted, softmax_temperature=softmax_temperature)
 
     def rules(self, model: nn.Module) -> AbstractContextManager[object]:
         return self._rules(model)

@@ -74,10 +74,11 @@ class RelevancePatching(AttributionPatching, Lrp):
     Args:
         rules: ``cp`` as published (attention weights are constants), or ``attn`` for AttnLRP.
         unlisted: As for ``Lrp``.
+        softmax_temperature: As for ``Lrp``.
     """
 
-    def __init__(self, rules: RuleSet = "cp", unlisted: bool = False) -> None:
-        super().__init__(rules, unlisted)
+    def __init__(self, rules: RuleSet = "cp", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
+        super().__init__(rules, unlisted, softmax_temperature)
 
 
 class IntegratedGradients(AttributionPatching):

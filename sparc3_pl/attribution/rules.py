@@ -26,10 +26,10 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.activations import activation_kind, identity_rule
-from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, softened
 from sparc3_pl.attribution.norms import NormKind, forward_slot, norm_kind, std_constant_rule
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.attention import attention_modules, wrapped_attention
+from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import decoder, is_linear, mlps, module_name, output_head
 
@@ -68,7 +68,9 @@ class _Rule:
     put_on: Callable[[], AbstractContextManager[Any]] | None = None
 
 
-def attn_lrp(model: nn.Module, *, rules: RuleSet = "attn", unlisted: bool = False) -> AbstractContextManager[nn.Module]:
+def attn_lrp(
+    model: nn.Module, *, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0
+) -> AbstractContextManager[nn.Module]:
     """Backward passes of graphs built inside the block propagate relevance; forward values do not change.
 
     Works for frozen and trainable parameters, any attention implementation, and graphs that begin at any layer.
@@ -77,12 +79,14 @@ def attn_lrp(model: nn.Module, *, rules: RuleSet = "attn", unlisted: bool = Fals
         model: A causal language model in eval mode. Not to be copied inside the block.
         rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
         unlisted: Try a family that is not in ``SUPPORTED``; run ``account.self_check`` on it before believing it.
+        softmax_temperature: At which attention's softmax passes gradients on (``attention.softened``); 1: its own.
 
     Raises:
-        InputError: if the model is training, of a family not known good, or holds a module without a rule.
+        InputError: if the temperature is not positive, or changes nothing; if the model is training, of a family not
+            known good, or holds a module without a rule.
         RuntimeError: if the rules already act on this model.
     """
-    return PreparedRules(rules=rules, unlisted=unlisted)(model)
+    return PreparedRules(rules=rules, unlisted=unlisted, softmax_temperature=softmax_temperature)(model)
 
 
 class PreparedRules:
@@ -93,10 +97,21 @@ class PreparedRules:
     Args:
         rules: As in ``attn_lrp``.
         unlisted: As in ``attn_lrp``.
+        softmax_temperature: As in ``attn_lrp``.
+
+    Raises:
+        InputError: if the temperature is not positive, or changes nothing.
     """
 
-    def __init__(self, *, rules: RuleSet = "attn", unlisted: bool = False) -> None:
-        self._rules, self._unlisted = rules, unlisted
+    def __init__(self, *, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
+        if not 0 < softmax_temperature < float("inf"):
+            raise InputError(f"softmax_temperature={softmax_temperature}; give a positive number such as 2")
+        if rules == "cp" and softmax_temperature != 1:
+            raise InputError(
+                f"softmax_temperature={softmax_temperature} has no effect with rules=cp, which hold attention weights "
+                "constant; leave it out, or give rules=attn"
+            )
+        self._rules, self._unlisted, self._temperature = rules, unlisted, softmax_temperature
         self._known: tuple[nn.Module, dict[str, _Rule]] | None = None
 
     @contextmanager
@@ -107,7 +122,7 @@ class PreparedRules:
         _check_eval(model)
         if self._known is None or self._known[0] is not model:
             _check_family(model, self._unlisted)
-            self._known = model, _plan(model, self._rules)
+            self._known = model, _plan(model, self._rules, self._temperature)
         with _worn(model, self._known[1]):
             yield model
 
@@ -147,11 +162,15 @@ def _check_family(model: nn.Module, unlisted: bool) -> None:
             raise InputError(f"no LRP rule for {setting} (config of this {family} model); {_WAY_OUT}")
 
 
-def _plan(model: nn.Module, rules: RuleSet) -> dict[str, _Rule]:
+def _plan(model: nn.Module, rules: RuleSet, temperature: float = 1.0) -> dict[str, _Rule]:
     """The rule of every module, in order of appearance. Everything is checked here, before anything is changed."""
     inside = decoder(model)
     prefix = module_name(model, inside)
-    plan = {**_leaf_rules(inside, prefix), **_attention_rules(inside, prefix, rules), **_product_rules(model)}
+    plan = {
+        **_leaf_rules(inside, prefix),
+        **_attention_rules(inside, prefix, rules, temperature),
+        **_product_rules(model),
+    }
     plan[output_head(model)[0]] = _Rule("linear: plain gradient")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(plan.items(), key=lambda item: order.get(item[0].partition(" ")[0], len(order))))
@@ -178,7 +197,7 @@ def _leaf_rule(name: str, module: nn.Module) -> _Rule:
     raise InputError(f"no LRP rule for {name} ({type(module).__name__}); {_WAY_OUT}")
 
 
-def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet) -> dict[str, _Rule]:
+def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet, temperature: float) -> dict[str, _Rule]:
     modules = attention_modules(inside)
     if not modules:
         raise InputError(f"no LRP rules for this {type(inside).__name__}: {_NO_INTERFACE}; {_WAY_OUT}")
@@ -187,7 +206,11 @@ def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet) -> dict[str
             raise InputError(f"{name}: reorder_and_upcast_attn with eager attention has no rule; load it with sdpa")
     qk, v = _FACTORS[rules]
     text = f"attention: gradient of q, k times {qk}, of v times {v}"
-    return {f"{prefix}.{name}": _Rule(text, _attention_rule(module, qk, v)) for name, module in modules.items()}
+    if temperature != 1:
+        text += f", softmax's at temperature {temperature:g}"
+    return {
+        f"{prefix}.{name}": _Rule(text, _attention_rule(module, qk, v, temperature)) for name, module in modules.items()
+    }
 
 
 def _product_rules(model: nn.Module) -> dict[str, _Rule]:
@@ -215,8 +238,13 @@ def _activation_rule(module: nn.Module, kind: str) -> Iterator[None]:
         yield
 
 
-def _attention_rule(module: nn.Module, qk: float, v: float) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: wrapped_attention(module, lambda base: scaled_qkv(base, qk, v))
+def _attention_rule(
+    module: nn.Module, qk: float, v: float, temperature: float
+) -> Callable[[], AbstractContextManager[None]]:
+    def wrap(base: AttentionFunction) -> AttentionFunction:
+        return scaled_qkv(base if temperature == 1 else softened(base, temperature), qk, v)
+
+    return lambda: wrapped_attention(module, wrap)
 
 
 def _product_rule(down: nn.Module) -> Callable[[], AbstractContextManager[None]]:

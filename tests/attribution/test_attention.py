@@ -1,8 +1,12 @@
+from contextlib import ExitStack
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny, tokens
 
-from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, softened
+from sparc3_pl.attribution.rules import attn_lrp
+from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import attention_modules, wrapped_attention
 
 
@@ -83,3 +87,97 @@ def test_other_models_are_left_alone(family):
     one, other = tiny(family), tiny(family)
     with wrapped_attention(next(iter(attention_modules(one).values())), lambda base: None), torch.no_grad():
         other(tokens(1, 4))
+
+
+# --- the softmax's temperature ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_softened_softmax(temperature):
+    """Gradients of query and key by explicit formulas, one position after the other; those of value by autograd."""
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(1, 1, 4, 2, dtype=torch.float64) for _ in range(4))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+
+    def base(module, q, k, v, mask=None, **kwargs):
+        output, weights = attend(module, q, k, v)
+        return output.transpose(1, 2), weights
+
+    output, _ = softened(base, temperature)(None, *leaves, scaling=1.0)
+    got = torch.autograd.grad(output, leaves, upstream.transpose(1, 2))
+    assert torch.equal(output, base(None, q, k, v)[0])
+
+    q, k, v, upstream = (t[0, 0] for t in (q, k, v, upstream))
+    want_q, want_k, want_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for t in range(4):
+        exponents = [float(q[t] @ k[j]) for j in range(t + 1)]
+        plain, soft = (torch.tensor([s / T for s in exponents]).double().exp() for T in (1.0, temperature))
+        plain, soft = plain / plain.sum(), soft / soft.sum()
+        g = torch.stack([v[j] @ upstream[t] for j in range(t + 1)])
+        for j in range(t + 1):
+            at_score = soft[j] * (g[j] - sum(soft[i] * g[i] for i in range(t + 1)))
+            want_q[t] += at_score * k[j]
+            want_k[j] += at_score * q[t]
+            want_v[j] += plain[j] * upstream[t]
+    for have, want in zip(got, (want_q, want_k, want_v), strict=True):
+        torch.testing.assert_close(have[0, 0], want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma3_text", "phi3"])
+def test_temperature_one_is_the_attentions_own_gradient(family, implementation):
+    """Shared heads, sliding windows, scales of their own, padding: the scores are those that the attention has."""
+    model = tiny(family, dtype=torch.float64).requires_grad_(False)
+    model.set_attn_implementation(implementation)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    gradients, outputs = [], []
+    for wrap in (lambda base: base, lambda base: softened(base, 1.0)):
+        words = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with ExitStack() as undo:
+            for module in attention_modules(model).values():
+                undo.enter_context(wrapped_attention(module, wrap))
+            logits = model(inputs_embeds=words, attention_mask=mask).logits
+        (logits[0, -1, 5] + logits[1, 5, 7]).backward()
+        gradients.append(words.grad)
+        outputs.append(logits.detach())
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_the_temperature_is_a_setting_of_the_rules():
+    model = tiny("llama", dtype=torch.float64).requires_grad_(False)
+    gradients = []
+    for temperature in (1.0, 2.0):
+        words = model.get_input_embeddings()(tokens(1, 6)).detach().requires_grad_()
+        with attn_lrp(model, softmax_temperature=temperature):
+            model(inputs_embeds=words).logits[0, -1].max().backward()
+        gradients.append(words.grad)
+    assert not torch.allclose(*gradients, rtol=0.01)
+
+
+@pytest.mark.parametrize(("rules", "temperature"), [("cp", 2.0), ("attn", 0.0), ("attn", float("nan"))])
+def test_a_temperature_that_cannot_be(rules, temperature):
+    with pytest.raises(InputError, match="softmax_temperature="):
+        attn_lrp(tiny("llama"), rules=rules, softmax_temperature=temperature)
+
+
+def test_an_attention_with_a_sink_is_refused():
+    """Its weights do not add up to 1: nothing that is made of query, key and mask gives its output."""
+
+    def with_sink(base):
+        def function(*args, **kwargs):
+            output, weights = base(*args, **kwargs)
+            return output * 0.9, weights
+
+        return function
+
+    model = tiny("llama").requires_grad_(False)
+    with ExitStack() as undo:
+        for module in attention_modules(model).values():
+            undo.enter_context(wrapped_attention(module, with_sink))
+        with (
+            pytest.raises(InputError, match="more than a softmax of scaled products"),
+            attn_lrp(model, softmax_temperature=2.0),
+        ):
+            model(tokens(1, 4))
