@@ -62,3 +62,11 @@ def test_experiments_parse(path, capsys):
     with pytest.raises(SystemExit) as stop:
         execute(["run", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "circuits").glob("*.yaml")), ids=lambda path: path.stem)
+def test_circuits_parse(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        execute(["circuit", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    assert holds(yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text()))

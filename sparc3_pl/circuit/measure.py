@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.targets import as_forward, last_hidden_state, last_logits
+from sparc3_pl.attribution.targets import as_forward, last_hidden, last_hidden_state
 from sparc3_pl.circuit.ablation import Replacement, ablated, masked_weights
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.kernels import onednn_linears
-from sparc3_pl.model.structure import output_head
+from sparc3_pl.model.logits import OutputHead
 
 __all__ = ["Outcome", "measure", "outcome_of_batch"]
 
@@ -29,8 +29,7 @@ class Outcome:
     """What a model says to P pairs.
 
     Attributes:
-        difference_P: Logit of the answer minus that of the foil, after the last token, before any final scaling or
-            soft-cap; float64.
+        difference_P: Logit of the answer minus that of the foil, after the last token; float64.
         first_P: Whether the answer has the largest logit of the vocabulary; bool.
     """
 
@@ -95,8 +94,8 @@ def outcome_of_batch(model: nn.Module, batch: ReferenceBatch) -> tuple[Tensor, T
     """
 
     def forward(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        _, head = output_head(model)
-        return last_logits(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, attention_mask_BT)
+        hidden_BTH = last_hidden_state(model, input_ids_BT, attention_mask_BT)
+        return OutputHead(model).logits(last_hidden(hidden_BTH, attention_mask_BT))[:, 0]
 
     logits_BV = as_forward(forward, model, batch.input_ids, batch.attention_mask)
     answer_B, foil_B = (torch.as_tensor(batch.fields[name]).to(logits_BV.device) for name in ("answer", "foil"))

@@ -41,6 +41,10 @@ COMMANDS = {
         "sparc3_pl.selection.command",
         "Choose what a behaviour uses and general text does not, and write it as a plan.",
     ),
+    "circuit": Command(
+        "sparc3_pl.circuit.command",
+        "Find the circuits of a task by several methods, and measure how much of the task they keep.",
+    ),
     "compare": Command(
         "sparc3_pl.evaluation.compare",
         "Compare two evaluations of the same prompts and text, before and after an edit.",
@@ -109,7 +113,8 @@ def execute(args: Sequence[str] | None = None) -> None:
 def _run_function(function: Callable[..., Any], name: str, words: Sequence[str]) -> None:
     from sparc3_pl.passes.parser import function_parser
 
-    arguments = function_parser(function, f"sparc3 {name}").parse_args(words).as_dict()
+    parser = function_parser(function, f"sparc3 {name}")
+    arguments = vars(parser.instantiate(parser.parse_args(words)))
     arguments.pop("config", None)
     function(**arguments)
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "Band",
     "Dose",
     "as_svg",
+    "banded_curves",
     "chosen_by_layer",
     "contrast_distribution",
     "curves",
@@ -253,6 +255,50 @@ def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: st
             axes.plot(x, y, color=colour, marker=_MARKERS[place % len(_MARKERS)], markersize=4, label=name)
     axes.set_ylim(0, 1.02)
     _legend(axes)
+    return figure
+
+
+@dataclass(frozen=True)
+class Band:
+    """A point of a curve with its interval."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def banded_curves(
+    panels: Mapping[str, Mapping[str, Sequence[Band]]], x_name: str, y_name: str, marks: Sequence[float] = ()
+) -> Figure:
+    """Curves with bands, one panel beside the other, over a logarithmic axis; a name has one colour in all panels.
+
+    Args:
+        panels: For each panel, by its title, the curves by name.
+        x_name: What is on the horizontal axis.
+        y_name: What is on the vertical axis, which the panels share.
+        marks: Values of y at which a broken line stands.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    for axes, (title, panel) in zip(every, panels.items(), strict=True):
+        _quiet(axes)
+        axes.set_xscale("log")
+        axes.set_title(_plain(title), fontsize=_NORMAL, color=INK)
+        axes.set_xlabel(x_name, fontsize=_NORMAL, color=MUTED)
+        for mark in marks:
+            axes.axhline(mark, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        for name, points in panel.items():
+            place = names.index(name)
+            x, y, low, high = zip(*((p.x, p.y, p.low, p.high) for p in points), strict=True)
+            style = {"color": SERIES[place % len(SERIES)], "marker": _MARKERS[place % len(_MARKERS)]}
+            axes.plot(x, y, linewidth=1.4, markersize=4, label=_plain(name), **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    every[0].set_ylabel(y_name, fontsize=_NORMAL, color=MUTED)
+    _legend(every[0])
     return figure
 
 

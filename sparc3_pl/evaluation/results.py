@@ -41,7 +41,17 @@ FORMAT_VERSION = 1
 MARKER = "results.json"
 THRESHOLD = 0.5
 """A completion with a judge's score of at least this counts as showing the label."""
-KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"])
+
+
+def _is_evaluation(marker: Path) -> bool:
+    """Whether a file is the marker of an evaluation: that of a circuit has the same name."""
+    try:
+        return {"format_version", "perplexity", "toxicity"} <= read_json(marker).keys()
+    except InputError:
+        return False
+
+
+KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"], is_marker=_is_evaluation)
 
 Row = dict[str, Any]
 

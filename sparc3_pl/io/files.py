@@ -164,7 +164,7 @@ class FolderKind:
     Attributes:
         name: What it is called, with its article.
         marker: The JSON file, with a ``format_version``, by which it is known.
-        files: Names of the files that it holds.
+        files: Names of the files that it holds, with slashes for those in folders of its own.
         listed: Names of further files, from the content of the marker.
         is_marker: Whether a file of the marker's name is one, where it is not such a JSON file.
         names_are_utf8: Whether the libraries that read it open only paths that are UTF-8.
@@ -195,12 +195,25 @@ class FolderKind:
             ours = {self.marker, *self.files, *self.listed(content)}
         except (AttributeError, KeyError, TypeError):  # a marker of another format: nothing is known to be ours
             ours = {self.marker}
-        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours or entry.is_dir()):
+        if others := sorted(_not_ours(path, ours)):
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise InputError(
                 f"{path}: holds {others[0]!r}{more} beside {self.name}; "
                 "--overwrite would delete it: move it away, or choose another output"
             )
+
+
+def _not_ours(path: Path, ours: set[str], before: str = "") -> Iterator[str]:
+    """What lies in a folder and is none of ``ours``; a folder is ours if a file of ours belongs into it."""
+    for entry in path.iterdir():
+        name = before + entry.name
+        if not entry.is_dir():
+            if name not in ours:
+                yield name
+        elif any(own.startswith(f"{name}/") for own in ours) and not entry.is_symlink():
+            yield from _not_ours(entry, ours, f"{name}/")
+        else:
+            yield name
 
 
 @dataclass(frozen=True)

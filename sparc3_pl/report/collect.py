@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparc3_pl.circuit.results import KIND as CIRCUIT
+from sparc3_pl.circuit.results import CircuitResults, is_circuit, open_circuit
 from sparc3_pl.document.publish import result_kind
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import KIND as COMPARISON
 from sparc3_pl.evaluation.results import KIND as EVALUATION
 from sparc3_pl.evaluation.results import Evaluation
-from sparc3_pl.io.files import FileKind, read_json, sha256_of_file
+from sparc3_pl.io.files import FileKind, FolderKind, read_json, sha256_of_file
 from sparc3_pl.io.paths import distinct_names
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.pruning.plan import KIND as PLAN
@@ -28,11 +30,12 @@ EXPERIMENT = FileKind.json(
 )
 _DIAGNOSES = ("audit", "doctor", "evidence", "overlap")
 """The commands whose results are named by their kind."""
-_FOLDERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "scores": (SCORES.marker, ScoreFolder.open),
-    "evaluations": (EVALUATION.marker, Evaluation.open),
+_FOLDERS: dict[str, tuple[FolderKind, Callable[[Path], Any]]] = {
+    "scores": (SCORES, ScoreFolder.open),
+    "circuits": (CIRCUIT, open_circuit),
+    "evaluations": (EVALUATION, Evaluation.open),
 }
-"""By field of ``Inputs``: the file that marks such a folder, and how to open the folder."""
+"""By field of ``Inputs``: the kind of folder, and how to open one."""
 _FILES: dict[str, FileKind] = {
     "plans": PLAN,
     "comparisons": COMPARISON,
@@ -65,6 +68,7 @@ class Inputs:
         scores: Score folders.
         plans: Plans.
         evaluations: Evaluation folders.
+        circuits: Circuit folders; scores and plans in them are theirs, and not listed.
         comparisons: Results of ``compare``.
         experiments: Summaries of ``run``: ``outcomes`` and the bound of perplexity, ``max_perplexity_increase``.
         results: Results of diagnostic commands, by kind (audit, doctor, evidence, overlap).
@@ -74,6 +78,7 @@ class Inputs:
     scores: dict[str, ScoreFolder] = field(default_factory=dict)
     plans: dict[str, PlanWithScores] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    circuits: dict[str, CircuitResults] = field(default_factory=dict)
     comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -82,7 +87,8 @@ class Inputs:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to report."""
-        return not (self.scores or self.plans or self.evaluations or self.comparisons or self.results)
+        found = (self.scores, self.plans, self.evaluations, self.circuits, self.comparisons, self.results)
+        return not any(found)
 
 
 def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Inputs:
@@ -91,7 +97,7 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
     The bytes of score tensors are verified later, by whoever reads them.
 
     Args:
-        paths: Score and evaluation folders, plans, results in JSON, or folders that hold such.
+        paths: Score, evaluation and circuit folders, plans, results in JSON, or folders that hold such.
         leave_out: A folder that is passed over: that of an earlier report.
 
     Raises:
@@ -106,13 +112,15 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
     inputs = Inputs(**{kind: items for kind, items in named.items() if kind not in _DIAGNOSES})
     inputs.results = {kind: named[kind] for kind in _DIAGNOSES if kind in named}
     if inputs.is_empty:
-        raise InputError(f"{', '.join(map(str, paths))}: no scores, plans, evaluations or comparisons in there")
+        raise InputError(
+            f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons in there"
+        )
     _join_plans(inputs)
     return inputs
 
 
 def _places(path: Path, leave_out: Path | None) -> Iterator[Path]:
-    """The results at or below ``path``: score and evaluation folders, and files."""
+    """The results at or below ``path``: score, evaluation and circuit folders, and files."""
     if not path.exists():
         raise InputError(f"{path}: there is no such folder or file; check the path")
     if path.is_file():
@@ -121,7 +129,7 @@ def _places(path: Path, leave_out: Path | None) -> Iterator[Path]:
     for folder, below, files in os.walk(path):
         here = Path(folder)
         below[:] = sorted(name for name in below if not name.startswith(".") and here / name != leave_out)
-        if any(marker in files for marker, _ in _FOLDERS.values()):
+        if any(kind.marker in files for kind, _ in _FOLDERS.values()):
             below.clear()
             yield here
         else:
@@ -135,7 +143,9 @@ def _opened(place: Path) -> Iterator[tuple[str, Any]]:
     """
     if place.is_dir():
         kind, open_folder = next(
-            (kind, opener) for kind, (marker, opener) in _FOLDERS.items() if (place / marker).is_file()
+            (name, opener)
+            for name, (kind, opener) in _FOLDERS.items()
+            if (place / kind.marker).is_file() and (kind is not CIRCUIT or is_circuit(place / kind.marker))
         )
         yield kind, open_folder(place)
         if (place / "config.yaml").is_file():

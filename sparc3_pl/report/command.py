@@ -36,8 +36,8 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
     folders over 100 MB are not read, use audit for that.
 
     Args:
-        folders: Score folders, plans, evaluation folders, results of compare, audit, doctor, evidence and overlap, or
-            folders that hold such, as an experiment's.
+        folders: Score folders, plans, evaluation folders, circuit folders, results of compare, audit, doctor, evidence
+            and overlap, or folders that hold such, as an experiment's.
         output: Folder for report.html and report.md.
         overwrite: Replace an earlier report there.
 
@@ -69,12 +69,14 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
     sections = report_sections(inputs, audit, *effects(inputs))
     models = [folder.manifest.model.get("pretrained") for folder in scores.values()]
     models += [ev.results["model"].get("pretrained") for ev in inputs.evaluations.values()]
+    models += [results.model.get("pretrained") for results in inputs.circuits.values()]
     names = dict.fromkeys(Path(str(model)).name for model in models if model)
     title = f"Attribution-guided pruning of {', '.join(names)}" if names else "Attribution-guided pruning"
     counts = {
         "score folder": len(scores),
         "plan": len(inputs.plans),
         "evaluation": len(inputs.evaluations),
+        "circuit": len(inputs.circuits),
         "comparison": len(inputs.comparisons),
         "other result": sum(map(len, inputs.results.values())),
     }

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from sparc3_pl.circuit.sections import circuit_blocks, circuit_story
 from sparc3_pl.diagnosis.audit_sections import audit_sections, verdicts
 from sparc3_pl.diagnosis.score_checks import Audit, num_bytes
 from sparc3_pl.document.document import (
@@ -64,6 +65,8 @@ WORDS = (
     ("plan", "the neurons (or weights) that were chosen by the contrast, and what is done to them"),
     ("control", "as many others, chosen without the behaviour's samples: editing them should change nothing"),
     ("toxicity", "the score that a judge, a classifier, gives to a completion: 0 harmless, 1 toxic"),
+    ("circuit", "components of which a few do a task: kept alone, they keep most of it"),
+    ("faithfulness", "the share of a task that a circuit keeps: 0 as much as nothing, 1 as much as the model"),
     ("perplexity", "how surprised the model is by ordinary text: lower is better, +1 % is hardly noticed"),
 )
 
@@ -82,6 +85,8 @@ def report_sections(
         names = _headline_plans(inputs.plans, best)
         sections.append(Section("What was chosen", tuple(_chosen(inputs, names))))
         sections += _enough_samples(inputs, names)
+    for place, (name, results) in enumerate(inputs.circuits.items()):
+        sections.append(Section(f"Circuits: {name}", tuple(circuit_blocks(results, str(place)))))
     if audit is not None:
         tables = [block for section in audit_sections(audit) if section.title != "Verdicts" for block in section.blocks]
         sections.append(Section("Scores", (*tables, *_relevance(audit))))
@@ -109,6 +114,8 @@ def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) ->
         yield Text(f"{len(inputs.plans)} plans; their effects were not evaluated, or the evaluations were not given.")
     elif not experiments and audit is not None:
         yield Text(f"{len(audit.folders)} score folders; no plans and no evaluations were given.")
+    for name, results in inputs.circuits.items():
+        yield from map(Text, circuit_story(results, name))
     if audit is not None:
         checks = [check for part in (*audit.folders, *audit.seeds) for check in part.checks]
         others = [check for check in checks if check.status != "pass"]
@@ -354,6 +361,7 @@ def _models(inputs: Inputs) -> Table:
         *(folder.manifest.model for folder in inputs.scores.values()),
         *(ev.results["model"] for ev in inputs.evaluations.values()),
         *(entry.plan.model for entry in inputs.plans.values()),
+        *(results.model for results in inputs.circuits.values()),
     ):
         models.setdefault(f"{source.get('fingerprint')} {source.get('dtype')}", source)
     rows = [
@@ -399,11 +407,13 @@ def _versions(inputs: Inputs) -> Table:
         *(folder.manifest.versions for folder in inputs.scores.values()),
         *(ev.results.get("versions") or {} for ev in inputs.evaluations.values()),
         *(entry.plan.versions for entry in inputs.plans.values()),
+        *(results.versions for results in inputs.circuits.values()),
     ]
     names = dict.fromkeys(name for one in every for name in one)
     rows = [(name, ", ".join(sorted({str(one[name]) for one in every if name in one}))) for name in names]
     machines = [folder.manifest.hardware for folder in inputs.scores.values()]
     machines += [ev.results.get("hardware") for ev in inputs.evaluations.values()]
+    machines += [results.hardware for results in inputs.circuits.values()]
     if any(machines):
         rows.append(("hardware", "; ".join(dict.fromkeys(filter(None, machines)))))
     several = any(", " in row[1] for row in rows)
@@ -418,5 +428,7 @@ def _commands(inputs: Inputs) -> Iterator[str]:
         yield entry.plan.command
     for ev in inputs.evaluations.values():
         yield str(ev.results.get("command") or "")
+    for results in inputs.circuits.values():
+        yield results.command or ""
     for data in inputs.comparisons.values():
         yield str(data.get("command") or "")

@@ -1,0 +1,139 @@
+"""The pairs of a circuit run: sets for discovery, and those of the test, which share no text with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sparc3_pl.circuit.settings import CircuitData
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.errors import InputError
+from sparc3_pl.statistics.paired import LEAST_UNITS
+
+__all__ = ["CircuitPairs", "load_pairs"]
+
+FEWEST_UNITS = 16
+"""Batches that a set of discovery pairs is scored in, if it is large enough: what is resampled for the stability."""
+
+Half = Literal["attribution", "evaluation"]
+
+
+@dataclass(frozen=True)
+class CircuitPairs:
+    """The pairs, in batches.
+
+    Attributes:
+        sets: Sets of discovery pairs.
+        tests: The test pairs.
+        about: What score folders say of each set, as ``data``.
+        about_tests: The same of the test pairs.
+    """
+
+    sets: list[list[ReferenceBatch]]
+    tests: list[ReferenceBatch]
+    about: list[dict[str, Any]]
+    about_tests: dict[str, Any]
+
+
+def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: bool) -> CircuitPairs:
+    """Draws the pairs.
+
+    Args:
+        settings: The keys of ``data``.
+        encoder: The model's.
+        needs_counterfactuals: Whether pairs without a counterfactual are of no use.
+
+    Raises:
+        InputError: if there are too few, or they lack what is needed.
+    """
+    if settings.num_test < LEAST_UNITS:
+        raise InputError(
+            f"data.num_test={settings.num_test}: no interval can be given for fewer than {LEAST_UNITS} pairs; give more"
+        )
+    sets, about = [], []
+    size = min(settings.batch_size, max(1, settings.num_samples // FEWEST_UNITS))
+    for number in range(settings.num_sets):
+        batches, told = _draw(settings, encoder, "attribution", settings.num_samples, settings.seed + number, size)
+        sets.append(batches)
+        about.append(told)
+    tests, about_tests = _draw(settings, encoder, "evaluation", settings.num_test, settings.seed, settings.batch_size)
+    for batch in (*(batch for batches in sets for batch in batches), *tests):
+        _check(batch, settings, needs_counterfactuals)
+    read = {text for batches in sets for batch in batches for texts in batch.text_ids for text in texts}
+    if any(text in read for batch in tests for texts in batch.text_ids for text in texts):
+        raise InputError(
+            f"data.source={settings.source!r}: a sentence is in discovery pairs and in test pairs; give other data"
+        )
+    return CircuitPairs(sets, tests, about, about_tests)
+
+
+def _draw(
+    settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
+) -> tuple[list[ReferenceBatch], dict[str, Any]]:
+    """Pairs of one half, longest first, in batches of ``size``; and what is told of them."""
+    from sparc3_pl.data.pairs import PAIR_TASKS
+
+    told: dict[str, Any] = {"source": settings.source, "seed": seed, "partition": half, "num_pairs": number}
+    told |= {name: asdict(settings)[name] for name in ("partition_seed", "partition_share")}
+    if settings.source in PAIR_TASKS:
+        batches, counts, more = _made(settings, encoder, half, number, seed, size)
+    else:
+        batches, counts, more = _read(settings, encoder, half, number, seed, size)
+    ids = [name for batch in batches for name in batch.ids]
+    return batches, told | more | {"sample_ids": ids} | counts
+
+
+def _made(
+    settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
+) -> tuple[list[ReferenceBatch], dict[str, int], dict[str, Any]]:
+    from sparc3_pl.data.pairs import PairQuery, make_pairs, pad_pairs
+
+    query = PairQuery(
+        source=settings.source, num_pairs=number, half=half, seed=seed, counterfactual=settings.counterfactual,
+        partition_seed=settings.partition_seed, partition_share=settings.partition_share,
+    )  # fmt: skip
+    made = make_pairs(query, encoder)
+    pairs = sorted(made.pairs, key=lambda pair: -len(pair.clean_ids))
+    batches = [pad_pairs(part, encoder.pad_id) for part in _batches(pairs, size)]
+    return batches, dict(made.counts), {"counterfactual": settings.counterfactual}
+
+
+def _read(
+    settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
+) -> tuple[list[ReferenceBatch], dict[str, int], dict[str, Any]]:
+    from sparc3_pl.data.fields import RecordFields
+    from sparc3_pl.data.reference import build_samples, pad_samples
+    from sparc3_pl.data.texts import TextQuery
+
+    if settings.counterfactual is not None:
+        raise InputError(
+            f"data.counterfactual={settings.counterfactual!r} is for tasks that make their sentences, and "
+            f"data.source={settings.source!r} is none; leave it out"
+        )
+    fields = RecordFields(
+        answer=settings.answer_field, foil=settings.foil_field, counterfactual=settings.counterfactual_field
+    )
+    query = TextQuery(
+        settings.source, settings.text_field, settings.filter, settings.split, settings.subset, seed,
+        half, settings.partition_seed, settings.partition_share, fields=fields,
+    )  # fmt: skip
+    samples = sorted(build_samples(query, encoder, num_samples=number), key=lambda s: -len(s.input_ids))
+    batches = [pad_samples(part, encoder.pad_id) for part in _batches(samples, size)]
+    more = {"text_field": settings.text_field, "filter": settings.filter, **fields.given, **query.origin}
+    return batches, dict(query.counts), more
+
+
+def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _check(batch: ReferenceBatch, settings: CircuitData, needs_counterfactuals: bool) -> None:
+    if bool((batch.fields["foil"] < 0).any()):
+        raise InputError(f"data.source={settings.source!r}: a pair has no foil, which the logit difference needs")
+    if needs_counterfactuals and "counterfactual_ids" not in batch.fields:
+        raise InputError(
+            f"data.source={settings.source!r} has no counterfactuals, which the ablation or a method needs; give "
+            "data.counterfactual_field, or ablation: zero"
+        )

@@ -1,0 +1,301 @@
+"""A circuit run on a loaded model: arms are scored on discovery pairs, and their circuits measured on test pairs.
+
+Plain Python, no Trainer: one process, one device (or several by ``device_map``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.circuit.ablation import Ablation, Replacement
+from sparc3_pl.circuit.arms import Arm, ArmScores, agreement, kept_of, order_of, resampled_overlaps, score_arm
+from sparc3_pl.circuit.components import Candidates
+from sparc3_pl.circuit.curves import (
+    Ends,
+    areas,
+    curve,
+    mean_areas,
+    mean_curve,
+    num_kept,
+    smallest_faithful,
+)
+from sparc3_pl.circuit.measure import Outcome, measure
+from sparc3_pl.circuit.results import ArmResult, Overlap, Smallest, Stability
+from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.scoring.score_run import ScoreRequest
+from sparc3_pl.selection.intersections import expected_common, matched_draws, permutation_p, strata_by_rank
+
+__all__ = ["Bench", "Measured", "measure_arm", "overlaps_of_arms"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+
+STRATUM = 20
+"""Components that count as equally strong, as in ``overlap``."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The first ``number`` of an order, or all but them."""
+
+    order_N: Tensor
+    number: int
+    is_removed: bool = False
+
+    @property
+    def kept_N(self) -> Tensor:
+        """Which components stay."""
+        first = kept_of(self.order_N, self.number)
+        return ~first if self.is_removed else first
+
+    @property
+    def num_kept(self) -> int:
+        """How many of them."""
+        return len(self.order_N) - self.number if self.is_removed else self.number
+
+
+@dataclass
+class Bench:
+    """The test that every circuit of a run takes.
+
+    Attributes:
+        model: In eval mode.
+        candidates: The components that circuits are chosen from.
+        tests: The test pairs.
+        replacement: What is read in place of ablated components.
+        fractions: Sizes of the circuits.
+        seed: Of all resampling.
+        progress: Told the number of pairs after each pass.
+        ends: The model as it is, and with every component ablated.
+    """
+
+    model: nn.Module
+    candidates: Candidates
+    tests: Sequence[ReferenceBatch]
+    replacement: Replacement
+    fractions: Sequence[float]
+    seed: int = 0
+    progress: Progress = lambda done: None
+    ends: Ends = field(init=False)
+
+    def __post_init__(self) -> None:
+        every_N = torch.ones(self.candidates.count, dtype=torch.bool)
+        kept = {"full": every_N, "empty": ~every_N}
+        both = measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+        self.ends = Ends(both["full"], both["empty"], self.seed)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        candidates: Candidates,
+        ablation: Ablation,
+        sets: Sequence[Sequence[ReferenceBatch]],
+        tests: Sequence[ReferenceBatch],
+        fractions: Sequence[float],
+        seed: int = 0,
+        progress: Progress = lambda done: None,
+    ) -> Bench:
+        """The bench for a kind of ablation; ``sets`` are the discovery pairs, of which it may take means."""
+        discovery = [batch for batches in sets for batch in batches]
+        replacement = ablation.replacement(model, list(candidates.readers), discovery)
+        return cls(model, candidates, tests, replacement, fractions, seed, progress)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many components each fraction is."""
+        return [num_kept(fraction, self.candidates.count) for fraction in self.fractions]
+
+    def outcomes(self, choices: Mapping[str, Choice]) -> dict[str, Outcome]:
+        """The outcome of every choice; equal ones, and those that keep all or nothing, are measured once."""
+        found: dict[str, Outcome] = {}
+        same: dict[bytes, list[str]] = {}
+        for name, choice in choices.items():
+            if choice.num_kept in (0, self.candidates.count):
+                found[name] = self.ends.full if choice.num_kept else self.ends.empty
+            elif self.candidates.are_weights:  # masks of millions: one at a time
+                kept = {name: choice.kept_N}
+                found |= measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+            else:
+                same.setdefault(np.packbits(choice.kept_N.numpy()).tobytes(), []).append(name)
+        kept = {names[0]: choices[names[0]].kept_N for names in same.values()}
+        if kept:
+            once = measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+            found |= {name: once[names[0]] for names in same.values() for name in names}
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An arm that was measured.
+
+    Attributes:
+        result: Its figures.
+        scores: Of each draw, or the only ones.
+        order_N: The ranking by score, of the first draw.
+        values_N: What it ranks by.
+    """
+
+    result: ArmResult
+    scores: list[ArmScores]
+    order_N: Tensor
+    values_N: Tensor
+
+
+def measure_arm(
+    arm: Arm,
+    bench: Bench,
+    sets: Sequence[Sequence[ReferenceBatch]],
+    resamples: int = 20,
+    progress: Progress = lambda done: None,
+) -> Measured:
+    """Scores an arm's components, and measures its circuits.
+
+    Args:
+        arm: What to score by.
+        bench: The test.
+        sets: Sets of discovery pairs, in batches.
+        resamples: Bootstrap resamples of the discovery pairs behind the stability.
+        progress: Told the number of pairs after each scoring pass.
+
+    Raises:
+        InputError: if scores or logits are not finite.
+    """
+    start = time.perf_counter()
+    scores = [score_arm(request, bench.model, sets, progress) for request in arm.requests]
+    values = [_values_of_sets(one, bench.candidates, len(sets)) for one in scores]
+    orders = [order_of(one) for one in values]
+    scored = time.perf_counter()
+    is_signed = bool((values[0] < 0).any())
+    choices: dict[str, Choice] = {}
+    for draw, order in enumerate(orders):
+        for place, size in enumerate(bench.sizes):
+            choices[f"curve {draw} {place}"] = Choice(order, size)
+            choices[f"necessity {draw} {place}"] = Choice(order, size, is_removed=True)
+    if is_signed:
+        by_size = order_of(values[0].abs())
+        choices |= {f"absolute 0 {place}": Choice(by_size, size) for place, size in enumerate(bench.sizes)}
+    outcomes = bench.outcomes(choices)
+
+    def outcomes_of(kind: str) -> list[list[Outcome]]:
+        places = range(len(bench.sizes))
+        return [[outcomes[f"{kind} {draw} {place}"] for place in places] for draw in range(len(orders))]
+
+    def points(kind: str):
+        kept = [choices[f"{kind} 0 {place}"].num_kept for place in range(len(bench.sizes))]
+        if len(orders) > 1:
+            return mean_curve(bench.fractions, kept, outcomes_of(kind), bench.ends)
+        return curve(bench.fractions, kept, outcomes_of(kind)[0], bench.ends)
+
+    def area(kind: str, name: str) -> dict[str, float | None]:
+        own = outcomes_of(kind)
+        every = mean_areas if len(own) > 1 else areas
+        found = every(bench.fractions, own if len(own) > 1 else own[0], bench.ends)[name]
+        return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+    sufficiency = points("curve")
+    smallest = smallest_faithful(sufficiency)
+    result = ArmResult(
+        method=arm.request.method.name,
+        method_args=arm.request.method.arguments,
+        signed=is_signed,
+        draws=len(orders) if len(orders) > 1 else None,
+        across_kinds=scores[0].across_kinds,
+        curve=sufficiency,
+        curve_absolute=points("absolute") if is_signed else None,
+        necessity=points("necessity"),
+        **area("curve", "cpr"),
+        **area("absolute" if is_signed else "curve", "cmd"),
+        smallest=smallest and Smallest(smallest.fraction, smallest.kept, smallest.faithfulness),
+        stability=_stability(scores[0], bench, len(sets), resamples) if len(orders) == 1 else [],
+    )
+    log.info(
+        "%s: scored in %.1f s, %d circuits measured in %.1f s",
+        arm.name, scored - start, len(choices), time.perf_counter() - scored,
+    )  # fmt: skip
+    return Measured(result, scores, orders[0], values[0])
+
+
+def _values_of_sets(scores: ArmScores, candidates: Candidates, num_sets: int) -> Tensor:
+    """The mean of the sets' values, as ``prune`` averages seeds."""
+    if not scores.units or num_sets == 1:
+        return scores.values(candidates)
+    return torch.stack([scores.values(candidates, group=number) for number in range(num_sets)]).mean(0)
+
+
+def _stability(scores: ArmScores, bench: Bench, num_sets: int, resamples: int) -> list[Stability]:
+    candidates = bench.candidates
+    drawn = resampled_overlaps(scores, candidates, bench.fractions, resamples, bench.seed) if resamples else []
+    orders = []
+    if num_sets > 1 and scores.units:
+        orders = [order_of(scores.values(candidates, group=number)) for number in range(num_sets)]
+    rows = []
+    for place, (fraction, size) in enumerate(zip(bench.fractions, bench.sizes, strict=True)):
+        own = drawn[place] if drawn else []
+        between = [agreement(one, other, size) for one, other in itertools.combinations(orders, 2)]
+        low, high = np.quantile(own, (0.025, 0.975)) if own else (math.nan, math.nan)
+        mean, sets = (float(np.mean(row)) if row else math.nan for row in (own, between))
+        rows.append(Stability(fraction, size, *map(_known, (mean, low, high, sets))))
+    return rows
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def overlaps_of_arms(
+    orders: Mapping[str, Tensor], strength: ArmScores, bench: Bench, permutations: int = 200
+) -> list[Overlap]:
+    """What the circuits of every two arms share, against random circuits that are as strong in every layer.
+
+    Args:
+        orders: The arms' rankings.
+        strength: Scores that say how strong components are whatever the task (Wanda's): strata are neighbours in a
+            layer's ranking by them.
+        bench: For candidates and sizes.
+        permutations: Random circuits behind a p-value.
+    """
+    scores = strength.of()
+    layers = [scores[s.group.layer].scores[s.group.own].flatten().cpu().numpy() for s in bench.candidates.spans]
+    strata = strata_by_rank(layers, STRATUM)
+    result = []
+    for fraction, size in zip(bench.fractions, bench.sizes, strict=True):
+        if not 0 < size < bench.candidates.count:
+            continue
+        chosen = {name: order[:size].sort().values.numpy() for name, order in orders.items()}
+        pairs = list(itertools.combinations(chosen, 2))
+        drawn: dict[tuple[str, str], list[int]] = {pair: [] for pair in pairs}
+        for draw in matched_draws(list(chosen.values()), strata, permutations, bench.seed) if pairs else ():
+            named = dict(zip(chosen, draw, strict=True))
+            for one, other in pairs:
+                drawn[one, other].append(len(np.intersect1d(named[one], named[other], assume_unique=True)))
+        for one, other in pairs:
+            common = len(np.intersect1d(chosen[one], chosen[other], assume_unique=True))
+            result.append(
+                Overlap(
+                    [one, other],
+                    fraction,
+                    common,
+                    common / (2 * size - common),
+                    expected_common([chosen[one], chosen[other]], strata),
+                    permutation_p(common, drawn[one, other]),
+                )
+            )
+    return result
+
+
+def strength_request(arm: Arm) -> ScoreRequest:
+    """What says how strong the components of an arm are, whatever the task: Wanda's scores."""
+    plain = arm.request
+    kinds = [choice.made for choice in plain.components]
+    return ScoreRequest.of("wanda", kinds, layers=plain.layers)
