@@ -234,6 +234,14 @@ class EvaluationData(LightningDataModule):
         prompts_split: Split of a hub data set.
         prompts_subset: Configuration of a hub data set.
         num_prompts: How many prompts; null: all.
+        pairs_source: Hub data set id or local file of sentences in pairs, of which the model finds one more likely
+            (measurement ``pairs``). null: none.
+        pairs_first_field: Field of a pair's first sentence.
+        pairs_second_field: Field of its second.
+        pairs_filter: Condition on a record's fields, as ``bias_type == "gender"``. A null never passes.
+        pairs_split: Split of a hub data set.
+        pairs_subset: Configuration of a hub data set.
+        num_pairs: How many pairs, drawn by ``seed``; null: all.
         seed: Decides which prompts are drawn.
         partition: ``evaluation`` or ``attribution``: only prompts of that half, told apart by content. ``all``: both.
         partition_seed: Decides the halves; use the same one everywhere.
@@ -255,6 +263,13 @@ class EvaluationData(LightningDataModule):
         prompts_split: str = "train",
         prompts_subset: str | None = None,
         num_prompts: int | None = None,
+        pairs_source: str | None = None,
+        pairs_first_field: str = "more",
+        pairs_second_field: str = "less",
+        pairs_filter: str | None = None,
+        pairs_split: str = "train",
+        pairs_subset: str | None = None,
+        num_pairs: int | None = None,
         seed: int = 0,
         partition: PartitionChoice = "all",
         partition_seed: int = 0,
@@ -286,6 +301,13 @@ class EvaluationData(LightningDataModule):
                 prefix="data.prompts_",
                 token_ids=False,  # prompts are completed, and judged, as text
             )
+        self.pairs: dict[str, Any] | None = None
+        """The measurement of pairs, as ``model.measurements`` would name it."""
+        if pairs_source is not None:
+            fields = {"first_field": pairs_first_field, "second_field": pairs_second_field, "filter": pairs_filter}
+            where = {"source": pairs_source, "split": pairs_split, "subset": pairs_subset}
+            number = {} if num_pairs is None else {"num_pairs": num_pairs, "seed": seed}
+            self.pairs = {"class_path": "pairs", "init_args": {**where, **fields, **number}}
         self._encoder: Encoder | None = None
         self.prompts: list[str] = []
         self.token_ids: list[int] = []

@@ -110,8 +110,9 @@ class EvaluationModule(pl.LightningModule):
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
             raise InputError("model.tasks_folder and model.tasks_limit need model.tasks; name tasks, or leave them out")
-        specs = task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)
-        self.measurements = chosen_measurements([*(measurements or ()), *specs])
+        self._specs = [*(measurements or ()), *task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)]
+        self.measurements = chosen_measurements(self._specs)
+        """Of ``measurements`` and ``tasks``, and from ``setup`` on also the pairs of the data module."""
         self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
@@ -160,10 +161,12 @@ class EvaluationModule(pl.LightningModule):
             InputError: if the Trainer would convert the model, there is nothing to evaluate, or it cannot be read.
         """
         check_precision(self.trainer)
+        if self.data.pairs is not None:
+            self.measurements = chosen_measurements([*self._specs, self.data.pairs])
         if self.data.text_source is None and self.data.query is None and not self.measurements:
             raise InputError(
-                "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, or "
-                "model.measurements or model.tasks"
+                "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, "
+                "data.pairs_source, model.measurements or model.tasks"
             )
         self.data.read(self.encoder)
         made = (choice.made for choice in self.measurements)
@@ -191,7 +194,7 @@ class EvaluationModule(pl.LightningModule):
             self._plan_batches()
 
     def _plan_batches(self) -> None:
-        """Of text and units; the data module cannot know the model's context or the measurements."""
+        """Of text and units; the data module cannot know the model's context."""
         assert self.model is not None
         self._window = None
         if self.data.text_source is not None:

@@ -22,7 +22,7 @@ __all__ = ["SentencePair", "SentencePairs"]
 
 log = logging.getLogger(__name__)
 
-_KEY = "model.measurements: pairs"
+_KEY = "pairs"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
+from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import MEASUREMENTS, Measured, checked_rows, chosen_measurements
@@ -75,14 +76,14 @@ def test_a_filter_a_number_and_other_fields(source, tmp_path, caplog):
     own = SentencePairs(str(tmp_path / "own.jsonl"), "x", "y")
     assert len(own.units(encoder)) == 2
     assert "1 the same as another, 1 null left out" in caplog.text
-    with pytest.raises(InputError, match=r"model.measurements: pairs.num_pairs=5: .* gives only 2 pairs"):
+    with pytest.raises(InputError, match=r"pairs.num_pairs=5: .* gives only 2 pairs"):
         SentencePairs(str(tmp_path / "own.jsonl"), "x", "y", num_pairs=5).units(encoder)
     with pytest.raises(InputError, match=r"pairs.first_field: no field 'more'; there are: x, y \(line 1\)"):
         SentencePairs(str(tmp_path / "own.jsonl")).units(encoder)
 
 
 def test_what_is_wrong_is_said_before_the_model_is_there(source):
-    with pytest.raises(InputError, match=r"model.measurements: pairs.source='./no.csv'"):
+    with pytest.raises(InputError, match=r"pairs.source='./no.csv'"):
         SentencePairs("./no.csv")
     with pytest.raises(InputError, match=r"pairs.filter='kind' is not FIELD OP VALUE"):
         SentencePairs(source, filter="kind")
@@ -99,6 +100,28 @@ def test_too_long_a_sentence_has_failed_and_is_no_number(source):
         "longer than the model's context of 5 tokens",
         None,
     ]
+
+
+def test_from_the_command_line_to_the_comparison(source, tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    command = [
+        *("eval", "--model.pretrained", str(tmp_path / "model"), "--data.text_source", "null"),
+        *("--data.prompts_source", "null", "--data.pairs_source", source, "--trainer.accelerator", "cpu"),
+        *("--trainer.devices", "1", "--trainer.logger", "false"),
+    ]
+    assert main([*command, "--output", str(tmp_path / "eval")]) == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    expected = measured(SentencePairs(source), tiny("llama").eval(), Encoder(word_tokenizer())).values()
+    figures = results["measurements"]["pairs"]
+    assert figures["difference"] == pytest.approx(sum(row["difference"] for row in expected) / 4, abs=1e-6)
+    assert figures["prefers_first"] == sum(row["prefers_first"] for row in expected) / 4
+    assert "prefers_first" in capsys.readouterr().out
+    # A field that is not there is refused before the weights load.
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert main([*command, "--data.pairs_first_field", "most", "--output", str(tmp_path / "other")]) == 2
+    assert "pairs.first_field: no field 'most'; there are: more, less, kind (line 2)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_it_is_built_in_by_name(source):
