@@ -49,7 +49,7 @@ def _block(block: Block) -> str:
             return "\n\n".join(_pair(block, pair) for pair in block.pairs)
         case Folded(summary, blocks, warning):
             inner = "\n\n".join(_block(one) for one in blocks)
-            return f"<details><summary>{_plain(_join_words(summary, warning))}</summary>\n\n{inner}\n\n</details>"
+            return f"<details><summary>{_plain(f'{summary} {warning}'.strip())}</summary>\n\n{inner}\n\n</details>"
 
 
 def _pair(block: SideBySide, pair: TextPair) -> str:
@@ -85,7 +85,3 @@ def _bold(text: str) -> str:
 
 def _join(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part)
-
-
-def _join_words(*parts: str) -> str:
-    return " ".join(part for part in parts if part)

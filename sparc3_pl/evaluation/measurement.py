@@ -74,7 +74,7 @@ class Measurement(ABC):
 
     def figures(self, rows: Sequence[Row]) -> dict[str, float]:
         """Figures by name, from the rows of all ranks, those of failed units left out; by default means over units."""
-        return {name: _mean(rows, name) for name in paired_names(self, rows)}
+        return {name: math.fsum(row[name] for row in rows) / len(rows) for name in paired_names(self, rows)}
 
     def compare(
         self, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
@@ -180,7 +180,8 @@ def paired_names(measurement: Measurement, rows: Sequence[Row]) -> list[str]:
     """
     if not rows:
         return []
-    common = [key for key in rows[0] if key not in ("unit", "failed") and all(_is_number(row.get(key)) for row in rows)]
+    values = [key for key in rows[0] if key not in ("unit", "failed")]
+    common = [key for key in values if all(isinstance(row.get(key), int | float) for row in rows)]
     if measurement.paired is None:
         return common
     if lacking := [key for key in measurement.paired if key not in common]:
@@ -224,14 +225,6 @@ def _paired_changes(
         name: paired_change(sides[0][name], sides[1][name], lower_is_better=better == "lower", **options)
         for name in names
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _mean(rows: Sequence[Row], name: str) -> float:
-    return math.fsum(row[name] for row in rows) / len(rows)
 
 
 @dataclass(frozen=True)
