@@ -79,8 +79,9 @@ class Registry(Generic[T]):
         Raises:
             InputError: as ``make``.
         """
-        made = self.make(spec)
-        return Choice(made, self.name_of(made), {} if isinstance(spec, self.base) else _split(self.kind, spec)[1])
+        implementation = self.make(spec)
+        arguments = {} if isinstance(spec, self.base) else _split(self.kind, spec)[1]
+        return Choice(implementation, self.name_of(implementation), arguments)
 
     def from_file(self, name: str, arguments: Mapping[str, Any] | None = None) -> T:
         """The implementation that a score folder, plan or result names.
@@ -103,15 +104,15 @@ class Registry(Generic[T]):
         """How files name it: the short name of a built-in class, the class path of any other."""
         kind = type(implementation)
         path = f"{kind.__module__}.{kind.__qualname__}"
-        return next((name for name, known in self._paths.items() if known == path), path)
+        return next((name for name, other in self._paths.items() if other == path), path)
 
     def _class(self, path: str) -> type[T]:
         module, _, name = self._paths.get(path, path).rpartition(".")
         if not module:
             near = difflib.get_close_matches(path, self._paths, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
-            known = f"known are {', '.join(self)}, or " if self._paths else ""
-            raise InputError(f"{self.kind}={path!r} is unknown; {hint}{known}give a class path")
+            names = f"known are {', '.join(self)}, or " if self._paths else ""
+            raise InputError(f"{self.kind}={path!r} is unknown; {hint}{names}give a class path")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
@@ -124,8 +125,8 @@ class Registry(Generic[T]):
 def _split(kind: str, spec: Spec) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
-    given = dict(spec) if isinstance(spec, Mapping) else {}
-    path, arguments = given.get("class_path"), given.get("init_args") or {}
-    if not isinstance(path, str) or not isinstance(arguments, Mapping) or set(given) - {"class_path", "init_args"}:
+    entries = dict(spec) if isinstance(spec, Mapping) else {}
+    path, arguments = entries.get("class_path"), entries.get("init_args") or {}
+    if not isinstance(path, str) or not isinstance(arguments, Mapping) or set(entries) - {"class_path", "init_args"}:
         raise InputError(f"{kind}={spec!r}: give a name, or class_path with init_args")
     return path, dict(arguments)

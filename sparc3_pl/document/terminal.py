@@ -245,12 +245,12 @@ def _to_nowhere(stream: TextIO) -> None:
 @contextmanager
 def unfailing_output() -> Iterator[None]:
     """Inside the block nothing that is printed to stdout or stderr can raise, whatever they are connected to."""
-    before, kept = (sys.stdout, sys.stderr), []
+    before, handlers = (sys.stdout, sys.stderr), []
     try:
         for name, stream in zip(("stdout", "stderr"), before, strict=True):
             stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
             if isinstance(stream, io.TextIOWrapper):
-                kept.append((stream, stream.errors))
+                handlers.append((stream, stream.errors))
                 with suppress(OSError, ValueError):
                     stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, _Unfailing(stream))
@@ -259,6 +259,6 @@ def unfailing_output() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
-        for stream, errors in kept:
+        for stream, errors in handlers:
             with suppress(OSError, ValueError):  # it is flushed first, or may be closed
                 stream.reconfigure(errors=errors)

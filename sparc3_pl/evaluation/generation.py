@@ -215,11 +215,11 @@ class Generator:
             for k in range(self.sampling.samples_per_prompt)
         ]
         why = {i: reason for i, reason in zip(ids, reasons, strict=True) if reason}
-        made = [Completion(r.id, r.prompt, r.k, r.seed, None, failed=why[r.id]) for r in rows if r.id in why]
+        completions = [Completion(r.id, r.prompt, r.k, r.seed, None, failed=why[r.id]) for r in rows if r.id in why]
         for batch in self._batches([r for r in rows if r.id not in why]):
-            made += self._complete(batch)
+            completions += self._complete(batch)
         place = {i: n for n, i in enumerate(ids)}
-        return sorted(made, key=lambda c: (place[c.id], c.k))
+        return sorted(completions, key=lambda c: (place[c.id], c.k))
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         body, bos = self.encoder.body(prompt), self.tokenizer.bos_token_id
@@ -303,6 +303,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     tokenizer's.
     """
     config = getattr(model, "generation_config", None)
-    found = [getattr(c, "eos_token_id", None) for c in (config, model.config.get_text_config(), tokenizer)]
-    flat = [token for item in found if item is not None for token in (item if isinstance(item, list) else [item])]
+    settings = [getattr(c, "eos_token_id", None) for c in (config, model.config.get_text_config(), tokenizer)]
+    flat = [token for item in settings if item is not None for token in (item if isinstance(item, list) else [item])]
     return sorted({int(token) for token in flat})

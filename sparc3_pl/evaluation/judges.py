@@ -288,8 +288,8 @@ class ClassifierJudge(SequenceJudge):
             lacking = sorted(info["missing_keys"])[0]
             raise InputError(f"{name} lacks the weight {lacking!r}; give a model trained for text classification")
         if self.label not in model.config.label2id:
-            known = ", ".join(map(repr, model.config.label2id))
-            raise InputError(f"judge.label={self.label!r} is no label of {self.pretrained}; use one of {known}")
+            labels = ", ".join(map(repr, model.config.label2id))
+            raise InputError(f"judge.label={self.label!r} is no label of {self.pretrained}; use one of {labels}")
         self._commit = getattr(model.config, "_commit_hash", None)
 
     def _by_label(self, logits: Tensor) -> dict[str, Tensor]:
@@ -325,8 +325,8 @@ def _downloaded(variant: str) -> Path:
     except ImportError as error:
         raise InputError("DetoxifyJudge needs the package detoxify for its variants: pip install detoxify") from error
     if variant not in MODEL_URLS:
-        known = ", ".join([*MODEL_URLS, "demo"])
-        raise InputError(f"judge.variant={variant!r} is not known; use one of {known}, or give judge.checkpoint")
+        variants = ", ".join([*MODEL_URLS, "demo"])
+        raise InputError(f"judge.variant={variant!r} is not known; use one of {variants}, or give judge.checkpoint")
     path = Path(torch.hub.get_dir()) / "checkpoints" / MODEL_URLS[variant].rpartition("/")[2]
     if not path.is_file():
         _fetch(MODEL_URLS[variant], path, variant)

@@ -137,8 +137,8 @@ def typed(kind: type[T], data: Any, where: str | Path, again: str) -> T:
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
             raise InputError(f"{where}: the key {key!r} is missing; it is incomplete, {again}") from None
-        given = strict_json(first["input"])
-        shown = given if len(given) < 80 else f"{given[:77]}..."
+        value = strict_json(first["input"])
+        shown = value if len(value) < 80 else f"{value[:77]}..."
         raise InputError(f"{where}: {key}={shown} ({first['msg']}); it is damaged, {again}") from None
 
 

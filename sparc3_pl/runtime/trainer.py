@@ -106,9 +106,9 @@ class Trainer(pl.Trainer):
         try:
             super().__init__(**arguments, **ours)
         except (MisconfigurationException, ValueError, RuntimeError, LookupError, OSError, ImportError) as error:
-            given = ", ".join(f"trainer.{key}={arguments[key]!r}" for key in ("accelerator", "strategy", "devices"))
+            settings = ", ".join(f"trainer.{key}={arguments[key]!r}" for key in ("accelerator", "strategy", "devices"))
             reason = " ".join(str(error).split()) if not isinstance(error, LookupError) else f"no {error} is known"
-            raise InputError(f"{given}: {reason[:200]}; change one of them (see score --help)") from error
+            raise InputError(f"{settings}: {reason[:200]}; change one of them (see score --help)") from error
         self._check_number_of_processes()
         self._signal_connector = NoSignals(self)
         self.predict_loop = _ScoreLoop(self, inference_mode=False)

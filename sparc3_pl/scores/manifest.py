@@ -72,8 +72,8 @@ class ScoredSample:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Reads what ``to_json`` has made."""
-        given = cls._arguments(data)
-        return cls(**given | {"text_ids": tuple(given["text_ids"])})
+        arguments = cls._arguments(data)
+        return cls(**arguments | {"text_ids": tuple(arguments["text_ids"])})
 
     @classmethod
     def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def samples_from(records: Sequence[Any], where: str | Path) -> list[ScoredSample
     Raises:
         InputError: for a record that lacks a key or holds a value of the wrong type.
     """
-    known = [ScoredSample._arguments(record) if isinstance(record, dict) else record for record in records]
-    return typed(list[ScoredSample], known, where, "score again")
+    samples = [ScoredSample._arguments(record) if isinstance(record, dict) else record for record in records]
+    return typed(list[ScoredSample], samples, where, "score again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,14 +242,14 @@ class Manifest(About):
         Raises:
             InputError: naming the contradiction.
         """
-        for kind, names, known in (
+        for kind, names, registry in (
             ("granularity", self.granularity.split("+"), COMPONENTS),
             ("method", [self.method], METHODS),
         ):
             for name in names:
-                if name not in known and "." not in name:
+                if name not in registry and "." not in name:
                     raise InputError(
-                        f"{where}: {kind}={name!r} is unknown; known are {', '.join(known)}; update sparc3_pl"
+                        f"{where}: {kind}={name!r} is unknown; known are {', '.join(registry)}; update sparc3_pl"
                     )
         if not self.layers:
             raise InputError(f"{where}: no layer is scored; score again with other model.targets")

@@ -191,8 +191,8 @@ class ScorePart:
     def options(self) -> Options:
         """The options that the sums were made with, as far as scores depend on them."""
         settings = self.content.settings
-        given = {name: settings[name] for name in ("signed", "squares", "groups", "nonfinite")}
-        return Options(**given, seed=self.about.seed or 0)
+        options = {name: settings[name] for name in ("signed", "squares", "groups", "nonfinite")}
+        return Options(**options, seed=self.about.seed or 0)
 
     def groups(self) -> dict[str, Group]:
         """The scored components by layer, in the model's order."""

@@ -341,11 +341,11 @@ def _checked_interval(checkpoint_every: int | None, output: str | None) -> int |
 def _checked_part(part: str | None, shard: str | None, request: ScoreRequest) -> tuple[int, int] | None:
     if part is not None and shard is not None and part != shard:
         raise InputError(f"part={part!r} and shard={shard!r} are two names of one setting; give part only")
-    given = shard if part is None else part
-    if given is None:
+    name = shard if part is None else part
+    if name is None:
         return None
     if not request.method.made.needs_samples:
         raise InputError(
-            f"part={given!r}: method {request.method.name} needs no sample, so there is nothing to share; leave it out"
+            f"part={name!r}: method {request.method.name} needs no sample, so there is nothing to share; leave it out"
         )
-    return parse_part(given)
+    return parse_part(name)
