@@ -47,7 +47,7 @@ from sparc3_pl.data.evaluation_data import IGNORED, sliding_windows
 from sparc3_pl.data.sources import get_field, parse_filter, text_id
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
-from sparc3_pl.evaluation.perplexity import WindowScorer
+from sparc3_pl.model.likelihood import WindowScorer
 from sparc3_pl.model.loading import load_tokenizer
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.source import ModelSource

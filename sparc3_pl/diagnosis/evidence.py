@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sparc3_pl.diagnosis.gains_evidence import GainsEvidence, gains_sections, weigh_gains
 from sparc3_pl.document.document import Block, Checks, Numbers, Picture, Section, Table, Text, count, number, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
@@ -20,13 +21,13 @@ from sparc3_pl.selection.contrast import Scores, format_warnings, share_of_stron
 from sparc3_pl.selection.contrast import contrast as contrast_of
 from sparc3_pl.selection.stability import (
     Choice,
-    Unit,
     WeighedContrast,
     chosen,
     null_against_null,
     null_against_selection,
     positions,
     split_half_overlaps,
+    units_of,
 )
 from sparc3_pl.statistics.agreement import rank_correlation
 
@@ -143,14 +144,14 @@ def evidence(
     general: list[str],
     behaviour: list[str],
     num_neurons: int | None = None,
-    contrast: WeighedContrast = "difference",
+    contrast: WeighedContrast | Literal["budget"] = "difference",
     protect: float = 0.0,
     layers: list[str] | None = None,
     seed: int = 0,
     output: str | None = None,
     html: str | None = None,
     overwrite: bool = False,
-) -> Evidence:
+) -> Evidence | GainsEvidence:
     """Check a contrast before pruning by it: enough samples, a stable selection, not just the strongest neurons.
 
     Takes the same arguments as prune. Score with --model.groups 8, so that selections from parts of the samples can be
@@ -162,7 +163,8 @@ def evidence(
         behaviour: Score folders of the behaviour's samples, one per seed.
         num_neurons: Number of components that prune would choose; unset: 100 neurons, or of other components 10 % of
             those scored, at most 100.
-        contrast: Contrast that prune would choose by.
+        contrast: Contrast that prune would choose by. For budget the derivative itself is looked at: whether more
+            components than by chance have one, and whether two halves of the samples give the same edit.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.
         seed: Seed for the split halves.
@@ -175,12 +177,17 @@ def evidence(
     """
     check_places("evidence", output, html, overwrite)
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
-    require_comparable([folder for side in sides for folder in side])
     scores = [Scores.of(side, layers) for side in sides]
-    size = usual_size(scores[0]) if num_neurons is None else num_neurons
-    result = weigh(*scores, Choice(contrast, size, protect), seed=seed)
+    result: Evidence | GainsEvidence
+    if contrast == "budget":
+        result = weigh_gains(*scores, seed=seed)
+        sections = gains_sections(result)
+    else:
+        require_comparable([folder for side in sides for folder in side])
+        size = usual_size(scores[0]) if num_neurons is None else num_neurons
+        result = weigh(*scores, Choice(contrast, size, protect), seed=seed)
+        sections = evidence_sections(result)
     json = as_json("evidence", result.to_json())
-    sections = evidence_sections(result)
     title = "Evidence before pruning"
     publish(title, sections, json=json, output=output, html=html, overwrite=overwrite, verdict=result.verdict)
     return result
@@ -230,23 +237,6 @@ def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) 
     )
 
 
-def _units(scores: Scores) -> list[Unit]:
-    """The groups of samples of every folder, or the folder itself if it has no groups.
-
-    All folders have the same weight, and groups have weight by their number of samples: the mean of all units is that
-    of ``scores``.
-    """
-    spans, units = {layer: slice(*scores.span(layer)) for layer in scores.layers}, []
-    for folder in scores.folders:
-        if not folder.manifest.groups:
-            units.append(Unit(torch.cat([folder.load(layer)[rows] for layer, rows in spans.items()]), 1.0))
-            continue
-        groups = torch.cat([folder.load_groups(layer)[:, rows] for layer, rows in spans.items()], dim=1)
-        sizes = folder.manifest.group_sizes
-        units += [Unit(values, n / sum(sizes)) for values, n in zip(groups, sizes, strict=True) if n]
-    return units
-
-
 def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> float | None:
     """Welch's t of the samples' total relevance, general minus behaviour."""
     sides = [
@@ -269,7 +259,7 @@ def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance
 
 
 def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Choice, seed: int) -> Stability:
-    units, used = _units(general), _units(behaviour)
+    units, used = units_of(general), units_of(behaviour)
     sizes = range(1, len(used) // 2 + 1) if len(units) > 1 else ()
     each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(used)
     overlaps = [split_half_overlaps(units, used, choice, size, seed=seed) for size in sizes]

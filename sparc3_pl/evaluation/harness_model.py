@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from sparc3_pl.data.evaluation_data import IGNORED
 from sparc3_pl.data.samples import pad_right
 from sparc3_pl.evaluation.measurement_run import input_device
-from sparc3_pl.evaluation.perplexity import WindowScorer
+from sparc3_pl.model.likelihood import WindowScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

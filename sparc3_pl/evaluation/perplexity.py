@@ -1,43 +1,14 @@
 """Perplexity: exp of the mean negative log-likelihood of the scored tokens."""
 
-import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from sparc3_pl.model.kernels import onednn_linears
-from sparc3_pl.model.structure import decoder, features, output_head
+from sparc3_pl.model.likelihood import IGNORE, row_nll
 
-__all__ = ["IGNORE", "Perplexity", "WindowScorer", "token_nll"]
-
-IGNORE = -100
-"""Label of a token that is not scored: padding, or already scored in an earlier window."""
-
-_BLOCK = 1 << 23
-"""Logits worked on at a time: 32 MB in float32, small beside a window's full logits and large enough to be fast."""
-
-
-def row_nll(logits_NV: Tensor, targets_N: Tensor, rows: int | None = None) -> Tensor:
-    """Negative log-likelihood of each row's target, in blocks of rows, so that no second full-size tensor is made.
-
-    log(sum exp) less the target's logit. The library's fused cross-entropy takes half the time, but on the CPU in
-    float32 its values are low by 8e-6 nats on average at a real model's logits (-31 to 42), which is as much as an
-    edit's effect may be; these are right to 1e-7.
-
-    Returns:
-        ``[N]`` in nats, float32 (float64 for float64 logits).
-    """
-    rows = rows or max(1, _BLOCK // logits_NV.shape[-1])
-    blocks = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    return torch.cat([_block_nll(logits, targets) for logits, targets in blocks])
-
-
-def _block_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return logits_NV.logsumexp(-1) - logits_NV.gather(-1, targets_N[:, None])[:, 0]
+__all__ = ["Perplexity", "token_nll"]
 
 
 def token_nll(logits_BTV: Tensor, labels_BT: Tensor, ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
@@ -103,83 +74,3 @@ class Perplexity(Metric):
         """Sum of negative log-likelihoods (nats) and number of tokens over all processes; every process must call."""
         with self.sync_context():
             return float(self.nll), int(self.num_tokens)
-
-
-class WindowScorer:
-    """Negative log-likelihoods of windows, the output head applied at scored positions only.
-
-    Some families do more than ``head(hidden)`` (Gemma 2 caps its logits, Cohere scales them). Before a batch is
-    scored the shortest useful piece of it is run both ways, once per scorer: unless the logits are equal bit for bit,
-    the model's own forward is used, still only at the positions that some window of the batch scores.
-
-    Args:
-        model: A causal language model in eval mode; it stays where it is.
-        ignore_index: Label of tokens that are not scored.
-    """
-
-    def __init__(self, model: nn.Module, ignore_index: int = IGNORE) -> None:
-        self.model, self.ignore_index = model, ignore_index
-        self.decoder, (_, self.head) = decoder(model), output_head(model)
-        self.head_only: bool | None = None
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    @torch.inference_mode()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch of windows.
-
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, 0 at padding.
-            labels: ``[B, T]``, the input ids at the tokens to be scored, ``ignore_index`` elsewhere.
-
-        Returns:
-            By window: the sum in nats (``[B]``, float64) and the number of scored tokens (``[B]``, int64).
-        """
-        with onednn_linears(self.model):
-            return self._score(input_ids, None if _right_padded(attention_mask) else attention_mask, labels)
-
-    def _score(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.head_only is None:
-            self.head_only = self._head_is_all(input_ids[:1, :8])
-        want = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)  # want[t]: what position t predicts
-        scored = want != self.ignore_index
-        rows = scored.nonzero()[:, 0]
-        nll = self._nll(input_ids, mask, want, scored)
-        total = torch.zeros(len(want), dtype=torch.float64, device=nll.device).index_add_(0, rows, nll.double())
-        return total, scored.sum(1)
-
-    def _nll(self, input_ids: Tensor, attention_mask: Tensor | None, want: Tensor, scored: Tensor) -> Tensor:
-        """Negative log-likelihoods of the scored positions, in row-major order, ``[N]``."""
-        if not self.head_only:
-            logits, keep = self._own_logits(input_ids, attention_mask, scored)
-            return row_nll(logits[scored[:, keep]], want[scored].to(logits.device)).to(want.device)
-        hidden_ND = self._hidden(input_ids, attention_mask)[scored]
-        size = max(1, _BLOCK // features(self.head)[0])
-        parts = [self._head_nll(*pair) for pair in zip(hidden_ND.split(size), want[scored].split(size), strict=True)]
-        return torch.cat(parts)
-
-    def _head_nll(self, hidden_ND: Tensor, want_N: Tensor) -> Tensor:
-        logits = self.head(hidden_ND)
-        return row_nll(logits, want_N.to(logits.device)).to(want_N.device)
-
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return out.last_hidden_state
-
-    def _own_logits(self, input_ids: Tensor, attention_mask: Tensor | None, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, K, V]`` by the model's own forward, and the K positions they are at."""
-        keep = scored.any(0).nonzero()[:, 0] if self._keeps else torch.arange(scored.shape[1], device=scored.device)
-        kwargs = {"logits_to_keep": keep} if self._keeps else {}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return out.logits, keep
-
-    def _head_is_all(self, input_ids: Tensor) -> bool:
-        own = self.model(input_ids=input_ids, use_cache=False).logits
-        return torch.equal(own.float(), self.head(self._hidden(input_ids)).float())
-
-
-def _right_padded(attention_mask: Tensor) -> bool:
-    """Whether padding stands on the right only: a causal model's real tokens never see it, and attention without a
-    mask is faster.
-    """
-    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())

@@ -10,8 +10,9 @@ import torch
 
 from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_device
-from sparc3_pl.evaluation.perplexity import Perplexity, WindowScorer
+from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
+from sparc3_pl.model.likelihood import WindowScorer
 from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ An edit is given the parts of a layer's chosen components (``components.py``) an
 * ``zero``: all entries of a component become 0;
 * ``scale``: the entries that read the component are multiplied by alpha, which scales its contribution whatever its
   activation function. Where nothing reads it (a row of any other layer, a single weight), its own entries are;
-* ``mean``: as ``zero``, and the component's mean activation times what reads it is added to the reader's bias.
+* ``mean``: as ``zero``, and the component's mean activation times what reads it is added to the reader's bias;
+* ``gains``: as ``scale``, with a factor for each component (``gains.py``).
 """
 
 import math
@@ -162,7 +163,12 @@ def contributing(parts: Sequence[Part]) -> list[Part]:
 EDITS: Registry[Edit] = Registry(
     "edit",
     Edit,
-    {"zero": f"{__name__}.Zero", "scale": f"{__name__}.Scale", "mean": f"{__name__}.Mean"},
+    {
+        "zero": f"{__name__}.Zero",
+        "scale": f"{__name__}.Scale",
+        "mean": f"{__name__}.Mean",
+        "gains": "sparc3_pl.pruning.gains.Gains",
+    },
 )
 
 

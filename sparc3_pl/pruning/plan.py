@@ -3,7 +3,8 @@
 A plan is a small JSON file that lists the chosen components. What does not belong in JSON lies beside it in safetensors
 files named in the plan with their sha256: single weights, of which there may be billions, as indices (``weights``) or,
 where these would take more room, as one bit for each weight of the layer (``masks``); mean activations for the ``mean``
-edit (``means``); and, when asked for, the removed values (``kept``).
+edit (``means``); long lists of components with factors (``listed``); and, when asked for, the values that are replaced
+(``kept``).
 """
 
 import math
@@ -40,6 +41,9 @@ __all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]
 FORMAT_VERSION = 1
 _INDEX_BITS = 32  # of an index in a file, where one bit shows a weight in a mask
 _INT32 = 2**31
+_MANY = 1000
+"""With more components than this, those that have factors lie beside the JSON."""
+_COLUMNS = {"index": torch.int64, "rank": torch.int64, "score": torch.float64, "factor": torch.float64}
 KIND = FileKind.json("a plan", lambda data: {"neurons", "format_version", "model"} <= data.keys())
 
 
@@ -166,7 +170,7 @@ class _Content(_About):
     neurons: list[PlannedNeuron]
     num_neurons: int | None = None
     num_weights: int | None = None
-    files: dict[Literal["weights", "masks", "means", "kept"], _Companion] = field(default_factory=dict)
+    files: dict[Literal["weights", "masks", "means", "listed", "kept"], _Companion] = field(default_factory=dict)
 
 
 FORMAT = Format(_Content, "a plan", FORMAT_VERSION, "make the plan again")
@@ -244,6 +248,15 @@ class PrunePlan(_About):
         Masks are unpacked for it: of a large plan use ``entries``.
         """
         return {layer: entries.indices for layer, entries in self.entries.items() if entries.rank is None}
+
+    @property
+    def listed(self) -> dict[str, Tensor]:
+        """``LAYER/index``, ``/rank``, ``/score`` and ``/factor``, where so many components have factors that JSON is
+        no place for them; else empty.
+        """
+        if self.num_neurons <= _MANY or any(entries.factor is None for entries in self.entries.values()):
+            return {}
+        return {f"{layer}/{name}": getattr(one, name) for layer, one in self.entries.items() for name in _COLUMNS}
 
     @property
     def num_neurons(self) -> int:
@@ -353,7 +366,8 @@ class PrunePlan(_About):
                     temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
                     named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
-            write_text(plan_file, _readable(FORMAT.seal(self.to_json() | {"files": named})))
+            beside = {"files": named} | ({"neurons": []} if "listed" in named else {})
+            write_text(plan_file, _readable(FORMAT.seal(self.to_json() | beside)))
         return path
 
     def _companions(self) -> dict[str, dict[str, Tensor]]:
@@ -363,6 +377,7 @@ class PrunePlan(_About):
             "weights": {layer: entries.index for layer, entries in unlisted.items() if entries.mask is None},
             "masks": {layer: entries.mask.bits for layer, entries in unlisted.items() if entries.mask is not None},
             "means": self.means,
+            "listed": self.listed,
             "kept": self.kept,
         }
 
@@ -391,6 +406,10 @@ class PrunePlan(_About):
             for layer, bits in masks.items():
                 entries[layer] = Entries(none, mask=BitMask(bits, math.prod(plan.shapes.get(layer, [0]))))
             tensors["entries"] = {name: entries[name] for name in [*plan.shapes, *entries] if name in entries}
+        if listed := tensors.pop("listed", None):
+            if plan.entries or weights or masks:
+                raise InputError(f"{path}: it lists components twice, here and beside it; make the plan again")
+            tensors["entries"] = _entries_from(listed, path)
         plan = replace(plan, **tensors)
         plan.check(path)
         for key in ("num_neurons", "num_weights"):
@@ -446,8 +465,26 @@ class PrunePlan(_About):
                 yield f"{self.component(layer)} {low if low < 0 else high} of {layer} is out of range"
             if entries.rank is None and not (index[1:] > index[:-1]).all():
                 yield f"the indices of layer {layer} are not in ascending order"
+            if entries.factor is not None and not entries.factor.isfinite().all():
+                yield f"a factor of layer {layer} is not finite"
             if entries.rank is not None and len(index.unique()) < len(index):
                 yield f"a {self.component(layer)} of {layer} is listed twice"
+
+
+def _entries_from(tensors: dict[str, Tensor], path: Path) -> dict[str, Entries]:
+    """What ``PrunePlan.listed`` has made."""
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition("/")
+        by_layer.setdefault(layer, {})[name] = tensor
+    for layer, columns in by_layer.items():
+        shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in columns.items()}
+        if shapes != {name: (dtype, columns.get("index", torch.empty(0)).shape) for name, dtype in _COLUMNS.items()}:
+            raise InputError(f"{path}: what lies beside it is no list of components of {layer}; make the plan again")
+    ranks = torch.cat([columns["rank"] for columns in by_layer.values()])
+    if not torch.equal(ranks.sort().values, torch.arange(len(ranks))):
+        raise InputError(f"{path}: the ranks of its components are not 0 to {len(ranks) - 1}; make the plan again")
+    return {layer: Entries(**columns) for layer, columns in by_layer.items()}
 
 
 def _readable(data: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import MLP, mlps, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
 from sparc3_pl.pruning.edits import Mean, Zero
+from sparc3_pl.pruning.gains import Gains
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -149,10 +150,12 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
 def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
     are_neurons = all(isinstance(component, Neuron) for component in plan.load_components().values())
-    if not are_neurons or not isinstance(plan.load_edit(), Zero | Mean):
+    edit = plan.load_edit()
+    all_zero = isinstance(edit, Gains) and not any(one.factor.any() for one in plan.entries.values())
+    if not are_neurons or not (isinstance(edit, Zero | Mean) or all_zero):
         raise InputError(
-            f"shrink removes neurons by edit=zero or mean, but the plan is for {plan.unit} with edit={plan.edit}; save "
-            "without shrink"
+            f"shrink removes neurons by edit=zero or mean (or gains of 0), but the plan is for {plan.unit} with "
+            f"edit={plan.edit}; save without shrink"
         )
     blocks = mlps(model)
     if strange := set(plan.entries) - {mlp.up for mlp in blocks}:

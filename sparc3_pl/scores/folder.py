@@ -266,8 +266,12 @@ def mean_blocks(folders: Sequence[ScoreFolder], name: str, size: int = BLOCK) ->
             yield (sum(block.double() for block in blocks) / len(blocks)).float()
 
 
-def require_comparable(folders: Sequence[ScoreFolder]) -> None:
+def require_comparable(folders: Sequence[ScoreFolder], but: Sequence[str] = ()) -> None:
     """Refuses folders whose scores must not be averaged or subtracted.
+
+    Args:
+        folders: The folders.
+        but: Keys of the manifest in which they may differ.
 
     Raises:
         InputError: naming every key that differs, with both values and folders: model fingerprint, method,
@@ -276,12 +280,12 @@ def require_comparable(folders: Sequence[ScoreFolder]) -> None:
     if not folders:
         raise InputError("no score folder was given; name at least one")
     first = folders[0]
-    differences = [text for other in folders[1:] for text in _differences(first, other)]
+    differences = [text for other in folders[1:] for text in _differences(first, other, but)]
     if differences:
         raise InputError(f"scores that cannot be compared: {'; '.join(differences)}; score them alike")
 
 
-def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
+def _differences(first: ScoreFolder, other: ScoreFolder, but: Sequence[str]) -> list[str]:
     def told(key: str, mine: Any, yours: Any) -> str:
         return f"{key}={mine} in {first.path} but {yours} in {other.path}"
 
@@ -292,7 +296,7 @@ def _differences(first: ScoreFolder, other: ScoreFolder) -> list[str]:
     if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
         found.append(f"model.config.{key} in {other.path}")
     for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed"):
-        if getattr(one, key) != getattr(two, key):
+        if key not in but and getattr(one, key) != getattr(two, key):
             found.append(told(key, getattr(one, key), getattr(two, key)))
     if first.layers != other.layers:
         odd = ", ".join(sorted(set(first.layers) ^ set(other.layers))[:3]) or "in another order"

@@ -1,26 +1,30 @@
 """From score folders to a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import sha256_of_file
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.pruning.edits import EDITS, Edit
+from sparc3_pl.pruning.gains import Gains
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of, budgets_of
 from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
-from sparc3_pl.selection.lowest import Selection
+from sparc3_pl.selection.dose import Dose
+from sparc3_pl.selection.lowest import Block, Passes, Selection, collect
 from sparc3_pl.selection.scope import SCOPES, Amount, Scope
 from sparc3_pl.selection.sequential import check_sequential
 
-__all__ = ["make_plan"]
+__all__ = ["make_dose", "make_plan"]
 
 _STRONG = 0.05  # a choice is checked for how much of it lies in this share of the general set's strongest
 _MANY = 0.3
@@ -41,6 +45,7 @@ def make_plan(
     seed: int = 0,
     edit: Spec | Edit = "zero",
     budgets: Spec | Budgets | None = None,
+    scale: float | None = None,
 ) -> PrunePlan:
     """Chooses the components that the behaviour uses and general text does not.
 
@@ -59,6 +64,7 @@ def make_plan(
         seed: Seed for drawing the control.
         edit: What the plan does to what is chosen (``edits.py``).
         budgets: A share of its own for each layer: ``owl``, a file, or a class (``budgets.py``).
+        scale: For ``edit=gains``: how far to go along the contrast's steps. ``make_dose`` leaves it open.
 
     With scope ``row`` or ``pattern``, or with ``budgets``, layers outside of the transformer blocks (the output head)
     are left out unless ``layers`` is given.
@@ -67,6 +73,12 @@ def make_plan(
         InputError: naming the argument that is wrong.
     """
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
+    if isinstance(change, Gains):
+        given = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+        return _gains_plan(general, behaviour, given, kind, among, layers, protect, control, seed, budgets, scale)
+    if scale is not None or kind.gives_steps:
+        name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
+        raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
     steps = Control(seed) if control is None else _seeded(control, seed)
     if control is None:
         check_sequential(
@@ -99,22 +111,145 @@ def make_plan(
     if sides[0].holds_weights and not kind.needs_behaviour and not layers:
         warnings += _outside_warnings(sides[0])
     alpha = arguments.pop("alpha", None)
-    return PrunePlan(
-        entries=entries,
-        model=dict(general[0].manifest.model),
-        granularity=sides[0].granularity,
-        components={layer: sides[0].components[layer] for layer in entries} if "+" in sides[0].granularity else {},
-        num_candidates=sides[0].count,
-        contrast=CONTRASTS.name_of(kind),
+    plan = _plan(entries, sides[0], used, kind, None if control is None else steps)
+    return replace(
+        plan,
         edit=EDITS.name_of(change),
         alpha=alpha,
-        control=None if control is None else CONTROLS.name_of(steps),
-        seed=None if control is None else steps.seed,
         settings=settings | ({"edit": arguments} if arguments else {}),
-        shapes={layer: list(general[0].shape(layer)) for layer in entries},
-        scores={"general": _provenance(general), "behaviour": _provenance(used)},
-        behaviour_samples=_behaviour_ids(used),
-        warnings=warnings + _sample_warnings(general, used),
+        warnings=warnings + plan.warnings,
+    )
+
+
+def make_dose(
+    general: Sequence[ScoreFolder],
+    behaviour: Sequence[ScoreFolder],
+    *,
+    num_neurons: int | None = None,
+    share: float | None = None,
+    contrast: Spec | Contrast = "budget",
+    layers: Sequence[str] | None = None,
+    protect: float = 0.0,
+    control: Spec | Control | None = None,
+    seed: int = 0,
+    scope: Spec | Scope = "model",
+) -> Dose:
+    """A plan of gains whose scale is still open; the arguments are those of ``make_plan``.
+
+    Without ``num_neurons`` and ``share`` all components are turned that the contrast would turn.
+
+    Raises:
+        InputError: as ``make_plan``.
+    """
+    kind, among = CONTRASTS.make(contrast), SCOPES.make(scope)
+    if not kind.gives_steps:
+        raise InputError(
+            f"contrast={CONTRASTS.name_of(kind)} does not say how far to turn a component, as edit=gains needs it; "
+            "give both contrast=budget and edit=gains, or neither"
+        )
+    steps = Control(seed) if control is None else _seeded(control, seed)
+    if not steps.for_steps:
+        name = CONTROLS.name_of(steps)
+        raise InputError(f"control={name} gives no factors for edit=gains; use permuted or random_matched")
+    if not behaviour:
+        raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
+    scores = Scores.of(general, layers)
+    sides = kind.sides(scores, Scores.of(behaviour, layers))
+    amount = Amount("num_neurons")
+    if num_neurons is not None or share is not None:
+        amount, _ = _amount(scores, among, num_neurons, None, share, None)
+    question = Question(*sides, kind, among, amount, protect)
+    values = steps.values(question)
+    if amount.number is None and amount.share is None:
+        question = replace(question, amount=replace(amount, number=_num_allowed(values)))
+    chosen = best_first(question.select(values))
+    places = steps.counterparts(question, [entry[:2] for entry in chosen])
+    listed = [PlannedNeuron(*place, value) for place, (*_, value) in zip(places, chosen, strict=True)]
+    plan = _plan(entries_of(listed), scores, behaviour, kind, None if control is None else steps)
+    settings = {"protect": protect} | kind.settings()
+    settings |= {"share": share, "layers": layers and list(layers), "per_layer": SCOPES.name_of(among) == "layer"}
+    plan = replace(plan, edit="gains", settings=settings, warnings=plan.warnings + _weight_warnings(behaviour))
+    return _dose(plan, kind, question, chosen)
+
+
+def _gains_plan(
+    general: Sequence[ScoreFolder],
+    behaviour: Sequence[ScoreFolder],
+    given: Mapping[str, Any],
+    kind: Contrast,
+    among: Scope,
+    layers: Sequence[str] | None,
+    protect: float,
+    control: Spec | Control | None,
+    seed: int,
+    budgets: Spec | Budgets | None,
+    scale: float | None,
+) -> PrunePlan:
+    """The plan of gains at a scale."""
+    if given["num_weights"] is not None or budgets is not None:
+        raise InputError("edit=gains is for neurons, heads and channels: leave out num_weights and budgets")
+    if scale is None:
+        raise InputError("edit=gains needs a scale, or a budget to find it by (make_dose and spend, or prune --budget)")
+    dose = make_dose(
+        general, behaviour, num_neurons=given["num_neurons"], share=given["share"], contrast=kind, layers=layers,
+        protect=protect, control=control, seed=seed, scope=among,
+    )  # fmt: skip
+    return dose.at(scale)
+
+
+def _plan(
+    entries: dict[str, Entries],
+    general: Scores,
+    behaviour: Sequence[ScoreFolder],
+    kind: Contrast,
+    control: Control | None,
+) -> PrunePlan:
+    """What a plan says of the choice and where it comes from, without what is done to the chosen."""
+    return PrunePlan(
+        entries=entries,
+        model=dict(general.folders[0].manifest.model),
+        granularity=general.granularity,
+        components={layer: general.components[layer] for layer in entries} if "+" in general.granularity else {},
+        num_candidates=general.count,
+        contrast=CONTRASTS.name_of(kind),
+        control=None if control is None else CONTROLS.name_of(control),
+        seed=None if control is None else control.seed,
+        shapes={layer: list(general.folders[0].shape(layer)) for layer in entries},
+        scores={"general": _provenance(general.folders), "behaviour": _provenance(behaviour)},
+        behaviour_samples=_behaviour_ids(behaviour),
+        warnings=_sample_warnings(general.folders, behaviour),
+    )
+
+
+def _num_allowed(values: Passes) -> int:
+    """How many components may be chosen."""
+    allowed = sum(len(b.values) if b.allowed is None else int(b.allowed.sum()) for b in values())
+    if not allowed:
+        raise InputError("no component may be turned: no derivative has the sign that gains_range allows; widen it")
+    return allowed
+
+
+def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[tuple[str, int, float]]) -> Dose:
+    """The plan with what decides the factors of its entries; ``chosen`` are those whose steps they get, in order."""
+    general, behaviour = question.general, question.behaviour
+    assert behaviour is not None
+    steps = kind.steps(general, behaviour)
+    start = {layer: general.span(layer)[0] for layer in general.layers}
+    in_order = torch.tensor([float(steps[layer][index - start[layer]]) for layer, index, _ in chosen]).double()
+    costs, derivatives = (collect(side) for side in (general, behaviour))
+
+    def at_entries(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+        return {
+            layer: blocks[layer].values[entries.index - start[layer]].double()
+            for layer, entries in plan.entries.items()
+        }
+
+    return Dose(
+        plan=plan,
+        contrast=kind,
+        steps={layer: in_order[entries.rank] for layer, entries in plan.entries.items()},
+        derivatives=at_entries(derivatives),
+        fisher=at_entries(costs) if getattr(kind, "fisher", False) else None,
     )
 
 
@@ -221,6 +356,19 @@ def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
     if set(_sample_ids(general)) & set(_sample_ids(used)):
         warnings.append("general and behaviour folders share samples; score general text on other data")
     return warnings
+
+
+def _weight_warnings(behaviour: Sequence[ScoreFolder]) -> list[str]:
+    """Of completions whose weights do not make their mean derivative one of an expected score."""
+    data = [folder.manifest.data for folder in behaviour if folder.manifest.target == "completion"]
+    if any(about.get("weight_field") is None for about in data):
+        return [
+            "the completions have no weights (data.weight_field): the edit makes all of them less likely, whatever a "
+            "judge would say of them"
+        ]
+    if any(about.get("weight_baseline") == "none" for about in data):
+        return ["the completions' weights are not centred (data.weight_baseline=none): the derivative is noisier"]
+    return []
 
 
 def _provenance(folders: Sequence[ScoreFolder]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.dose import held_back, spend
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +51,25 @@ def prune(
     layers: list[str] | None = None,
     top_general: float = 0.05,
     top_behaviour: float = 0.05,
-    control: Literal["none", "random", "random_matched", "top_general", "null"] = "none",
+    control: Literal["none", "random", "random_matched", "top_general", "null", "permuted"] = "none",
     seed: int = 0,
     edit: str | dict[str, Any] = "zero",
     alpha: float | None = None,
+    budget: float | None = None,
+    budget_text: list[str] | None = None,
+    budget_field: str = "text",
+    budget_filter: str | None = None,
+    budget_windows: int = 16,
+    budget_length: int | None = None,
+    gains_range: list[float] = [0.0, 1.0],  # noqa: B006 (never changed; shown by --help)
+    scale: float | None = None,
     save_model: str | None = None,
     shrink: bool = False,
     keep_values: bool = False,
     pretrained: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto",
     trust_remote_code: bool = False,
+    device: str = "cpu",
     mean_source: str | None = None,
     mean_field: str = "text",
     mean_samples: int = 64,
@@ -75,12 +85,13 @@ def prune(
         behaviour: Score folders of the behaviour's samples. Not needed for contrast=general (compression) and for
             the controls random, top_general and null.
         output: The plan file to write.
-        num_neurons: How many neurons to choose, over all layers together.
+        num_neurons: How many neurons to choose, over all layers together. With edit=gains all by default.
         num_weights: How many weights, for folders of weight scores.
         share: A share of all scored neurons (or weights) instead of a number: 0.01 is 1 %.
         contrast: difference (general - behaviour), normalized (each divided by its total first), rank, t (difference
             over its standard error; needs scores made with squares), set_difference (top_behaviour without
-            top_general), general (the lowest general scores), or the class path of a Contrast.
+            top_general), general (the lowest general scores), budget (for edit=gains: the largest squared derivative of
+            the behaviour per cost on general text), or the class path of a Contrast.
         scope: Among whom components compete: model (all with all), layer (the same number, or share, in every layer),
             row (weights: the same share of every output row, rounded down), or the class path of a Scope. With row,
             pattern and budgets the output head is left out unless layers names it.
@@ -93,17 +104,30 @@ def prune(
         top_general: For set_difference: the share of the highest general scores that is left out.
         top_behaviour: For set_difference: the share of the highest behaviour scores to choose from.
         control: Draw a control of the same size instead: random, random_matched (same layers, similar general score),
-            top_general, or null (general folders against another general folder). none: no control.
+            top_general, null (general folders against another general folder), or permuted (of edit=gains: the same
+            factors, dealt at random to the components of each layer). none: no control.
         seed: Seed for drawing the control, and the samples for edit=mean.
-        edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer); or
-            the class path of an Edit.
+        edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer);
+            gains (multiply each by a factor of its own, by contrast=budget); or the class path of an Edit.
         alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
+        budget: For edit=gains: by how much the perplexity of held-back text may rise; 0.01 is 1 %. A search finds how
+            far the edit may go; the text for which it costs most decides.
+        budget_text: Held-back texts, as data.source: several kinds of text, none of them that of an evaluation. Texts
+            that general scores were made from are left out.
+        budget_field: Field of the text in budget_text.
+        budget_filter: Condition on a record's fields in budget_text, as data.filter.
+        budget_windows: Number of windows of each text.
+        budget_length: Tokens in a window. Default: 1,024, at most the model's context.
+        gains_range: Smallest and largest factor of edit=gains. By default components are only weakened.
+        scale: For edit=gains: how far to go along the steps, in place of a search (as for a control of a plan whose
+            scale is known).
         save_model: Folder to write the pruned model to, for transformers' from_pretrained.
         shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
         keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.
         pretrained: The model (hub id, folder, FILE.gguf). Default: the one that was scored.
         dtype: Number format in which the model is loaded and saved; auto is the checkpoint's own.
         trust_remote_code: Run Python code that the checkpoint brings along.
+        device: Device for edit=gains with budget_text: cpu, cuda, cuda:1, ...
         mean_source: For edit=mean: text to measure the mean activations on, as data.source.
         mean_field: Field of the text in mean_source.
         mean_samples: Number of windows to measure on.
@@ -114,30 +138,37 @@ def prune(
         InputError: If an argument is wrong, scores cannot be compared, the plan does not fit the model, or the output
             is taken. Nothing is written then.
     """
-    from sparc3_pl.selection.choose import make_plan
+    from sparc3_pl.selection.choose import make_dose, make_plan
 
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
+    _check_budget(edit, budget, budget_text, scale)
+    folders = [ScoreFolder.open(path) for path in general]
+    sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     scope = _scope(scope, pattern, shrink)
-    plan = make_plan(
-        [ScoreFolder.open(path) for path in general],
-        [ScoreFolder.open(path) for path in behaviour or ()],
-        num_neurons=num_neurons,
-        num_weights=num_weights,
-        share=share,
-        contrast=_with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour}),
-        scope=scope,
-        layers=layers,
-        protect=protect,
-        control=None if control == "none" else control,  # not None: on a command line "null" would mean that
-        seed=seed,
-        edit=_scaled(edit, alpha),
-        budgets=budgets,
-    )
+    contrast = _with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour})
+    contrast = _with(contrast, "budget", {"gains_range": gains_range})
+    if list(gains_range) != [0.0, 1.0] and not (isinstance(contrast, dict) and "gains_range" in contrast["init_args"]):
+        raise InputError(f"gains_range={gains_range} is for contrast=budget; leave it out, or give it in init_args")
+    choice: dict[str, Any] = {"num_neurons": num_neurons, "share": share, "layers": layers, "protect": protect}
+    choice |= {"contrast": contrast, "scope": scope, "seed": seed}
+    choice["control"] = None if control == "none" else control  # not None: on a command line "null" would mean that
+    model, encoder, saved = None, None, None
+    if edit == "gains" and budget_text and num_weights is None and budgets is None:
+        dose = make_dose(*sides, **choice)
+        model, encoder = _load(dose.plan, pretrained, dtype, trust_remote_code, device)
+        texts = held_back(
+            budget_text, encoder, folders, text_field=budget_field, condition=budget_filter, num_windows=budget_windows,
+            length=budget_length, seed=seed,
+        )  # fmt: skip
+        plan = spend(dose, model, texts, budget, scale)
+    else:
+        choice |= {"num_weights": num_weights, "budgets": budgets, "scale": 1.0 if budget else scale}
+        plan = make_plan(*sides, **choice, edit=_scaled(edit, alpha))
     if shrink:
         _check_shrinkable(plan)
-    saved = None
     if save_model or keep_values or plan.edit == "mean":
-        model, encoder = _load(plan, pretrained, dtype, trust_remote_code)
+        if model is None or encoder is None:
+            model, encoder = _load(plan, pretrained, dtype, trust_remote_code)
         if plan.edit == "mean":
             batches = _windows(encoder, mean_source, mean_field, mean_samples, mean_seq_len, seed)
             plan = _with_means(plan, model, batches)
@@ -188,6 +219,27 @@ def _check_places(
         raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
 
 
+def _check_budget(edit: Spec, budget: float | None, budget_text: list[str] | None, scale: float | None) -> None:
+    """What of the budget can be refused before any score is read."""
+    if edit != "gains":
+        given = {"budget": budget, "budget_text": budget_text, "scale": scale}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"{name}={value} is for edit=gains, and this is edit={edit}; leave it out")
+        return
+    if (budget is None) == (scale is None):
+        raise InputError(
+            f"edit=gains with budget={budget} and scale={scale}: give one of the two, --budget 0.01 (with "
+            "--budget_text) or --scale"
+        )
+    if budget is not None and not 0 < budget < math.inf:
+        raise InputError(f"budget={budget} is not a rise of perplexity above 0; 0.01 is 1 %")
+    if budget is not None and not budget_text:
+        raise InputError(
+            "budget needs held-back text to measure the rise of perplexity on; give --budget_text FILE ..."
+        )
+
+
 def _check_shrinkable(plan: PrunePlan) -> None:
     """What can be refused before the model is loaded."""
     if plan.holds_weights:
@@ -197,7 +249,7 @@ def _check_shrinkable(plan: PrunePlan) -> None:
 
 
 def _load(
-    plan: PrunePlan, pretrained: str | None, dtype: str, trust_remote_code: bool
+    plan: PrunePlan, pretrained: str | None, dtype: str, trust_remote_code: bool, device: str = "cpu"
 ) -> tuple["PreTrainedModel", "Encoder"]:
     from sparc3_pl.data.encoding import load_encoder
     from sparc3_pl.model.loading import load_model
@@ -208,7 +260,18 @@ def _load(
         raise InputError("the scores do not name their model; give --pretrained")
     name = pretrained or str(scored)
     source = ModelSource(name, dtype, revision if name == scored else None, None, trust_remote_code)
-    return load_model(source), load_encoder(source)
+    return _placed(load_model(source), device), load_encoder(source)
+
+
+def _placed(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
+    if device == "cpu":
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device={device!r}: {str(error).splitlines()[0]}; give cpu, or a device that is there"
+        ) from None
 
 
 def _windows(
@@ -259,6 +322,21 @@ def _save_model(
     return (save_shrunk if shrink else save_pruned)(model, tokenizer, plan, folder, overwrite)
 
 
+def _gains_lines(plan: PrunePlan) -> list[str]:
+    """How far the edit goes, and what that costs."""
+    gains = plan.settings.get("gains")
+    if not gains:
+        return []
+    texts = ", ".join(f"{text['rise']:+.2%} on {text['source']}" for text in gains.get("texts", ()))
+    factors = [factor for one in plan.entries.values() for factor in one.factor.tolist()]
+    ends = f"{min(factors):.3g} to {max(factors):.3g}"
+    return [
+        f"scale {gains['scale']:.4g}: factors from {ends}, {factors.count(0)} of them 0",
+        f"predicted change of what was attributed: {gains['predicted_change']:+.4g}",
+        *([f"perplexity of held-back text: {texts}"] if texts else []),
+    ]
+
+
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     """The result, on stdout."""
     from sparc3_pl.document.document import Number, Table
@@ -270,7 +348,11 @@ def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
     factor = "" if plan.alpha is None else f" by {plan.alpha}"
     chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
-    lines = [f"{chosen}, edit {plan.edit}{factor}", *(f"warning: {warning}" for warning in plan.warnings)]
+    lines = [
+        f"{chosen}, edit {plan.edit}{factor}",
+        *_gains_lines(plan),
+        *(f"warning: {warning}" for warning in plan.warnings),
+    ]
     if left_out := plan.settings.get("left_out"):
         lines.append(f"left out: {', '.join(left_out)}; name all layers to choose from (layers) to have it pruned too")
     if plan.holds_weights and plan.edit == "zero" and plan.num_candidates:

@@ -8,6 +8,7 @@ r"""Contrasts of general and behaviour scores: the lowest are the most specific 
 | ``t`` | (R_general - R_behaviour) / sqrt(SE_general^2 + SE_behaviour^2) (Welch), SE over samples |
 | ``set_difference`` | -R_behaviour for the top share of behaviour without the top share of general; others are out |
 | ``general`` | R_general alone: the least used components go first (compression, no behaviour) |
+| ``budget`` | -R_behaviour^2 / (F + ridge mean F), F the Fisher information of general text (``budget.py``) |
 
 Each side may be several folders (seeds): their mean is taken, every folder counting the same whatever its number of
 samples. Everything is streamed: one block of a layer is in memory at a time (``rank`` holds the ranks of the whole
@@ -237,6 +238,8 @@ class Contrast(ABC):
     needs_behaviour: ClassVar[bool] = True
     for_weights: ClassVar[bool] = True
     """Whether it works block by block, so that it can be used with scores of single weights."""
+    gives_steps: ClassVar[bool] = False
+    """Whether it says how far to turn each component (``steps``), which is what ``edit=gains`` does."""
 
     @abstractmethod
     def passes(self, general: Side, behaviour: Side) -> Passes:
@@ -250,6 +253,26 @@ class Contrast(ABC):
         Raises:
             InputError: if the scores do not permit this contrast.
         """
+
+    def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
+        """What it reads of the two sides: for controls and ``protect``, how strong general text uses a component."""
+        return general, behaviour
+
+    def require_comparable(self, general: Side, behaviour: Side) -> None:
+        """Refuses sides that do not go together.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        general.require_comparable(behaviour)
+
+    def steps(self, general: Side, behaviour: Side) -> dict[str, Tensor]:
+        """The change of every component's gain at scale 1, ``[n]`` float64 by layer; if ``gives_steps``."""
+        raise NotImplementedError
+
+    def factors(self, step: Tensor, scale: float) -> Tensor:
+        """The factors of components with these steps; if ``gives_steps``."""
+        raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
         """Its arguments, by name."""
@@ -380,6 +403,7 @@ CONTRASTS: Registry[Contrast] = Registry(
         "t": f"{__name__}.WelchT",
         "set_difference": f"{__name__}.SetDifference",
         "general": f"{__name__}.General",
+        "budget": "sparc3_pl.selection.budget.Budget",
     },
 )
 
@@ -401,7 +425,7 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
     if behaviour is None and chosen.needs_behaviour:
         raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR, or --contrast general")
     if behaviour is not None and chosen.needs_behaviour:
-        general.require_comparable(behaviour)
+        chosen.require_comparable(general, behaviour)
     if general.holds_weights and not chosen.for_weights:
         raise InputError(f"contrast={name} is not for weight scores; use difference or normalized")
     passes = chosen.passes(general, general if behaviour is None else behaviour)

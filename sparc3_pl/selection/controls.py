@@ -6,6 +6,7 @@
 | ``random_matched`` | for every chosen neuron another of its layer with a similar general score |
 | ``top_general`` | the strongest on general text |
 | ``null`` | by the same contrast, of general folders against another general folder |
+| ``permuted`` | of ``edit=gains``: the same factors, dealt at random to the components of the same layer |
 
 All are seeded. Larger choices of the same seed hold the smaller ones, but for ``random_matched``, which follows (and
 avoids) the neurons that it is matched to.
@@ -35,7 +36,10 @@ __all__ = [
     "random_passes",
 ]
 
-ControlName = Literal["random", "random_matched", "top_general", "null"]
+Components = Sequence[tuple[str, int]]
+"""Layer and index of each."""
+
+ControlName = Literal["random", "random_matched", "top_general", "null", "permuted"]
 T = TypeVar("T")
 
 
@@ -112,6 +116,8 @@ class Control:
 
     seed: int = 0
     uses_behaviour: ClassVar[bool] = True
+    for_steps: ClassVar[bool] = True
+    """Whether it can be the control of an edit whose components have a step each."""
 
     def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
         """The score folders of the two sides."""
@@ -125,12 +131,17 @@ class Control:
         """What is chosen in the end, in place of the lowest."""
         return selection
 
+    def counterparts(self, question: Question, chosen: Components) -> Components:
+        """For each chosen component, the one that gets its factor."""
+        return chosen
+
 
 @dataclass(frozen=True)
 class RandomControl(Control):
     """At random among all candidates."""
 
     uses_behaviour = False
+    for_steps = False
 
     def values(self, question: Question) -> Passes:
         return question.without_protected(random_passes(question.general, self.seed))
@@ -141,6 +152,7 @@ class TopGeneral(Control):
     """The strongest on general text, protected or not."""
 
     uses_behaviour = False
+    for_steps = False
 
     def values(self, question: Question) -> Passes:
         return strongest(question.general)
@@ -149,6 +161,8 @@ class TopGeneral(Control):
 @dataclass(frozen=True)
 class Null(Control):
     """General text against general text."""
+
+    for_steps = False
 
     def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
         return null_sides(general, self.seed)
@@ -164,21 +178,45 @@ class RandomMatched(Control):
         return question.ranked()
 
     def exchanged(self, question: Question, selection: Selection) -> Selection:
+        drawn: dict[str, list[int]] = {}
+        chosen = [(layer, index) for layer, index, _ in best_first(selection)]
+        for layer, index in self.counterparts(question, chosen):
+            drawn.setdefault(layer, []).append(index)
+        # The plain difference has a value for those, too, that the contrast leaves out.
+        behaviour = question.behaviour
+        values = collect(contrast("difference", question.general, behaviour) if behaviour else question.general)
+        indices = {layer: torch.tensor(sorted(drawn[layer])) for layer in values if layer in drawn}
+        return {layer: (at, values[layer].values[at - values[layer].offset]) for layer, at in indices.items()}
+
+    def counterparts(self, question: Question, chosen: Components) -> Components:
         blocks = collect(question.without_protected(question.general))
         allowed = {
             layer: torch.ones(len(block.values), dtype=torch.bool) if block.allowed is None else block.allowed
             for layer, block in blocks.items()
         }
-        chosen = [(layer, index - blocks[layer].offset) for layer, index, _ in best_first(selection)]
-        drawn: dict[str, list[int]] = {}
+        positions = [(layer, index - blocks[layer].offset) for layer, index in chosen]
         general = {layer: block.values for layer, block in blocks.items()}
-        for layer, position in random_matched(chosen, general, allowed, self.seed):
-            drawn.setdefault(layer, []).append(position)
-        # The plain difference has a value for those, too, that the contrast leaves out.
-        behaviour = question.behaviour
-        values = collect(contrast("difference", question.general, behaviour)) if behaviour else blocks
-        positions = {layer: torch.tensor(sorted(drawn[layer])) for layer in blocks if layer in drawn}
-        return {layer: (at + blocks[layer].offset, values[layer].values[at]) for layer, at in positions.items()}
+        drawn = random_matched(positions, general, allowed, self.seed)
+        return [(layer, position + blocks[layer].offset) for layer, position in drawn]
+
+
+@dataclass(frozen=True)
+class Permuted(Control):
+    """The factors of a layer, those that stay 1 among them, dealt at random to its components."""
+
+    def values(self, question: Question) -> Passes:
+        if not question.contrast.gives_steps:
+            raise InputError("control=permuted deals out the factors of edit=gains; use random_matched")
+        return question.ranked()
+
+    def counterparts(self, question: Question, chosen: Components) -> Components:
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn: dict[str, list[int]] = {}
+        for layer in question.general.layers:
+            start, stop = question.general.span(layer)
+            drawn[layer] = (torch.randperm(stop - start, generator=generator) + start).tolist()
+        starts = {layer: question.general.span(layer)[0] for layer in question.general.layers}
+        return [(layer, drawn[layer][index - starts[layer]]) for layer, index in chosen]
 
 
 CONTROLS: Registry[Control] = Registry(
@@ -189,6 +227,7 @@ CONTROLS: Registry[Control] = Registry(
         "random_matched": f"{__name__}.RandomMatched",
         "top_general": f"{__name__}.TopGeneral",
         "null": f"{__name__}.Null",
+        "permuted": f"{__name__}.Permuted",
     },
 )
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_pl.selection.contrast import Side, Vector, contrast, protected
+from sparc3_pl.selection.contrast import Scores, Side, Vector, contrast, protected
 from sparc3_pl.selection.lowest import select_lowest
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "null_against_null",
     "null_against_selection",
     "overlap_of",
+    "parts_of",
     "positions",
     "split_half_overlaps",
+    "units_of",
 ]
 
 
@@ -66,6 +68,23 @@ class Choice:
     kind: WeighedContrast
     num_neurons: int
     protect: float = 0.0
+
+
+def units_of(scores: Scores) -> list[Unit]:
+    """The groups of samples of every folder, or the folder itself if it has no groups.
+
+    All folders have the same weight, and groups have weight by their number of samples: the mean of all units is that
+    of ``scores``.
+    """
+    spans, units = {layer: slice(*scores.span(layer)) for layer in scores.layers}, []
+    for folder in scores.folders:
+        if not folder.manifest.groups:
+            units.append(Unit(torch.cat([folder.load(layer)[rows] for layer, rows in spans.items()]), 1.0))
+            continue
+        groups = torch.cat([folder.load_groups(layer)[:, rows] for layer, rows in spans.items()], dim=1)
+        sizes = folder.manifest.group_sizes
+        units += [Unit(values, n / sum(sizes)) for values, n in zip(groups, sizes, strict=True) if n]
+    return units
 
 
 def mean_scores_of(units: Sequence[Unit]) -> Vector:
@@ -123,13 +142,15 @@ def split_half_overlaps(
     largest = len(behaviour) // 2
     size = largest if size is None else size
     general_size = max(1, round(len(general) // 2 * size / max(1, largest)))
-    ways = zip(_parts(general, 2, general_size, most, seed), _parts(behaviour, 2, size, most, seed + 1), strict=False)
+    ways = zip(
+        parts_of(general, 2, general_size, most, seed), parts_of(behaviour, 2, size, most, seed + 1), strict=False
+    )
     return [overlap_of(*(_select(g, b, choice) for g, b in zip(*sides, strict=True))) for sides in ways]
 
 
 def null_against_null(general: Sequence[Unit], choice: Choice, most: int = 20, seed: int = 0) -> list[float]:
     """Overlaps of two null selections from four disjoint parts of general text; empty for fewer than four units."""
-    ways = _parts(general, 4, len(general) // 4, most, seed)
+    ways = parts_of(general, 4, len(general) // 4, most, seed)
     return [overlap_of(_select(a, b, choice), _select(c, d, choice)) for a, b, c, d in ways]
 
 
@@ -137,11 +158,11 @@ def null_against_selection(
     general: Sequence[Unit], selection: Tensor, choice: Choice, most: int = 20, seed: int = 0
 ) -> list[float]:
     """Overlaps of a selection (positions) with null selections, from halves of general text in either order."""
-    ways = _parts(general, 2, len(general) // 2, most, seed)
+    ways = parts_of(general, 2, len(general) // 2, most, seed)
     return [overlap_of(selection, _select(*sides, choice)) for a, b in ways for sides in ((a, b), (b, a))]
 
 
-def _parts(units: Sequence[Unit], count: int, size: int, most: int, seed: int) -> Iterator[list[list[Unit]]]:
+def parts_of(units: Sequence[Unit], count: int, size: int, most: int, seed: int) -> Iterator[list[list[Unit]]]:
     """Ways to deal shuffled units into ``count`` parts of ``size`` each; none if there are too few."""
     if size < 1 or size * count > len(units):
         return

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from score_folders import write
 
 from sparc3_pl.diagnosis.evidence import evidence, weigh
@@ -148,3 +150,52 @@ def test_refusals(tmp_path, strengths):
     weights = str(write(tmp_path / "w", {LAYERS[0]: torch.rand(3, 4)}).path)
     with pytest.raises(InputError, match="neuron scores"):
         evidence([weights], [weights], num_neurons=1)
+
+
+# --- gains ------------------------------------------------------------------------------------------------------------
+
+
+def gains_sides(folder, strength):
+    """A behaviour of 40 samples whose first 30 of 300 derivatives are not 0; general text with unequal costs."""
+    generator = torch.Generator().manual_seed(0)
+    layer, samples = "model.layers.0.mlp.up_proj", 40
+    values_SN = torch.randn(samples, 300, generator=generator, dtype=torch.float64)
+    values_SN[:, :30] += strength
+    groups = values_SN.view(8, 5, 300).mean(1)
+    about = {"signed": True, "at_values": True, "method": "gradient", "num_samples": samples}
+    with ScoreWriter(folder / "b") as writer:
+        writer.add_layer(layer, values_SN.mean(0), values_SN.square().mean(0), (groups, [5] * 8))
+        writer.finish(target="completion", num_tokens=400, model={"fingerprint": "f"}, data={"sample_ids": []}, **about)
+    cost = {layer: 0.5 + torch.rand(300, generator=generator)}
+    text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 400, "model": {"fingerprint": "f"}}
+    write(folder / "g", {layer: torch.zeros(300)}, cost, **about, **text)
+    return values_SN, cost[layer].double() * samples / (400 - samples)
+
+
+def test_derivatives_are_held_against_chance_and_halves_against_each_other(tmp_path, capsys):
+    values_SN, fisher = gains_sides(tmp_path, 1.0)
+    sides = {"general": [str(tmp_path / "g")], "behaviour": [str(tmp_path / "b")]}
+    result = evidence(**sides, contrast="budget", output=str(tmp_path / "e.json"))
+    t = values_SN.mean(0) / (values_SN.std(0) / 40**0.5)
+    (kind,) = result.kinds.values()
+    assert (kind.components, kind.far) == (300, int((t.abs() >= 3).sum()))
+    assert kind.expected == pytest.approx(2 * norm.sf(3) * 300)
+    cosines = []
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = rng.permutation(8)
+        halves = (values_SN.view(8, 5, 300)[list(part)].mean((0, 1)) for part in (order[:4], order[4:]))
+        one, other = (half / (fisher + 0.1 * fisher.mean()) for half in halves)
+        cosines.append(float(one @ other / (one.norm() * other.norm())))
+    assert result.halves == pytest.approx(sum(cosines) / 20, rel=1e-4)
+    assert result.verdict == "pass"
+    said = json.loads((tmp_path / "e.json").read_text())
+    assert (said["contrast"], said["verdict"]) == ("budget", "pass")
+    assert "Derivatives by the gains" in capsys.readouterr().out
+
+
+def test_derivatives_that_are_noise_do_not_pass(tmp_path):
+    gains_sides(tmp_path, 0.0)
+    result = evidence(general=[str(tmp_path / "g")], behaviour=[str(tmp_path / "b")], contrast="budget")
+    assert {check.name: check.status for check in result.checks}["split halves of the edit"] != "pass"
+    assert result.verdict == "fail"

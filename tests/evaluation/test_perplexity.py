@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB, tiny, tokens
 
-from sparc3_pl.evaluation.perplexity import IGNORE, Perplexity, WindowScorer, row_nll, token_nll
+from sparc3_pl.evaluation.perplexity import Perplexity, token_nll
+from sparc3_pl.model.likelihood import IGNORE, WindowScorer, row_nll
 
 MORE_THAN_A_HEAD = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "final_logit_softcapping": 2.0},

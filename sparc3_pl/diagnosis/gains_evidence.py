@@ -1,0 +1,172 @@
+"""``evidence`` for ``contrast=budget``: whether the derivative by the gains is known well enough to be followed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc3_pl.document.document import Checks, Section, Table, count, number, percent
+from sparc3_pl.document.verdicts import Check, Status, grade, worst
+from sparc3_pl.selection.budget import Budget
+from sparc3_pl.selection.contrast import Scores, Vector
+from sparc3_pl.selection.lowest import collect
+from sparc3_pl.selection.stability import mean_scores_of, parts_of, units_of
+
+__all__ = ["GainsEvidence", "KindEvidence", "gains_sections", "weigh_gains"]
+
+FAR = 3.0
+"""Size of a t-statistic that chance reaches for 27 components in ten thousand."""
+CHANCE = math.erfc(FAR / math.sqrt(2))
+ENOUGH_WARN, ENOUGH_FAIL = 3.0, 1.5
+"""How many times as many components as by chance must have such a t."""
+HALVES_WARN, HALVES_FAIL = 0.1, 0.02
+"""Cosine of the steps from two halves of the behaviour's samples; 0 by chance."""
+_MORE = "score more completions"
+
+
+@dataclass(frozen=True)
+class KindEvidence:
+    """What is known of the derivative by the gains of one kind of component.
+
+    Attributes:
+        components: Number of components.
+        far: How many have a t of size 3 or more; None without squares of the behaviour's scores.
+        expected: How many would by chance.
+    """
+
+    components: int
+    far: int | None
+    expected: float
+
+
+@dataclass(frozen=True)
+class GainsEvidence:
+    """The result of ``evidence --contrast budget``.
+
+    Attributes:
+        kinds: By kind of component.
+        halves: Mean cosine of the steps from two halves of the behaviour's samples; None if there are no groups.
+        spread: Standard deviation of that cosine over ways to halve the samples.
+        whole: Cosine with the true step that all samples would then have, sqrt(2 r / (1 + r)) (Spearman-Brown).
+        num_samples: Samples of the behaviour.
+        checks: The verdicts.
+    """
+
+    kinds: dict[str, KindEvidence]
+    halves: float | None
+    spread: float | None
+    whole: float | None
+    num_samples: int
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Status:
+        """The worst of all checks."""
+        return worst(self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the JSON file."""
+        return {"verdict": self.verdict, "contrast": "budget"} | asdict(self)
+
+
+def weigh_gains(general: Scores, behaviour: Scores, *, seed: int = 0) -> GainsEvidence:
+    """The measurements and verdicts, without opening, writing and printing.
+
+    Raises:
+        InputError: if the scores are not what ``contrast=budget`` needs.
+    """
+    contrast = Budget()
+    contrast.require_comparable(general, behaviour)
+    kinds = _kinds(behaviour)
+    cosines = _halves(contrast, general, behaviour, seed)
+    halves = fmean(cosines) if cosines else None
+    checks = (_t_check(kinds), _halves_check(halves))
+    return GainsEvidence(
+        kinds=kinds,
+        halves=halves,
+        spread=stdev(cosines) if len(cosines) > 1 else None,
+        whole=None if halves is None else math.sqrt(max(0.0, 2 * halves / (1 + halves))),
+        num_samples=sum(folder.manifest.num_samples for folder in behaviour.folders),
+        checks=checks,
+    )
+
+
+def _kinds(behaviour: Scores) -> dict[str, KindEvidence]:
+    known = all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in behaviour.folders)
+    blocks = collect(behaviour)
+    result: dict[str, KindEvidence] = {}
+    for layer, kind in behaviour.components.items():
+        before = result.get(kind, KindEvidence(0, 0 if known else None, 0.0))
+        far = before.far
+        if far is not None:
+            start, stop = behaviour.span(layer)
+            error = behaviour.squared_error(layer)[start:stop].sqrt()
+            value = blocks[layer].values.double()
+            far += int(((value.abs() >= FAR * error) & (value != 0)).sum())
+        number_of = before.components + len(blocks[layer].values)
+        result[kind] = KindEvidence(number_of, far, CHANCE * number_of)
+    return result
+
+
+def _halves(contrast: Budget, general: Scores, behaviour: Scores, seed: int) -> list[float]:
+    """Cosines of the steps from two halves of the behaviour's samples, for several ways to halve them."""
+    units = units_of(behaviour)
+    cost, _ = contrast.sides(general, behaviour)
+    fisher = Vector(torch.cat([block.values for block in cost()]))
+
+    def step(half: Sequence[Any]) -> Tensor:
+        (one,) = contrast.steps(fisher, mean_scores_of(half)).values()
+        return one
+
+    pairs = parts_of(units, 2, len(units) // 2, 20, seed)
+    return [float(torch.cosine_similarity(step(one), step(other), dim=0)) for one, other in pairs]
+
+
+def _t_check(kinds: dict[str, KindEvidence]) -> Check:
+    name = "t of the derivatives"
+    far = [one.far for one in kinds.values()]
+    if any(value is None for value in far):
+        return Check(name, "warn", "not measured: score the behaviour with model.squares: true and two or more samples")
+    ratio = sum(far) / sum(one.expected for one in kinds.values())  # type: ignore[arg-type]
+    status = grade(ratio, ENOUGH_WARN, ENOUGH_FAIL)
+    text = f"{ratio:.1f} times as many components as by chance have |t| >= {FAR:g}"
+    return Check(name, status, text if status == "pass" else f"{text}; {_MORE}, or kinds of component that say more")
+
+
+def _halves_check(halves: float | None) -> Check:
+    name = "split halves of the edit"
+    if halves is None:
+        return Check(name, "warn", "not measured: score the behaviour with model.groups: 8")
+    status = grade(halves, HALVES_WARN, HALVES_FAIL)
+    text = f"the steps from two halves of the samples have a cosine of {halves:.2f} (chance: 0)"
+    return Check(name, status, text if status == "pass" else f"{text}; {_MORE}")
+
+
+def gains_sections(result: GainsEvidence) -> list[Section]:
+    """The tables and the verdicts."""
+    rows = [
+        (kind, count(one.components), count(one.far), number(one.expected, 3), percent(_share(one), 2))
+        for kind, one in result.kinds.items()
+    ]
+    columns = ("kind", "components", f"|t| >= {FAR:g}", "by chance", "share")
+    halves = [
+        ("samples of the behaviour", count(result.num_samples)),
+        ("cosine of the steps from two halves", number(result.halves, 3)),
+        ("its standard deviation over ways to halve", number(result.spread, 2)),
+        ("cosine of all samples' step with the true one, by that", number(result.whole, 3)),
+    ]
+    return [
+        Section("Derivatives by the gains", (Table.of(columns, rows),)),
+        Section("Stability of the edit", (Table.of(("", "budget"), halves),)),
+        Section("Verdicts", (Checks(result.checks),)),
+    ]
+
+
+def _share(one: KindEvidence) -> float | None:
+    return None if one.far is None else one.far / one.components

@@ -1,0 +1,215 @@
+r"""Contrast ``budget``: how far to turn each component, for the largest effect on a behaviour at a given cost.
+
+With alpha_i the gain of component i (the factor on what it contributes, 1 as it is):
+
+* a_i, the mean score of the behaviour's samples, is the derivative by alpha_i of what was attributed. With target
+  ``completion``, the model's own completions y of prompts, and a judge's score s(y) less its mean as their weight, that
+  is the derivative of the expected score: the mean of (s(y) - mean s) d log p(y | prompt) / d alpha_i (the
+  score-function estimator of Williams, 1992).
+* F_i, the Fisher information of general text by alpha_i, per token: to second order a change d costs
+  1/2 sum_ij F_ij d_i d_j nats a token; its diagonal is kept. With labels drawn from the model at every position of a
+  text, the derivatives of two positions' log-likelihoods are uncorrelated, each with mean 0. So the mean square of a
+  sample's *summed* derivative, which the score folder holds, is the sum over its positions of their Fisher information,
+  and F_i is the mean square divided by the mean number of tokens that are predicted.
+
+Among all changes of one cost 1/2 sum_i (F_i + ridge * mean F) d_i^2, the one that lowers a . d most is
+d_i = -c a_i / (F_i + ridge * mean F): one step of the natural policy gradient (Kakade, 2001), restricted to gains, with
+the Fisher information of general text as the metric. The scale c is found by a line search (``dose.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
+from sparc3_pl.selection.contrast import Contrast, Scores, Side
+from sparc3_pl.selection.lowest import Block, Passes, collect
+
+__all__ = ["Budget", "Fisher", "budget_steps", "fisher_per_token"]
+
+_NOT_OF_A_BEHAVIOUR = ("predicted", "text")
+
+
+def budget_steps(derivative_N: Tensor, fisher_N: Tensor, ridge: float) -> Tensor:
+    """The change of every gain at scale 1: -a / (F + ridge * mean F), ``[N]`` float64.
+
+    Args:
+        derivative_N: Derivative by each gain of what is to be lowered.
+        fisher_N: Fisher information of each gain, per token, >= 0 and not all 0.
+        ridge: Share of the mean Fisher information that is added to each: components that general text seems not to
+            use at all are not turned without limit.
+    """
+    return -derivative_N.double() / (fisher_N.double() + ridge * fisher_N.double().mean())
+
+
+def fisher_per_token(folder: ScoreFolder, layer: str) -> Tensor:
+    """Diagonal Fisher information per predicted token of a layer's gains, ``[n]`` float64.
+
+    Raises:
+        InputError: if the folder has no squares or no token was predicted.
+    """
+    return folder.load_squares(layer).double() * (folder.manifest.num_samples / _num_predicted(folder))
+
+
+def _num_predicted(folder: ScoreFolder) -> int:
+    """Tokens whose log-likelihood was attributed, as the samples say; else of each all but the first."""
+    told = [sample.more.get("num_target_tokens") for sample in folder.samples()]
+    count = folder.manifest.num_tokens - folder.manifest.num_samples if None in told or not told else sum(told)
+    if count < 1:
+        raise InputError(f"{folder.path}: no sample has a second token, so no token was predicted; score longer texts")
+    return count
+
+
+@dataclass(frozen=True)
+class Fisher(Side):
+    """The diagonal Fisher information per token as a side: the mean over folders, each a kind of text.
+
+    Args:
+        scores: The folders, and the layers to look at.
+    """
+
+    scores: Scores
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers, in the model's order."""
+        return self.scores.layers
+
+    def span(self, layer: str) -> tuple[int, int]:
+        return self.scores.span(layer)
+
+    def __call__(self) -> Iterator[Block]:
+        for layer in self.layers:
+            start, stop = self.span(layer)
+            total = sum(fisher_per_token(folder, layer) for folder in self.scores.folders)
+            mean = (total / len(self.scores.folders)).float()
+            if not mean.isfinite().all():
+                raise InputError(f"{self.scores.folders[0].path}: layer {layer} has squares that are not finite")
+            for offset in range(start, stop, BLOCK):
+                yield Block(layer, offset, mean[offset : min(offset + BLOCK, stop)])
+
+    def squared_error(self, layer: str) -> Tensor:
+        raise InputError("the standard error of a Fisher information is not known")
+
+
+@dataclass(frozen=True)
+class _Even(Fisher):
+    """In place of the Fisher information: 1 for every component."""
+
+    def __call__(self) -> Iterator[Block]:
+        for layer in self.layers:
+            start, stop = self.span(layer)
+            for offset in range(start, stop, BLOCK):
+                yield Block(layer, offset, torch.ones(min(offset + BLOCK, stop) - offset))
+
+
+@dataclass(frozen=True)
+class Budget(Contrast):
+    """-a^2 / (F + ridge * mean F): components that lower the behaviour most for what they cost are chosen first.
+
+    Args:
+        ridge: Share of the mean Fisher information that is added to each.
+        fisher: Whether costs count. Without, the steps follow the gradient alone: the arm that shows what they do.
+        gains_range: Smallest and largest factor that an edit may give. By default components are only weakened.
+
+    Raises:
+        InputError: if the ridge is not above 0, or the range does not hold 1 or is empty.
+    """
+
+    needs_behaviour: ClassVar[bool] = True
+    for_weights: ClassVar[bool] = False
+    gives_steps: ClassVar[bool] = True
+
+    ridge: float = 0.1
+    fisher: bool = True
+    gains_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.ridge, int | float) and 0 < self.ridge < math.inf):
+            raise InputError(f"contrast=budget: ridge={self.ridge!r} is not a number above 0; e.g. 0.1")
+        low, high = self._range()
+        if not (low <= 1 <= high and low < high and math.isfinite(low) and math.isfinite(high)):
+            raise InputError(
+                f"gains_range={[low, high]}: give the smallest and the largest factor, with 1 between them, as 0 1"
+            )
+
+    def _range(self) -> tuple[float, float]:
+        values = list(self.gains_range)
+        if len(values) != 2 or not all(isinstance(value, int | float) for value in values):
+            raise InputError(f"gains_range={values}: give two numbers, the smallest and the largest factor, as 0 1")
+        return float(values[0]), float(values[1])
+
+    def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
+        if isinstance(general, Scores) and isinstance(behaviour, Scores):
+            _check(general, behaviour, self.fisher)
+            general = Fisher(general) if self.fisher else _Even(general)
+        return general, behaviour
+
+    def require_comparable(self, general: Side, behaviour: Side) -> None:
+        super().require_comparable(*self.sides(general, behaviour))
+
+    def passes(self, general: Side, behaviour: Side) -> Passes:
+        general, behaviour = self.sides(general, behaviour)
+        steps = self.steps(general, behaviour)
+        low, high = self._range()
+
+        def passes() -> Iterator[Block]:
+            for block in behaviour():
+                start = block.offset - behaviour.span(block.layer)[0]
+                step = steps[block.layer][start : start + len(block.values)]
+                allowed = ((step < 0) & (low < 1)) | ((step > 0) & (high > 1))
+                yield replace(block, values=(block.values.double() * step).float(), allowed=allowed)
+
+        return passes
+
+    def steps(self, general: Side, behaviour: Side) -> dict[str, Tensor]:
+        general, behaviour = self.sides(general, behaviour)
+        costs, derivatives = collect(general), collect(behaviour)
+        fisher = torch.cat([block.values for block in costs.values()])
+        if not fisher.any():
+            raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")
+        step = budget_steps(torch.cat([block.values for block in derivatives.values()]), fisher, self.ridge)
+        return dict(zip(derivatives, step.split([len(b.values) for b in derivatives.values()]), strict=True))
+
+    def factors(self, step: Tensor, scale: float) -> Tensor:
+        """The factor of each component: 1 + scale * step, within ``gains_range``."""
+        return (1 + scale * step).clamp(*self._range())
+
+
+def _check(general: Scores, behaviour: Scores, fisher: bool) -> None:
+    """Refuses scores that are not the derivatives and squares that the contrast is made of."""
+    sides = [("general", folder) for folder in general.folders] + [("behaviour", f) for f in behaviour.folders]
+    for side, folder in sides:
+        about, where = folder.manifest, f"{folder.path}: contrast=budget"
+        if folder.manifest.granularity == "weight":
+            raise InputError(f"{where} is not for weight scores; score neurons, heads or channels")
+        if about.method not in ("gradient", "lrp"):
+            raise InputError(f"{where} needs scores by gradient or lrp, not by {about.method}; score again")
+        if not about.signed:
+            raise InputError(f"{where} needs signed scores; score again with --model.signed true")
+        if side == "general":
+            if about.target != "text" or about.target_args.get("labels") != "model":
+                raise InputError(
+                    f"{where} needs general text scored with target text and labels drawn from the model, not target "
+                    f"{about.target}; score again with --model.target text --model.labels model"
+                )
+            if fisher and not about.squares:
+                raise InputError(f"{where} needs the squares of general scores; score again with --model.squares true")
+        elif about.target in _NOT_OF_A_BEHAVIOUR:
+            raise InputError(
+                f"{where} needs the derivative of the behaviour itself, not of target {about.target}; score the "
+                "model's own completions with --model.target completion"
+            )
+        if not about.at_values:
+            raise InputError(
+                f"{where} needs derivatives by gains, read where the components' values are read, and these are not; "
+                "score again"
+            )
+    require_comparable([folder for _, folder in sides], but=("target", "target_args"))

@@ -1,0 +1,370 @@
+"""How far to go: a plan of gains whose scale is free, and the search for the scale that a budget allows.
+
+The cost of a scale is measured, not predicted: the rise of the loss on held-back text of every kind, of which the
+dearest holds the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.contrast import Contrast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparc3_pl.data.encoding import Encoder
+    from sparc3_pl.data.samples import Sample
+
+__all__ = ["BudgetText", "Dose", "Search", "TextRise", "held_back", "search_scale", "spend"]
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 1024
+_TOLERANCE = 0.03
+_MOST = 12
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A plan of gains before its scale is chosen.
+
+    Attributes:
+        plan: Everything but the factors.
+        contrast: What turns steps into factors.
+        steps: By layer, the change of each chosen component's gain at scale 1, in the order of the plan's entries.
+        derivatives: Likewise, the derivative of what is to be lowered, by each gain.
+        fisher: Likewise, the Fisher information per token of general text; None if the contrast does not use it.
+    """
+
+    plan: PrunePlan
+    contrast: Contrast
+    steps: Mapping[str, Tensor]
+    derivatives: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor] | None
+
+    def at(self, scale: float, more: Mapping[str, Any] | None = None) -> PrunePlan:
+        """The plan at a scale; its settings say what is predicted to first and second order, and ``more``.
+
+        Raises:
+            InputError: if the scale is not above 0.
+        """
+        if not 0 < scale < math.inf:
+            raise InputError(f"scale={scale} of edit=gains is not a number above 0; give another")
+        factors = {layer: self.contrast.factors(step, scale) for layer, step in self.steps.items()}
+        entries = {layer: replace(one, factor=factors[layer]) for layer, one in self.plan.entries.items()}
+        gains = {"scale": scale, "predicted_change": self._sum(self.derivatives, factors, 1)}
+        gains["predicted_rise"] = None if self.fisher is None else 0.5 * self._sum(self.fisher, factors, 2)
+        return replace(self.plan, entries=entries, settings=self.plan.settings | {"gains": gains | dict(more or {})})
+
+    def largest_scale(self) -> float:
+        """The scale from which on every factor is at the end of its range."""
+        scales = [math.inf]
+        for step in self.steps.values():
+            ends = self.contrast.factors(step.sign() * math.inf, 1.0)
+            scales.append(float(((ends - 1) / step).max()))
+        return max(scales[1:], default=math.inf)
+
+    def predicted_scale(self, rise: float) -> float:
+        """The scale at which the loss is predicted to rise by ``rise`` nats a token, for a search to begin with."""
+        if self.fisher is None:
+            step = torch.cat(list(self.steps.values()))
+            return 1 / float(step.abs().max())
+        low, high = 0.0, 1.0
+        while self._predicted_rise(high) < rise and high < self.largest_scale():
+            low, high = high, 2 * high
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._predicted_rise(middle) < rise else (low, middle)
+        return high
+
+    def _predicted_rise(self, scale: float) -> float:
+        assert self.fisher is not None
+        factors = {layer: self.contrast.factors(step, scale) for layer, step in self.steps.items()}
+        return 0.5 * self._sum(self.fisher, factors, 2)
+
+    @staticmethod
+    def _sum(values: Mapping[str, Tensor], factors: Mapping[str, Tensor], power: int) -> float:
+        return math.fsum(float((values[layer] * (factors[layer] - 1) ** power).sum()) for layer in factors)
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Search:
+    """A line search's result.
+
+    Attributes:
+        scale: The largest scale tried at which the dearest text's loss rises by no more than the budget; 0: none.
+        rises: The rise of each text there, nats a token.
+        reached: Whether the budget is used up there.
+        trials: Every (scale, rises), in the order in which they were tried.
+    """
+
+    scale: float = 0.0
+    rises: tuple[float, ...] = ()
+    reached: bool = False
+    trials: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
+
+
+def search_scale(
+    rises_at: Callable[[float], Sequence[float]],
+    budget: float,
+    start: float,
+    largest: float = math.inf,
+    tolerance: float = _TOLERANCE,
+    most: int = _MOST,
+) -> Search:
+    """The scale at which the dearest text's loss rises by ``budget``, from below.
+
+    The loss is about quadratic in the scale. So while every scale tried was too small, the next one is the last times
+    sqrt(budget / rise), at most 4 times as large (and after three of those, the largest there is); once one was too
+    large, the next one lies between the nearest two, where the line through the roots of their rises meets the budget.
+
+    Args:
+        rises_at: Scale to the rise of each text's loss, nats a token.
+        budget: Largest rise, nats a token.
+        start: First scale to try.
+        largest: From this scale on nothing changes any more.
+        tolerance: A rise within this share below the budget ends the search.
+        most: Trials.
+    """
+    search, low, high, scale = Search(), (0.0, 0.0), None, min(start, largest)
+    aim = math.sqrt(budget * (1 - tolerance / 2))
+    for trial in range(most):
+        rises = tuple(float(rise) for rise in rises_at(scale))
+        search.trials.append((scale, rises))
+        root = math.sqrt(max(max(rises), 0.0))
+        if root**2 <= budget:
+            search.scale, search.rises, low = scale, rises, (scale, root)
+            search.reached = root**2 >= budget * (1 - tolerance)
+            if search.reached or scale >= largest:
+                break
+        else:
+            high = (scale, root)
+        if high is None:
+            scale = min(largest, scale * min(4.0, aim / root if root else 4.0))
+            if trial >= 3 and math.isfinite(largest):
+                scale = largest
+        elif high[0] > 16 * max(low[0], 1e-300) and low[0]:
+            scale = math.sqrt(low[0] * high[0])
+        else:
+            share = (aim - low[1]) / (high[1] - low[1]) if math.isfinite(high[1]) else 0.5
+            scale = low[0] + min(max(share, 0.05), 0.95) * (high[0] - low[0])
+    return search
+
+
+# --- held-back text ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BudgetText:
+    """Windows of one held-back text.
+
+    Attributes:
+        source: Where they are from.
+        windows: The windows.
+        num_left_out: Texts that were left out because general scores were made from them.
+    """
+
+    source: str
+    windows: Sequence[Sample]
+    num_left_out: int
+
+
+@dataclass(frozen=True)
+class TextRise:
+    """What an edit costs on one held-back text.
+
+    Attributes:
+        source: Name of the text.
+        nll_before: Mean negative log-likelihood of the model as it was, nats a token.
+        nll_after: The same with the edit.
+        rise: Relative rise of perplexity: 0.01 is 1 %.
+        num_windows: Windows.
+        num_tokens: Tokens whose likelihood was measured.
+        num_left_out: Texts that were left out because general scores were made from them.
+    """
+
+    source: str
+    nll_before: float
+    nll_after: float
+    rise: float
+    num_windows: int
+    num_tokens: int
+    num_left_out: int
+
+
+def held_back(
+    sources: Sequence[str],
+    encoder: Encoder,
+    general: Sequence[ScoreFolder],
+    *,
+    text_field: str = "text",
+    condition: str | None = None,
+    num_windows: int = 16,
+    length: int | None = None,
+    seed: int = 0,
+) -> list[BudgetText]:
+    """Windows of every source, without the texts that general scores were made from.
+
+    Args:
+        sources: As ``data.source``.
+        encoder: The model's.
+        general: Folders whose texts are left out.
+        text_field: Field of the text.
+        condition: As ``data.filter``.
+        num_windows: Windows of each source.
+        length: Tokens in a window; None: 1,024, at most the model's context.
+        seed: Seed of the shuffle.
+
+    Raises:
+        InputError: if a source gives too few windows, or the general folders do not say what they were made from.
+    """
+    from sparc3_pl.data.samples import pack_windows
+    from sparc3_pl.data.texts import TextQuery
+
+    used: set[str] = set()
+    for folder in general:
+        samples = folder.samples()
+        if not samples or not all(sample.text_ids for sample in samples):
+            raise InputError(
+                f"{folder.path}: does not say which texts its samples were made from, so that these cannot be kept out "
+                "of budget_text; score again"
+            )
+        used.update(*(sample.text_ids for sample in samples), (sample.id for sample in samples))
+    length = min(_WINDOW, encoder.context or _WINDOW) if length is None else length
+    texts = []
+    for source in sources:
+        query = TextQuery(
+            source, text_field, condition, seed=seed, prefix="budget_", source_key="budget_text", token_ids=True
+        )
+        left_out = 0
+
+        def unseen(query: TextQuery = query):
+            nonlocal left_out
+            for text in query.texts():
+                if encoder.identity(text) in used:
+                    left_out += 1
+                else:
+                    yield text
+
+        name = Path(source).name
+        try:
+            windows = pack_windows(unseen(), encoder, length, num_windows, name, origins=query.made_from)
+        except InputError as error:
+            reason = f"; {left_out} texts were left out because general scores were made from them" if left_out else ""
+            raise InputError(
+                f"budget_text={source!r}, budget_windows={num_windows}, budget_length={length}: {error}{reason}"
+            ) from None
+        texts.append(BudgetText(name, windows, left_out))
+    if len({window.id for text in texts for window in text.windows}) < sum(len(text.windows) for text in texts):
+        raise InputError("budget_text: two of the texts give the same windows; give each text once")
+    return texts
+
+
+class _Losses:
+    """Mean negative log-likelihood of each text, nats a token; the model may be edited in between."""
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[BudgetText]) -> None:
+        from sparc3_pl.model.likelihood import WindowScorer
+
+        self._scorer, self._texts = WindowScorer(model), texts
+        self._device = model.get_input_embeddings().weight.device
+        self.num_tokens = [0] * len(texts)
+
+    def __call__(self) -> list[float]:
+        losses = []
+        for place, text in enumerate(self._texts):
+            total, count = 0.0, 0
+            for window in text.windows:
+                ids = torch.tensor([window.input_ids], device=self._device)
+                nll, scored = self._scorer(ids, torch.ones_like(ids), ids)
+                total, count = total + float(nll.sum()), count + int(scored.sum())
+            losses.append(total / count)
+            self.num_tokens[place] = count
+        return losses
+
+
+def spend(
+    dose: Dose,
+    model: PreTrainedModel,
+    texts: Sequence[BudgetText],
+    budget: float | None,
+    scale: float | None = None,
+    applied: Callable[[PrunePlan], AbstractContextManager[Any]] | None = None,
+) -> PrunePlan:
+    """The plan at the scale that the budget allows, with what it costs on every text.
+
+    Args:
+        dose: The plan without its scale.
+        model: The model it is for, in eval mode.
+        texts: Held-back text.
+        budget: Relative rise of perplexity of the dearest text: 0.01 is 1 %. None: ``scale`` is given.
+        scale: Instead of a search: measure what this scale costs.
+        applied: Puts a plan in force for the length of a ``with`` block; by default ``pruned``.
+
+    Raises:
+        InputError: if even the smallest scale tried costs more than the budget, or the plan does not fit the model.
+    """
+    from sparc3_pl.pruning.edit import planned_changes, pruned
+
+    planned_changes(model, dose.at(1.0))  # a plan of another model is refused before anything is measured
+    in_force = applied or (lambda plan: pruned(model, plan, check_fingerprint=False))
+    losses = _Losses(model, texts)
+    before = losses()
+    shown = ", ".join(f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, before, strict=True))
+    log.info("perplexity of held-back text: %s", shown)
+
+    def rises_at(scale: float) -> list[float]:
+        with in_force(dose.at(scale)):
+            after = losses()
+        rises = [a - b for a, b in zip(after, before, strict=True)]
+        if not all(map(math.isfinite, rises)):
+            return [math.inf] * len(rises)
+        told = ", ".join(f"{text.source} {math.expm1(rise):+.3%}" for text, rise in zip(texts, rises, strict=True))
+        log.info("scale %.4g: perplexity of %s", scale, told)
+        return rises
+
+    search = Search()
+    if scale is not None:
+        search = Search(scale, tuple(rises_at(scale)))
+    else:
+        assert budget is not None
+        rise = math.log1p(budget)
+        search = search_scale(rises_at, rise, dose.predicted_scale(rise), dose.largest_scale())
+    if not search.scale:
+        scale, rises = min(search.trials)
+        raise InputError(
+            f"budget={budget}: even scale {scale:.3g} raises the perplexity of held-back text by "
+            f"{math.expm1(max(rises)):.2%}; give a larger budget or more text"
+        )
+    measured = [
+        asdict(
+            TextRise(text.source, nll, nll + rise, math.expm1(rise), len(text.windows), num_tokens, text.num_left_out)
+        )
+        for text, nll, rise, num_tokens in zip(texts, before, search.rises, losses.num_tokens, strict=True)
+    ]
+    more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": measured}
+    plan = dose.at(search.scale, more)
+    if budget is not None and not search.reached:
+        largest = max(text["rise"] for text in measured)
+        why = (
+            "every factor is at the end of gains_range" if search.scale >= dose.largest_scale() else "of too few trials"
+        )
+        warning = f"the budget of {budget:.2%} was not reached, because {why}: perplexity rises by {largest:.2%}"
+        plan = replace(plan, warnings=[*plan.warnings, warning])
+    return plan

@@ -1,0 +1,516 @@
+"""Contrast ``budget`` and edit ``gains``: the derivation, the steps, the search, the plan, the edited model."""
+
+import json
+import math
+
+import pytest
+import torch
+from plans import same_bits, state
+from score_folders import write
+from tiny_models import tiny, tokens
+
+from sparc3_pl.cli import main
+from sparc3_pl.errors import InputError
+from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.pruning.edit import apply_plan, pruned, revert
+from sparc3_pl.pruning.plan import PrunePlan, entries_of
+from sparc3_pl.pruning.save import save_pruned, shrink
+from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.budget import fisher_per_token
+from sparc3_pl.selection.choose import make_dose, make_plan
+from sparc3_pl.selection.command import _with_kept_values, prune
+from sparc3_pl.selection.dose import held_back, search_scale, spend
+
+KINDS = {
+    "model.layers.0.mlp.up_proj": "neuron",
+    "model.layers.0.self_attn.o_proj": "channel",
+    "model.layers.1.mlp.up_proj": "neuron",
+}
+WIDTHS = {"neuron": 24, "channel": 32}
+GENERAL = {
+    "signed": True,
+    "at_values": True,
+    "method": "gradient",
+    "target": "text",
+    "target_args": {"labels": "model"},
+}
+BEHAVIOUR = {"signed": True, "at_values": True, "method": "gradient", "target": "completion"}
+WEIGHED = {"source": "demo", "seed": 0, "sample_ids": [], "weight_field": "scores.toxicity", "weight_baseline": "mean"}
+
+
+def random(seed, power=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(WIDTHS[kind], generator=generator).abs() ** power for name, kind in KINDS.items()}
+
+
+def signed(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(WIDTHS[kind], generator=generator) * 0.01 for name, kind in KINDS.items()}
+
+
+def made_of(name):
+    return [{"id": f"{name}{i}", "num_tokens": 9, "text_ids": [f"text of {name}{i}"]} for i in range(4)]
+
+
+def general_folder(path, seed, model, **fields):
+    about = {"granularity": "neuron+channel", "components": KINDS, "model": model, **GENERAL}
+    about |= {"num_samples": 4, "num_tokens": 36 + 8 * seed, "samples": made_of(path.name), **fields}
+    return write(path, signed(seed), random(100 + seed, 2), **about)
+
+
+def behaviour_folder(path, seed, model, **fields):
+    about = {"granularity": "neuron+channel", "components": KINDS, "model": model, "data": WEIGHED, **BEHAVIOUR}
+    return write(path, signed(seed), random(200 + seed, 2), **(about | fields))
+
+
+@pytest.fixture
+def about():
+    return {"pretrained": "demo", "fingerprint": fingerprint(tiny("llama"))}
+
+
+@pytest.fixture
+def sides(tmp_path, about):
+    """General folders of two kinds of text, and a behaviour."""
+    general = [general_folder(tmp_path / f"g{i}", i, about) for i in range(2)]
+    return general, [behaviour_folder(tmp_path / "b", 9, about)]
+
+
+def by_hand(sides, ridge=0.1, fisher=True):
+    """Derivative, Fisher information and step of every component, by loops over Python's floats."""
+    general, (behaviour,) = sides
+    derivatives, costs = {}, {}
+    for layer, kind in KINDS.items():
+        for i in range(WIDTHS[kind]):
+            per_text = []
+            for folder in general:
+                tokens_per_sample = (
+                    folder.manifest.num_tokens - folder.manifest.num_samples
+                ) / folder.manifest.num_samples
+                per_text.append(float(folder.load_squares(layer)[i]) / tokens_per_sample)
+            costs[layer, i] = sum(per_text) / len(per_text) if fisher else 1.0
+            derivatives[layer, i] = float(behaviour.load(layer)[i])
+    mean = sum(costs.values()) / len(costs)
+    steps = {key: -derivatives[key] / (costs[key] + ridge * mean) for key in costs}
+    return derivatives, costs, steps
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 2.0), (-0.5, 1.0)])
+def test_factors_are_those_of_a_loop(sides, low, high):
+    derivatives, costs, steps = by_hand(sides)
+    contrast = {"class_path": "budget", "init_args": {"gains_range": [low, high]}}
+    plan = make_plan(*sides, contrast=contrast, edit="gains", scale=7.0)
+    wanted = {key: min(max(1 + 7.0 * step, low), high) for key, step in steps.items()}
+    moved = {key: factor for key, factor in wanted.items() if factor != 1}
+    assert {(n.layer, n.index): n.factor for n in plan.neurons} == pytest.approx(moved, rel=1e-5)
+    assert len(moved) < len(wanted) if high == 1 else len(moved) == len(wanted)
+    assert (plan.granularity, plan.num_candidates, plan.warnings) == ("neuron+channel", 80, [])
+    change = sum(derivatives[key] * (factor - 1) for key, factor in wanted.items())
+    rise = 0.5 * sum(costs[key] * (factor - 1) ** 2 for key, factor in wanted.items())
+    gains = plan.settings["gains"]
+    assert (gains["predicted_change"], gains["predicted_rise"]) == pytest.approx((change, rise), rel=1e-5)
+    assert change < 0
+
+
+@pytest.mark.parametrize("ridge", [0.1, 2.0])
+def test_the_largest_effect_per_cost_is_chosen_first(sides, ridge):
+    derivatives, _, steps = by_hand(sides, ridge)
+    ranked = sorted((derivatives[key] * step, *key) for key, step in steps.items() if step < 0)
+    contrast = {"class_path": "budget", "init_args": {"ridge": ridge}}
+    plan = make_plan(*sides, contrast=contrast, edit="gains", scale=1.0, num_neurons=10)
+    assert [(n.layer, n.index) for n in plan.neurons] == [entry[1:] for entry in ranked[:10]]
+    assert [n.score for n in plan.neurons] == pytest.approx([entry[0] for entry in ranked[:10]], rel=1e-5)
+
+
+def test_without_fisher_the_steps_follow_the_gradient(sides):
+    contrast = {"class_path": "budget", "init_args": {"fisher": False}}
+    derivatives, _, _ = by_hand(sides)
+    plan = make_plan(*sides, contrast=contrast, edit="gains", scale=1.0)
+    ratio = [(1 - n.factor) / derivatives[n.layer, n.index] for n in plan.neurons]
+    assert ratio == pytest.approx([ratio[0]] * len(ratio), rel=1e-4)
+    assert plan.settings["gains"]["predicted_rise"] is None
+
+
+def test_no_other_change_of_that_cost_lowers_more(sides):
+    """The step is the steepest descent in the metric (F + ridge): any other of the same length lowers a . d less."""
+    derivatives, costs, steps = by_hand(sides)
+    mean = sum(costs.values()) / len(costs)
+    a, metric, d = (
+        torch.tensor(list(v)) for v in (derivatives.values(), [c + 0.1 * mean for c in costs.values()], steps.values())
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        other = d + 0.1 * d.abs().mean() * torch.randn(len(d), generator=generator)
+        other *= ((metric * d * d).sum() / (metric * other * other).sum()).sqrt()
+        assert a @ other > a @ d
+
+
+# --- the Fisher information -------------------------------------------------------------------------------------------
+
+
+def gain(model, layer, index, factor):
+    down = model.get_submodule(layer.replace("up_proj", "down_proj"))
+    down.weight.data[:, index] *= factor
+
+
+def test_squares_of_summed_derivatives_are_the_cost_of_a_change(tmp_path):
+    """Exact expectations over all labels instead of draws, against the measured divergence of an edited model."""
+    layer, index, (ids,) = "model.layers.1.mlp.up_proj", 5, tokens(1, 6)
+    model = tiny("llama").double()
+    alpha = torch.ones((), dtype=torch.float64, requires_grad=True)
+    down = model.get_submodule(layer.replace("up_proj", "down_proj"))
+
+    def scale(_, inputs):
+        factor = torch.ones(inputs[0].shape[-1], dtype=torch.float64)
+        return (inputs[0] * torch.cat([factor[:index], alpha[None], factor[index + 1 :]]),)
+
+    hook = down.register_forward_pre_hook(scale)
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    log_p = logits.log_softmax(-1)
+    slopes = torch.stack(
+        [torch.stack([torch.autograd.grad(v, alpha, retain_graph=True)[0] for v in row]) for row in log_p]
+    )
+    hook.remove()
+    p = log_p.detach().exp()
+    assert (p * slopes).sum(1).abs().max() < 1e-6  # each position's derivative has mean 0
+    mean_square = (p * slopes**2).sum()  # of the sum over positions: independent labels add their variances
+    folder = write(
+        tmp_path / "f", {layer: torch.zeros(24)}, {layer: torch.full((24,), float(mean_square))},
+        num_samples=1, num_tokens=len(ids), **GENERAL,
+    )  # fmt: skip
+    fisher = float(fisher_per_token(folder, layer)[index])
+    assert fisher == pytest.approx(float((p * slopes**2).sum(1).mean()), rel=1e-6)
+    for change in (-0.1, 0.1):
+        edited = tiny("llama").double()
+        gain(edited, layer, index, 1 + change)
+        with torch.no_grad():
+            other = edited(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        divergence = float((p * (log_p.detach() - other)).sum(1).mean())
+        assert divergence == pytest.approx(0.5 * fisher * change**2, rel=0.05)
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def cheap(c):
+    return 0.3 * c**2 - 0.001 * c
+
+
+def dear(c):
+    return 0.5 * c**2 + 0.002 * c**3 - 0.002 * c
+
+
+@pytest.mark.parametrize("start", [0.01, 1.0, 50.0])
+def test_the_search_finds_what_a_fine_grid_finds(start):
+    search = search_scale(lambda c: (cheap(c), dear(c)), 0.01, start)
+    grid = max(c / 1e5 for c in range(1, 100_000) if max(cheap(c / 1e5), dear(c / 1e5)) <= 0.01)
+    assert search.reached
+    assert 0.97 * grid < search.scale <= grid
+    assert 0.0097 <= max(search.rises) <= 0.01
+    assert len(search.trials) <= 10
+
+
+def test_a_budget_that_the_range_cannot_use_up():
+    search = search_scale(lambda c: (min(c, 3.0) * 1e-3,), 0.01, 0.5, largest=3.0)
+    assert (search.scale, search.rises, search.reached) == (3.0, (3e-3,), False)
+
+
+def test_a_model_that_breaks_is_too_far():
+    search = search_scale(lambda c: (c**2 if c < 1 else math.inf,), 0.01, 40.0)
+    assert search.reached
+    assert search.scale <= 0.1
+
+
+def test_a_hopeless_budget_gives_no_scale():
+    assert search_scale(lambda c: (1.0,), 0.01, 1.0).scale == 0
+
+
+def test_the_search_begins_where_the_prediction_meets_the_budget(sides):
+    dose = make_dose(*sides)
+    assert dose.at(dose.predicted_scale(0.004)).settings["gains"]["predicted_rise"] == pytest.approx(0.004)
+    far = dose.at(dose.largest_scale())
+    assert {n.factor for n in far.neurons} == {0.0}
+    assert any(n.factor > 0 for n in dose.at(0.99 * dose.largest_scale()).neurons)
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def test_permuted_deals_out_the_factors_of_each_layer(sides):
+    plan = make_plan(*sides, contrast="budget", edit="gains", scale=7.0)
+    control, again, other = (
+        make_plan(*sides, contrast="budget", edit="gains", scale=7.0, control="permuted", seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert control.counts() == plan.counts()
+    for layer in plan.entries:
+        factors = [sorted(p.entries[layer].factor.tolist()) for p in (plan, control)]
+        assert factors[0] == factors[1]
+    places = [{(n.layer, n.index): n.factor for n in p.neurons} for p in (plan, control, again, other)]
+    assert places[1] == places[2]
+    assert places[0] != places[1] != places[3]
+    assert control.control == "permuted"
+
+
+def test_matched_components_get_the_factors(sides):
+    arguments = {"contrast": "budget", "edit": "gains", "scale": 7.0, "num_neurons": 12}
+    plan, control = (make_plan(*sides, **arguments, control=name) for name in (None, "random_matched"))
+    assert [n.factor for n in plan.neurons] == [n.factor for n in control.neurons]
+    assert [n.layer for n in plan.neurons] == [n.layer for n in control.neurons]
+    assert not {(n.layer, n.index) for n in plan.neurons} & {(n.layer, n.index) for n in control.neurons}
+    _, costs, _ = by_hand(sides)
+    distance = [
+        abs(costs[a.layer, a.index] - costs[b.layer, b.index])
+        for a, b in zip(plan.neurons, control.neurons, strict=True)
+    ]
+    assert sum(distance) / 12 < sum(costs.values()) / len(costs)  # of similar Fisher information
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "fields", "match"),
+    [
+        ("general", {"signed": False}, "needs signed scores; score again with --model.signed true"),
+        ("behaviour", {"signed": False}, "needs signed scores"),
+        ("general", {"method": "wanda"}, "needs scores by gradient or lrp, not by wanda"),
+        ("general", {"target": "predicted"}, "labels drawn from the model, not target predicted"),
+        ("general", {"target_args": {"labels": "data"}}, "labels drawn from the model"),
+        ("behaviour", {"target": "predicted"}, "needs the derivative of the behaviour itself, not of target predicted"),
+        ("behaviour", {"at_values": False}, "needs derivatives by gains, read where the components' values are read"),
+        ("behaviour", {"method": "lrp"}, "method=gradient in .* but lrp in"),
+        ("general", {"num_samples": 36}, "no sample has a second token"),
+    ],
+)
+def test_scores_that_are_not_what_it_needs(tmp_path, about, side, fields, match):
+    fields = {"num_tokens": 36, **fields} if side == "general" else fields
+    general = general_folder(tmp_path / "g", 0, about, **(fields if side == "general" else {}))
+    behaviour = behaviour_folder(tmp_path / "b", 9, about, **(fields if side == "behaviour" else {}))
+    with pytest.raises(InputError, match=match) as caught:
+        make_dose([general], [behaviour])
+    assert "\n" not in str(caught.value)
+
+
+def test_squares_are_needed_for_the_fisher_information_only(tmp_path, about, sides):
+    bare = write(tmp_path / "n", signed(3), granularity="neuron+channel", components=KINDS, model=about, **GENERAL)
+    with pytest.raises(InputError, match="needs the squares of general scores"):
+        make_dose([bare], sides[1])
+    assert make_dose([bare], sides[1], contrast={"class_path": "budget", "init_args": {"fisher": False}}).fisher is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"edit": "zero"}, "give both or neither"),
+        ({"contrast": "t"}, "does not say how far to turn a component"),
+        ({"scale": None}, "edit=gains needs a scale, or a budget"),
+        ({"scale": -1.0}, "scale=-1.0 of edit=gains is not a number above 0"),
+        ({"control": "random"}, "control=random gives no factors"),
+        ({"control": "null"}, "control=null gives no factors"),
+        ({"contrast": {"class_path": "budget", "init_args": {"gains_range": [0.5, 0.9]}}}, "with 1 between them"),
+        ({"contrast": {"class_path": "budget", "init_args": {"gains_range": [0.5]}}}, "give two numbers"),
+        ({"contrast": {"class_path": "budget", "init_args": {"ridge": 0}}}, "ridge=0 is not a number above 0"),
+        (
+            {"contrast": "t", "edit": "zero", "scale": None, "control": "permuted", "num_neurons": 3},
+            "use random_matched",
+        ),
+        ({"contrast": "general", "edit": "zero", "num_neurons": 3}, "scale=1.0 is for edit=gains"),
+    ],
+)
+def test_arguments_that_do_not_go_together(sides, arguments, match):
+    with pytest.raises(InputError, match=match):
+        make_plan(*sides, **({"contrast": "budget", "edit": "gains", "scale": 1.0} | arguments))
+
+
+def test_completions_without_weights_are_told(tmp_path, about, sides):
+    plain = behaviour_folder(tmp_path / "p", 9, about, data={"source": "demo", "sample_ids": []})
+    (warning,) = make_dose(sides[0], [plain]).plan.warnings
+    assert "the completions have no weights" in warning
+
+
+# --- the edited model -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_multiplied_and_put_back(tmp_path, sides):
+    plan = make_plan(*sides, contrast="budget", edit="gains", scale=7.0)
+    model = tiny("llama")
+    before = state(model)
+    wanted = {name: value.clone() for name, value in before.items()}
+    for neuron in plan.neurons:  # its reading column, by another road
+        column = wanted[neuron.layer.replace("up_proj", "down_proj") + ".weight"][:, neuron.index]
+        column.copy_((column.double() * neuron.factor).float() if neuron.factor else torch.zeros_like(column))
+    loaded = PrunePlan.load(plan.save(tmp_path / "plan.json"))
+    assert loaded.neurons == plan.neurons
+    assert loaded.summary() == plan.summary()
+    with pruned(model, loaded) as applied:
+        assert same_bits(state(model), wanted)
+        zeros = {(part.layer, i) for part in applied.zeroed for i in part.index.tolist()}
+        assert len(zeros) == sum(n.factor == 0 for n in plan.neurons) > 0
+    assert same_bits(state(model), before)
+    saved = save_pruned(model, None, loaded, tmp_path / "model")
+    assert saved.max_difference == 0
+    kept = _with_kept_values(loaded, model)
+    with pruned(model, loaded):
+        revert(model, kept)
+        assert same_bits(state(model), before)
+
+
+def test_a_long_list_lies_beside_the_plan(tmp_path, sides, monkeypatch):
+    plan = make_plan(*sides, contrast="budget", edit="gains", scale=7.0)
+    monkeypatch.setattr("sparc3_pl.pruning.plan._MANY", 20)
+    path = plan.save(tmp_path / "plan.json")
+    assert json.loads(path.read_text())["neurons"] == []
+    assert {file.name for file in tmp_path.glob("plan*")} == {"plan.json", "plan.listed.safetensors"}
+    loaded = PrunePlan.load(path)
+    assert loaded.neurons == plan.neurons
+    assert loaded.summary() == plan.summary()
+    model = tiny("llama")
+    with pruned(model, plan):
+        wanted = state(model)
+    with pruned(model, loaded):
+        assert same_bits(state(model), wanted)
+    (tmp_path / "plan.listed.safetensors").write_bytes(b"0")
+    with pytest.raises(InputError, match="does not match the sha256"):
+        PrunePlan.load(path)
+
+
+def test_only_factors_of_zero_can_be_removed(sides):
+    contrast = {"class_path": "budget", "init_args": {"fisher": False}}
+    arguments = {"contrast": contrast, "edit": "gains", "layers": ["*.up_proj"], "num_neurons": 8, "scope": "layer"}
+    with pytest.raises(InputError, match=r"shrink removes neurons by edit=zero or mean \(or gains of 0\)"):
+        shrink(tiny("llama"), make_plan(*sides, **arguments, scale=1.0))
+    smaller = shrink(tiny("llama"), make_plan(*sides, **arguments, scale=1e9))
+    assert smaller.config.intermediate_size == 20
+
+
+def test_zeros_are_held_and_the_others_train_on(sides):
+    plan = make_plan(*sides, contrast="budget", edit="gains", scale=7.0)
+    model = tiny("llama")
+    applied = apply_plan(model, plan)
+    for parameter in model.parameters():
+        parameter.data += 1.0
+    applied.hold()
+    for neuron in plan.neurons:
+        column = model.get_submodule(neuron.layer.replace("up_proj", "down_proj")).weight[:, neuron.index]
+        assert bool((column == 0).all()) == (neuron.factor == 0)
+
+
+def test_a_gains_plan_without_factors_is_refused(sides):
+    plan = make_plan(*sides, contrast="budget", edit="gains", scale=7.0)
+    bare = entries_of([type(n)(n.layer, n.index, n.score) for n in plan.neurons])
+    with pytest.raises(InputError, match="edit=gains needs a factor for each component"):
+        apply_plan(tiny("llama"), type(plan)(**{**vars(plan), "entries": bare}))
+
+
+# --- with the demo's model --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_folders(tmp_path_factory):
+    """Scores of the demo's neurons: made up, but for texts that the demo's text must leave out."""
+    from sparc3_pl.data.encoding import load_encoder
+    from sparc3_pl.data.texts import TextQuery
+    from sparc3_pl.model.loading import load_model
+    from sparc3_pl.model.source import ModelSource
+    from sparc3_pl.model.structure import mlps
+
+    folder = tmp_path_factory.mktemp("demo")
+    model, encoder = load_model(ModelSource()), load_encoder(ModelSource())
+    generator = torch.Generator().manual_seed(0)
+    layers = {mlp.up: mlp.width for mlp in mlps(model)}
+    derivative = {name: torch.randn(width, generator=generator) for name, width in layers.items()}
+    squares = {name: torch.rand(width, generator=generator) for name, width in layers.items()}
+    texts = [text for _, text in zip(range(30), TextQuery("demo", "text", seed=0).texts(), strict=False)]
+    samples = [{"id": f"s{i}", "num_tokens": 9, "text_ids": [encoder.identity(t)]} for i, t in enumerate(texts)]
+    about = {"model": {"pretrained": "demo", "fingerprint": fingerprint(model), "revision": None}}
+    write(folder / "general", derivative, squares, samples=samples, num_samples=30, num_tokens=270, **about, **GENERAL)
+    write(folder / "behaviour", derivative, data=WEIGHED, **about, **BEHAVIOUR)
+    return folder, model, encoder
+
+
+WORDS = ["--contrast", "budget", "--edit", "gains", "--budget_windows", "3", "--budget_length", "64"]
+
+
+def test_the_command_finds_the_scale_that_the_budget_allows(demo_folders, tmp_path, capsys):
+    folder, model, encoder = demo_folders
+    before = state(model)
+    sides = ["--general", str(folder / "general"), "--behaviour", str(folder / "behaviour"), *WORDS]
+    words = [*sides, "--budget", "0.02", "--budget_text", "demo", "demo:text", "--output", str(tmp_path / "plan.json")]
+    assert main(["prune", *words, "--save_model", str(tmp_path / "model")]) == 0
+    plan = PrunePlan.load(tmp_path / "plan.json")
+    gains = plan.settings["gains"]
+    assert gains["reached"]
+    assert 0.019 < max(text["rise"] for text in gains["texts"]) <= 0.02
+    assert gains["texts"][0]["num_left_out"] > 0
+    assert "perplexity of held-back text" in capsys.readouterr().out
+
+    def loss(windows):  # by the library's own loss
+        ids = torch.tensor([window.input_ids for window in windows])
+        with torch.no_grad():
+            return float(model(input_ids=ids, labels=ids).loss)
+
+    general = [ScoreFolder.open(folder / "general")]
+    for source, told in zip(("demo", "demo:text"), gains["texts"], strict=True):
+        (text,) = held_back([source], encoder, general, num_windows=3, length=64)
+        assert told["num_tokens"] == 3 * 63
+        used = {name for sample in general[0].samples() for name in sample.text_ids}
+        assert not used & {name for window in text.windows for name in window.text_ids}
+        plain = loss(text.windows)
+        with pruned(model, plan):
+            edited = loss(text.windows)
+        assert told["nll_before"] == pytest.approx(plain, rel=1e-5)
+        assert math.exp(edited - plain) - 1 == pytest.approx(told["rise"], rel=1e-3)
+    assert same_bits(state(model), before)
+
+    control = [*sides, "--scale", str(gains["scale"]), "--budget_text", "demo", "--control", "permuted"]
+    assert main(["prune", *control, "--output", str(tmp_path / "control.json")]) == 0
+    other = PrunePlan.load(tmp_path / "control.json").settings["gains"]
+    assert (other["scale"], other["budget"], other["reached"]) == (gains["scale"], None, None)
+    assert other["texts"][0]["nll_before"] == gains["texts"][0]["nll_before"]
+
+
+def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
+    folder, model, encoder = demo_folders
+    sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
+    dose = make_dose(*sides, contrast={"class_path": "budget", "init_args": {"gains_range": [0.999, 1.0]}})
+    plan = spend(dose, model, held_back(["demo:text"], encoder, sides[0], num_windows=1, length=64), 0.5)
+    assert not plan.settings["gains"]["reached"]
+    assert "the budget of 50.00% was not reached" in plan.warnings[-1]
+    assert {n.factor for n in plan.neurons} == {0.999}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({}, "give one of the two"),
+        ({"budget": 0.01}, "budget needs held-back text"),
+        ({"budget": -0.01, "budget_text": ["demo"]}, "budget=-0.01 is not a rise"),
+        ({"budget": 0.01, "budget_text": ["demo"], "scale": 2.0}, "give one of the two"),
+        ({"budget": 0.01, "budget_text": ["demo"], "edit": "zero"}, "budget=0.01 is for edit=gains"),
+        (
+            {"budget": 0.01, "budget_text": ["demo"], "budget_windows": 10**6},
+            "budget_windows=1000000, .*only .* windows",
+        ),
+        (
+            {"budget": 0.01, "budget_text": ["demo", "demo"], "budget_length": 64},
+            "two of the texts give the same windows",
+        ),
+        ({"budget": 0.01, "budget_text": ["demo"], "device": "cuda:9"}, "device='cuda:9'"),
+        ({"scale": 1.0, "contrast": "t", "gains_range": [0.0, 2.0]}, "is for contrast=budget"),
+    ],
+)
+def test_settings_that_are_refused(demo_folders, tmp_path, arguments, match):
+    folder, _, _ = demo_folders
+    given = {"general": [str(folder / "general")], "behaviour": [str(folder / "behaviour")], "contrast": "budget"}
+    given |= {"edit": "gains", "output": str(tmp_path / "plan.json")}
+    with pytest.raises(InputError, match=match) as caught:
+        prune(**(given | arguments))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_general_folders_must_say_what_they_were_made_from(demo_folders, tmp_path):
+    _, _, encoder = demo_folders
+    folder = write(tmp_path / "g", {"l": torch.ones(2)})
+    with pytest.raises(InputError, match="does not say which texts its samples were made from"):
+        held_back(["demo"], encoder, [folder])
