@@ -49,6 +49,7 @@ def measure(
     kept: Mapping[K, Tensor],
     replacement: Replacement,
     progress: Callable[[int], None] = lambda done: None,
+    compact: bool = False,
 ) -> dict[K, Outcome]:
     """The outcome of every set of components that stay, all others ablated.
 
@@ -59,6 +60,7 @@ def measure(
         kept: By name, which components stay: bool ``[N]``.
         replacement: What is read in place of the others.
         progress: Told the number of pairs after each pass.
+        compact: See ``ablated``.
 
     Raises:
         InputError: if a logit is not finite.
@@ -79,7 +81,7 @@ def measure(
             for batch in batches:
                 values = replacement(batch)
                 for key, kept_N in kept.items():
-                    with ablated(model, candidates, kept_N, values):
+                    with ablated(model, candidates, kept_N, values, compact):
                         run(key, batch)
     return {
         key: Outcome(*(torch.cat(column).numpy() for column in zip(*rows, strict=True))) for key, rows in parts.items()

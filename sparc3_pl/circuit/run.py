@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.circuit.ablation import Ablation, Replacement
+from sparc3_pl.circuit.ablation import Ablation, Replacement, allows_compact
 from sparc3_pl.circuit.arms import Arm, ArmScores, agreement, kept_of, order_of, resampled_overlaps, score_arm
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.curves import (
@@ -77,6 +77,7 @@ class Bench:
         seed: Of all resampling.
         progress: Told the number of pairs after each pass.
         ends: The model as it is, and with every component ablated.
+        compact: Whether neurons that are read as 0 need not be made.
     """
 
     model: nn.Module
@@ -87,11 +88,14 @@ class Bench:
     seed: int = 0
     progress: Progress = lambda done: None
     ends: Ends = field(init=False)
+    compact: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        is_zero = not self.replacement(self.tests[0])
+        self.compact = is_zero and allows_compact(self.model, self.candidates, self.tests[0])
         every_N = torch.ones(self.candidates.count, dtype=torch.bool)
         kept = {"full": every_N, "empty": ~every_N}
-        both = measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+        both = self._measure(kept)
         self.ends = Ends(both["full"], both["empty"], self.seed)
 
     @classmethod
@@ -111,6 +115,9 @@ class Bench:
         replacement = ablation.replacement(model, list(candidates.readers), discovery)
         return cls(model, candidates, tests, replacement, fractions, seed, progress)
 
+    def _measure(self, kept: Mapping[str, Tensor]) -> dict[str, Outcome]:
+        return measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress, self.compact)
+
     @property
     def sizes(self) -> list[int]:
         """How many components each fraction is."""
@@ -124,13 +131,12 @@ class Bench:
             if choice.num_kept in (0, self.candidates.count):
                 found[name] = self.ends.full if choice.num_kept else self.ends.empty
             elif self.candidates.are_weights:  # masks of millions: one at a time
-                kept = {name: choice.kept_N}
-                found |= measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+                found |= self._measure({name: choice.kept_N})
             else:
                 same.setdefault(np.packbits(choice.kept_N.numpy()).tobytes(), []).append(name)
         kept = {names[0]: choices[names[0]].kept_N for names in same.values()}
         if kept:
-            once = measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress)
+            once = self._measure(kept)
             found |= {name: once[names[0]] for names in same.values() for name in names}
         return found
 

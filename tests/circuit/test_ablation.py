@@ -9,7 +9,7 @@ from pair_batches import pair_batches
 from plans import plan_for
 from tiny_models import tiny
 
-from sparc3_pl.circuit.ablation import ABLATIONS, Mean, ablated, masked_weights, readings
+from sparc3_pl.circuit.ablation import ABLATIONS, Mean, ablated, allows_compact, masked_weights, readings
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.measure import measure, outcome_of_batch
 from sparc3_pl.errors import InputError
@@ -56,6 +56,27 @@ def test_zero_ablation_is_what_zeroed_columns_give(family):
                         matrix[:, column] = 0.0
     wanted = torch.cat([outcome_of_batch(model, batch)[0] for batch in batches])
     torch.testing.assert_close(torch.from_numpy(outcome.difference_P), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_that_are_read_as_zero_need_not_be_made(family):
+    model, batches = frozen(family), pair_batches([6, 5, 7], 3)
+    candidates = Candidates.of(model, KINDS)
+    assert allows_compact(model, candidates, batches[0])
+    before = state(model)
+    kept = {share: some_kept(candidates.count, share) for share in (0.0, 0.3, 0.9)}
+    slow, fast = (measure(model, candidates, batches, kept, lambda batch: {}, compact=c) for c in (False, True))
+    for share, outcome in slow.items():
+        assert fast[share].difference_P == pytest.approx(outcome.difference_P, rel=1e-9, abs=1e-9)
+    assert state(model)[:2] == before[:2]
+
+
+def test_an_mlp_that_mixes_its_neurons_is_not_compacted():
+    model, (batch,) = frozen("gpt2"), pair_batches([6, 5], 2)
+    candidates = Candidates.of(model, KINDS)
+    for block in model.transformer.h:
+        block.mlp.act.register_forward_hook(lambda _, args, y: y - y.mean(-1, keepdim=True))
+    assert not allows_compact(model, candidates, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
