@@ -7,10 +7,10 @@ whoever merges parts, asks the same object.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ from sparc3_pl.registry import Registry
 from sparc3_pl.runtime.collectives import is_rank_zero, is_sharded, sum_over_ranks
 
 __all__ = [
-    "COUNTERFACTUAL",
     "METHODS",
     "BatchFigures",
     "Gradient",
@@ -54,11 +53,7 @@ __all__ = [
     "Sums",
     "Wanda",
     "group_of",
-    "require_counterfactual",
 ]
-
-COUNTERFACTUAL = "counterfactual_ids"
-"""The field of a batch that holds the counterfactuals' tokens, ``[B, T]`` int64, padded as the samples are."""
 
 Sums = dict[str, Tensor]
 """Tensors of one layer that simply add up. The keys ``squares`` (over samples, of a component's score), ``groups`` and
@@ -131,8 +126,8 @@ class Method(ABC):
     """Whether a target is differentiated."""
     needs_values: bool = False
     """Whether components are scored by their values alone, so that each must be read by one layer (``Group.site``)."""
-    needs_counterfactual: bool = False
-    """Whether every sample needs a counterfactual."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The fields of a batch that the method cannot do without."""
 
     def heeds(self, component: Component) -> frozenset[str]:
         """The options that change what the method does for this kind of component; any other is refused."""
@@ -498,19 +493,6 @@ def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
     digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
-
-
-def require_counterfactual(fields: Container[str]) -> None:
-    """Refuses samples whose ``fields`` hold no counterfactual.
-
-    Raises:
-        InputError: with the way out.
-    """
-    if COUNTERFACTUAL not in fields:
-        raise InputError(
-            "model.method: it compares each sample with a counterfactual, and these samples have none; give "
-            "data.counterfactual_field, or a source of pairs such as ioi (data.source)"
-        )
 
 
 def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor) -> Tensor | None:

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.accumulators import Counts, component_scores
-from sparc3_pl.attribution.methods import COUNTERFACTUAL, Gradient, Lrp, Options, Sums, require_counterfactual
+from sparc3_pl.attribution.methods import Gradient, Lrp, Options, Sums
 from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.attribution.rules import RuleSet
 from sparc3_pl.attribution.targets import Attributed, Predicted, Target, as_forward, attribute
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.fields import FIELD_KEYS
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Component, Group, site_of
 
 __all__ = ["AttributionPatching", "IntegratedGradients", "RelevancePatching"]
+
+COUNTERFACTUAL = "counterfactual_ids"
+"""The field of a batch that holds the counterfactuals' tokens, ``[B, T]`` int64, padded as the samples are."""
 
 
 class AttributionPatching(Gradient):
@@ -35,7 +39,7 @@ class AttributionPatching(Gradient):
     """
 
     needs_values = True
-    needs_counterfactual = True
+    needs = (COUNTERFACTUAL,)
 
     def heeds(self, component: Component) -> frozenset[str]:
         return frozenset(("nonfinite", "gradient_checkpointing", "signed", "squares", "groups"))
@@ -139,7 +143,10 @@ class IntegratedGradients(AttributionPatching):
 def _counterfactual(batch: ReferenceBatch) -> ReferenceBatch:
     if not batch.attention_mask.any():  # a stand-in
         return batch
-    require_counterfactual(batch.fields)
+    if COUNTERFACTUAL not in batch.fields:
+        raise InputError(
+            f"the samples have no counterfactuals (field {COUNTERFACTUAL}); give {FIELD_KEYS[COUNTERFACTUAL]}"
+        )
     ids_BT = batch.fields[COUNTERFACTUAL]
     assert ids_BT.shape == batch.input_ids.shape, "counterfactuals are padded as the samples are"
     return replace(batch, input_ids=ids_BT)

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from sparc3_pl.attribution.methods import require_counterfactual
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import check_output
@@ -196,8 +195,6 @@ class ScoringModule(pl.LightningModule):
         self.data.read(self.encoder)
         if self.request.method.made.needs_samples:
             require_fields(self.request, {*self.data.samples[0].numbers, *self.data.samples[0].by_token})
-        if self.request.method.made.needs_counterfactual and self.data.samples:
-            require_counterfactual(self.data.samples[0].by_token)
         if self.part is not None:
             number, count = self.part
             ids = sorted(sample.id for sample in self.data.samples)

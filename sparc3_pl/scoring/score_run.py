@@ -121,7 +121,7 @@ def _with_labels(target: Spec | Target, labels: str, seed: int) -> Spec:
 
 
 def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
-    """Refuses samples that lack what the target needs, or hold what nothing heeds.
+    """Refuses samples that lack what target or method needs, or hold what nothing heeds.
 
     Args:
         request: What is scored.
@@ -131,9 +131,11 @@ def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
         InputError: with the configuration key of the first such field.
     """
     target, name, needs_target = request.target.made, request.target.name, request.method.made.needs_target
-    for field in target.needs:
+    needs = dict.fromkeys(target.needs, f"model.target={name}")
+    needs |= dict.fromkeys(request.method.made.needs, f"model.method={request.method.name}")
+    for field, what in needs.items():
         if field not in given:
-            raise InputError(f"model.target={name} needs {FIELD_KEYS.get(field, field)}; give it")
+            raise InputError(f"{what} needs {FIELD_KEYS.get(field, field)}; give it")
     # Labels and pairs are for methods and measurements too; a completion and its weight say what the target should be.
     heeded = target.reads if needs_target else frozenset(("completion_mask",))
     for field in ("completion_mask", "weight"):

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny, tokens
 from torch import nn
 
-from sparc3_pl.attribution.methods import COUNTERFACTUAL, Options
+from sparc3_pl.attribution.methods import Options
+from sparc3_pl.attribution.methods_patching import COUNTERFACTUAL
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.soundness import padded

@@ -175,6 +175,26 @@ def test_parts_are_merged_by_the_method_itself(model, tmp_path, method, capsys):
         assert set(whole.load(whole.layers[0]).tolist()) == {9.0}
 
 
+@pytest.mark.parametrize("method", ["relevance_patching", "integrated_gradients"])
+def test_parts_of_scores_of_values_are_merged(model, tmp_path, method, capsys):
+    def pairs():
+        answers = {"answer": torch.tensor([5, 6, 7, 8]), "foil": torch.tensor([9, 9, 4, 4])}
+        for batch in batches(**answers):
+            batch.fields["counterfactual_ids"] = (batch.input_ids * 7 + 3) % 47 + 3
+            yield batch
+
+    request = {"method": method, "target": "answer", "granularity": ["neuron", "head", "mlp"], "signed": True}
+    whole = score(tmp_path / "whole", model, pairs(), **request)
+    for number, own in enumerate(pairs(), start=1):
+        score(tmp_path / f"{number}", model, [own], part=(number, 2), **request)
+    merge([str(tmp_path / "1"), str(tmp_path / "2")], str(tmp_path / "merged"))
+    merged = ScoreFolder.open(tmp_path / "merged")
+    for name in whole.layers:
+        torch.testing.assert_close(merged.load(name), whole.load(name))
+    assert merged.manifest.at_values
+    assert whole.manifest.at_values
+
+
 def test_parts_of_an_earlier_version_are_merged(tmp_path, capsys):
     """They do not say where the components are, but which rows of a fused map are neurons."""
     model = tiny("phi3").requires_grad_(False)
