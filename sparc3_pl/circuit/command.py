@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sparc3_pl.attribution.methods_patching import COUNTERFACTUAL
 from sparc3_pl.circuit.ablation import ABLATIONS, Ablation
 from sparc3_pl.circuit.arms import Arm, arms_of, kept_of, score_arm
 from sparc3_pl.circuit.components import Candidates
@@ -119,7 +120,7 @@ class _Run:
         self._clock = time.perf_counter()
         source = ModelSource(model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code)
         encoder = load_encoder(source)
-        needed = ablation.made.needs_pairs or any(arm.request.method.made.needs_counterfactual for arm in arms)
+        needed = ablation.made.needs_pairs or any(COUNTERFACTUAL in arm.request.method.made.needs for arm in arms)
         self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
         self.model = load_model(source)
         check_vocabulary(self.model, encoder.tokenizer)
