@@ -12,6 +12,7 @@ from sparc3_pl.attribution.sequential import Blocks, Sparsity
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.structure import linear_layers, output_head
+from sparc3_pl.scoring.module import ScoringModule
 
 LENGTHS = (9, 4, 6, 2, 7)
 LISTS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}
@@ -150,3 +151,13 @@ def test_what_cannot_be_pruned_so():
     for method, kind in [("lrp", "weight"), ("wanda", "neuron")]:
         with pytest.raises(InputError, match=r"model\.sequential=0\.5 has no effect on"):
             Scorer(model, method, kind, options=Options(sequential="0.5"))
+
+
+def test_what_does_not_go_with_it_is_refused_before_a_model_is_loaded():
+    asked = {"method": "wanda", "granularity": "weight", "sequential": 0.5, "output": "scores"}
+    with pytest.raises(InputError, match=r"model\.sequential=0\.5: .* leave out part"):
+        ScoringModule(**asked, part="1/2")
+    with pytest.raises(InputError, match=r"leave out model\.checkpoint_every"):
+        ScoringModule(**asked, checkpoint_every=2)
+    with pytest.raises(InputError, match=r"model\.sequential=50: give a share"):
+        ScoringModule(**asked | {"sequential": 50})
