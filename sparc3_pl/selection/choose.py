@@ -88,6 +88,7 @@ def make_plan(
             pattern=getattr(among, "pattern", None),
             contrast=CONTRASTS.name_of(kind),
             protect=protect,
+            other=budgets is not None,
         )
     general, behaviour = steps.sides(general, behaviour)
     left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []

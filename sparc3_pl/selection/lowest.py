@@ -17,12 +17,12 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.statistics.agreement import spread_positions
+from sparc3_pl.statistics.lowest_of_groups import lowest_of_each_group
 
 __all__ = [
     "Block",
@@ -37,7 +37,6 @@ __all__ = [
     "cut_lowest_of_each",
     "joined",
     "lowest_in_groups",
-    "lowest_of_each_group",
     "masks_below",
     "order_keys",
     "sample",
@@ -85,7 +84,6 @@ Masks = Iterator[tuple[str, BitMask]]
 """For single weights, layer by layer, for the layers that have any: which are chosen."""
 
 _HALF = 1 << 16
-_NARROW = 16  # up to here, comparing every two members of a group is faster than a partial sort of each
 
 
 def all_finite(values: Tensor) -> bool:
@@ -303,29 +301,6 @@ def _of_whole_groups(blocks: Iterable[Block], width: int) -> Iterator[Block]:
             yield ahead
         rest = behind if len(behind.values) else None
     assert rest is None, f"{len(rest.values)} values of layer {rest.layer} are no whole group of {width}"
-
-
-def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Which are the ``count`` lowest of each group ``[groups, width]``; of equal values the first. No NaN.
-
-    Infinity stands for what may not be taken: at least ``count`` of a group must be below it.
-    """
-    width = values.shape[1]
-    if width > _NARROW:
-        last = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
-        taken, equal = values < last, values == last
-        left = count - np.count_nonzero(taken, axis=1)
-        more = np.flatnonzero(np.count_nonzero(equal, axis=1) > left)
-        equal[more] &= np.cumsum(equal[more], axis=1) <= left[more, None]
-        return taken | equal
-    members = np.ascontiguousarray(values.T)  # [width, groups]
-    ranks = np.zeros(members.shape, dtype=np.uint8)
-    for one in range(width):
-        for other in range(one + 1, width):
-            is_first = (members[one] <= members[other]).view(np.uint8)
-            ranks[other] += is_first
-            ranks[one] += 1 - is_first
-    return np.ascontiguousarray((ranks < count).T)
 
 
 def collect(passes: Passes) -> dict[str, Block]:

@@ -12,7 +12,8 @@ from test_lowest import VALUES, passes_over
 from sparc3_pl.errors import InputError
 from sparc3_pl.selection.budgets import block_of
 from sparc3_pl.selection.choose import make_plan
-from sparc3_pl.selection.lowest import TooFewCandidates, lowest_in_groups, lowest_of_each_group
+from sparc3_pl.selection.lowest import TooFewCandidates, lowest_in_groups
+from sparc3_pl.statistics.lowest_of_groups import lowest_of_each_group
 
 ATTENTION, MLP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"
 SHAPES = {ATTENTION: (6, 8), MLP: (3, 20), HEAD: (11, 8)}
