@@ -31,6 +31,7 @@ __all__ = [
     "relevance_by_layer",
     "relevance_of_sets",
     "score_distribution",
+    "sparsity_curves",
     "upset",
 ]
 
@@ -299,6 +300,33 @@ def banded_curves(
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     every[0].set_ylabel(y_name, fontsize=_NORMAL, color=MUTED)
     _legend(every[0])
+    return figure
+
+
+def sparsity_curves(
+    series: Mapping[str, Sequence[tuple[float, float, float | None]]],
+    dense: float,
+    y_name: str,
+    is_logarithmic: bool = False,
+) -> Figure:
+    """A line for each way to prune through its shares, and the value of the model as it was.
+
+    Args:
+        series: By name, (share removed, mean, deviation or None) with rising share.
+        dense: Value of the unpruned model.
+        y_name: What is drawn.
+        is_logarithmic: Whether the axis of values is logarithmic, as for perplexity, which grows by powers of ten.
+    """
+    figure, axes = _new(3.4, "share removed, %", y_name)
+    axes.axhline(dense, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="dense")
+    for place, (name, points) in enumerate(series.items()):
+        style = {"color": SERIES[place % len(SERIES)], "marker": _MARKERS[place % len(_MARKERS)]}
+        x, y = [100 * share for share, *_ in points], [mean for _, mean, _ in points]
+        error = [deviation or 0.0 for *_, deviation in points]
+        axes.errorbar(x, y, error, linewidth=1.4, markersize=4, elinewidth=0.9, capsize=2, label=_plain(name), **style)
+    if is_logarithmic:
+        axes.set_yscale("log")
+    _legend(axes)
     return figure
 
 

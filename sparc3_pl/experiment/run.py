@@ -1,5 +1,7 @@
 """The whole experiment from one YAML: score, contrast, plan, evaluate before and after, controls, dose-response.
 
+With ``shares`` it is one of compression: arms (methods, scopes, budgets) prune by general text to the same shares.
+
 Every stage is a command that could have been typed; its configuration and its record are kept in ``stages/``, its
 result in a folder of its own. So an experiment that was stopped goes on where it was, and a stage whose inputs have
 changed since is done again.
@@ -20,11 +22,13 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
 from sparc3_pl.experiment.stages import Settings, Stage, Stages, write_json
 from sparc3_pl.io.files import check_output
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import largest_within
 from sparc3_pl.runtime.processes import run_child
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
@@ -61,9 +65,9 @@ class Outcome:
 def run(
     output: str,
     general: Settings,
-    behaviour: Settings,
     eval_data: Settings,
-    plan: Settings,
+    plan: Settings | None = None,
+    behaviour: Settings | None = None,
     eval_model: Settings | None = None,
     model: Settings | None = None,
     score: Settings | None = None,
@@ -71,6 +75,8 @@ def run(
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed; shown by --help)
     counts: list[int] | None = None,
     controls: list[ControlName] = ["random_matched"],  # noqa: B006
+    shares: list[float] | None = None,
+    arms: dict[str, Settings | None] | None = None,
     max_perplexity_increase: float = 0.01,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
@@ -78,46 +84,108 @@ def run(
     A stage is done again if a file that it reads has another content now: data, model, scores or plan. Of what lies on
     the hub only the name and the revision are known.
 
+    With shares, this is compression: general text alone, every arm pruned to every share, no behaviour and no controls.
+
     Args:
         output: Folder of the experiment: scores, plans, evaluations, comparisons, report.
         general: Keys of ``data`` of the general samples (see score); ``match: behaviour`` matches their format to the
             behaviour's samples.
-        behaviour: Keys of ``data`` of the behaviour's samples.
         eval_data: Keys of ``data`` of eval.
-        plan: Arguments of prune: ``num_neurons`` (or ``num_weights``), ``contrast``, ``protect``, ``edit``, ...
+        plan: Arguments of prune: ``num_neurons`` (or ``num_weights``), ``contrast``, ``scope``, ``protect``, ...
+        behaviour: Keys of ``data`` of the behaviour's samples. Not with shares.
         eval_model: Further keys of ``model`` of eval: ``max_length``, ``samples_per_prompt``, ``judge``, ...
         model: Keys of ``model`` that say which model it is, for all stages: ``pretrained``, ``dtype``, ...
         score: Further keys of ``model`` of the scoring pass: ``method``, ``granularity``, ``targets``, ...
         trainer: Keys of ``trainer``, for all stages.
-        seeds: Seeds of the general samples; their scores are averaged.
+        seeds: Seeds of the general samples; their scores are averaged, or, with shares, pruned by one after the other:
+            tables show mean and deviation.
         counts: Further numbers of neurons (or weights), for the dose-response curve.
-        controls: Controls of the plan's size: random_matched, random, top_general, null.
+        controls: Controls of the plan's size: random_matched, random, top_general, null. Not with shares.
+        shares: For compression: the shares to remove, e.g. [0.1, 0.3, 0.5].
+        arms: For compression, by name: sections ``score``, ``general``, ``plan`` and ``seeds`` of each arm, added to
+            the experiment's: ``{wanda: {score: {method: wanda}, plan: {scope: row}}}``. Equal scores are made once.
         max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
 
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
     """
+    from sparc3_pl.document.terminal import print_result
     from sparc3_pl.report.command import KIND as REPORT
 
     _check_folder(Path(output))
     check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
-    size = _size_key(plan, score or {})
-    experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, score or {}, trainer or {})
+    plan, score = plan or {}, score or {}
+    experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, trainer or {})
     measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
+    if shares is not None:
+        if behaviour is not None or counts is not None:
+            key = "counts" if behaviour is None else "behaviour"
+            raise InputError(f"shares are for compression by general text; leave out {key}, or shares")
+        each = arms_of(arms, score, general, plan, seeds)
+        _compress(experiment, each, _checked(shares), measuring, max_perplexity_increase)
+        return
+    if behaviour is None or arms is not None:
+        key = "behaviour is missing" if arms is None else "arms are given"
+        raise InputError(f"{key}: give behaviour to correct one, or shares (and arms) to compress")
+    size = _size_key(plan, score)
     edits = {f"prune-{count}": (count, None) for count in sorted({plan[size], *(counts or [])})}
     edits |= {f"control-{control}": (plan[size], control) for control in controls}
-    stages = experiment.scoring_stages(general, behaviour, seeds)
+    stages = experiment.scoring_stages(score, general, behaviour, seeds)
     scores = {stage.name.removeprefix("score-"): stage.output for stage in stages}
     for name, (count, control) in edits.items():
         stages.append(experiment.plan_stage(name, scores, {**plan, size: count, "control": control}))
     for name in ("before", *edits):
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
-    for stage in stages:  # refused before anything is done
-        experiment.stages.check_settings(stage)
-    for stage in stages:
-        experiment.stages.do(stage)
+    experiment.do(stages)
     outcomes = [Outcome(name, *edit, experiment.compare(name)) for name, edit in edits.items()]
-    experiment.conclude(outcomes, max_perplexity_increase, stages)
+    best = largest_within(outcomes, max_perplexity_increase)
+    verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
+    if all(outcome.rise is None for outcome in outcomes):
+        verdict = "not known, no perplexity was measured"
+    experiment.conclude(outcomes, max_perplexity_increase, stages, {"largest_within": best and best.name})
+    print_result(outcome_table(outcomes), f"largest edit within {max_perplexity_increase:+.1%} perplexity: {verdict}")
+
+
+def _compress(
+    experiment: _Experiment, arms: Sequence[Arm], shares: Sequence[float], measuring: Settings, bound: float
+) -> None:
+    """Scores each method once, prunes each arm to each share, and measures all."""
+    from sparc3_pl.document.terminal import print_result
+    from sparc3_pl.report.curves import curve_table
+
+    scoring: dict[str, Stage] = {}
+    plans: list[Stage] = []
+    cuts = [cut for arm in arms for cut in arm.cuts(shares)]
+    for arm in arms:
+        scores = {seed: experiment.shared_scores(scoring, arm, seed) for seed in arm.seeds}
+        plans += [
+            experiment.plan_stage(cut.name, {"general": scores[cut.seed].output}, cut.settings)
+            for cut in arm.cuts(shares)
+        ]
+    stages = [*scoring.values(), *plans, experiment.evaluation_stage("before", measuring, None)]
+    stages += [experiment.evaluation_stage(cut.name, measuring, cut.name) for cut in cuts]
+    experiment.do(stages)
+    comparisons = [(cut, experiment.compare(cut.name)) for cut in cuts]
+    counts = [sum(PrunePlan.load(stage.output).counts().values()) for stage in plans]
+    outcomes = [
+        Outcome(cut.name, count, None, comparison) for (cut, comparison), count in zip(comparisons, counts, strict=True)
+    ]
+    curves = curves_of(comparisons)
+    large = {stage.output for stage in (*scoring.values(), *plans)}  # gigabytes, which a report would read again
+    small = [stage for stage in stages if stage.output not in large]
+    experiment.conclude(outcomes, bound, small, {"curves": [curve.to_json() for curve in curves]})
+    print_result(*map(curve_table, curves))
+
+
+def _checked(shares: Sequence[float]) -> list[float]:
+    """The shares, rising.
+
+    Raises:
+        InputError: if there are none, or one is no share.
+    """
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise InputError(f"shares={shares}: give shares between 0 and 1, e.g. [0.1, 0.3, 0.5]")
+    return sorted(set(shares))
 
 
 @dataclass(frozen=True)
@@ -127,24 +195,35 @@ class _Experiment:
     folder: Path
     stages: Stages
     model: Settings
-    scoring: Settings
     trainer: Settings
 
-    def scoring_stages(self, general: Settings, behaviour: Settings, seeds: Sequence[int]) -> list[Stage]:
+    def do(self, stages: Sequence[Stage]) -> None:
+        """Does them in their order; refuses other settings than before first of all."""
+        for stage in stages:
+            self.stages.check_settings(stage)
+        for stage in stages:
+            self.stages.do(stage)
+
+    def scoring_stages(
+        self, score: Settings, general: Settings, behaviour: Settings, seeds: Sequence[int]
+    ) -> list[Stage]:
         """The behaviour first: general samples may be matched to it."""
         if general.get("match") == "behaviour":
             general = general | {"match": str(self.folder / "scores" / "behaviour")}
         sides = {"behaviour": behaviour} | {f"general-{seed}": general | {"seed": seed} for seed in seeds}
-        return [
-            self._pass(
-                "score",
-                name,
-                {"model": self.model | self.scoring, "data": data},
-                self.folder / "scores" / name,
-                SCORES_MARKER,
-            )
-            for name, data in sides.items()
-        ]
+        return [self._scoring_stage(name, score, data) for name, data in sides.items()]
+
+    def _scoring_stage(self, name: str, score: Settings, data: Settings) -> Stage:
+        settings = {"model": self.model | score, "data": data}
+        return self._pass("score", name, settings, self.folder / "scores" / name, SCORES_MARKER)
+
+    def shared_scores(self, scoring: dict[str, Stage], arm: Arm, seed: int) -> Stage:
+        """The stage of ``scoring`` that makes an arm's scores, added to it unless another arm has the same."""
+        stage = self._scoring_stage(f"{arm.name}-seed{seed}", *arm.scoring(seed))
+        for other in scoring.values():
+            if other.settings == stage.settings:
+                return other
+        return scoring.setdefault(stage.name, stage)
 
     def evaluation_stage(self, name: str, measuring: Settings, plan: str | None) -> Stage:
         """Measures the model, with the plan of that name applied."""
@@ -155,8 +234,9 @@ class _Experiment:
         """Makes a plan from the scores: ``behaviour``, all others are general."""
         path = self._plan_path(name)
         general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
-        arguments = {"general": general, "behaviour": [str(scores["behaviour"])], "output": str(path)}
-        arguments |= settings | {"control": settings["control"] or "none"}
+        behaviour = {"behaviour": [str(scores["behaviour"])]} if "behaviour" in scores else {}
+        arguments = {"general": general, **behaviour, "output": str(path)}
+        arguments |= settings | {"control": settings.get("control") or "none"}
 
         def make(overwrite: bool) -> None:
             from sparc3_pl.selection.command import prune
@@ -210,14 +290,14 @@ class _Experiment:
             write_comparison(path, comparison, overwrite=True)
         return comparison
 
-    def conclude(self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage]) -> None:
-        """Writes and prints the outcomes, and makes the report of them."""
-        from sparc3_pl.document.terminal import print_result
+    def conclude(
+        self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage], more: Mapping[str, Any]
+    ) -> None:
+        """Writes what was measured, and makes the report of it and of the results of ``stages``."""
         from sparc3_pl.report.command import report
 
-        best = largest_within(outcomes, bound)
         rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
-        summary = {"outcomes": rows, "max_perplexity_increase": bound, "largest_within": best and best.name}
+        summary = {"outcomes": rows, "max_perplexity_increase": bound, **more}
         origin = {"versions": versions(), "command": command_line(), "created": now()}
         path = self.folder / "experiment.json"
         write_json(path, summary | origin)
@@ -225,10 +305,6 @@ class _Experiment:
         inputs += [self.stages.settings_file(stage.name) for stage in stages]
         inputs += [self._comparison_path(outcome.name) for outcome in outcomes]
         report([str(one) for one in inputs], output=str(self.folder / "report"), overwrite=True)
-        verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
-        if all(outcome.rise is None for outcome in outcomes):
-            verdict = "not known, no perplexity was measured"
-        print_result(outcome_table(outcomes), f"largest edit within {bound:+.1%} perplexity: {verdict}")
 
     def _plan_path(self, name: str) -> Path:
         return self.folder / "plans" / f"{name}.json"

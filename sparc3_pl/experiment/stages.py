@@ -142,7 +142,7 @@ def _path_of(key: str, value: str) -> Path | None:
     if key in ("model.pretrained", "pretrained"):
         return ModelSource(value).path
     path = Path(value).expanduser()
-    if name == "match" or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
+    if name in ("match", "budgets") or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
         return path if path.exists() else None
     return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
 

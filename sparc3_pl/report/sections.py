@@ -33,6 +33,7 @@ from sparc3_pl.document.verdicts import Check
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.collect import Inputs, PlanWithScores
+from sparc3_pl.report.curves import curve_sections
 from sparc3_pl.report.effects import (
     Effect,
     by_experiment,
@@ -79,6 +80,7 @@ def report_sections(
     sections = [Section("In short", tuple(_in_short(inputs, audit, effects)))]
     if effects or notes:
         sections.append(Section("What the edit did", tuple(_effects(effects, notes))))
+    sections += curve_sections(inputs.experiments)
     if shown := [block for effect in best for block in completions(effect)]:
         sections.append(Section("Completions that changed most", tuple(shown)))
     if inputs.plans:

@@ -1,0 +1,143 @@
+"""Arms of a compression experiment: ways to score and to choose, each pruned to the same shares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import Comparison
+from sparc3_pl.experiment.stages import Settings
+from sparc3_pl.report.curves import Curve, CurvePoint
+from sparc3_pl.selection.scope import PatternScope
+
+__all__ = ["Arm", "Cut", "arms_of", "curves_of"]
+
+_SECTIONS = ("general", "plan", "score")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One plan of an arm.
+
+    Attributes:
+        arm: Name of the arm.
+        seed: Seed of its calibration samples.
+        share: Share that is removed.
+        settings: Arguments of prune.
+    """
+
+    arm: str
+    seed: int
+    share: float
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm}-seed{self.seed}-{self.share:g}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to score and to choose.
+
+    Attributes:
+        name: Of its files and in tables.
+        score: Keys of ``model`` of the scoring pass.
+        general: Keys of ``data`` of the calibration samples.
+        plan: Arguments of prune.
+        seeds: Seeds of the calibration samples: each has scores and plans of its own.
+    """
+
+    name: str
+    score: Settings
+    general: Settings
+    plan: Settings
+    seeds: tuple[int, ...]
+
+    def scoring(self, seed: int) -> tuple[Settings, Settings]:
+        """Keys of ``model`` and of ``data`` of the scoring pass with that seed."""
+        own = {"seed": seed} if self.score.get("method") == "random" else {}
+        return self.score | own, self.general | {"seed": seed}
+
+    def cuts(self, shares: Sequence[float]) -> list[Cut]:
+        """Its plans; an n:m pattern has one share, its own."""
+        pattern = self.plan.get("pattern")
+        if pattern is None:
+            each = [(share, {"share": share}) for share in shares]
+        else:
+            kept, of = map(int, PatternScope(pattern).pattern.split(":"))
+            each = [(1 - kept / of, {})]
+        base = {"contrast": "general"} | self.plan
+        return [Cut(self.name, seed, share, base | own) for seed in self.seeds for share, own in each]
+
+
+def arms_of(
+    arms: Mapping[str, Settings] | None, score: Settings, general: Settings, plan: Settings, seeds: Sequence[int]
+) -> list[Arm]:
+    """The arms; each section of an arm adds to the experiment's, or takes the place of its keys.
+
+    Raises:
+        InputError: naming the arm and the key that is wrong.
+    """
+    by_name = {str(score.get("method", "lrp")): {}} if arms is None else arms
+    if not by_name:
+        raise InputError("arms is empty; name at least one, e.g. {wanda: {score: {method: wanda}}}, or leave it out")
+    result = []
+    for name, own in by_name.items():
+        own = own or {}
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise InputError(f"arms: {name!r} also names files; use letters, digits, _, -, + and full stops")
+        if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*_SECTIONS, "seeds"})):
+            said = wrong[0] if isinstance(own, Mapping) else repr(own)
+            raise InputError(f"arms.{name}: {said} is none of its keys; they are {', '.join(_SECTIONS)} and seeds")
+        sections = {key: own.get(key) or {} for key in _SECTIONS}
+        for key, section in sections.items():
+            if not isinstance(section, Mapping):
+                raise InputError(f"arms.{name}.{key}={section!r}: give keys with values")
+        own_seeds = seeds if own.get("seeds") is None else own["seeds"]
+        if not isinstance(own_seeds, Sequence) or not own_seeds or not all(type(seed) is int for seed in own_seeds):
+            raise InputError(f"arms.{name}.seeds={own_seeds!r}: give a list of whole numbers, e.g. [0, 1]")
+        # A pattern says by itself among whom weights compete and how many go.
+        shared = {key: plan[key] for key in plan if not (key in ("scope", "budgets") and "pattern" in sections["plan"])}
+        if set(plan | sections["plan"]) & {"share", "num_neurons", "num_weights"}:
+            raise InputError(f"arms.{name}: shares says how much is removed; leave share and numbers out of plan")
+        result.append(
+            Arm(
+                name,
+                score | sections["score"],
+                general | sections["general"],
+                shared | sections["plan"],
+                tuple(dict.fromkeys(own_seeds)),
+            )
+        )
+    return result
+
+
+def curves_of(comparisons: Sequence[tuple[Cut, Comparison]]) -> list[Curve]:
+    """Perplexity and every figure of the measurements against the share removed."""
+    values: dict[str, tuple[float, dict[str, dict[float, list[float]]]]] = {}
+    for cut, comparison in comparisons:
+        for figure, (before, after) in _figures(comparison).items():
+            _, arms = values.setdefault(figure, (before, {}))
+            arms.setdefault(cut.arm, {}).setdefault(cut.share, []).append(after)
+    return [
+        Curve(
+            figure,
+            dense,
+            {arm: tuple(CurvePoint(s, tuple(each)) for s, each in sorted(at.items())) for arm, at in arms.items()},
+        )
+        for figure, (dense, arms) in values.items()
+    ]
+
+
+def _figures(comparison: Comparison) -> dict[str, tuple[float, float]]:
+    """By name, what was measured before and after."""
+    figures = {}
+    if comparison.perplexity is not None:
+        figures["perplexity"] = (comparison.perplexity.before, comparison.perplexity.after)
+    for name, changes in comparison.measurements.items():
+        figures |= {f"{name}: {figure}": (change.before, change.after) for figure, change in changes.items()}
+    return figures

@@ -1,0 +1,133 @@
+"""What is left of a model against the share that was removed: one line for each way to choose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sparc3_pl.document.document import NOTHING, Number, Numbers, Picture, Section, Table
+
+__all__ = ["Curve", "CurvePoint", "curve_sections", "curve_table"]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What was measured at one share.
+
+    Attributes:
+        share: Share of the weights (or neurons) that was removed, as asked for.
+        values: One measured value for each calibration seed; infinity for a perplexity beyond any number.
+    """
+
+    share: float
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds (n - 1); None for one seed, or where it is not finite."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return None
+        return statistics.stdev(self.values)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure of an experiment against the share removed.
+
+    Attributes:
+        figure: What it is: ``perplexity``, or the name of a measurement and of its figure.
+        dense: Its value for the model as it was.
+        arms: By name of the arm, its points with rising share.
+    """
+
+    figure: str
+    dense: float
+    arms: Mapping[str, tuple[CurvePoint, ...]]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """All shares that occur, rising."""
+        return tuple(sorted({point.share for points in self.arms.values() for point in points}))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; infinity becomes null, which JSON can hold."""
+        arms = {
+            name: [
+                {"share": p.share, "mean": p.mean, "deviation": p.deviation, "values": list(p.values)} for p in points
+            ]
+            for name, points in self.arms.items()
+        }
+        return {"figure": self.figure, "dense": self.dense, "arms": arms}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what ``to_json`` has made, once it was written and read as JSON."""
+        arms = {
+            name: tuple(CurvePoint(p["share"], tuple(map(_or_infinite, p["values"]))) for p in points)
+            for name, points in data["arms"].items()
+        }
+        return cls(data["figure"], _or_infinite(data["dense"]), arms)
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def curve_table(curve: Curve) -> Table:
+    """A row for each arm, a column for each share: the mean over seeds and, of several, their deviation."""
+    form = ".2f" if curve.figure == "perplexity" else ".3f"
+    rows = [("dense", Number(curve.dense, form=form), *[None] * len(curve.shares), "")]
+    seeds = 1
+    for name, points in curve.arms.items():
+        cells = {}
+        for point in points:
+            mean, deviation = Number(point.mean, form=form), point.deviation
+            cells[point.share] = mean if deviation is None else Numbers("{} ± {}", (mean, Number(deviation, form=form)))
+        count = max(len(point.values) for point in points)
+        rows.append((name, None, *(cells.get(share) for share in curve.shares), str(count)))
+        seeds = max(seeds, count)
+    columns = ("arm", "0 %", *(f"{share:.3g}" if share < 0.001 else f"{100 * share:g} %" for share in curve.shares))
+    note = "Columns: share removed." + (" ±: standard deviation over calibration seeds." if seeds > 1 else "")
+    return Table.of((*columns, "seeds"), rows, title=curve.figure.replace("_", " "), note=note)
+
+
+def curve_sections(experiments: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    """For every experiment that removed growing shares, a figure and a table of whatever was measured."""
+    for place, (name, summary) in enumerate(experiments.items()):
+        curves = [Curve.from_json(data) for data in summary.get("curves") or ()]
+        blocks = []
+        for number, curve in enumerate(curves):
+            blocks += [_picture(curve, f"curve{place}-{number}"), curve_table(curve)]
+        if blocks:
+            title = "Against the share removed" + (f": {name}" if len(experiments) > 1 else "")
+            yield Section(title, tuple(blocks))
+
+
+def _picture(curve: Curve, picture: str) -> Picture:
+    from sparc3_pl.document.figures import as_svg, sparsity_curves
+
+    series = {
+        name: [(p.share, p.mean, p.deviation) for p in points if math.isfinite(p.mean)]
+        for name, points in curve.arms.items()
+    }
+    figure = curve.figure.replace("_", " ")
+    drawn = sparsity_curves(series, curve.dense, figure, is_logarithmic=curve.figure == "perplexity")
+    alt = f"{figure} against the share removed. Dense: {curve.dense:.4g}. {'; '.join(_ends(curve))}."
+    caption = f"{figure[:1].upper()}{figure[1:]} against the share removed; bars: deviation over calibration seeds."
+    return Picture(as_svg(drawn, picture), alt, caption)
+
+
+def _ends(curve: Curve) -> Sequence[str]:
+    """In words, where each arm ends."""
+    return [
+        f"{name}: {points[-1].mean:.4g} at {points[-1].share:.0%}" if points else f"{name}: {NOTHING}"
+        for name, points in curve.arms.items()
+    ]
