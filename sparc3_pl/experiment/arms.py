@@ -49,6 +49,7 @@ class Arm:
         general: Keys of ``data`` of the calibration samples.
         plan: Arguments of prune.
         seeds: Seeds of the calibration samples: each has scores and plans of its own.
+        shares: The shares that it is pruned to.
     """
 
     name: str
@@ -56,17 +57,18 @@ class Arm:
     general: Settings
     plan: Settings
     seeds: tuple[int, ...]
+    shares: tuple[float, ...] = ()
 
     def scoring(self, seed: int) -> tuple[Settings, Settings]:
         """Keys of ``model`` and of ``data`` of the scoring pass with that seed."""
         own = {"seed": seed} if self.score.get("method") == "random" else {}
         return self.score | own, self.general | {"seed": seed}
 
-    def cuts(self, shares: Sequence[float]) -> list[Cut]:
+    def cuts(self) -> list[Cut]:
         """Its plans; an n:m pattern has one share, its own."""
         pattern = self.plan.get("pattern")
         if pattern is None:
-            each = [(share, {"share": share}) for share in shares]
+            each = [(share, {"share": share}) for share in self.shares]
         else:
             kept, of = map(int, PatternScope(pattern).pattern.split(":"))
             each = [(1 - kept / of, {})]
@@ -75,7 +77,12 @@ class Arm:
 
 
 def arms_of(
-    arms: Mapping[str, Settings] | None, score: Settings, general: Settings, plan: Settings, seeds: Sequence[int]
+    arms: Mapping[str, Settings | None] | None,
+    score: Settings,
+    general: Settings,
+    plan: Settings,
+    seeds: Sequence[int],
+    shares: Sequence[float],
 ) -> list[Arm]:
     """The arms; each section of an arm adds to the experiment's, or takes the place of its keys.
 
@@ -90,9 +97,9 @@ def arms_of(
         own = own or {}
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise InputError(f"arms: {name!r} also names files; use letters, digits, _, -, + and full stops")
-        if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*_SECTIONS, "seeds"})):
+        if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*_SECTIONS, "seeds", "shares"})):
             said = wrong[0] if isinstance(own, Mapping) else repr(own)
-            raise InputError(f"arms.{name}: {said} is none of its keys; they are {', '.join(_SECTIONS)} and seeds")
+            raise InputError(f"arms.{name}: {said} is none of its keys; they are {', '.join(_SECTIONS)}, seeds, shares")
         sections = {key: own.get(key) or {} for key in _SECTIONS}
         for key, section in sections.items():
             if not isinstance(section, Mapping):
@@ -111,9 +118,21 @@ def arms_of(
                 general | sections["general"],
                 shared | sections["plan"],
                 tuple(dict.fromkeys(own_seeds)),
+                _checked(shares if own.get("shares") is None else own["shares"]),
             )
         )
     return result
+
+
+def _checked(shares: Sequence[float]) -> tuple[float, ...]:
+    """The shares, rising.
+
+    Raises:
+        InputError: if there are none, or one is no share.
+    """
+    if not isinstance(shares, Sequence) or not shares or not all(type(s) is float and 0 < s < 1 for s in shares):
+        raise InputError(f"shares={shares}: give shares between 0 and 1, e.g. [0.1, 0.3, 0.5]")
+    return tuple(sorted(set(shares)))
 
 
 def curves_of(comparisons: Sequence[tuple[Cut, Comparison]]) -> list[Curve]:

@@ -102,8 +102,9 @@ def run(
         counts: Further numbers of neurons (or weights), for the dose-response curve.
         controls: Controls of the plan's size: random_matched, random, top_general, null. Not with shares.
         shares: For compression: the shares to remove, e.g. [0.1, 0.3, 0.5].
-        arms: For compression, by name: sections ``score``, ``general``, ``plan`` and ``seeds`` of each arm, added to
-            the experiment's: ``{wanda: {score: {method: wanda}, plan: {scope: row}}}``. Equal scores are made once.
+        arms: For compression, by name: sections ``score``, ``general`` and ``plan`` of each arm, added to the
+            experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
+            scores are made once.
         max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
 
     Raises:
@@ -121,8 +122,8 @@ def run(
         if behaviour is not None or counts is not None:
             key = "counts" if behaviour is None else "behaviour"
             raise InputError(f"shares are for compression by general text; leave out {key}, or shares")
-        each = arms_of(arms, score, general, plan, seeds)
-        _compress(experiment, each, _checked(shares), measuring, max_perplexity_increase)
+        each = arms_of(arms, score, general, plan, seeds, shares)
+        _compress(experiment, each, measuring, max_perplexity_increase)
         return
     if behaviour is None or arms is not None:
         key = "behaviour is missing" if arms is None else "arms are given"
@@ -146,21 +147,18 @@ def run(
     print_result(outcome_table(outcomes), f"largest edit within {max_perplexity_increase:+.1%} perplexity: {verdict}")
 
 
-def _compress(
-    experiment: _Experiment, arms: Sequence[Arm], shares: Sequence[float], measuring: Settings, bound: float
-) -> None:
+def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings, bound: float) -> None:
     """Scores each method once, prunes each arm to each share, and measures all."""
     from sparc3_pl.document.terminal import print_result
     from sparc3_pl.report.curves import curve_table
 
     scoring: dict[str, Stage] = {}
     plans: list[Stage] = []
-    cuts = [cut for arm in arms for cut in arm.cuts(shares)]
+    cuts = [cut for arm in arms for cut in arm.cuts()]
     for arm in arms:
         scores = {seed: experiment.shared_scores(scoring, arm, seed) for seed in arm.seeds}
         plans += [
-            experiment.plan_stage(cut.name, {"general": scores[cut.seed].output}, cut.settings)
-            for cut in arm.cuts(shares)
+            experiment.plan_stage(cut.name, {"general": scores[cut.seed].output}, cut.settings) for cut in arm.cuts()
         ]
     stages = [*scoring.values(), *plans, experiment.evaluation_stage("before", measuring, None)]
     stages += [experiment.evaluation_stage(cut.name, measuring, cut.name) for cut in cuts]
@@ -175,17 +173,6 @@ def _compress(
     small = [stage for stage in stages if stage.output not in large]
     experiment.conclude(outcomes, bound, small, {"curves": [curve.to_json() for curve in curves]})
     print_result(*map(curve_table, curves))
-
-
-def _checked(shares: Sequence[float]) -> list[float]:
-    """The shares, rising.
-
-    Raises:
-        InputError: if there are none, or one is no share.
-    """
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise InputError(f"shares={shares}: give shares between 0 and 1, e.g. [0.1, 0.3, 0.5]")
-    return sorted(set(shares))
 
 
 @dataclass(frozen=True)

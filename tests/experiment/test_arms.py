@@ -18,7 +18,7 @@ from sparc3_pl.report.curves import Curve, CurvePoint, curve_sections, curve_tab
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "compress_demo.yaml"
 ARMS = {
     "wanda": {"score": {"method": "wanda"}},
-    "layer": {"score": {"method": "wanda"}, "plan": {"scope": "layer"}, "seeds": [0]},
+    "layer": {"score": {"method": "wanda"}, "plan": {"scope": "layer"}, "seeds": [0], "shares": [0.3]},
     "2of4": {"score": {"method": "magnitude"}, "plan": {"pattern": "2:4"}, "seeds": [0]},
 }
 
@@ -43,8 +43,8 @@ def test_each_method_is_scored_once_for_each_seed(out):
 
 
 def test_every_arm_is_pruned_to_every_share_and_the_base_is_measured_once(out):
-    cuts = {f"{arm}-{share}" for arm in ("wanda-seed0", "wanda-seed1", "layer-seed0") for share in (0.3, 0.5)}
-    cuts |= {"2of4-seed0-0.5"}
+    cuts = {f"{arm}-{share}" for arm in ("wanda-seed0", "wanda-seed1") for share in (0.3, 0.5)}
+    cuts |= {"layer-seed0-0.3", "2of4-seed0-0.5"}
     assert {path.stem for path in (out / "plans").glob("*.json")} == cuts
     assert {path.name for path in (out / "evaluations").iterdir()} == {"before", *cuts}
 
@@ -59,7 +59,7 @@ def test_the_curve_is_made_of_the_evaluations(out):
     assert curve.dense == pytest.approx(perplexity("before"))
     assert {name: [p.share for p in points] for name, points in curve.arms.items()} == {
         "wanda": [0.3, 0.5],
-        "layer": [0.3, 0.5],
+        "layer": [0.3],
         "2of4": [0.5],
     }
     for point in curve.arms["wanda"]:
@@ -95,21 +95,27 @@ def test_a_table_has_a_row_for_each_arm_and_a_column_for_each_share():
     [
         ({}, "arms is empty"),
         ({"a/b": {}}, "'a/b' also names files"),
-        ({"a": {"method": "wanda"}}, "arms.a: method is none of its keys; they are general, plan, score and seeds"),
+        (
+            {"a": {"method": "wanda"}},
+            "arms.a: method is none of its keys; they are general, plan, score, seeds, shares",
+        ),
         ({"a": {"plan": 3}}, "arms.a.plan=3: give keys with values"),
+        ({"a": {"shares": [2.0]}}, r"shares=\[2.0\]: give shares between 0 and 1"),
         ({"a": {"seeds": []}}, r"arms.a.seeds=\[\]: give a list of whole numbers"),
         ({"a": {"plan": {"share": 0.5}}}, "arms.a: shares says how much is removed"),
     ],
 )
 def test_bad_arms(arms, match):
     with pytest.raises(InputError, match=match):
-        arms_of(arms, {}, {}, {}, [0])
+        arms_of(arms, {}, {}, {}, [0], [0.5])
 
 
 def test_random_scores_follow_the_seed():
-    (arm,) = arms_of({"random": {"score": {"method": "random"}}}, {"granularity": "weight"}, {"source": "x"}, {}, [3])
+    (arm,) = arms_of(
+        {"random": {"score": {"method": "random"}}}, {"granularity": "weight"}, {"source": "x"}, {}, [3], [0.5]
+    )
     assert arm.scoring(3) == ({"granularity": "weight", "method": "random", "seed": 3}, {"source": "x", "seed": 3})
-    (lrp,) = arms_of(None, {"method": "lrp"}, {}, {}, [0])
+    (lrp,) = arms_of(None, {"method": "lrp"}, {}, {}, [0], [0.5])
     assert (lrp.name, lrp.scoring(0)) == ("lrp", ({"method": "lrp"}, {"seed": 0}))
 
 
