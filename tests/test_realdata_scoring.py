@@ -1,5 +1,7 @@
 """Scores of a real model on real text, by the command, against the model's own parameter gradients."""
 
+import json
+
 import pytest
 import torch
 
@@ -48,6 +50,33 @@ def loop(smollm2, real_data, folder):
         weight.grad = None
     assert len(rows) == len(wanted) == 3
     return torch.stack(rows).mean(0)
+
+
+def test_completions_by_the_derivative_of_a_gain(smollm2, tmp_path):
+    """Against one prompt at a time through the plain model, a gain at the down-projection's input differentiated."""
+    tokenizer = load_tokenizer(ModelSource(str(smollm2)))
+    said = [(" sat on the mat.", 0.75), (" sat down,", 0.25), (" ran.", 1.0)]
+    rows = [
+        {"prompt": "The cat", "completion_ids": [*tokenizer(text).input_ids, tokenizer.eos_token_id], "score": score}
+        for text, score in said
+    ]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["--data.text_field", "prompt", "--data.completion_field", "completion_ids", "--data.weight_field", "score"]
+    what = ["--model.method", "gradient", "--model.target", "completion", "--model.signed", "true"]
+    source = ["--data.source", str(tmp_path / "said.jsonl"), "--data.num_samples", "null", "--data.batch_size", "3"]
+    folder = score(smollm2, tmp_path / "scores", *source, *names, *what)
+    model = load_model(ModelSource(str(smollm2), "float32"))
+    gain = torch.ones(1536, requires_grad=True)
+    down = model.get_submodule(LAYER.replace("up_proj", "down_proj"))
+    down.register_forward_pre_hook(lambda _, args: (args[0] * gain,))
+    prompt, value = tokenizer("The cat").input_ids, 0.0
+    for row in rows:
+        tokens = torch.tensor([*prompt, *row["completion_ids"]])
+        nats_TV = model(tokens[None]).logits[0].log_softmax(-1)
+        nats = nats_TV[:-1].gather(1, tokens[1:, None])[len(prompt) - 1 :].sum()
+        value = value + (row["score"] - 2 / 3) * nats / 3
+    (wanted,) = torch.autograd.grad(value, gain)
+    torch.testing.assert_close(folder.load(LAYER), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_windows_by_wanda(smollm2, real_data, tmp_path):

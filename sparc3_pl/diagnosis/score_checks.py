@@ -230,7 +230,7 @@ def audit_folder(folder: ScoreFolder, name: str | None = None, read: bool = True
             _integrity_check(folder, read),
             check_architecture(manifest),
             *_sample_checks(manifest, samples),
-            *_relevance_checks(manifest.total_relevance, relevance, first_token),
+            *_relevance_checks(manifest.total_relevance, relevance, first_token, manifest.target in CENTRED),
         ),
     )
 
@@ -315,7 +315,14 @@ def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Itera
         yield Check("samples", "pass", f"{len(ids)} samples, each counted once, {tokens:,} tokens")
 
 
-def _relevance_checks(total: float, relevance: Summary | None, first_token: Summary | None) -> Iterator[Check]:
+CENTRED = ("completion", "text")
+"""Targets whose derivatives have both signs: of log-likelihoods, with weights less their mean or labels that are drawn,
+nothing is left in expectation, so that a sample's total says nothing of how well the scores are known."""
+
+
+def _relevance_checks(
+    total: float, relevance: Summary | None, first_token: Summary | None, centred: bool
+) -> Iterator[Check]:
     """Whether the samples' relevance adds up, is precise enough, and is not mostly that of the first position."""
     if relevance:
         text = f"total relevance {total:.6g}, mean of the samples' own totals {relevance.mean:.6g}"
@@ -330,7 +337,11 @@ def _relevance_checks(total: float, relevance: Summary | None, first_token: Summ
         else:
             share = relevance.standard_error / abs(relevance.mean) if relevance.mean else math.inf
             error = f"{number(relevance.standard_error, 2)} (standard error, {percent(share)} of the mean)"
-            yield _graded(name, share, ERROR_WARN, ERROR_FAIL, f"{number(relevance.mean, 5)} +- {error}")
+            reason = f"{number(relevance.mean, 5)} +- {error}"
+            if centred:
+                yield Check(name, "pass", f"{reason}; totals of log-likelihoods are around 0")
+            else:
+                yield _graded(name, share, ERROR_WARN, ERROR_FAIL, reason)
     if first_token:
         text = f"the first position holds {percent(first_token.mean)} of the relevance"
         if first_token.mean > FIRST_TOKEN:
@@ -352,12 +363,14 @@ def _graded(name: str, value: float, warn: float, fail: float, text: str) -> Che
 def _groups(folders: dict[str, ScoreFolder]) -> list[dict[str, ScoreFolder]]:
     """Folders with the same kind of samples and scoring, in groups of two or more."""
     data_keys = ("source", "split", "subset", "text_field", "filter", "seq_len", "match")
+    data_keys += ("completion_field", "weight_field", "weight_baseline", "label_field", "answer_field", "foil_field")
     groups: dict[str, dict[str, ScoreFolder]] = {}
     for name, folder in folders.items():
         manifest = folder.manifest
         if manifest.num_samples:
             data = {key: manifest.data.get(key) for key in data_keys}
             scoring = [manifest.model["fingerprint"], manifest.method, manifest.granularity, manifest.signed]
+            scoring.append(manifest.target)
             key = strict_json([data, scoring, {layer: stats.shape for layer, stats in manifest.layers.items()}])
             groups.setdefault(key, {})[name] = folder
     return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,67 @@
+"""The command on a file of completions: as a whole and in parts, and what a plan from it may be measured on."""
+
+import json
+
+import pytest
+from score_checks import assert_same_scores
+
+from sparc3_pl.cli import main
+from sparc3_pl.data.encoding import load_encoder
+from sparc3_pl.demo import PROMPTS
+from sparc3_pl.model.source import ModelSource
+from sparc3_pl.scores.folder import ScoreFolder
+
+CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false"]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> str:
+    """Two completions of each of four prompts of the demo, as ``eval`` writes them; one more failed."""
+    encoder, rows = load_encoder(ModelSource()), []
+    records = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:4]]
+    for number, record in enumerate(records):
+        for k in range(2):
+            ids = encoder.body(record["continuation"]["text"])[: 3 + number + k]
+            row = {"id": str(number), "k": k, "prompt": record["prompt"]["text"], "completion_ids": ids}
+            rows.append({**row, "scores": {"toxicity": (3 * number + k) / 10}, "failed": None})
+    rows.append({**rows[0], "completion_ids": None, "scores": {}, "failed": "no room"})
+    path = tmp_path_factory.mktemp("said") / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def score(said: str, output, *words: str) -> None:
+    names = ["--data.text_field", "prompt", "--data.completion_field", "completion_ids"]
+    names += ["--data.weight_field", "scores.toxicity", "--data.source", said, "--data.num_samples", "null"]
+    command = ["score", "--config", "configs/completion.yaml", *names, "--model.granularity", "neuron"]
+    assert main([*command, *words, *CPU, "--output", str(output)]) == 0
+
+
+def test_parts_are_the_whole_and_the_prompts_are_known(said, tmp_path, capsys):
+    score(said, tmp_path / "whole")
+    for number in (1, 2):
+        score(said, tmp_path / f"part{number}", "--part", f"{number}/2")
+    assert main(["merge", str(tmp_path / "part1"), str(tmp_path / "part2"), "--output", str(tmp_path / "merged")]) == 0
+    assert_same_scores(tmp_path / "merged", tmp_path / "whole", num_samples=8)  # the baseline is that of all samples
+    whole = ScoreFolder.open(tmp_path / "whole")
+    assert (whole.manifest.target, whole.manifest.data["num_null"]) == ("completion", 1)
+    assert sum(sample.more["weight"] for sample in whole.samples()) == pytest.approx(0, abs=1e-9)
+    plan = str(tmp_path / "plan.json")
+    words = ["--general", str(tmp_path / "whole"), "--behaviour", str(tmp_path / "whole"), "--num_neurons", "3"]
+    assert main(["prune", *words, "--output", plan]) == 0
+    capsys.readouterr()
+    measured = ["--data.text_source", "null", "--data.prompts_source", "demo:prompts", "--data.prompts_filter", "null"]
+    words = ["eval", "--config", "configs/eval.yaml", "--plan", plan, *measured, *CPU]
+    assert main([*words, "--output", str(tmp_path / "eval")]) == 2
+    assert "4 of" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_are_refused_before_the_weights(said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparc3_pl.scoring.module.load_model", None)
+    words = ["--data.source", said, "--data.text_field", "prompt", "--data.seq_len", "null", *CPU]
+    assert main(["score", "--model.target", "completion", *words, "--output", str(tmp_path / "a")]) == 2
+    assert "model.target=completion needs data.completion_field" in capsys.readouterr().err
+    names = ["--data.completion_field", "completion_ids", "--data.weight_field", "scores.toxicity"]
+    assert main(["score", *words, *names, "--output", str(tmp_path / "a")]) == 2
+    assert "data.completion_field: model.target=predicted does not heed it" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
