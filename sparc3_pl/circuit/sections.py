@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.circuit.curves import FAITHFUL, Point
 from sparc3_pl.circuit.results import ArmResult, CircuitResults
-from sparc3_pl.document.document import (
+from sparc3_pl.document.blocks import (
     Block,
     Number,
     Numbers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparc3_pl.diagnosis.score_checks import TOP, Audit, FolderAudit, SeedAudit, Summary
-from sparc3_pl.document.document import Block, Cell, Checks, Number, Numbers, Section, Table, count, number, percent
+from sparc3_pl.document.blocks import Block, Cell, Checks, Number, Numbers, Section, Table, count, number, percent
 
 __all__ = ["audit_sections", "verdicts"]
 

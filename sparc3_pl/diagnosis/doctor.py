@@ -27,7 +27,7 @@ from sparc3_pl.attribution.soundness import (
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.samples import pack_windows
 from sparc3_pl.data.texts import TextQuery
-from sparc3_pl.document.document import Checks, Number, Section, Table, Text, count, number, percent
+from sparc3_pl.document.blocks import Checks, Number, Section, Table, Text, count, number, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError

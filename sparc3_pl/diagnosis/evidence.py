@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.diagnosis.gains_evidence import GainsEvidence, gains_sections, weigh_gains
-from sparc3_pl.document.document import Block, Checks, Numbers, Picture, Section, Table, Text, count, number, percent
+from sparc3_pl.document.blocks import Block, Checks, Numbers, Picture, Section, Table, Text, count, number, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_pl.document.document import Checks, Section, Table, count, number, percent
+from sparc3_pl.document.blocks import Checks, Section, Table, count, number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.selection.budget import Budget
 from sparc3_pl.selection.contrast import Scores, Vector

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_pl.document.document import Picture, Section, Table, Text, count, number, p_value, percent
+from sparc3_pl.document.blocks import Picture, Section, Table, Text, count, number, p_value, percent
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.paths import distinct_names

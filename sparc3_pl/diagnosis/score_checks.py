@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_pl.diagnosis.architecture import check_architecture
-from sparc3_pl.document.document import number, percent
+from sparc3_pl.document.blocks import number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json

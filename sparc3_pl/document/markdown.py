@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sparc3_pl.document.document import (
+from sparc3_pl.document.blocks import (
     Block,
     Checks,
     Code,

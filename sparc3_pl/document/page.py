@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparc3_pl.document.document import Section
+from sparc3_pl.document.blocks import Section
 from sparc3_pl.document.verdicts import Status
 from sparc3_pl.io.files import FileKind
 

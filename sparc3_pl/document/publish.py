@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparc3_pl.document.document import Section
+from sparc3_pl.document.blocks import Section
 from sparc3_pl.document.page import PAGE, page
 from sparc3_pl.document.verdicts import Status
 from sparc3_pl.errors import InputError

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from sparc3_pl.document.document import Block, Checks, Code, Facts, Folded, Number, Section, Table, Text
+from sparc3_pl.document.blocks import Block, Checks, Code, Facts, Folded, Number, Section, Table, Text
 
 if TYPE_CHECKING:
     from sparc3_pl.scores.manifest import Manifest

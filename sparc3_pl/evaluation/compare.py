@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparc3_pl.document.document import Cell, Number, better_worse, interval, p_value, with_relative
+from sparc3_pl.document.blocks import Cell, Number, better_worse, interval, p_value, with_relative
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import changes_of
 from sparc3_pl.evaluation.results import THRESHOLD, Evaluation
@@ -313,7 +313,7 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _print(comparison: Comparison, path: Path | None) -> None:
-    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.blocks import Table
     from sparc3_pl.document.terminal import print_result
 
     columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparc3_pl.document.document import Cell, Number
+from sparc3_pl.document.blocks import Cell, Number
 from sparc3_pl.evaluation.rows import CompletionRow
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _as_markdown(row: CompletionRow) -> str:
 
 def print_results(results: dict[str, Any], folder: Path | None) -> None:
     """The figures as a table on stdout."""
-    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.blocks import Table
     from sparc3_pl.document.terminal import print_result
 
     table = Table.of(("figure", "value", "of"), _table_rows(results), title="Evaluation")

@@ -35,7 +35,7 @@ from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import ControlName
 
 if TYPE_CHECKING:
-    from sparc3_pl.document.document import Table
+    from sparc3_pl.document.blocks import Table
 
 __all__ = ["Outcome", "largest_within", "run"]
 
@@ -354,7 +354,7 @@ def _size_key(plan: Settings, score: Settings) -> str:
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
-    from sparc3_pl.document.document import Number, Numbers, Table, from_to, interval, p_value
+    from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
     for outcome in outcomes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sparc3_pl.document.document import NOTHING, Number, Numbers, Picture, Section, Table
+from sparc3_pl.document.blocks import NOTHING, Number, Numbers, Picture, Section, Table
 
 __all__ = ["Curve", "CurvePoint", "curve_sections", "curve_table"]
 

@@ -12,7 +12,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sparc3_pl.document.document import (
+from sparc3_pl.document.blocks import (
     Block,
     Cell,
     Folded,

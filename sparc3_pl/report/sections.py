@@ -11,7 +11,7 @@ import torch
 from sparc3_pl.circuit.sections import circuit_blocks, circuit_story
 from sparc3_pl.diagnosis.audit_sections import audit_sections, verdicts
 from sparc3_pl.diagnosis.score_checks import Audit, num_bytes
-from sparc3_pl.document.document import (
+from sparc3_pl.document.blocks import (
     NOTHING,
     Block,
     Checks,

@@ -339,7 +339,7 @@ def _gains_lines(plan: PrunePlan) -> list[str]:
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     """The result, on stdout."""
-    from sparc3_pl.document.document import Number, Table
+    from sparc3_pl.document.blocks import Number, Table
     from sparc3_pl.document.terminal import print_result
 
     counts, unit = plan.counts(), plan.unit

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sparc3_pl.document.document import (
+from sparc3_pl.document.blocks import (
     Number,
     Numbers,
     Section,

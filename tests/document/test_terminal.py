@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sparc3_pl.cli import main
-from sparc3_pl.document.document import Number, Section, Table, Text, better_worse, interval, p_value, with_relative
+from sparc3_pl.document.blocks import Number, Section, Table, Text, better_worse, interval, p_value, with_relative
 from sparc3_pl.document.publish import publish
 from sparc3_pl.document.terminal import print_result, print_sections, printable, unfailing_output
 
