@@ -35,6 +35,7 @@ from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.registry import Choice
+from sparc3_pl.scoring.score_run import require_fields
 
 __all__ = ["circuit"]
 
@@ -122,6 +123,8 @@ class _Run:
         encoder = load_encoder(source)
         needed = ablation.made.needs_pairs or any(COUNTERFACTUAL in arm.request.method.made.needs for arm in arms)
         self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
+        for arm in arms:
+            require_fields(arm.request, self.pairs.tests[0].fields.keys())
         self.model = load_model(source)
         check_vocabulary(self.model, encoder.tokenizer)
         kinds = {choice.name: choice.made for choice in arms[0].request.components}

@@ -45,7 +45,7 @@ def circuit_blocks(results: CircuitResults, name: str) -> Iterator[Block]:
 
     yield from _task(results)
     yield from _circuits(results)
-    if any(p.faithfulness is not None for arm in results.arms.values() for p in arm.curve):
+    if _has_shares(results):
         words = "; ".join(_in_words(arm, title) for title, arm in results.arms.items())
         alt = f"Faithfulness by size of the circuit, a line for each method. {words}."
         caption = "Left: only the circuit stays. Right: the circuit is removed. Bands: 95 % intervals."
@@ -55,10 +55,15 @@ def circuit_blocks(results: CircuitResults, name: str) -> Iterator[Block]:
 
 def circuit_story(results: CircuitResults, name: str) -> Iterator[str]:
     """What a reader in a hurry should know: the smallest circuit of each method."""
-    words = "; ".join(_in_words(arm, title) for title, arm in results.arms.items())
-    total = f"{results.components['total']:,}"
-    yield f"Circuits of {name}, of {total} components, by faithfulness: {words}."
-    yield from results.warnings
+    if _has_shares(results):
+        words = "; ".join(_in_words(arm, title) for title, arm in results.arms.items())
+        yield f"Circuits of {name}, of {results.components['total']:,} components, by faithfulness: {words}."
+    yield from (f"{name}: {warning}." for warning in results.warnings)
+
+
+def _has_shares(results: CircuitResults) -> bool:
+    """Whether faithfulness is known."""
+    return all(arm.cpr is not None for arm in results.arms.values())
 
 
 def _in_words(arm: ArmResult, name: str) -> str:
@@ -86,7 +91,7 @@ def _task(results: CircuitResults) -> Iterator[Block]:
     ]
     columns = ("", "logit difference", "answer above foil, %", "answer first of all, %")
     yield Table.of(columns, rows, note="In brackets: 95 % intervals over test pairs.")
-    yield from map(Text, results.warnings)
+    yield from (Text(f"{warning[0].upper()}{warning[1:]}.") for warning in results.warnings)
 
 
 def _with_ends(value: float | None, low: float | None, high: float | None, form: str) -> Number | Numbers:
@@ -96,45 +101,44 @@ def _with_ends(value: float | None, low: float | None, high: float | None, form:
 
 
 def _circuits(results: CircuitResults) -> Iterator[Block]:
+    if _has_shares(results):
+        yield _areas(results)
+    for title, kind, figure, form in (
+        ("Only the circuit stays: faithfulness", "curve", "faithfulness", ".3f"),
+        ("Only the circuit stays: logit difference", "curve", "logit_difference", ".2f"),
+        ("Only the circuit stays: answer above foil, %", "curve", "accuracy", ".1f"),
+        ("The circuit is removed: logit difference", "necessity", "logit_difference", ".2f"),
+        ("The circuit is removed: answer above foil, %", "necessity", "accuracy", ".1f"),
+    ):
+        if figure == "faithfulness" and not _has_shares(results):
+            continue
+        curves: dict[str, list[Point]] = {_title(name, arm): getattr(arm, kind) for name, arm in results.arms.items()}
+        scale = 100 if figure == "accuracy" else 1
+        rows = [
+            (name, *(Number(scale * getattr(point, figure), form=form) for point in points))
+            for name, points in curves.items()
+        ]
+        fractions = [f"{point.fraction:g}" for point in next(iter(curves.values()))]
+        yield Table.of(("method", *fractions), rows, title=title)
+
+
+def _areas(results: CircuitResults) -> Table:
     rows = []
     for name, arm in results.arms.items():
-        smallest = arm.smallest
-        size = (
-            Number(None) if smallest is None else Numbers("{} ({})", (count(smallest.kept), percent(smallest.fraction)))
-        )
-        rows.append(
-            (
-                _title(name, arm),
-                _with_ends(arm.cpr, arm.cpr_low, arm.cpr_high, ".3f"),
-                _with_ends(arm.cmd, arm.cmd_low, arm.cmd_high, ".3f"),
-                size,
-            )
-        )
+        smallest, size = arm.smallest, Numbers("none measured", ())
+        if smallest is not None:
+            size = Numbers("{} ({})", (count(smallest.kept), percent(smallest.fraction)))
+        cpr = _with_ends(arm.cpr, arm.cpr_low, arm.cpr_high, ".3f")
+        rows.append((_title(name, arm), cpr, _with_ends(arm.cmd, arm.cmd_low, arm.cmd_high, ".3f"), size))
     columns = ("method", "CPR (higher is better)", "CMD (lower is better)", f"smallest with {FAITHFUL:g}")
-    random = any(arm.draws for arm in results.arms.values())
     note = "Smallest: components of the smallest measured circuit with that faithfulness."
-    yield Table.of(columns, rows, note=f"{note} Random: mean and 95 % range over draws." if random else note)
-    kept = {point.fraction: point.kept for arm in results.arms.values() for point in arm.curve}
-    for title, figure, form in (
-        ("Only the circuit stays: faithfulness", "faithfulness", ".3f"),
-        ("Only the circuit stays: answer above foil, %", "accuracy", ".1f"),
-        ("The circuit is removed: answer above foil, %", "accuracy", ".1f"),
-    ):
-        lines = []
-        for name, arm in results.arms.items():
-            points = arm.curve if title.startswith("Only") else arm.necessity
-            lines.append((_title(name, arm), *(_cell(point, figure, form) for point in points)))
-        columns = ("method", *(f"{fraction:g}" for fraction in kept))
-        yield Table.of(columns, lines, title=title)
+    if any(arm.draws for arm in results.arms.values()):
+        note += " Random: mean and 95 % range over draws."
+    return Table.of(columns, rows, note=note)
 
 
 def _title(name: str, arm: ArmResult) -> str:
     return f"{name} ({arm.draws} draws)" if arm.draws else name
-
-
-def _cell(point: Point, figure: str, form: str) -> Number:
-    value: float | None = getattr(point, figure)
-    return Number(value if value is None or figure == "faithfulness" else 100 * value, form=form)
 
 
 def _agreement(results: CircuitResults) -> Iterator[Block]:

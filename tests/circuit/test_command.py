@@ -115,6 +115,20 @@ def test_ablation_by_the_paired_sentence(place):
     assert not (place / "patched" / "plans").exists()
 
 
+def test_without_a_gap_no_share_is_told(place, capsys):
+    """Answers and foils at random: the model is no better at them than with everything ablated."""
+    records = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    for i, record in enumerate(records):
+        if i % 2:
+            record["answer"], record["foil"] = record["foil"], record["answer"]
+    (place / "noise.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    execute(words(place, "--data.source", str(place / "noise.jsonl"), "--model.methods", "[wanda]", output="noise"))
+    printed = capsys.readouterr().out
+    assert "faithfulness, CPR and CMD are not given" in printed and "higher is better" not in printed
+    assert open_circuit(place / "noise").arms["wanda"].cpr is None
+    assert "reaches 0.9" not in make_report([place / "noise"]).markdown
+
+
 WRONG = {
     "fractions": (["--fractions", "[0.5, 0.1]"], "fractions=[0.5, 0.1]: give at least two, ascending"),
     "few pairs": (["--data.num_test", "5"], "data.num_test=5: no interval can be given for fewer than 6"),
@@ -127,6 +141,7 @@ WRONG = {
     "fraction": (["--save_fraction", "1.5"], "save_fraction=1.5: give a share between 0 and 1"),
     "draws": (["--model.draws", "0"], "model.draws=0; draw 1 random circuit or more"),
     "key": (["--model.method", "lrp"], "did you mean model.methods?"),
+    "target": (["--model.target", "completion"], "model.target=completion needs data.completion_field; give it"),
     "kinds": (["--model.granularity", "[head, channel]"], "are read by the same columns"),
     "kind": (["--data.counterfactual", "abc"], "data.counterfactual='abc' is for tasks that make their sentences"),
     "none": (
