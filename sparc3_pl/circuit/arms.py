@@ -137,8 +137,11 @@ class ArmScores:
 
     @property
     def across_kinds(self) -> str:
-        """How components of unlike kinds compete: by ``value``, or by ``share`` (see ``values``)."""
-        return "value" if self.scorer.options.signed and self.scorer.method.needs_target else "share"
+        """How components of unlike kinds compete: by ``value``, by ``share`` or by ``row`` (see ``values``)."""
+        method = self.scorer.method
+        if any(layer.group.axis == "both" for layer in self.scorer.layers.values()):
+            return "row" if method.needs_samples and not method.needs_target else "value"
+        return "value" if self.scorer.options.signed and method.needs_target else "share"
 
     def of(self, times: Mapping[int, int] | None = None, group: int | None = None) -> dict[str, LayerScores]:
         """The scores of each layer, from some of the units.
@@ -171,7 +174,8 @@ class ArmScores:
 
         Scores of unlike kinds are compared as they are where they are shares of one target (signed scores of a method
         that attributes one). Otherwise their scales differ by kind: each kind is ranked by itself, and the value is
-        the share of its kind that a component is at least as strong as.
+        the share of its kind that a component is at least as strong as. Single weights by Wanda's scores are compared
+        within their row, as its authors do (Sun et al., ICLR 2024): the value is the share of the row.
 
         Raises:
             InputError: if a score is not finite.
@@ -181,6 +185,12 @@ class ArmScores:
         if not values.isfinite().all():
             layer = next(name for name, one in scores.items() if not one.isfinite().all())
             raise InputError(f"layer {layer} has scores that are not finite; score in float32 (model.dtype)")
+        if self.across_kinds == "row":
+            for span in candidates.spans:
+                rows_OI = values[span.own].view(span.group.shape)
+                places_OI = rows_OI.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                values[span.own] = (1 - places_OI / rows_OI.shape[1]).flatten()
+            return values
         if len(candidates.kinds) == 1 or self.across_kinds == "value":
             return values
         for kind in candidates.kinds:

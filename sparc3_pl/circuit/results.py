@@ -83,7 +83,8 @@ class ArmResult:
         signed: Whether its scores have a sign.
         draws: Random circuits behind each figure; the ends of intervals are then quantiles over them. None: one
             ranking, and intervals over pairs.
-        across_kinds: How unlike kinds compete: ``value`` (by their scores), ``share`` (by rank within their kind).
+        across_kinds: How unlike components compete: ``value`` (by their scores), ``share`` (by rank within their kind),
+            ``row`` (single weights, by rank within their row).
         curve: The top k stay, ranked by score, and all others are ablated (sufficiency).
         curve_absolute: The same, ranked by the score's absolute value; None for scores without a sign: it is ``curve``.
         necessity: The top k, ranked by score, are ablated, and all others stay.

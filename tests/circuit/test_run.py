@@ -219,6 +219,17 @@ def test_single_weights():
     assert measured.result.curve[-1].logit_difference == pytest.approx(bench.ends.full.difference_P.mean())
 
 
+def test_wanda_compares_single_weights_within_their_row():
+    model, candidates, sets, _ = setting("gpt2", ("weight",))
+    scores = score_arm(arms("wanda", kinds=("weight",))[0].request, model, sets)
+    kept = kept_of(order_of(scores.values(candidates)), candidates.count // 4)
+    for span in candidates.spans:
+        rows, raw = kept[span.own].view(span.group.shape), scores.of()[span.group.layer].scores
+        assert set(rows.sum(1).tolist()) == {rows.shape[1] // 4}
+        for row, values in zip(rows, raw, strict=True):
+            assert float(values[row].min()) >= float(values[~row].max())
+
+
 def test_methods_that_cannot_be_arms():
     with pytest.raises(InputError, match="gradient is named twice"):
         arms("gradient", "gradient")
