@@ -58,7 +58,7 @@ def weight_relevance(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
     dtype = _exact(weight_OI.dtype)
     x_BTI, delta_BTO = (_as_factor(tensor, dtype) for tensor in (layer.x_BTI, layer.delta_BTO))
     num_out, num_in = weight_OI.shape
-    size = min(num_out, max(1, BLOCK_ELEMENTS.get(weight_OI.device.type, 1 << 26) // num_in))
+    size = min(num_out, _block_rows(weight_OI))
     buffer = torch.empty(size, num_in, dtype=dtype, device=weight_OI.device)
     for start in range(0, num_out, size):
         rows = slice(start, min(start + size, num_out))
@@ -75,11 +75,15 @@ def _products(x_BTI: Tensor, delta_BTR: Tensor, weight_RI: Tensor, buffer_RI: Te
 
 
 def _one_position(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
-    """The output head at the target: one row of the vocabulary has a gradient."""
-    dtype = _exact(layer.weight_OI.dtype)
+    """The output head at one position: of a logit one row of the vocabulary has a gradient, of a likelihood all."""
+    dtype, size = _exact(layer.weight_OI.dtype), _block_rows(layer.weight_OI)
     for b, (x_I, delta_O) in enumerate(zip(layer.x_BTI[:, 0], layer.delta_BTO[:, 0], strict=True)):
-        rows = delta_O.nonzero()[:, 0]
-        yield rows, [(b, delta_O[rows, None].to(dtype) * x_I.to(dtype) * layer.weight_OI[rows])]
+        for rows in delta_O.nonzero()[:, 0].split(size):
+            yield rows, [(b, delta_O[rows, None].to(dtype) * x_I.to(dtype) * layer.weight_OI[rows])]
+
+
+def _block_rows(weight_OI: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS.get(weight_OI.device.type, 1 << 26) // weight_OI.shape[1])
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -68,6 +68,7 @@ def log_likelihood(
     Returns:
         Nats, float32 (float64 for a float64 model).
     """
+    labels_BT, counted_BT = (tensor.to(hidden_BTH.device) for tensor in (labels_BT, counted_BT))
     if head.is_watched:
         return _all_at_once(hidden_BTH, head, labels_BT, counted_BT, temperature)
     hidden_NH, labels_N = hidden_BTH[counted_BT], labels_BT[counted_BT]
@@ -77,7 +78,7 @@ def log_likelihood(
         for hidden, labels in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, labels_N)), strict=True)
     ]
     values_N = torch.cat(parts)
-    return values_N.new_zeros(len(hidden_BTH)).index_add(0, owner_N, values_N)
+    return values_N.new_zeros(len(hidden_BTH)).index_add(0, owner_N.to(values_N.device), values_N)
 
 
 def _blocks(tensor_N: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
@@ -98,7 +99,7 @@ def _block(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, temperature: f
 
 def _of_labels(logits_NV: Tensor, labels_N: Tensor, temperature: float) -> Tensor:
     logits_NV = logits_NV / temperature if temperature != 1.0 else logits_NV
-    return logits_NV.gather(1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(1)
+    return logits_NV.gather(1, labels_N[:, None].to(logits_NV.device))[:, 0] - logits_NV.logsumexp(1)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -112,7 +113,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient_NH,) = ctx.saved_tensors
-        return (gradients[0][:, None] * gradient_NH).to(gradient_NH.dtype), None, None
+        return (gradients[0].to(gradient_NH.device)[:, None] * gradient_NH).to(gradient_NH.dtype), None, None
 
 
 def _all_at_once(
@@ -126,7 +127,7 @@ def _all_at_once(
     hidden_BNH = hidden_BTH.gather(1, place_BN[..., None].expand(-1, -1, hidden_BTH.shape[2]))
     logits_BNV = head.logits(hidden_BNH)
     values_BN = _of_labels(logits_BNV.flatten(0, 1), labels_BT.gather(1, place_BN).flatten(), temperature)
-    return values_BN.view_as(place_BN).where(real_BN, 0).sum(1)
+    return values_BN.view(place_BN.shape).where(real_BN.to(values_BN.device), 0).sum(1)
 
 
 # --- labels drawn from the model --------------------------------------------------------------------------------------
@@ -144,20 +145,20 @@ def drawn_tokens(hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, unifo
         counted_BT: Where to draw.
         uniforms_BT: In [0, 1), float64.
     """
+    counted_BT, uniforms_BT = (tensor.to(hidden_BTH.device) for tensor in (counted_BT, uniforms_BT))
     hidden_NH, uniforms_N = hidden_BTH.detach()[counted_BT], uniforms_BT[counted_BT]
     drawn_BT = torch.zeros(counted_BT.shape, dtype=torch.int64, device=hidden_BTH.device)
     parts = [
         _inverse_cdf(head.logits(hidden), uniforms)
         for hidden, uniforms in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, uniforms_N)), strict=True)
     ]
-    if parts:
-        drawn_BT[counted_BT] = torch.cat(parts)
+    drawn_BT[counted_BT] = torch.cat(parts).to(drawn_BT.device)
     return drawn_BT
 
 
 def _inverse_cdf(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     cdf_NV = logits_NV.softmax(1).cumsum(1, dtype=torch.float64)
-    want_N1 = uniforms_N[:, None] * cdf_NV[:, -1:]
+    want_N1 = uniforms_N[:, None].to(cdf_NV.device) * cdf_NV[:, -1:]
     return torch.searchsorted(cdf_NV, want_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
 
 

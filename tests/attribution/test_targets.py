@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from sparc3_pl.attribution import likelihood
+from sparc3_pl.attribution import accumulators, likelihood
 from sparc3_pl.attribution.likelihood import drawn_tokens, require_known_logits, sample_uniforms
 from sparc3_pl.attribution.methods import Options, group_of
 from sparc3_pl.attribution.rules import attn_lrp
@@ -196,6 +196,17 @@ def test_the_head_sees_all_positions_of_a_sample_at_once(monkeypatch):
     for name, scorer in zip((head, up), alone, strict=True):
         close(both.scores(name, 4).scores, expected[name].abs().mean(0))
         close(scorer.scores(name, 4).scores, expected[name].abs().mean(0))
+
+
+def test_the_head_at_one_position_has_a_gradient_in_every_row(monkeypatch):
+    monkeypatch.setitem(accumulators.BLOCK_ELEMENTS, "cpu", 70)  # two rows at a time
+    model, samples = tiny("llama").requires_grad_(False), samples_of()
+    head = output_head(model)[0]
+    scorer = Scorer(model, "gradient", "weight", [head], "completion")
+    scorer.update(batch_of(samples, rows=slice(1, 2)))
+    expected = slow_scores(model, samples, "completion", "gradient", [head])[head][1].abs()
+    assert int((expected.sum(1) > 0).sum()) == 50
+    close(scorer.scores(head, 1).scores, expected)
 
 
 def test_logits_are_made_a_few_positions_at_a_time(monkeypatch):
