@@ -126,6 +126,8 @@ class Method(ABC):
     """Whether a target is differentiated."""
     needs_values: bool = False
     """Whether components are scored by their values alone, so that each must be read by one layer (``Group.site``)."""
+    needs_all_samples: bool = False
+    """Whether sums are complete only when one run has seen all samples: there are no parts, and nothing to take up."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The fields of a batch that the method cannot do without."""
 
@@ -481,6 +483,7 @@ METHODS: Registry[Method] = Registry(
     {kind.__name__.lower(): f"{__name__}.{kind.__name__}" for kind in (Lrp, Gradient, Wanda, Magnitude, Random)}
     | {
         "activation": "sparc3_pl.attribution.methods_activation.Activation",
+        "expertise": "sparc3_pl.attribution.methods_expertise.Expertise",
         "attribution_patching": "sparc3_pl.attribution.methods_patching.AttributionPatching",
         "relevance_patching": "sparc3_pl.attribution.methods_patching.RelevancePatching",
         "integrated_gradients": "sparc3_pl.attribution.methods_patching.IntegratedGradients",

@@ -57,9 +57,9 @@ class ScoringModule(pl.LightningModule):
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
-        method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude``, ``random``, ``activation``, or, for samples
-            with counterfactuals, ``attribution_patching``, ``relevance_patching``, ``integrated_gradients``; or
-            ``class_path`` and ``init_args`` of one of them or of a method of your own.
+        method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude``, ``random``, ``activation``; ``expertise``
+            for samples with labels; ``attribution_patching``, ``relevance_patching`` or ``integrated_gradients`` for
+            samples with counterfactuals; or ``class_path`` and ``init_args`` of one of them or of a method of your own.
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
             attention's output projection), ``mlp`` (whole MLPs), or a class of your own. A list scores several kinds
             in one pass, each at layers of its own.
@@ -135,6 +135,12 @@ class ScoringModule(pl.LightningModule):
             raise InputError(
                 f"model.sequential={sequential}: a decoder layer is pruned by what all samples show, so that neither "
                 f"sums in between nor those of a part can be kept; leave out {other}"
+            )
+        if self.request.method.made.needs_all_samples and (self.part is not None or checkpoint_every is not None):
+            other = "part" if self.part is not None else "model.checkpoint_every"
+            raise InputError(
+                f"model.method={self.request.method.name} compares all samples with each other, so that neither sums "
+                f"in between nor those of a part can be kept; leave out {other}"
             )
         self.model: PreTrainedModel | None = None
         self.run: ScoreRun | None = None
