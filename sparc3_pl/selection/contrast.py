@@ -429,6 +429,8 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
     if general.holds_weights and not chosen.for_weights:
         raise InputError(f"contrast={name} is not for weight scores; use difference or normalized")
     passes = chosen.passes(general, general if behaviour is None else behaviour)
+    if passes is general and isinstance(general, Scores):
+        return passes  # which looks at every value itself
 
     def checked() -> Iterator[Block]:
         for block in passes():

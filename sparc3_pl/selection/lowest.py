@@ -10,6 +10,7 @@ holds the k-th smallest, and a third collects. No sorting, no copy of the values
 Within rows, or groups of a row, one pass is enough: a block is cut so that it holds whole ones.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -88,7 +89,7 @@ _HALF = 1 << 16
 
 def all_finite(values: Tensor) -> bool:
     """Whether no value is infinite or NaN. Either would carry over into the sum, which takes a fraction of the time."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def order_keys(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 __all__ = ["lowest_of_each_group"]
 
 _NARROW = 16  # up to here, comparing every two members of a group is faster than a partial sort of each
+_PIECE = 1 << 17  # values sorted at a time: 512 KB, which stay in a processor's own cache
 
 
 def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
@@ -15,12 +16,11 @@ def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.
     """
     width = values.shape[1]
     if width > _NARROW:
-        last = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
-        taken, equal = values < last, values == last
-        left = count - np.count_nonzero(taken, axis=1)
-        more = np.flatnonzero(np.count_nonzero(equal, axis=1) > left)
-        equal[more] &= np.cumsum(equal[more], axis=1) <= left[more, None]
-        return taken | equal
+        step = max(1, _PIECE // width)
+        taken = np.empty(values.shape, dtype=bool)
+        for start in range(0, len(values), step):
+            taken[start : start + step] = _lowest_of_each_wide(values[start : start + step], count)
+        return taken
     members = np.ascontiguousarray(values.T)  # [width, groups]
     ranks = np.zeros(members.shape, dtype=np.uint8)
     for one in range(width):
@@ -29,3 +29,15 @@ def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.
             ranks[other] += is_first
             ranks[one] += 1 - is_first
     return np.ascontiguousarray((ranks < count).T)
+
+
+def _lowest_of_each_wide(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    last = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
+    taken = values <= last
+    if np.count_nonzero(taken) == count * len(values):
+        return taken
+    surplus = np.flatnonzero(np.count_nonzero(taken, axis=1) > count)  # more than one value is equal to the last
+    below, equal = values[surplus] < last[surplus], values[surplus] == last[surplus]
+    left = count - np.count_nonzero(below, axis=1)
+    taken[surplus] = below | (equal & (np.cumsum(equal, axis=1) <= left[:, None]))
+    return taken
