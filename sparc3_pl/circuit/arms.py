@@ -75,7 +75,7 @@ class Unit:
 
 def arms_of(
     methods: Sequence[Spec],
-    granularity: Sequence[Spec],
+    granularity: Spec | Sequence[Spec],
     target: Spec,
     layers: list[str] | None,
     signed: bool,
@@ -91,8 +91,9 @@ def arms_of(
     if not methods:
         raise InputError("model.methods is an empty list; name how components are scored, as lrp")
     arms: dict[str, Arm] = {}
+    granularity = [granularity] if isinstance(granularity, str | dict) else list(granularity)
     for spec in methods:
-        plain = ScoreRequest.of(spec, list(granularity), layers=layers)
+        plain = ScoreRequest.of(spec, granularity, layers=layers)
         method, kinds = plain.method, [choice.made for choice in plain.components]
         heeded = frozenset.intersection(*(method.made.heeds(kind) for kind in kinds))
         options = {
@@ -102,7 +103,7 @@ def arms_of(
         requests = tuple(
             ScoreRequest.of(
                 spec,
-                list(granularity),
+                granularity,
                 target if method.made.needs_target else "predicted",
                 layers,
                 **options | ({} if one is None else {"seed": one}),

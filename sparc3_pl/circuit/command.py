@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +37,6 @@ from sparc3_pl.registry import Choice
 from sparc3_pl.scoring.score_run import require_fields
 
 __all__ = ["circuit"]
-
-log = logging.getLogger(__name__)
 
 
 def circuit(

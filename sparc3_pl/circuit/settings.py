@@ -38,7 +38,7 @@ class CircuitModel:
     device_map: str | None = None
     trust_remote_code: bool = False
     methods: list[dict[str, Any] | str] = field(default_factory=lambda: ["lrp", "gradient", "random"])
-    granularity: list[dict[str, Any] | str] = field(default_factory=lambda: ["neuron", "head"])
+    granularity: dict[str, Any] | str | list[dict[str, Any] | str] = field(default_factory=lambda: ["neuron", "head"])
     target: dict[str, Any] | str = "answer"
     targets: list[str] | None = None
     signed: bool = True

@@ -109,9 +109,21 @@ def test_a_changed_file_and_a_taken_place_are_refused(made, place):
 
 
 def test_ablation_by_the_paired_sentence(place):
-    execute(words(place, "--ablation", "counterfactual", "--model.methods", "[gradient]", output="patched"))
+    execute(
+        words(
+            place,
+            "--ablation",
+            "counterfactual",
+            "--model.methods",
+            "[gradient]",
+            "--model.granularity",
+            "head",
+            output="patched",
+        )
+    )
     results = open_circuit(place / "patched")
     assert results.ablation == {"kind": "counterfactual"} and not results.overlaps
+    assert results.components["granularity"] == ["head"]
     assert not (place / "patched" / "plans").exists()
 
 
