@@ -48,3 +48,14 @@ def test_pruning_by_weight_scores_stays_small(folders, tmp_path, contrast):
     print(f"peak: {peak / 2**20:.0f} MiB")
     assert peak < 2 * LAYER_BYTES
     assert json.loads((tmp_path / "plan.json").read_text())["num_weights"] == 1000
+
+
+def test_half_of_every_row_stays_small(folders, tmp_path):
+    """Indices of the chosen half would take four bytes each, a quarter of a GiB; masks take 16 MiB."""
+    words = ["prune", f"--general={folders[0]}", "--contrast=general", "--scope=row", "--share=0.5"]
+    code, peak = peak_of(lambda: main([*words, f"--output={tmp_path / 'plan.json'}"]), "cpu")
+    assert code == 0
+    print(f"peak: {peak / 2**20:.0f} MiB")
+    assert peak < 2 * LAYER_BYTES
+    assert json.loads((tmp_path / "plan.json").read_text())["num_weights"] == LAYERS * SHAPE[0] * SHAPE[1] // 2
+    assert (tmp_path / "plan.masks.safetensors").stat().st_size < LAYERS * SHAPE[0] * SHAPE[1] / 8 + 10_000
