@@ -78,6 +78,11 @@ def run(
     shares: list[float] | None = None,
     arms: dict[str, Settings | None] | None = None,
     max_perplexity_increase: float = 0.01,
+    completions: Settings | None = None,
+    behaviour_score: Settings | None = None,
+    general_score: Settings | None = None,
+    texts: list[Settings] | None = None,
+    budgets: list[float] | None = None,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
 
@@ -91,7 +96,8 @@ def run(
         general: Keys of ``data`` of the general samples (see score); ``match: behaviour`` matches their format to the
             behaviour's samples.
         eval_data: Keys of ``data`` of eval.
-        plan: Arguments of prune: ``num_neurons`` (or ``num_weights``), ``contrast``, ``scope``, ``protect``, ...
+        plan: Arguments of prune: ``num_neurons`` (or ``num_weights``), ``contrast``, ``scope``, ``protect``, ...; with
+            ``edit: gains`` its ``budget`` and ``budget_text``.
         behaviour: Keys of ``data`` of the behaviour's samples. Not with shares.
         eval_model: Further keys of ``model`` of eval: ``max_length``, ``samples_per_prompt``, ``judge``, ...
         model: Keys of ``model`` that say which model it is, for all stages: ``pretrained``, ``dtype``, ...
@@ -100,12 +106,19 @@ def run(
         seeds: Seeds of the general samples; their scores are averaged, or, with shares, pruned by one after the other:
             tables show mean and deviation.
         counts: Further numbers of neurons (or weights), for the dose-response curve.
-        controls: Controls of the plan's size: random_matched, random, top_general, null. Not with shares.
+        controls: Controls of the plan's size: random_matched, random, top_general, null. With ``edit: gains`` permuted
+            or random_matched, at every budget, each at the scale found for it. Not with shares.
         shares: For compression: the shares to remove, e.g. [0.1, 0.3, 0.5].
         arms: For compression, by name: sections ``score``, ``general`` and ``plan`` of each arm, added to the
             experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
             scores are made once.
         max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
+        completions: ``data`` and further keys of ``model`` of an evaluation whose judged completions are samples of the
+            behaviour, unless ``behaviour`` names a ``source``.
+        behaviour_score: Keys of ``score`` that are the behaviour's own, as ``target: completion``.
+        general_score: Keys of ``score`` that are general text's own, as ``target: text`` and ``labels: model``.
+        texts: Further kinds of general text: each the keys of ``general`` in which it differs.
+        budgets: Further budgets, for the dose-response curve of ``edit: gains``.
 
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
@@ -128,17 +141,23 @@ def run(
     if behaviour is None or arms is not None:
         key = "behaviour is missing" if arms is None else "arms are given"
         raise InputError(f"{key}: give behaviour to correct one, or shares (and arms) to compress")
-    size = _size_key(plan, score)
-    edits = {f"prune-{count}": (count, None) for count in sorted({plan[size], *(counts or [])})}
-    edits |= {f"control-{control}": (plan[size], control) for control in controls}
-    stages = experiment.scoring_stages(score, general, behaviour, seeds)
-    scores = {stage.name.removeprefix("score-"): stage.output for stage in stages}
-    for name, (count, control) in edits.items():
-        stages.append(experiment.plan_stage(name, scores, {**plan, size: count, "control": control}))
+    edits = _edits(plan, score, counts, budgets, controls)
+    stages = [] if completions is None else [experiment.completion_stage(completions)]
+    said = {stage.output.name: stage.result for stage in stages}
+    behaviour = (
+        {"source": str(experiment.folder / "completions" / "completions.jsonl")} | behaviour if said else behaviour
+    )
+    own = score | (behaviour_score or {}), score | (general_score or {})
+    scoring = experiment.scoring_stages(own, general, behaviour, seeds, texts or [], said)
+    scores = {stage.name.removeprefix("score-"): stage.output for stage in scoring}
+    stages += scoring
+    stages += [experiment.plan_stage(name, scores, edit.settings, edit.scale_of) for name, edit in edits.items()]
     for name in ("before", *edits):
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
     experiment.do(stages)
-    outcomes = [Outcome(name, *edit, experiment.compare(name)) for name, edit in edits.items()]
+    outcomes = [
+        Outcome(name, experiment.count(name), edit.control, experiment.compare(name)) for name, edit in edits.items()
+    ]
     best = largest_within(outcomes, max_perplexity_increase)
     verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
     if all(outcome.rise is None for outcome in outcomes):
@@ -191,18 +210,37 @@ class _Experiment:
         for stage in stages:
             self.stages.do(stage)
 
+    def completion_stage(self, completions: Settings) -> Stage:
+        """Completions of the model as it is, judged."""
+        settings = {"model": self.model | completions.get("model", {}), "data": completions.get("data", {})}
+        return self._pass("eval", "completions", settings, self.folder / "completions", EVALUATION_MARKER)
+
     def scoring_stages(
-        self, score: Settings, general: Settings, behaviour: Settings, seeds: Sequence[int]
+        self,
+        scores: tuple[Settings, Settings],
+        general: Settings,
+        behaviour: Settings,
+        seeds: Sequence[int],
+        texts: Sequence[Settings] = (),
+        said: Mapping[str, Path] | None = None,
     ) -> list[Stage]:
-        """The behaviour first: general samples may be matched to it."""
+        """The behaviour first: general samples may be matched to it, and it may be scored on completions (``said``).
+
+        ``scores``: the keys of ``model`` for the behaviour and for general text.
+        """
         if general.get("match") == "behaviour":
             general = general | {"match": str(self.folder / "scores" / "behaviour")}
-        sides = {"behaviour": behaviour} | {f"general-{seed}": general | {"seed": seed} for seed in seeds}
-        return [self._scoring_stage(name, score, data) for name, data in sides.items()]
+        sides = {f"general-{seed}": general | {"seed": seed} for seed in seeds}
+        for place, text in enumerate(texts, 1):
+            sides |= {f"general-text{place}-{seed}": general | text | {"seed": seed} for seed in seeds}
+        rest = [self._scoring_stage(name, scores[1], data) for name, data in sides.items()]
+        return [self._scoring_stage("behaviour", scores[0], behaviour, said), *rest]
 
-    def _scoring_stage(self, name: str, score: Settings, data: Settings) -> Stage:
+    def _scoring_stage(
+        self, name: str, score: Settings, data: Settings, reads: Mapping[str, Path] | None = None
+    ) -> Stage:
         settings = {"model": self.model | score, "data": data}
-        return self._pass("score", name, settings, self.folder / "scores" / name, SCORES_MARKER)
+        return self._pass("score", name, settings, self.folder / "scores" / name, SCORES_MARKER, reads=reads)
 
     def shared_scores(self, scoring: dict[str, Stage], arm: Arm, seed: int) -> Stage:
         """The stage of ``scoring`` that makes an arm's scores, added to it unless another arm has the same."""
@@ -217,8 +255,13 @@ class _Experiment:
         plans = {} if plan is None else {"plan": self._plan_path(plan)}
         return self._pass("eval", name, measuring, self.folder / "evaluations" / name, EVALUATION_MARKER, plans)
 
-    def plan_stage(self, name: str, scores: Mapping[str, Path], settings: Settings) -> Stage:
-        """Makes a plan from the scores: ``behaviour``, all others are general."""
+    def plan_stage(
+        self, name: str, scores: Mapping[str, Path], settings: Settings, scale_of: str | None = None
+    ) -> Stage:
+        """Makes a plan from the scores: ``behaviour``, all others are general.
+
+        With ``scale_of``, a control of gains, it goes as far as the plan of that name.
+        """
         path = self._plan_path(name)
         general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
         behaviour = {"behaviour": [str(scores["behaviour"])]} if "behaviour" in scores else {}
@@ -228,13 +271,15 @@ class _Experiment:
         def make(overwrite: bool) -> None:
             from sparc3_pl.selection.command import prune
 
+            scale = {} if scale_of is None else {"scale": self._plan(scale_of).settings["gains"]["scale"]}
             try:
-                with _typed("prune", *_options(arguments)):
-                    prune(**arguments, overwrite=overwrite)
+                with _typed("prune", *_options(arguments | scale)):
+                    prune(**arguments, **scale, overwrite=overwrite)
             except TypeError as error:  # a key that prune does not have
                 raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
 
         reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
+        reads |= {} if scale_of is None else {"plan": self._plan_path(scale_of)}
         return Stage(f"plan-{name}", settings, path, path, reads, make)
 
     def _pass(
@@ -245,6 +290,7 @@ class _Experiment:
         output: Path,
         marker: str,
         plans: Mapping[str, Path] | None = None,
+        reads: Mapping[str, Path] | None = None,
     ) -> Stage:
         """``score`` or ``eval`` with these settings."""
         settings = {key: value for key, value in (settings | {"trainer": self.trainer}).items() if value}
@@ -266,7 +312,7 @@ class _Experiment:
                 if code := run_child([sys.executable, "-m", "sparc3_pl.cli", command, *arguments]):
                     raise SystemExit(code)  # it has said why
 
-        return Stage(stage, settings, output, output / marker, plans, make)
+        return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make)
 
     def compare(self, name: str) -> Comparison:
         """Compares with the evaluation of the model as it was, and keeps the result."""
@@ -292,6 +338,14 @@ class _Experiment:
         inputs += [self.stages.settings_file(stage.name) for stage in stages]
         inputs += [self._comparison_path(outcome.name) for outcome in outcomes]
         report([str(one) for one in inputs], output=str(self.folder / "report"), overwrite=True)
+
+    def count(self, name: str) -> int:
+        """How many components the plan of that name edits."""
+        plan = self._plan(name)
+        return plan.num_neurons or plan.num_weights
+
+    def _plan(self, name: str) -> PrunePlan:
+        return PrunePlan.load(self._plan_path(name))
 
     def _plan_path(self, name: str) -> Path:
         return self.folder / "plans" / f"{name}.json"
@@ -338,6 +392,44 @@ def _config_file(settings: Settings, kept: Path) -> Iterator[Path]:
         yield Path(name)
     finally:
         Path(name).unlink()
+
+
+@dataclass(frozen=True)
+class _PlannedEdit:
+    """One edit of the experiment: the arguments of ``prune``, which control it is, and whose scale it has."""
+
+    settings: Settings
+    control: str | None = None
+    scale_of: str | None = None
+
+
+def _edits(
+    plan: Settings,
+    score: Settings,
+    counts: Sequence[int] | None,
+    budgets: Sequence[float] | None,
+    controls: Sequence[str],
+) -> dict[str, _PlannedEdit]:
+    """The edits by name: of growing size, or budget, and their controls."""
+    if plan.get("edit") != "gains":
+        if budgets:
+            raise InputError(f"budgets={list(budgets)} are for plan.edit=gains; give counts, or leave them out")
+        size = _size_key(plan, score)
+        sizes = sorted({plan[size], *(counts or [])})
+        edits = {f"prune-{count}": _PlannedEdit({**plan, size: count, "control": None}) for count in sizes}
+        return edits | {
+            f"control-{control}": _PlannedEdit({**plan, "control": control}, control) for control in controls
+        }
+    if counts or not isinstance(plan.get("budget"), float):
+        raise InputError("with plan.edit=gains give plan.budget, as 0.01, and budgets in place of counts")
+    edits = {}
+    for budget in sorted({plan["budget"], *(budgets or [])}):
+        name = f"budget-{budget:g}"
+        edits[name] = _PlannedEdit({**plan, "budget": budget, "control": None})
+        rest = {key: value for key, value in plan.items() if key != "budget"}
+        for control in controls:
+            edits[f"control-{control}-{budget:g}"] = _PlannedEdit({**rest, "control": control}, control, name)
+    return edits
 
 
 def _size_key(plan: Settings, score: Settings) -> str:

@@ -141,6 +141,8 @@ def _path_of(key: str, value: str) -> Path | None:
         return local_source(value, key)
     if key in ("model.pretrained", "pretrained"):
         return ModelSource(value).path
+    if name.isdecimal() and key.split(".")[-2:-1] == ["budget_text"]:
+        return local_source(value, key)
     path = Path(value).expanduser()
     if name in ("match", "budgets") or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
         return path if path.exists() else None

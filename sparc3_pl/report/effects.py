@@ -117,6 +117,15 @@ class Effect:
         return (self.plan.get("num_neurons") or 0) + (self.plan.get("num_weights") or 0) or None
 
     @property
+    def label(self) -> str:
+        """How large the edit is, to stand at its point: a number of components, or the budget or scale of gains."""
+        gains = (self.plan.get("settings") or {}).get("gains")
+        if not gains:
+            return str(count(self.size))
+        budget = gains.get("budget")
+        return f"scale {gains['scale']:.3g}" if budget is None else f"{100 * budget:g} %"
+
+    @property
     def unit(self) -> str:
         """``neurons``, ``weights``, ``neurons and channels``."""
         return " and ".join(f"{kind}s" for kind in self.plan.get("granularity", "neuron").split("+"))
@@ -355,7 +364,7 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
             continue
         changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
         ends = (toxicity["before"] + change for change in changes)  # without an interval: no bar
-        dose = Dose(str(count(effect.size)), 100 * rise, toxicity["after"], *ends)
+        dose = Dose(effect.label, 100 * rise, toxicity["after"], *ends)
         series.setdefault(f"control: {effect.control}" if effect.control else "edit", []).append(dose)
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
@@ -365,8 +374,9 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
     words = "; ".join(f"{d.label}: toxicity {d.toxicity:.3f} at {d.perplexity:+.2f} % perplexity" for d in doses)
     alt = f"Toxicity against change of perplexity. Before: toxicity {before:.3f}. {words}."
     caption = (
-        "Lower and further left is better. Labels are numbers of edited components; bars are 95 % intervals of the "
-        f"change. Shaded: at most {bound:g} % more perplexity. A control of the same size should not move down."
+        "Lower and further left is better. Labels are numbers of edited components, or budgets; bars are 95 % "
+        f"intervals of the change. Shaded: at most {bound:g} % more perplexity. A control of the same size should not "
+        "move down."
     )
     return Picture(as_svg(dose_response(series, before, bound), name), alt, caption)
 

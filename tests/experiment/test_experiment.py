@@ -17,7 +17,7 @@ from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.run import Outcome, largest_within
 from sparc3_pl.experiment.run import run as run_experiment
-from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "demo.yaml"
 SMALL = {
@@ -292,4 +292,69 @@ def test_secrets_stay_out_of_the_stages(small, passes, tmp_path):
     passes.done.clear()
     judge["init_args"]["api_key"] = "another key of the same judge"
     run_experiment(**small | {"eval_model": {"judge": judge}})
+    assert passes.done == []
+
+
+# --- gains ------------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, tmp_path, monkeypatch):
+    """The order of the stages, what each is asked, and that a changed plan makes its control anew."""
+    asked = []
+
+    def prune(**arguments):
+        asked.append(arguments)
+        settings = {"gains": {"scale": 100 * arguments.get("budget", 0) or arguments["scale"]}}
+        entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, 0.5) for place in range(3)])
+        plan = PrunePlan(entries=entries, model={"fingerprint": "sha256:00"}, edit="gains", settings=settings)
+        plan.save(arguments["output"], arguments["overwrite"])
+
+    monkeypatch.setattr("sparc3_pl.selection.command.prune", prune)
+    text = tmp_path / "held.txt"
+    text.write_text("held back")
+    settings = small | {
+        "output": str(tmp_path / "gains"),
+        "completions": {"data": {"prompts_source": str(tmp_path / "prompts.txt")}, "model": {"samples_per_prompt": 3}},
+        "behaviour": {"text_field": "prompt"},
+        "behaviour_score": {"target": "completion"},
+        "general_score": {"target": "text", "labels": "model"},
+        "texts": [{"source": str(tmp_path / "behaviour.txt")}],
+        "seeds": [0],
+        "plan": {"contrast": "budget", "edit": "gains", "budget": 0.01, "budget_text": [str(text)]},
+        "budgets": [0.02],
+        "controls": ["permuted"],
+    }
+    run_experiment(**settings)
+    edits = ["budget-0.01", "control-permuted-0.01", "budget-0.02", "control-permuted-0.02"]
+    first = ["eval completions", "score behaviour", "score general-0", "score general-text1-0", "eval before"]
+    assert passes.done == [*first, *(f"eval {name}" for name in edits)]
+    models = [config["model"] for config in passes.configs[-9:-5]]
+    assert [model.get("target") for model in models] == [None, "completion", "text", "text"]
+    assert passes.configs[-8]["data"]["source"] == str(tmp_path / "gains" / "completions" / "completions.jsonl")
+    given = [(a.get("budget"), a.get("scale"), a["control"]) for a in asked]
+    assert given == [(0.01, None, "none"), (None, 1.0, "permuted"), (0.02, None, "none"), (None, 2.0, "permuted")]
+    assert len(asked[0]["general"]) == 2
+    outcomes = json.loads((tmp_path / "gains" / "experiment.json").read_text())["outcomes"]
+    assert [(outcome["name"], outcome["count"]) for outcome in outcomes] == [(name, 3) for name in edits]
+
+    passes.done.clear()
+    run_experiment(**settings)
+    assert passes.done == []
+    text.write_text("other text")
+    run_experiment(**settings)
+    assert len(asked) == 8  # every plan, and what was measured with it
+    assert passes.done == [f"eval {name}" for name in edits]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"budgets": [0.02]}, r"budgets=\[0.02\] are for plan.edit=gains"),
+        ({"plan": {"edit": "gains"}}, "give plan.budget"),
+        ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3]}, "budgets in place of counts"),
+    ],
+)
+def test_budgets_that_do_not_fit_the_plan(small, passes, changes, match):
+    with pytest.raises(InputError, match=match):
+        run_experiment(**(small | changes))
     assert passes.done == []
