@@ -105,6 +105,7 @@ def _circuits(results: CircuitResults) -> Iterator[Block]:
         yield _areas(results)
     for title, kind, figure, form in (
         ("Only the circuit stays: faithfulness", "curve", "faithfulness", ".3f"),
+        ("The same, circuits ranked by absolute score", "curve_absolute", "faithfulness", ".3f"),
         ("Only the circuit stays: logit difference", "curve", "logit_difference", ".2f"),
         ("Only the circuit stays: answer above foil, %", "curve", "accuracy", ".1f"),
         ("The circuit is removed: logit difference", "necessity", "logit_difference", ".2f"),
@@ -112,7 +113,11 @@ def _circuits(results: CircuitResults) -> Iterator[Block]:
     ):
         if figure == "faithfulness" and not _has_shares(results):
             continue
-        curves: dict[str, list[Point]] = {_title(name, arm): getattr(arm, kind) for name, arm in results.arms.items()}
+        curves: dict[str, list[Point]] = {
+            _title(name, arm): points for name, arm in results.arms.items() if (points := getattr(arm, kind))
+        }
+        if not curves:
+            continue
         scale = 100 if figure == "accuracy" else 1
         rows = [
             (name, *(Number(scale * getattr(point, figure), form=form) for point in points))
