@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.data.reference import pad_right
+from sparc3_pl.data.samples import pad_right
 from sparc3_pl.data.sources import get_field, parse_filter, partition, read_records, text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged

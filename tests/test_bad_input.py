@@ -736,7 +736,7 @@ def an_experiment_without_size(w: World):
 
 @case("behaviuor|behaviour", r"exp\.yaml|did you mean|required")
 def a_misspelt_experiment(w: World):
-    content = {"output": "exp", "general": {}, "behaviuor": {}, "eval_data": {}, "plan": {}}
+    content = {"output": "exp", "general": {}, "behaviuor": {"source": "demo"}, "eval_data": {}, "plan": {}}
     return ["run", f"--config={w.file('exp.yaml', yaml.safe_dump(content))}"]
 
 

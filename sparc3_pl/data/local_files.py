@@ -361,7 +361,8 @@ def _value(column: Any, index: int) -> Any:
 
     try:
         return column[index].as_py()
-    except (ValueError, OverflowError, ImportError, pyarrow.ArrowException) as error:  # nanoseconds, odd time zones
+    # Nanoseconds, and odd time zones: an unknown one is a KeyError where pytz is installed.
+    except (ValueError, OverflowError, ImportError, KeyError, pyarrow.ArrowException) as error:
         return Unusable(first_line(error))
 
 

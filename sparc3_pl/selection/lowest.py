@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.read_ahead import read_ahead
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.statistics.agreement import spread_positions
 from sparc3_pl.statistics.lowest_of_groups import lowest_of_each_group
@@ -264,7 +265,7 @@ def lowest_in_groups(
     Raises:
         TooFewCandidates: if fewer weights of a group may be chosen than are to be.
     """
-    for layer, blocks in groupby(passes(), key=attrgetter("layer")):
+    for layer, blocks in groupby(read_ahead(passes()), key=attrgetter("layer")):
         width, count = widths[layer], counts[layer]
         if not count:
             continue

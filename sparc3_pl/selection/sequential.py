@@ -34,7 +34,7 @@ def check_sequential(
         InputError: naming the folder, and what must be given.
     """
     pruned = {folder.manifest.sequential for folder in folders}
-    if pruned == {None}:
+    if pruned <= {None}:
         return
     folder = next(folder for folder in folders if folder.manifest.sequential is not None)
     asked = Sparsity.of(folder.manifest.sequential)

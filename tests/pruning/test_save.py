@@ -87,7 +87,7 @@ def test_model_card_tells_the_provenance(tiny_llama, tokenizer, tmp_path):
     text = (tmp_path / "m/README.md").read_text()
     for part in (
         plan.fingerprint,
-        "Same size: neurons zeroed. ",
+        "Same size: neurons zeroed, ",
         "general samples are long",
         "model.layers.1.mlp.up_proj",
         "6 neurons",

@@ -108,7 +108,7 @@ def test_evaluation_does_not_depend_on_processes_and_batches(ranks, files, tmp_p
         assert [row["unit"] for row in other.measurements] == [f"pair {number:02}" for number in range(5)]
         for row, one in zip(other.measurements, want.measurements, strict=True):
             assert row["difference"] == pytest.approx(one["difference"], abs=1e-5)
-        assert [window["index"] for window in other.windows] == [window["index"] for window in want.windows]
+        assert [window.index for window in other.windows] == [window.index for window in want.windows]
         assert other.results["perplexity"]["num_tokens"] == want.results["perplexity"]["num_tokens"]
         assert other.results["perplexity"]["value"] == pytest.approx(want.results["perplexity"]["value"], rel=1e-6)
         assert [other.results["toxicity"][n] for n in ("num_prompts", "num_completions", "num_failed")] == [5, 10, 0]
