@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,8 +196,9 @@ def require_known_logits(model: nn.Module, sample: Sequence[int]) -> None:
     input_ids = torch.tensor([list(sample[:NUM_TOKENS])], device=device)
     wanted = model(input_ids=input_ids, use_cache=False).logits
     logits = OutputHead(model).logits(last_hidden_state(model, input_ids, torch.ones_like(input_ids)))
-    error = float((logits - wanted.to(logits.device)).abs().max() / wanted.abs().max())
-    if not error <= _TOLERANCE.get(wanted.dtype, 1e-4):
+    far, largest = (float(t.abs().max()) for t in (logits - wanted.to(logits.device), wanted))
+    if not far <= _TOLERANCE.get(wanted.dtype, 1e-4) * largest:
+        error = far / largest if largest else math.inf
         raise InputError(
             f"{type(model).__name__} does something to its logits after the output head that is not known here (they "
             f"differ by {error:.1%}), so they cannot be attributed; use model.target: predicted"

@@ -86,7 +86,8 @@ def arms_of(
     """The arms that the settings name; options that a method ignores are left out of its request.
 
     Raises:
-        InputError: if a method is unknown or named twice, or cannot score one of the kinds.
+        InputError: if a method is unknown or named twice, cannot score one of the kinds, or needs (as may the target)
+            what pairs do not have.
     """
     if not methods:
         raise InputError("model.methods is an empty list; name how components are scored, as lrp")
@@ -110,6 +111,7 @@ def arms_of(
             )
             for one in seeds
         )
+        _require_pair_fields(requests[0])
         name = method.name.rpartition(".")[2]
         if method.arguments:
             name += "-" + "-".join(f"{key}-{value}" for key, value in method.arguments.items())
@@ -118,6 +120,20 @@ def arms_of(
             raise InputError(f"model.methods: {name} is named twice; leave one of them out")
         arms[name] = Arm(name, requests)
     return list(arms.values())
+
+
+_PAIR_FIELDS = ("answer", "foil", "counterfactual_ids")
+"""The fields of a batch that pairs may have."""
+
+
+def _require_pair_fields(request: ScoreRequest) -> None:
+    for key, choice in (("methods", request.method), ("target", request.target)):
+        for field in choice.made.needs:
+            if field not in _PAIR_FIELDS:
+                raise InputError(
+                    f"model.{key}: {choice.name} needs samples with {field}, and the pairs of a circuit have none; "
+                    f"leave {choice.name} out"
+                )
 
 
 @dataclass
@@ -208,7 +224,8 @@ def score_arm(
     sets: Sequence[Sequence[ReferenceBatch]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> ArmScores:
-    """Scores sets of discovery samples; each batch is a unit. The sums of single weights are kept whole.
+    """Scores sets of discovery samples; each batch is a unit. The sums of single weights are kept whole, and so are
+    those of a method that compares all samples with each other: each set is a unit.
 
     Raises:
         InputError: as ``Scorer`` and its ``update``.
@@ -221,7 +238,7 @@ def score_arm(
     account = scorer.method.check(model, sample)
     scorer.target.check(model, sample)
     run = ScoreRun(scorer, None, None)
-    in_parts = not any(component.made.dims == 2 for component in request.components)
+    in_parts = not (scorer.method.needs_all_samples or any(c.made.dims == 2 for c in request.components))
     units: list[Unit] = []
     samples: dict[int, list[ScoredSample]] = {}
     for number, batches in enumerate(sets):
@@ -230,6 +247,7 @@ def score_arm(
             run.add(batch)
             progress(len(batch.ids))
             if in_parts or place == len(batches) - 1:
+                scorer.finish()
                 own = {name: {k: tensor.clone() for k, tensor in sums.items()} for name, sums in scorer.sums.items()}
                 done = len(run.samples) - before - sum(unit.num_samples for unit in units if unit.group == number)
                 units.append(Unit(own, done, number))

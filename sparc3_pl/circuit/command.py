@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparc3_pl.attribution.likelihood import require_known_logits
 from sparc3_pl.attribution.methods_patching import COUNTERFACTUAL
 from sparc3_pl.circuit.ablation import ABLATIONS, Ablation
 from sparc3_pl.circuit.arms import Arm, arms_of, kept_of, score_arm
@@ -92,7 +93,7 @@ def circuit(
     if any(c.made.dims == 2 for c in arms[0].request.components) and not kind.made.of_weights:
         raise InputError(f"ablation={kind.name}: single weights are ablated by zero only; give ablation: zero")
     with sole_run(output):
-        run = _Run(model, data, kind, arms, sizes)
+        run = _Run(model, data, kind, arms, sizes, save_fraction)
         results = run.measure(resamples, permutations)
         run.write(Path(output), overwrite, results, settings, save_fraction, tensorboard)
     print_sections(circuit_sections(results))
@@ -110,6 +111,7 @@ class _Run:
         ablation: Choice[Ablation],
         arms: list[Arm],
         fractions: tuple[float, ...],
+        save_fraction: float | None,
     ) -> None:
 
         self.settings, self.ablation, self.arms, self.fractions = model, ablation, arms, fractions
@@ -126,8 +128,11 @@ class _Run:
         check_vocabulary(self.model, encoder.tokenizer)
         kinds = {choice.name: choice.made for choice in arms[0].request.components}
         self.candidates = Candidates.of(self.model, kinds, model.targets)
+        if save_fraction is not None and not num_kept(save_fraction, self.candidates.count):
+            raise InputError(f"save_fraction={save_fraction} of {self.candidates.count} components is none; give more")
         self.description = describe(self.model, source)
         self._place()
+        self._check_arms()
         self._lap("loading")
 
     def _place(self) -> None:
@@ -137,6 +142,15 @@ class _Run:
         device = self.model.get_input_embeddings().weight.device
         sets = [[batch.to(device) for batch in batches] for batches in self.pairs.sets]
         self.pairs = replace(self.pairs, sets=sets, tests=[batch.to(device) for batch in self.pairs.tests])
+
+    def _check_arms(self) -> None:
+        """Refuses a model that an arm, or the measurement itself, is not right on, before the first is measured."""
+        first = self.pairs.sets[0][0]
+        sample = first.input_ids[0][first.attention_mask[0].bool()].tolist()
+        require_known_logits(self.model, sample)
+        for arm in self.arms:
+            arm.request.method.made.check(self.model, sample)
+            arm.request.target.made.check(self.model, sample)
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
@@ -224,8 +238,6 @@ class _Run:
 
         folder.mkdir()
         number = num_kept(fraction, self.candidates.count)
-        if not number:
-            raise InputError(f"save_fraction={fraction} of {self.candidates.count} components is none; give more")
         batches = [batch for batches in self.pairs.sets for batch in batches]
         samples = {name for batch in batches for name in batch.ids}
         samples |= {name for batch in batches for texts in batch.text_ids for name in texts}

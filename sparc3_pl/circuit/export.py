@@ -96,7 +96,7 @@ def node_importances(model: nn.Module, candidates: Candidates, scores: ArmScores
     MLP of layer 0) with ``score`` and ``in_graph``, and no edge scores. A node without a score is kept by the track's
     tools. An MLP that was not scored as a whole has the sum of its neurons' scores, if these have a sign.
     """
-    kinds, config = set(candidates.kinds), model.config
+    kinds, config = set(candidates.kinds), model.config.get_text_config()
     if "head" not in kinds:
         return None
     blocks, heads = attentions(model), [span for span in candidates.spans if span.kind == "head"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from sparc3_pl.circuit.settings import CircuitData
@@ -16,6 +16,8 @@ __all__ = ["CircuitPairs", "load_pairs"]
 
 FEWEST_UNITS = 16
 """Batches that a set of discovery pairs is scored in, if it is large enough: what is resampled for the stability."""
+
+_OF_OWN_PAIRS = ("text_field", "answer_field", "foil_field", "counterfactual_field", "filter", "split", "subset")
 
 Half = Literal["attribution", "evaluation"]
 
@@ -90,6 +92,12 @@ def _made(
 ) -> tuple[list[ReferenceBatch], dict[str, int], dict[str, Any]]:
     from sparc3_pl.data.pairs import PairQuery, make_pairs, pad_pairs
 
+    for item in fields(CircuitData):
+        if item.name in _OF_OWN_PAIRS and (value := getattr(settings, item.name)) != item.default:
+            raise InputError(
+                f"data.{item.name}={value!r} is for pairs of your own, and data.source={settings.source!r} makes its "
+                "sentences; leave it out"
+            )
     query = PairQuery(
         source=settings.source, num_pairs=number, half=half, seed=seed, counterfactual=settings.counterfactual,
         partition_seed=settings.partition_seed, partition_share=settings.partition_share,

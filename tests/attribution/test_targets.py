@@ -327,6 +327,12 @@ def test_logits_that_are_known(family):
     require_known_logits(tiny(family), list(range(3, 12)))
 
 
+def test_logits_that_are_all_zero_are_known():
+    model = tiny("llama").requires_grad_(False)
+    output_head(model)[1].weight.zero_()
+    require_known_logits(model, list(range(3, 12)))
+
+
 def test_logits_that_are_not_known():
     model = tiny("llama")
     forward = model.forward

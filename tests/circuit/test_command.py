@@ -153,9 +153,14 @@ WRONG = {
     "fraction": (["--save_fraction", "1.5"], "save_fraction=1.5: give a share between 0 and 1"),
     "draws": (["--model.draws", "0"], "model.draws=0; draw 1 random circuit or more"),
     "key": (["--model.method", "lrp"], "did you mean model.methods?"),
-    "target": (["--model.target", "completion"], "model.target=completion needs data.completion_field; give it"),
+    "target": (["--model.target", "completion"], "model.target: completion needs samples with completion_mask"),
+    "labels": (["--model.methods", "[lrp, expertise]"], "model.methods: expertise needs samples with label, and the"),
     "kinds": (["--model.granularity", "[head, channel]"], "are read by the same columns"),
     "kind": (["--data.counterfactual", "abc"], "data.counterfactual='abc' is for tasks that make their sentences"),
+    "fields": (
+        ["--data.source", "ioi", "--data.answer_field", "right"],
+        "data.answer_field='right' is for pairs of your own, and data.source='ioi' makes its sentences",
+    ),
     "none": (
         ["--data.counterfactual_field", "null", "--ablation", "counterfactual"],
         "has no counterfactuals, which the ablation or a method needs",
@@ -174,6 +179,26 @@ def test_bad_settings_end_with_one_line_and_nothing_written(place, capsys, optio
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error, error
     assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"save_fraction": 0.001}, r"save_fraction=0\.001 of 56 components is none"),
+        ({"methods": ["gradient", "lrp"]}, "no LRP rules"),
+        ({"methods": ["wanda"], "logits": 1.5}, "does something to its logits"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_anything_is_measured(place, monkeypatch, more, message):
+    monkeypatch.setattr("sparc3_pl.circuit.command.Bench.of", lambda *args: pytest.fail("it was measured"))
+    monkeypatch.setattr("sparc3_pl.attribution.rules.SUPPORTED", ())
+    if factor := more.pop("logits", None):
+        monkeypatch.setattr("sparc3_pl.model.logits.OutputHead.logits", lambda self, x: factor * self.linear(x))
+    data = CircuitData(source=str(place / "pairs.jsonl"), num_samples=8, num_test=8)
+    model = CircuitModel(str(place / "model"), methods=more.pop("methods", ["wanda"]))
+    with pytest.raises(InputError, match=message):
+        circuit(model, data, **more, output=str(place / "never"))
+    assert not (place / "never").exists()
 
 
 def test_a_function_for_a_notebook(place):

@@ -20,6 +20,7 @@ from sparc3_pl.model.components import COMPONENTS
 from sparc3_pl.model.heads import attentions
 from sparc3_pl.model.identity import fingerprint
 from sparc3_pl.pruning.edit import pruned
+from sparc3_pl.scoring.score_run import ScoreRequest
 from sparc3_pl.statistics.agreement import jaccard
 
 FRACTIONS = (0.05, 0.2, 0.5, 1.0)
@@ -100,6 +101,24 @@ def mean_difference(model, candidates, batches, kept):
     every[range(candidates.count) if kept is None else kept] = True
     with torch.no_grad(), ablated(model, candidates, every, {}):
         return float(np.mean([d for batch in batches for d in outcome_of_batch(model, batch)[0].tolist()]))
+
+
+def test_a_method_that_compares_all_samples_is_completed_for_each_set():
+    """As one scoring run of each set alone; the values are AUROCs, of which there are none before the last batch."""
+    model, candidates, sets, _ = setting(kinds=("neuron",), sets=2)
+    batches = [pair_batches(LENGTHS, 3, seed=seed) for seed in range(len(sets))]
+    for batch in itertools.chain(*batches):
+        batch.fields["label"] = torch.arange(len(batch.ids)) % 2
+    request = ScoreRequest.of("expertise", "neuron")
+    scores = score_arm(request, model, batches)
+    assert [unit.num_samples for unit in scores.units] == [len(LENGTHS)] * 2
+    for number, own in enumerate(batches):
+        alone = request.scorer(model)
+        for batch in own:
+            alone.update(batch)
+        alone.finish()
+        wanted = candidates.flat({name: alone.scores(name, len(LENGTHS)).scores for name in alone.layers})
+        assert torch.equal(scores.values(candidates, group=number), wanted) and wanted.unique().numel() > 2
 
 
 def test_random_circuits_have_a_mean_and_a_band():
