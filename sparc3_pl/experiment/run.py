@@ -118,7 +118,8 @@ def run(
         behaviour_score: Keys of ``score`` that are the behaviour's own, as ``target: completion``.
         general_score: Keys of ``score`` that are general text's own, as ``target: text`` and ``labels: model``.
         texts: Further kinds of general text: each the keys of ``general`` in which it differs.
-        budgets: Further budgets, for the dose-response curve of ``edit: gains``.
+        budgets: For ``edit: gains``, further values of ``plan.budget``, by how much perplexity may rise, for the
+            dose-response curve. (``plan.budgets`` is something else: shares by layer.)
 
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.

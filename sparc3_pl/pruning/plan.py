@@ -187,13 +187,13 @@ class PrunePlan(_About):
             gives each its own; empty for single weights.
         model: The manifest's ``model`` entry; ``fingerprint`` ties the plan to the model. ``pruned_fingerprint`` is
             added when the plan keeps values: it is that of the pruned model.
-        granularity: The kind of component: ``neuron``, ``weight``, or a class path; several joined by ``+``.
+        granularity: The kind of component, as in the manifest: a name or a class path; several joined by ``+``.
         components: The kind of each layer that is touched, where the plan has several kinds.
         num_neurons: Number of listed components.
         num_weights: Number of chosen single weights.
         num_candidates: How many the choice was made from.
         contrast: What the choice is by (``contrast.py``).
-        edit: ``zero``, ``scale``, ``mean``, or a class path.
+        edit: ``zero``, ``scale``, ``mean``, ``gains``, or a class path.
         alpha: Factor of ``scale``.
         control: The control that the plan is, or None.
         seed: Seed of the control.

@@ -164,8 +164,9 @@ class Manifest(About):
     """What a score folder says of itself; the keys of ``manifest.json``.
 
     Attributes:
-        method: ``lrp``, ``gradient``, ``wanda``, ``magnitude``, ``random``, or the class path of a user's own.
-        granularity: ``neuron`` or ``weight``, or the class path of a user's own component; several joined by ``+``.
+        method: As in ``model.method``: a built-in method's name, or the class path of a user's own.
+        granularity: ``neuron``, ``weight``, ``head``, ``channel``, ``mlp``, or the class path of a user's own
+            component; several joined by ``+``.
         signed: Whether neuron scores keep their sign.
         num_samples: Samples in the mean.
         num_tokens: Real tokens of those samples.
@@ -183,7 +184,8 @@ class Manifest(About):
         samples_sha256: sha256 of ``samples.jsonl``.
         method_args: Arguments of the method, where it was given any.
         granularity_args: Arguments of the component, likewise; of several components, by their names.
-        target: What is attributed: ``predicted``, or the class path of a user's own target.
+        target: What is attributed: ``predicted``, ``completion``, ``text``, ``answer``, or the class path of a user's
+            own target.
         target_args: Arguments of the target, likewise.
         targets: Globs of the scored layers; null: the component's own choice.
         nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.

@@ -99,6 +99,7 @@ def prune(
             chosen. 2:4 and 4:8 are half.
         budgets: A share of its own for each layer, for scope row or layer: a JSON or YAML file of shares by glob of
             layer names (share is for the rest), or owl: the share, less in blocks with many outliers (Yin et al. 2024).
+            Not to be confused with budget, a bound on perplexity.
         protect: Share of the strongest neurons on general text that is never touched: 0.05 is 5 %.
         layers: Glob patterns of the layers to choose from. Default: all that are scored.
         top_general: For set_difference: the share of the highest general scores that is left out.
@@ -111,7 +112,8 @@ def prune(
             gains (multiply each by a factor of its own, by contrast=budget); or the class path of an Edit.
         alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
         budget: For edit=gains: by how much the perplexity of held-back text may rise; 0.01 is 1 %. A search finds how
-            far the edit may go; the text for which it costs most decides.
+            far the edit may go; the text whose perplexity rises most decides. Not to be confused with budgets, shares
+            by layer.
         budget_text: Held-back texts, as data.source: several kinds of text, none of them that of an evaluation. Texts
             that general scores were made from are left out.
         budget_field: Field of the text in budget_text.
