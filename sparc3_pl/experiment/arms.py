@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison
 from sparc3_pl.experiment.stages import Settings
@@ -111,17 +112,39 @@ def arms_of(
         shared = {key: plan[key] for key in plan if not (key in ("scope", "budgets") and "pattern" in sections["plan"])}
         if set(plan | sections["plan"]) & {"share", "num_neurons", "num_weights"}:
             raise InputError(f"arms.{name}: shares says how much is removed; leave share and numbers out of plan")
-        result.append(
-            Arm(
-                name,
-                score | sections["score"],
-                general | sections["general"],
-                shared | sections["plan"],
-                tuple(dict.fromkeys(own_seeds)),
-                _checked(shares if own.get("shares") is None else own["shares"]),
-            )
+        arm = Arm(
+            name,
+            score | sections["score"],
+            general | sections["general"],
+            shared | sections["plan"],
+            tuple(dict.fromkeys(own_seeds)),
+            _checked(shares if own.get("shares") is None else own["shares"]),
         )
+        _check_sequential(arm)
+        result.append(arm)
     return result
+
+
+def _check_sequential(arm: Arm) -> None:
+    """Refuses cuts that scores with ``model.sequential`` do not hold for, before they are made.
+
+    Raises:
+        InputError: naming the arm.
+    """
+    if (value := arm.score.get("sequential")) is None:
+        return
+    asked, plan = Sparsity.of(value), arm.plan
+    if asked.pattern is not None:
+        same, how = plan.get("pattern") == asked.text, f'plan: {{pattern: "{asked.text}"}}'
+    else:
+        same = plan.get("pattern") is None and plan.get("scope") == "row" and arm.shares == (asked.share,)
+        how = f"plan: {{scope: row}} and shares: [{asked.text}]"
+    others = [key for key in ("budgets", "protect", "layers") if plan.get(key)]
+    if not same or others:
+        raise InputError(
+            f"arms.{arm.name}: with score.sequential={asked.text} layers are pruned so while they are scored, and the "
+            f"scores hold for that alone; give the arm {how}" + (f", and leave out {others[0]}" if others else "")
+        )
 
 
 def _checked(shares: Sequence[float]) -> tuple[float, ...]:

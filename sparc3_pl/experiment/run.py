@@ -9,6 +9,7 @@ changed since is done again.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import tempfile
@@ -29,10 +30,10 @@ from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.report.effects import largest_within
+from sparc3_pl.report.effects import largest_within, scale_of
 from sparc3_pl.runtime.processes import run_child
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
-from sparc3_pl.selection.controls import ControlName
+from sparc3_pl.selection.controls import CONTROLS, ControlName
 
 if TYPE_CHECKING:
     from sparc3_pl.document.blocks import Table
@@ -49,11 +50,13 @@ class Outcome:
     """Neurons (or weights) edited."""
     control: str | None
     comparison: Comparison
+    scale: float = 0.0
+    """Of gains: how far they go."""
 
     @property
-    def size(self) -> int:
-        """Neurons (or weights) edited."""
-        return self.count
+    def dose(self) -> tuple[int, float]:
+        """How far it goes, to compare with others."""
+        return self.count, self.scale
 
     @property
     def rise(self) -> float | None:
@@ -133,15 +136,19 @@ def run(
     experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, trainer or {})
     measuring = {"model": (model or {}) | (eval_model or {}), "data": eval_data}
     if shares is not None:
-        if behaviour is not None or counts is not None:
-            key = "counts" if behaviour is None else "behaviour"
-            raise InputError(f"shares are for compression by general text; leave out {key}, or shares")
+        others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
+        others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
+        others |= {"controls": None if controls in ([], ["random_matched"]) else controls}
+        if given := [key for key, value in others.items() if value is not None]:
+            raise InputError(f"shares are for compression by general text; leave out {given[0]}, or shares")
         each = arms_of(arms, score, general, plan, seeds, shares)
         _compress(experiment, each, measuring, max_perplexity_increase)
         return
     if behaviour is None or arms is not None:
         key = "behaviour is missing" if arms is None else "arms are given"
         raise InputError(f"{key}: give behaviour to correct one, or shares (and arms) to compress")
+    if wrong := sorted((completions or {}).keys() - {"model", "data"}):
+        raise InputError(f"completions: {wrong[0]} is none of its keys; they are model and data, each with its own")
     edits = _edits(plan, score, counts, budgets, controls)
     stages = [] if completions is None else [experiment.completion_stage(completions)]
     said = {stage.output.name: stage.result for stage in stages}
@@ -157,7 +164,8 @@ def run(
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
     experiment.do(stages)
     outcomes = [
-        Outcome(name, experiment.count(name), edit.control, experiment.compare(name)) for name, edit in edits.items()
+        Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name))
+        for name, edit in edits.items()
     ]
     best = largest_within(outcomes, max_perplexity_increase)
     verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
@@ -263,21 +271,22 @@ class _Experiment:
 
         With ``scale_of``, a control of gains, it goes as far as the plan of that name.
         """
+        from sparc3_pl.selection.command import prune
+
         path = self._plan_path(name)
         general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
         behaviour = {"behaviour": [str(scores["behaviour"])]} if "behaviour" in scores else {}
         arguments = {"general": general, **behaviour, "output": str(path)}
         arguments |= settings | {"control": settings.get("control") or "none"}
+        try:  # hours of scoring come before it
+            inspect.signature(prune).bind(**arguments, overwrite=True)
+        except TypeError as error:  # a key that prune does not have
+            raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
 
         def make(overwrite: bool) -> None:
-            from sparc3_pl.selection.command import prune
-
             scale = {} if scale_of is None else {"scale": self._plan(scale_of).settings["gains"]["scale"]}
-            try:
-                with _typed("prune", *_options(arguments | scale)):
-                    prune(**arguments, **scale, overwrite=overwrite)
-            except TypeError as error:  # a key that prune does not have
-                raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
+            with _typed("prune", *_options(arguments | scale)):
+                prune(**arguments, **scale, overwrite=overwrite)
 
         reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
         reads |= {} if scale_of is None else {"plan": self._plan_path(scale_of)}
@@ -344,6 +353,10 @@ class _Experiment:
         """How many components the plan of that name edits."""
         plan = self._plan(name)
         return plan.num_neurons or plan.num_weights
+
+    def scale(self, name: str) -> float:
+        """How far the gains of the plan of that name go; 0 for any other edit."""
+        return scale_of({"settings": self._plan(name).settings})
 
     def _plan(self, name: str) -> PrunePlan:
         return PrunePlan.load(self._plan_path(name))
@@ -412,7 +425,12 @@ def _edits(
     controls: Sequence[str],
 ) -> dict[str, _PlannedEdit]:
     """The edits by name: of growing size, or budget, and their controls."""
-    if plan.get("edit") != "gains":
+    is_gains = plan.get("edit") == "gains"
+    for control in controls:
+        if not CONTROLS.make(control).for_steps if is_gains else control == "permuted":
+            others = "permuted or random_matched" if is_gains else "random_matched"
+            raise InputError(f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}")
+    if not is_gains:
         if budgets:
             raise InputError(f"budgets={list(budgets)} are for plan.edit=gains; give counts, or leave them out")
         size = _size_key(plan, score)

@@ -46,6 +46,7 @@ __all__ = [
     "headline",
     "largest_within",
     "measurement_table",
+    "scale_of",
     "title_of",
 ]
 
@@ -64,8 +65,8 @@ class Edit(Protocol):
         """The name of the control if the edit is one, or None."""
 
     @property
-    def size(self) -> int | None:
-        """Number of edited components."""
+    def dose(self) -> tuple[int, float]:
+        """How far it goes, to compare with others: edited components, and of equally many the scale of their gains."""
 
     @property
     def rise(self) -> float | None:
@@ -81,7 +82,12 @@ def largest_within(edits: Iterable[E], bound: float) -> E | None:
     An edit without a measured perplexity is within no bound.
     """
     within = [e for e in edits if e.control is None and e.rise is not None and e.rise <= bound]
-    return max(within, key=lambda edit: edit.size or 0, default=None)
+    return max(within, key=lambda edit: edit.dose, default=None)
+
+
+def scale_of(plan: Mapping[str, Any]) -> float:
+    """How far along the steps the gains of a plan go, from its summary; 0 for any other edit."""
+    return float(((plan.get("settings") or {}).get("gains") or {}).get("scale", 0.0))
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,11 @@ class Effect:
     def size(self) -> int | None:
         """Number of edited components."""
         return (self.plan.get("num_neurons") or 0) + (self.plan.get("num_weights") or 0) or None
+
+    @property
+    def dose(self) -> tuple[int, float]:
+        """How far it goes: edited components, and of gains, of which all budgets turn equally many, the scale."""
+        return self.size or 0, scale_of(self.plan)
 
     @property
     def label(self) -> str:
@@ -194,7 +205,7 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
     bounds = {name: _bound(inputs, group) for name, group in by_experiment(measured).items()}
     measured = [replace(effect, bound=bounds[effect.experiment]) for effect in measured]
     order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in measured))}
-    measured.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.size or 0))
+    measured.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.dose))
     return measured, notes
 
 
@@ -264,7 +275,7 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
         return None
     best = largest_within(edits, edits[0].bound)
     measured = [effect for effect in edits if effect.rise is not None]
-    return best or min(measured, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.size or 0)
+    return best or min(measured, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.dose)
 
 
 def title_of(effect: Effect) -> str:

@@ -80,7 +80,11 @@ def make_plan(
         name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
         raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
     steps = Control(seed) if control is None else _seeded(control, seed)
+    general, behaviour = steps.sides(general, behaviour)
+    left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
+    sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
     if control is None:
+        missing = [layer for layer in general[0].layers if block_of(layer) and layer not in sides[0].layers]
         check_sequential(
             general,
             scope=SCOPES.name_of(among),
@@ -89,10 +93,8 @@ def make_plan(
             contrast=CONTRASTS.name_of(kind),
             protect=protect,
             other=budgets is not None,
+            missing=missing,
         )
-    general, behaviour = steps.sides(general, behaviour)
-    left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
-    sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
     amount, own_shares = _amount(sides[0], among, num_neurons, num_weights, share, budgets)
     question = Question(*sides, kind, among, amount, protect)
     if sides[0].holds_weights and type(steps).exchanged is Control.exchanged:

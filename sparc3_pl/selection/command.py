@@ -144,6 +144,7 @@ def prune(
 
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
     _check_budget(edit, budget, budget_text, scale)
+    change = _scaled(edit, alpha)
     folders = [ScoreFolder.open(path) for path in general]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     scope = _scope(scope, pattern, shrink)
@@ -165,7 +166,7 @@ def prune(
         plan = spend(dose, model, texts, budget, scale)
     else:
         choice |= {"num_weights": num_weights, "budgets": budgets, "scale": 1.0 if budget else scale}
-        plan = make_plan(*sides, **choice, edit=_scaled(edit, alpha))
+        plan = make_plan(*sides, **choice, edit=change)
     if shrink:
         _check_shrinkable(plan)
     if save_model or keep_values or plan.edit == "mean":

@@ -18,6 +18,7 @@ def check_sequential(
     contrast: str,
     protect: float,
     other: bool = False,
+    missing: Sequence[str] = (),
 ) -> None:
     """Refuses a choice that is not the one by which the layers were pruned while they were scored.
 
@@ -29,6 +30,7 @@ def check_sequential(
         contrast: Name of the contrast.
         protect: Share of the strongest that is left alone.
         other: Whether anything else decides how many are chosen, such as a budget for each layer.
+        missing: Scored layers of the transformer blocks that nothing is chosen from.
 
     Raises:
         InputError: naming the folder, and what must be given.
@@ -41,6 +43,12 @@ def check_sequential(
     if len(pruned) > 1:
         raise InputError(
             f"{folder.path}: was scored with model.sequential={asked.text}, another folder was not; score all alike"
+        )
+    if missing:
+        raise InputError(
+            f"{folder.path}: was scored with model.sequential={asked.text}: each layer was measured on what the pruned "
+            f"ones before it make, so all of them must be pruned, and layers leaves out {missing[0]}; leave layers "
+            "out, or score with other model.targets"
         )
     same = not other and contrast == "general" and protect == 0
     if asked.pattern is not None:

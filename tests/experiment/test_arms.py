@@ -103,11 +103,24 @@ def test_a_table_has_a_row_for_each_arm_and_a_column_for_each_share():
         ({"a": {"shares": [2.0]}}, r"shares=\[2.0\]: give shares between 0 and 1"),
         ({"a": {"seeds": []}}, r"arms.a.seeds=\[\]: give a list of whole numbers"),
         ({"a": {"plan": {"share": 0.5}}}, "arms.a: shares says how much is removed"),
+        ({"a": {"score": {"sequential": 0.6}, "plan": {"scope": "row"}}}, r"sequential=0.6 .* shares: \[0.6\]"),
+        ({"a": {"score": {"sequential": 0.5}}}, "arms.a: with score.sequential=0.5 .* give the arm plan: {scope: row}"),
+        ({"a": {"score": {"sequential": "2:4"}, "plan": {"scope": "row"}}}, 'give the arm plan: {pattern: "2:4"}'),
+        (
+            {"a": {"score": {"sequential": 0.5}, "plan": {"scope": "row", "budgets": "owl"}}},
+            "and leave out budgets",
+        ),
     ],
 )
 def test_bad_arms(arms, match):
     with pytest.raises(InputError, match=match):
         arms_of(arms, {}, {}, {}, [0], [0.5])
+
+
+@pytest.mark.parametrize(("value", "plan"), [(0.5, {"scope": "row"}), ("2:4", {"pattern": "2:4"})])
+def test_an_arm_may_be_pruned_as_it_was_scored(value, plan):
+    (arm,) = arms_of({"a": {"score": {"sequential": value}, "plan": plan}}, {}, {}, {}, [0], [0.5])
+    assert [cut.share for cut in arm.cuts()] == [0.5]
 
 
 def test_random_scores_follow_the_seed():
@@ -124,6 +137,8 @@ def test_random_scores_follow_the_seed():
     [
         ({"shares": [0.5], "behaviour": {"source": "x"}}, "leave out behaviour, or shares"),
         ({"shares": [0.5], "counts": [3]}, "leave out counts, or shares"),
+        ({"shares": [0.5], "general_score": {"target": "text"}}, "leave out general_score, or shares"),
+        ({"shares": [0.5], "controls": ["random"]}, "leave out controls, or shares"),
         ({"shares": [1.5]}, r"shares=\[1.5\]: give shares between 0 and 1"),
         ({"shares": []}, r"shares=\[\]: give shares"),
         ({}, "behaviour is missing: give behaviour to correct one, or shares"),

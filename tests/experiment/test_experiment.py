@@ -118,6 +118,8 @@ def test_largest_within_the_bound():
     ]
     assert largest_within(outcomes, 0.01).name == "b"
     assert largest_within(outcomes, 0.0001) is None
+    gains = [Outcome(f"budget-{scale}", 9, None, Stub(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
+    assert largest_within(gains, 0.01).name == "budget-1.0"  # all turn equally many components
 
 
 # --- what is done again -----------------------------------------------------------------------------------------------
@@ -352,6 +354,11 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
         ({"budgets": [0.02]}, r"budgets=\[0.02\] are for plan.edit=gains"),
         ({"plan": {"edit": "gains"}}, "give plan.budget"),
         ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3]}, "budgets in place of counts"),
+        ({"plan": {"edit": "gains", "budget": 0.01}, "controls": ["null"]}, "null is no control of plan.edit=gains"),
+        ({"controls": ["permuted"]}, "permuted is no control of plan.edit=zero; use random_matched"),
+        ({"completions": {"samples_per_prompt": 3}}, "completions: samples_per_prompt is none of its keys"),
+        ({"plan": {"num_neurons": 3, "protekt": 0.1}}, "plan: got an unexpected keyword argument 'protekt'"),
+        ({"plan": {"num_neurons": 3, "overwrite": True}}, "plan: .* multiple values"),
     ],
 )
 def test_budgets_that_do_not_fit_the_plan(small, passes, changes, match):

@@ -496,6 +496,7 @@ def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
             "two of the texts give the same windows",
         ),
         ({"budget": 0.01, "budget_text": ["demo"], "device": "cuda:9"}, "device='cuda:9'"),
+        ({"budget": 0.01, "budget_text": ["demo"], "alpha": 0.5}, "edit=gains with alpha=0.5"),
         ({"scale": 1.0, "contrast": "t", "gains_range": [0.0, 2.0]}, "is for contrast=budget"),
     ],
 )

@@ -59,3 +59,6 @@ def test_a_plan_holds_what_was_removed_while_scoring(tmp_path, sparsity, choice)
         )
     with pytest.raises(InputError, match=f"model.sequential={sparsity}"):
         make_plan([folder], contrast="general", share=0.5)
+    first, second, *_ = scores
+    with pytest.raises(InputError, match=f"layers leaves out {second}"):
+        make_plan([folder], contrast="general", **choice, **scope, layers=[first])
