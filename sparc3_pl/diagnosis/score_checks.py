@@ -230,7 +230,7 @@ def audit_folder(folder: ScoreFolder, name: str | None = None, read: bool = True
             _integrity_check(folder, read),
             check_architecture(manifest),
             *_sample_checks(manifest, samples),
-            *_relevance_checks(manifest.total_relevance, relevance, first_token, manifest.target in CENTRED),
+            *_relevance_checks(manifest.total_relevance, relevance, first_token, _cancelling(manifest)),
         ),
     )
 
@@ -315,13 +315,21 @@ def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Itera
         yield Check("samples", "pass", f"{len(ids)} samples, each counted once, {tokens:,} tokens")
 
 
-CENTRED = ("completion", "text")
-"""Targets whose derivatives have both signs: of log-likelihoods, with weights less their mean or labels that are drawn,
-nothing is left in expectation, so that a sample's total says nothing of how well the scores are known."""
+def _cancelling(manifest: Manifest) -> str | None:
+    """Why a sample's total says nothing of how well the scores are known; None where it does.
+
+    Of log-likelihoods, with weights less their mean or labels that are drawn, nothing is left in expectation. A logit
+    difference may have either sign, and so may the part of it that the components make.
+    """
+    if manifest.target in ("completion", "text"):
+        return "totals of log-likelihoods are around 0"
+    if manifest.target == "answer" and manifest.signed:
+        return "signed totals of a logit difference may be around 0"
+    return None
 
 
 def _relevance_checks(
-    total: float, relevance: Summary | None, first_token: Summary | None, centred: bool
+    total: float, relevance: Summary | None, first_token: Summary | None, cancelling: str | None
 ) -> Iterator[Check]:
     """Whether the samples' relevance adds up, is precise enough, and is not mostly that of the first position."""
     if relevance:
@@ -338,8 +346,8 @@ def _relevance_checks(
             share = relevance.standard_error / abs(relevance.mean) if relevance.mean else math.inf
             error = f"{number(relevance.standard_error, 2)} (standard error, {percent(share)} of the mean)"
             reason = f"{number(relevance.mean, 5)} +- {error}"
-            if centred:
-                yield Check(name, "pass", f"{reason}; totals of log-likelihoods are around 0")
+            if cancelling:
+                yield Check(name, "pass", f"{reason}; {cancelling}")
             else:
                 yield _graded(name, share, ERROR_WARN, ERROR_FAIL, reason)
     if first_token:
@@ -383,7 +391,10 @@ def _audit_seeds(group: dict[str, ScoreFolder], read: bool) -> SeedAudit:
     variation = deviation / abs(mean) if mean else math.inf
     spread = f"{number(deviation, 2)} (standard deviation), coefficient of variation {percent(variation)}"
     text = f"total relevance {number(mean, 5)} +- {spread}"
-    checks = [_graded("variation over seeds", variation, CV_WARN, CV_FAIL, text)]
+    if cancelling := _cancelling(next(iter(group.values())).manifest):
+        checks = [Check("variation over seeds", "pass", f"{text}; {cancelling}")]
+    else:
+        checks = [_graded("variation over seeds", variation, CV_WARN, CV_FAIL, text)]
     if read:
         pairs = _pairs({name: folder for name, folder in group.items() if _is_finite(folder)})
         checks += [*_agreement(pairs), *_independence([pair.shared_samples for pair in pairs])]

@@ -55,6 +55,27 @@ def test_figures_of_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("about", "status"),
+    [
+        ({"target": "answer", "signed": True}, "pass"),
+        ({"target": "text"}, "pass"),
+        ({"target": "answer"}, "fail"),
+        ({"signed": True}, "fail"),
+    ],
+)
+def test_totals_that_cancel_are_not_held_against_scores(tmp_path, about, status):
+    """Samples whose totals are around 0, and seeds whose totals are: more samples would not help either."""
+    rows = [samples(4, [-1.0, 1.01], seed=seed) for seed in range(2)]
+    folders = []
+    for seed, sign in enumerate((1, -0.9)):
+        scores = {name: sign * values for name, values in random_scores(7).items()}
+        folders.append(write(tmp_path / str(seed), scores, samples=rows[seed], num_samples=4, num_tokens=40, **about))
+    assert checks(audit_folder(folders[0]))["relevance per sample"].status == status
+    (seeds,) = audit_folders(folders).seeds
+    assert checks(seeds)["variation over seeds"].status == status
+
+
+@pytest.mark.parametrize(
     ("name", "status", "change"),
     [
         ("numerical stability", "fail", {"scores": float("nan")}),
