@@ -79,6 +79,38 @@ def test_a_misspelt_key_of_a_group_in_a_file_is_named_with_its_group(tmp_path, c
     assert "did you mean box.size?" in error
 
 
+@pytest.fixture
+def linked():
+    """A parser of a pass in small: ``--size`` stands for ``--box.size``."""
+    parser = FunctionParser()
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    parser.add_class_arguments(Box, "box")
+    parser.add_argument("--size", type=int | None, default=1)
+    parser.link_arguments("size", "box.size")
+    return parser
+
+
+@pytest.mark.parametrize("words", [["--size", "3"], ["--box.size", "3"], ["--box.size=3"], ["-c", "box: {size: 3}"]])
+def test_a_key_may_be_given_with_its_section_and_without(linked, words, tmp_path):
+    if words[0] == "-c":
+        (tmp_path / "x.yaml").write_text(words[1])
+        words = ["-c", str(tmp_path / "x.yaml")]
+    given = linked.parse_args(words)
+    assert (given.size, given.box.size) == (3, 3)
+
+
+def test_a_later_option_wins_over_a_file_that_names_the_section(linked, tmp_path):
+    (tmp_path / "x.yaml").write_text("box: {size: 3}")
+    assert linked.parse_args(["-c", str(tmp_path / "x.yaml"), "--size", "4"]).box.size == 4
+
+
+def test_a_key_given_twice_or_in_a_file_of_the_section_is_refused(linked, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("box: {size: 3}\nsize: 4\n")
+    error = error_of(linked, ["-c", str(tmp_path / "x.yaml")], capsys)
+    assert '"box.size": is 3, but size is 4; give one of them' in error and "x.yaml" in error
+    assert '"box.size" is given as "size"' in error_of(linked, ["--box", '{"size": 3}'], capsys)
+
+
 def test_the_mixin_does_for_any_parser(capsys):
     class Plain(OneLineErrors, ArgumentParser):
         pass

@@ -20,6 +20,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_dumper, set_loader
 from jsonargparse._actions import _ActionConfigLoad
+from jsonargparse._link_arguments import ActionLink
 
 from sparc3_pl.io.provenance import REDACTED, redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
@@ -49,6 +50,8 @@ class OneLineErrors:
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; an error names the config files that have to do with it."""
         token = _files.set([]) if _files.get() is None else None
+        if args is not None:
+            args = [self._without_section(word) for word in args]
         try:
             return super().parse_args(args, *more, **kwargs)
         finally:
@@ -95,6 +98,7 @@ class OneLineErrors:
                 del settings[section]
             elif not isinstance(settings.get(section, {}), dict | str):
                 raise TypeError(f'Parser key "{section}": holds {settings[section]!r}, not keys and their values')
+        self._move_linked(settings)
         if left_out := next(secrets_left_out(settings), None):
             raise TypeError(
                 f'Parser key "{left_out}": {REDACTED} stands for a secret that was left out of the file; give it again'
@@ -113,6 +117,43 @@ class OneLineErrors:
             is_null = action.default is not None and action.dest in namespace and namespace[action.dest] is None
             if kind is not None and is_null and not _takes_null(kind):
                 raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {_type_name(kind)}')
+
+    def _linked(self) -> dict[str, str]:
+        """By a key whose value another key gives (``model.output``) that other key (``output``)."""
+        return {action.dest: action.source[0][0] for action in self._actions if isinstance(action, ActionLink)}
+
+    def _without_section(self, word: Any) -> Any:
+        """``--output`` for ``--model.output``: jsonargparse takes the one only."""
+        option, equals, value = word.partition("=") if isinstance(word, str) else ("", "", "")
+        short = self._linked().get(option.removeprefix("--")) if option.startswith("--") else None
+        return word if short is None else f"--{short}{equals}{value}"
+
+    def _move_linked(self, settings: dict[str, Any]) -> None:
+        """Likewise in a config file, where jsonargparse would put the other key's default over what is given.
+
+        Raises:
+            TypeError: if both are given, and differ.
+        """
+        for key, short in self._linked().items():
+            section, _, name = key.partition(".")
+            inner = settings.get(section)
+            if not isinstance(inner, dict) or name not in inner:
+                continue
+            value = inner.pop(name)
+            if settings.setdefault(short, value) != value:
+                raise TypeError(f'Parser key "{key}": is {value!r}, but {short} is {settings[short]!r}; give one of them')
+
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, of a section that has a file of its own, too.
+
+        Raises:
+            TypeError: if such a file holds a key that another key gives.
+        """
+        for key, short in self._linked().items() if isinstance(cfg, dict) else ():
+            section, _, name = key.partition(".")
+            if section == parent_key and name in cfg:
+                raise TypeError(f'"{key}" is given as "{short}" where {section} has a file of its own')
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
 
     def _did_you_mean(self, named: Sequence[str]) -> str:
         keys = [action.dest for action in self._actions if action.dest not in (None, "help")]
