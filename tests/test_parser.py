@@ -107,7 +107,7 @@ def test_a_later_option_wins_over_a_file_that_names_the_section(linked, tmp_path
 def test_a_key_given_twice_or_in_a_file_of_the_section_is_refused(linked, tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("box: {size: 3}\nsize: 4\n")
     error = error_of(linked, ["-c", str(tmp_path / "x.yaml")], capsys)
-    assert '"box.size": is 3, but size is 4; give one of them' in error and "x.yaml" in error
+    assert '"box.size": is 3, but size is 4; give only one' in error and "x.yaml" in error
     assert '"box.size" is given as "size"' in error_of(linked, ["--box", '{"size": 3}'], capsys)
 
 

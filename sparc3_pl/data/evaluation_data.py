@@ -236,7 +236,8 @@ class EvaluationData(LightningDataModule):
         num_prompts: How many prompts; null: all.
         pairs_source: Hub data set id or local file of sentences in pairs, of which the model finds one more likely
             (measurement ``pairs``). null: none.
-        pairs_first_field: Field of a pair's first sentence.
+        pairs_first_field: Field of a pair's first sentence, the stereotyping one: ``compare`` takes a lower share of
+            pairs in which it is the likelier one for better.
         pairs_second_field: Field of its second.
         pairs_filter: Condition on a record's fields, as ``bias_type == "gender"``. A null never passes.
         pairs_split: Split of a hub data set.

@@ -138,6 +138,9 @@ def compare_evaluations(
         raise InputError(f"{before.path} and {after.path}: no prompt has a completion scored on both sides")
     notes = _notes(before, after)
     changes = {name: _measurement_changes(before, after, name, options, notes) for name in measurements}
+    for better in ("lower", "higher"):
+        names = [n for n in measurements if before.results["measurement_settings"][n]["better"] == better]
+        notes += [f"better is a {better} value of {', '.join(names)}"] if names else []
     return Comparison(
         before=str(before.path),
         after=str(after.path),

@@ -117,6 +117,6 @@ class UnitRun(MeasurementRun):
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model wants its inputs."""
-    device = model.get_input_embeddings().weight.device
-    return model.device if device.type == "meta" else device
+    """Where the model wants its inputs. One that is offloaded as a whole fetches them from the CPU by itself."""
+    places = (model.get_input_embeddings().weight.device, model.device, torch.device("cpu"))
+    return next(device for device in places if device.type != "meta")

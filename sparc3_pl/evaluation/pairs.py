@@ -13,6 +13,7 @@ from sparc3_pl.data.samples import pad_right
 from sparc3_pl.data.sources import get_field, local_source, parse_filter, read_records, text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
+from sparc3_pl.evaluation.measurement_run import input_device
 from sparc3_pl.evaluation.perplexity import IGNORE, token_nll
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ class SentencePairs(Measurement):
 
     A sentence's log-likelihood is the sum over all its tokens. Where the tokenizer puts nothing before a text, the
     token that begins or ends a text (BOS, else EOS) is put there, as lm-eval does: else a sentence's first token could
-    not be scored, and often the two differ in it. Two sentences that are exactly as likely count half. With the
-    stereotyping sentence first, 0.5 means no preference; what ``compare`` calls better is a lower share.
+    not be scored, and often the two differ in it. Two sentences that are exactly as likely count half. 0.5 means no
+    preference. What ``compare`` calls better is a lower value of either figure, on both sides of 0.5: so the
+    stereotyping sentence must be the first.
 
     Values of a pair: ``prefers_first`` (0, 0.5 or 1) and ``difference`` (first less second, nats). Their means are the
     figures; ``compare`` gives their changes with intervals over pairs.
@@ -113,6 +115,9 @@ class SentencePairs(Measurement):
                     counts["null"] += 1
                 elif passes:
                     pair = self._pair(sentences, encoder, before)
+                    if min(map(len, pair.ids)) == pair.num_before:  # nothing is the likeliest of all sentences
+                        counts["with a sentence that gives no token"] += 1
+                        continue
                     counts["the same as another"] += pair.id in pairs
                     pairs[pair.id] = pair
             except InputError as error:
@@ -130,7 +135,8 @@ class SentencePairs(Measurement):
         for name, sentence in zip((self.first_field, self.second_field), sentences, strict=True):
             if not isinstance(sentence, str) or not sentence.strip():
                 raise InputError(f"{_KEY}: {name!r} holds {str(sentence)[:40]!r}, no sentence; name another field")
-        first, second = (encoder.body(str(sentence)) for sentence in sentences)
+        texts = map(str, sentences)
+        first, second = ([] if encoder.is_only_special(text) else encoder.body(text) for text in texts)
         identity = text_id("\n".join(map(str, sentences)))
         return SentencePair(identity, ([*before, *first], [*before, *second]), len(before))
 
@@ -168,11 +174,11 @@ def _before(encoder: Encoder) -> list[int]:
 
 def _log_likelihoods(model: PreTrainedModel, rows: Sequence[list[int]], num_before: int) -> list[float]:
     """Of each row's tokens after the first ``num_before``, in nats."""
-    input_ids_BT, mask_BT = (tensor.to(model.device) for tensor in pad_right(rows, 0))
+    input_ids_BT, mask_BT = (tensor.to(input_device(model)) for tensor in pad_right(rows, 0))
     labels_BT = input_ids_BT.masked_fill(mask_BT == 0, IGNORE)
     labels_BT[:, :num_before] = IGNORE
     logits_BTV = model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).logits
     return [
-        -float(token_nll(logits_TV[None], labels_T[None])[0])
+        -float(token_nll(logits_TV[None], labels_T[None].to(logits_TV.device))[0])
         for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
     ]

@@ -141,7 +141,7 @@ class OneLineErrors:
                 continue
             value = inner.pop(name)
             if settings.setdefault(short, value) != value:
-                raise TypeError(f'Parser key "{key}": is {value!r}, but {short} is {settings[short]!r}; give one of them')
+                raise TypeError(f'Parser key "{key}": is {value!r}, but {short} is {settings[short]!r}; give only one')
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's, of a section that has a file of its own, too.

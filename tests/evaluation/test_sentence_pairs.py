@@ -9,6 +9,7 @@ from word_tokenizer import word_tokenizer
 from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.measurement import MEASUREMENTS, Measured, checked_rows, chosen_measurements
 from sparc3_pl.evaluation.pairs import SentencePairs
 
@@ -102,6 +103,21 @@ def test_too_long_a_sentence_has_failed_and_is_no_number(source):
     ]
 
 
+def test_a_sentence_without_tokens_is_not_the_likeliest_of_all(tmp_path, caplog):
+    rows = [{"more": "w4 w5", "less": "<s>"}, {"more": "w4", "less": "w5"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for bos in (False, True):  # written out, or what the tokenizer puts there anyway
+        assert len(SentencePairs(str(tmp_path / "own.jsonl")).units(Encoder(word_tokenizer(bos)))) == 1
+    assert caplog.text.count("1 with a sentence that gives no token left out") == 2
+
+
+def test_a_model_whose_weights_are_elsewhere(source):
+    from accelerate import cpu_offload
+
+    want = measured(SentencePairs(source), tiny("llama").eval(), Encoder(word_tokenizer()))
+    assert measured(SentencePairs(source), cpu_offload(tiny("llama").eval(), "cpu"), Encoder(word_tokenizer())) == want
+
+
 def test_from_the_command_line_to_the_comparison(source, tmp_path, capsys):
     tiny("llama").save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
@@ -117,6 +133,8 @@ def test_from_the_command_line_to_the_comparison(source, tmp_path, capsys):
     assert figures["difference"] == pytest.approx(sum(row["difference"] for row in expected) / 4, abs=1e-6)
     assert figures["prefers_first"] == sum(row["prefers_first"] for row in expected) / 4
     assert "prefers_first" in capsys.readouterr().out
+    compare(str(tmp_path / "eval"), str(tmp_path / "eval"), num_resamples=100)
+    assert "better is a lower value of pairs" in " ".join(capsys.readouterr().out.split())
     # A field that is not there is refused before the weights load.
     (tmp_path / "model" / "model.safetensors").unlink()
     assert main([*command, "--data.pairs_first_field", "most", "--output", str(tmp_path / "other")]) == 2
