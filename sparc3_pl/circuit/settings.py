@@ -26,7 +26,7 @@ class CircuitModel:
             run of its own), or a class of your own. Kinds in a list compete in one ranking.
         target: What the methods attribute.
         targets: Glob patterns of the layers to choose from; unset: each kind's own choice.
-        signed: Keep the sign of scores: CPR ranks by it. Without it scores are sums of absolute values.
+        signed: Keep the sign of scores: the area CPR ranks by it. Without it scores are sums of absolute values.
         nonfinite: ``error`` stops at the first NaN or infinity; ``zero`` replaces each by 0 and counts them.
         draws: Random circuits that method ``random`` draws; each is measured like any other.
         seed: Seed of the first random circuit.

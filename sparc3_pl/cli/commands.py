@@ -31,15 +31,15 @@ class Command:
 
 
 PASSES = {
-    "score": "Score a model's weights or neurons on reference samples.",
-    "eval": "Measure perplexity and the toxicity of completions, of a model as it is or with a plan applied.",
+    "score": "Score a model's components (neurons, heads, single weights, ...) on reference samples.",
+    "eval": "Measure a model as it is or with a plan applied: perplexity, judged completions, sentence pairs, tasks.",
 }
 """Commands that run the Trainer's method of that name."""
 
 COMMANDS = {
     "prune": Command(
         "sparc3_pl.selection.command",
-        "Choose what a behaviour uses and general text does not, and write it as a plan.",
+        "Choose what a behaviour uses and general text does not, or what general text uses least, as a plan.",
     ),
     "circuit": Command(
         "sparc3_pl.circuit.command",

@@ -147,12 +147,12 @@ class Trainer(pl.Trainer):
         return getattr(model, "output", None) if self.is_global_zero else None
 
     def score(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-        """Score a model's weights or neurons on reference samples."""
+        """Score a model's components (neurons, heads, single weights, ...) on reference samples."""
         with _clean_refusal(self), sole_run(self._output_of(model)):
             self.predict(model, datamodule=datamodule, return_predictions=False)
 
     def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-        """Measure perplexity and the toxicity of completions, of a model as it is or with a plan applied."""
+        """Measure a model as it is or with a plan applied: perplexity, judged completions, sentence pairs, tasks."""
         if isinstance(self.strategy, ModelParallelStrategy):
             raise InputError(
                 "trainer.strategy=ModelParallelStrategy is for score; eval of a model larger than one GPU runs in one "

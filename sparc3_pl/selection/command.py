@@ -76,7 +76,7 @@ def prune(
     mean_seq_len: int = 128,
     overwrite: bool = False,
 ) -> PruneResult:
-    """Choose what a behaviour uses and general text does not, and write it as a plan.
+    """Choose what a behaviour uses and general text does not, or what general text uses least, as a plan.
 
     The plan is a JSON file that eval and the PruningCallback apply. With save_model, the pruned model is written too.
 
