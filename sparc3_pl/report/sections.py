@@ -40,8 +40,10 @@ from sparc3_pl.report.effects import (
     completions,
     dose_picture,
     effect_table,
+    gains_table,
     headline,
     measurement_table,
+    scale_of,
     title_of,
 )
 from sparc3_pl.scores.folder import ScoreFolder
@@ -135,8 +137,11 @@ def _story(inputs: Inputs, best: Effect) -> str:
     share = f" of {total:,} ({100 * size / total:.2g} %)" if size and total else ""
     model = Path(best.after.results["model"]["pretrained"]).name if best.after else "the model"
     sides = _sources(inputs, plan)
-    choice = f"the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
-    text = f"In {model}, {count(size)} {best.unit}{share} were {action}: those for which {choice}."
+    choice = f"those for which the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
+    if scale_of(plan):
+        action = "multiplied, each by a factor of its own"
+        choice = f"the further, the more that changes what {sides[1]} measure for what it costs on {sides[0]}"
+    text = f"In {model}, {count(size)} {best.unit}{share} were {action}: {choice}."
     bound = f"{100 * best.bound:g} %"
     if best.rise is None:
         return f"{text} This is the largest edit; whether it keeps perplexity within {bound} was not measured."
@@ -188,6 +193,8 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         if len(experiments) > 1:
             yield Text(f"Against {name}:")
         yield effect_table(group)
+        if (gains := gains_table(group)) is not None:
+            yield gains
         if (further := measurement_table(group)) is not None:
             yield further
         picture = dose_picture(group, f"dose{place or ''}")

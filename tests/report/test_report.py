@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
-from sparc3_pl.report.effects import by_experiment, effects, headline
+from sparc3_pl.report.effects import by_experiment, effects, gains_table, headline
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.statistics.paired import paired_change
@@ -296,6 +297,29 @@ def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
     assert headline([unknown, *measured]) is measured[0]
     assert headline([unknown]) is unknown
     assert by_experiment([unknown, *measured]).keys() == {measured[0].experiment}
+
+
+def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
+    evaluation(tmp_path / "before", None, 1.0, 12.0)
+    doses = [("budget-0.01", 2.0, None, (0.8, 12.01)), ("budget-0.02", 3.0, None, (0.6, 12.03))]
+    doses += [("one", 2.0, "permuted", (1.0, 12.01)), ("two", 3.0, "permuted", (0.99, 12.02))]
+    for name, scale, control, measured in doses:
+        gains = {"scale": scale, "predicted_change": -0.1 * scale, "predicted_rise": math.log(1.01), "budget": None}
+        gains["texts"] = [{"source": "a", "rise": 0.004}, {"source": "b", "rise": 0.007}]
+        plan = PLAN | {"num_neurons": 40, "edit": "gains", "control": control, "settings": {"gains": gains}}
+        evaluation(tmp_path / name, plan | {"sha256": name}, *measured)
+    measured, _ = effects(collect([tmp_path]))
+    assert headline(measured).name == "budget-0.02"  # as many components as the other, but further
+    table = gains_table(measured)
+    change = measured[1].toxicity["change"]
+    assert table.texts[1] == ("budget-0.02", "3", "-0.3", f"{change:+.3g}", "+1.00 %", "+0.70 %", table.texts[1][-1])
+    assert [row[0] for row in table.texts] == [
+        "budget-0.01", "budget-0.02", "one (control permuted)", "two (control permuted)"
+    ]  # fmt: skip
+    words = " ".join(make_report([tmp_path]).markdown.split())
+    assert words.count("The control permuted of the same size") == 1
+    assert "each by a factor of its own" in words
+    assert "of relevance on" not in words
 
 
 def test_large_scores_are_not_read_again(experiment, monkeypatch):
