@@ -151,6 +151,17 @@ class Method(ABC):
                 f"{METHODS.name_of(self)} cannot score it; score neuron, head, channel or mlp"
             )
 
+    def check_samples(self, numbers: Sequence[Mapping[str, float]]) -> None:
+        """Refuses samples that the method can make nothing of, before a model is loaded.
+
+        Args:
+            numbers: Of each sample, the numbers that came with it, such as its ``label``.
+
+        Raises:
+            InputError: saying which are missing.
+        """
+        return None
+
     def prepare(self, model: nn.Module) -> None:
         """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -69,6 +69,16 @@ class Expertise(Method):
         if component.dims == 2:
             raise InputError("method expertise: single weights have no response; score neuron or channel")
 
+    def check_samples(self, numbers: Sequence[Mapping[str, float]]) -> None:
+        if len({one["label"] >= self.threshold for one in numbers}) < 2:
+            raise self._no_pairs()
+
+    def _no_pairs(self) -> InputError:
+        return InputError(
+            "method expertise: the samples are all labelled, or none is (data.label_field, and the method's "
+            f"threshold={self.threshold}); give samples of both kinds"
+        )
+
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
         read = site_of(group) if self.needs_values else group
         if read.width != 1 or (not self.needs_values and read.axis != "out"):
@@ -133,10 +143,7 @@ class Expertise(Method):
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         if not sums["pairs"]:
-            raise InputError(
-                "method expertise: the samples are all labelled, or none is (data.label_field, and the method's "
-                f"threshold={self.threshold}); give samples of both kinds"
-            )
+            raise self._no_pairs()
         return (sums["sum"] / sums["pairs"]).float()
 
 

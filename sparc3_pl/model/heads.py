@@ -55,7 +55,7 @@ class Attention:
 
     def kv_heads_of(self, heads: Tensor) -> Tensor:
         """Key and value heads all of whose query heads are in ``heads``, ascending: ``[m]`` int64."""
-        group = self.num_heads // self.num_kv_heads
+        group, heads = self.num_heads // self.num_kv_heads, heads.unique()  # one that is named twice is no second one
         return (torch.bincount(heads // group, minlength=self.num_kv_heads) == group).nonzero().flatten()
 
 

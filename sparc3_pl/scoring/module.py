@@ -201,6 +201,7 @@ class ScoringModule(pl.LightningModule):
         self.data.read(self.encoder)
         if self.request.method.made.needs_samples:
             require_fields(self.request, {*self.data.samples[0].numbers, *self.data.samples[0].by_token})
+            self.request.method.made.check_samples([sample.numbers for sample in self.data.samples])
         if self.part is not None:
             number, count = self.part
             ids = sorted(sample.id for sample in self.data.samples)

@@ -7,6 +7,7 @@ from tiny_models import tiny, tokens
 from sparc3_pl.attribution.methods_expertise import pairs_in_order
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.soundness import padded
+from sparc3_pl.cli import main
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.scoring.module import ScoringModule
@@ -114,3 +115,13 @@ def test_what_cannot_be_done():
     for key, value in (("part", "1/2"), ("checkpoint_every", 2)):
         with pytest.raises(InputError, match=f"neither sums in between nor those of a part can be kept; .*{key}"):
             ScoringModule(method="expertise", output="here", **{key: value})
+
+
+def test_samples_of_one_kind_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparc3_pl.scoring.module.load_model", lambda source: pytest.fail("the model was loaded"))
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"text": "The cat number {i} sat.", "label": 0.3}}\n' for i in range(20)))
+    words = ["score", "--model.method", "expertise", "--data.source", str(file), "--data.label_field", "label"]
+    more = ["--data.num_samples", "4", "--data.seq_len", "8", "--output", str(tmp_path / "scores")]
+    assert main([*words, *more]) == 2
+    assert "the samples are all labelled, or none is" in capsys.readouterr().err

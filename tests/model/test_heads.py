@@ -77,3 +77,4 @@ def test_a_shared_key_value_head_goes_with_all_its_query_heads():
     block = attentions(variant("llama"))[0]  # 4 query heads on 2
     assert block.kv_heads_of(torch.tensor([0, 2, 3])).tolist() == [1]
     assert block.kv_heads_of(torch.tensor([1])).tolist() == []
+    assert block.kv_heads_of(torch.tensor([1, 1])).tolist() == []
