@@ -226,7 +226,7 @@ class ScoringModule(pl.LightningModule):
         sums_are_sharded = self.request.method.made.needs_target and self.request.components[0].made.dims == 2
         if self.checkpoint_every is not None and sums_are_sharded:
             raise InputError(
-                f"model.checkpoint_every={self.checkpoint_every}: weight scores whose sums ModelParallelStrategy "
+                f"checkpoint_every={self.checkpoint_every}: weight scores whose sums ModelParallelStrategy "
                 "shares out cannot be saved in between; leave it out, and score parts by --part i/n, which merge joins"
             )
 
@@ -333,11 +333,10 @@ class ScoringModule(pl.LightningModule):
 
 def _checked_interval(checkpoint_every: int | None, output: str | None) -> int | None:
     if checkpoint_every is not None and checkpoint_every < 1:
-        raise InputError(f"model.checkpoint_every={checkpoint_every}; give 1 batch or more")
+        raise InputError(f"checkpoint_every={checkpoint_every}; give 1 batch or more")
     if checkpoint_every is not None and output is None:
         raise InputError(
-            f"model.checkpoint_every={checkpoint_every} needs a place that stays the same when the run resumes; give "
-            "--output"
+            f"checkpoint_every={checkpoint_every} needs a place that stays the same when the run resumes; give --output"
         )
     return checkpoint_every
 

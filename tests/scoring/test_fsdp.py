@@ -139,7 +139,7 @@ def test_a_failure_on_one_rank_ends_all(ranks, files, tmp_path):
             [*ALL_WEIGHTS, "--model.sums_on_host", "true"],
             "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy",
         ),
-        ([*ALL_WEIGHTS, "--checkpoint_every", 2], "model.checkpoint_every=2: weight scores whose sums"),
+        ([*ALL_WEIGHTS, "--checkpoint_every", 2], "checkpoint_every=2: weight scores whose sums"),
         (["--trainer.strategy.init_args.tensor_parallel_size", 2], "data_parallel_size=auto, tensor_parallel_size=2"),
         (["--trainer.strategy.init_args.data_parallel_size", 3], "data_parallel_size=3, tensor_parallel_size=1, but"),
     ],
