@@ -414,6 +414,24 @@ class EvaluationData(LightningDataModule):
         encoder = self.encoder
         return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
+    def known_text(self, ids: Collection[str]) -> float:
+        """The share of the text, by letters, that is in texts of these identities.
+
+        The source is read once more, in its records (of a .txt file: lines), as it is for a plan.
+        """
+        if not ids or self.text_source is None:
+            return 0.0
+        records = read_records(self.text_source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        field, known, total, size = "text" if self._verbatim else self.text_field, 0, 0, 0
+        for record in records:
+            text = get_field(record, field)
+            total += len(text)
+            known += len(text) if self.encoder.identity(text) in ids else 0
+            size += len((text + ("\n" if self._verbatim else SEPARATOR)).encode())
+            if self.text_max_bytes is not None and size >= self.text_max_bytes:
+                break
+        return known / total if total else 0.0
+
     def plan_batches(self, window: WindowSize | None, units: Sequence[Units] = ()) -> None:
         """What the batches are to hold besides prompts; whoever knows the model says so before they are asked for.
 

@@ -309,6 +309,8 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
             notes.append(f"{side.path}: the weights were changed after loading, by no plan that is known")
         if count := side.results["num_overlapping_prompts"]:
             notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
+        if share := side.results.get("overlapping_text"):
+            notes.append(f"{side.path}: {share:.0%} of the text held the plan's budget, so perplexity is not held out")
     return notes
 
 

@@ -19,10 +19,14 @@ from sparc3_pl.runtime.collectives import is_rank_zero
 if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
 
-__all__ = ["EvaluatedModel", "EvaluationRun"]
+__all__ = ["MOST_KNOWN_TEXT", "EvaluatedModel", "EvaluationRun"]
 
 NOT_MEASURED = {"perplexity": None, "toxicity": None, "repetition": None, "generation": None, "judge": None}
 """What ``results.json`` says of what was not measured."""
+
+
+MOST_KNOWN_TEXT = 0.01
+"""Share of a text that may be known from elsewhere: lines such as headings are in many texts."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class EvaluatedModel:
         fingerprint: Of the weights that are evaluated.
         plan: The plan by which they were edited, if one is known.
         known_prompts: Ids of the evaluation's prompts from which the plan was made.
+        known_text: Share of the evaluation's text by which the plan's budget was held.
     """
 
     loaded: dict[str, Any]
     fingerprint: str
     plan: PrunePlan | None = None
     known_prompts: frozenset[str] = frozenset()
+    known_text: float = 0.0
 
     @property
     def is_edited_unknown(self) -> bool:
@@ -54,9 +60,11 @@ class EvaluatedModel:
         """What ``results.json`` says of it. ``overlap`` is ``unknown`` where nobody knows of an edit's prompts."""
         overlap = self.prompts_of_plan(prompt_ids)
         unknown = self.is_edited_unknown
+        text = {"overlapping_text": self.known_text} if self.known_text > MOST_KNOWN_TEXT else {}
         return {
-            "overlap": "unknown" if unknown else "allowed" if overlap else "none",
+            "overlap": "unknown" if unknown else "allowed" if overlap or text else "none",
             "num_overlapping_prompts": None if unknown else len(overlap),
+            **text,
             "model": self.loaded | {"evaluated_fingerprint": self.fingerprint},
             "plan": None if self.plan is None else self.plan.summary(),
         }

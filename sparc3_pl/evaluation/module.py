@@ -13,7 +13,7 @@ from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
-from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.evaluation_run import MOST_KNOWN_TEXT, EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge
 from sparc3_pl.evaluation.measurement import chosen_measurements
@@ -73,7 +73,8 @@ class EvaluationModule(pl.LightningModule):
             without a hub.
         tasks_limit: Only the first so many items of each task; null: all.
         tasks_batch_size: Sequences (a context with one of its choices) in one forward pass.
-        allow_overlap: Evaluate also on prompts from which the plan was made; the results say so.
+        allow_overlap: Evaluate also on prompts from which the plan was made, and on text by which its budget was held;
+            the results say so.
         output: Where the results go; by default ``evaluation`` in the run's log folder.
         overwrite: Replace an earlier evaluation in ``output``.
     """
@@ -227,6 +228,11 @@ class EvaluationModule(pl.LightningModule):
                 "so the result would not be held out; choose other prompts (data.partition: evaluation) or give "
                 "--allow_overlap"
             )
+        if evaluated.known_text > MOST_KNOWN_TEXT and not self.allow_overlap:
+            raise InputError(
+                f"{evaluated.known_text:.0%} of data.text_source is text by which the plan's budget was held "
+                "(budget_text), so the perplexity would not be held out; give other text or --allow_overlap"
+            )
         runs: list[MeasurementRun] = []  # the same on every rank, also on one without prompts or windows
         if self._window is not None:
             runs.append(PerplexityRun(self.model, self._window, self.device))
@@ -258,6 +264,7 @@ class EvaluationModule(pl.LightningModule):
             from_rank_zero(lambda: fingerprint(self.model)),
             plan,
             frozenset(() if plan is None else self.data.known_prompts(plan.behaviour_samples)),
+            0.0 if plan is None else self.data.known_text(set(plan.budget_samples)),
         )
         if evaluated.is_edited_unknown:
             log.warning(

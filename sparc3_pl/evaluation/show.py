@@ -114,7 +114,9 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
             rows.append(
                 (f"{name}: failed {about['unit']}", Number(about["num_failed"], form="d"), f"{about['num_units']}")
             )
-    if results["overlap"] == "allowed":
+    if share := results.get("overlapping_text"):
+        rows.append(("not held out", Number(100 * share, form=".0f", unit=" %"), "of the text held the plan's budget"))
+    if results["overlap"] == "allowed" and results["num_overlapping_prompts"]:
         rows.append(
             ("not held out", Number(results["num_overlapping_prompts"], form="d"), "prompts were used to make the plan")
         )

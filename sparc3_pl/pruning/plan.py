@@ -148,6 +148,7 @@ class _About:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     behaviour_samples: list[str] = field(default_factory=list)
+    budget_samples: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=provenance.versions)
     command: str = field(default_factory=provenance.command_line)
@@ -203,6 +204,7 @@ class PrunePlan(_About):
         scores: ``general`` and ``behaviour``: a list of folder name, sha256 of its manifest, samples, source, seed.
         behaviour_samples: Ids of the behaviour's samples and of the texts that they were made from: these must not be
             evaluated on.
+        budget_samples: Ids of the texts whose perplexity held the budget of ``gains``: nor must these.
         warnings: What whoever made the plan should have known.
         versions: Versions of Python and the packages.
         command: The command line that made it.
@@ -339,8 +341,9 @@ class PrunePlan(_About):
         for neuron in neurons:
             if neuron["factor"] is None:
                 del neuron["factor"]
-        if not data["components"]:
-            del data["components"]
+        for key in ("components", "budget_samples"):
+            if not data[key]:
+                del data[key]
         return {
             "format_version": data.pop("format_version"),
             "neurons": neurons,

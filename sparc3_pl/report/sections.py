@@ -399,7 +399,10 @@ def _measured(inputs: Inputs) -> Table:
         if toxicity:
             number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
             judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
-        held_out = _HELD_OUT.get(ev.results.get("overlap"), "no: some prompts were used to make the plan")
+        known = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
+        if ev.results.get("overlapping_text"):
+            known += (" and " if known else "") + "some of the text held its budget"
+        held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {known or 'prompts were used to make the plan'}")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 

@@ -359,7 +359,8 @@ def spend(
         for text, nll, rise, num_tokens in zip(texts, before, search.rises, losses.num_tokens, strict=True)
     ]
     more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": measured}
-    plan = dose.at(search.scale, more)
+    names = {name for text in texts for window in text.windows for name in window.text_ids}
+    plan = replace(dose.at(search.scale, more), budget_samples=sorted(names))
     if budget is not None and not search.reached:
         largest = max(text["rise"] for text in measured)
         why = (

@@ -246,6 +246,21 @@ def test_prompts_are_known_by_their_letters_and_by_their_token_ids(prompts):
         assert data.known_prompts({name, "another"}) == {text_id(text)}
 
 
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_text_that_is_known_from_elsewhere_is_measured(tmp_path, form):
+    """Of the lines of a file, or its records, and of what is read of them only."""
+    lines = ["= A heading =", "The first train leaves at noon, and on time.", "", "The last one does not."]
+    path = tmp_path / f"text.{form}"
+    path.write_text("\n".join(lines if form == "txt" else [json.dumps({"text": line}) for line in lines]))
+    data = ready(EvaluationData(str(path), prompts_source=None))
+    known = {text_id(lines[1]), "another"}
+    assert data.known_text(known) == len(lines[1]) / sum(map(len, lines))
+    assert data.known_text(set()) == data.known_text({"another"}) == 0
+    short = ready(EvaluationData(str(path), prompts_source=None, text_max_bytes=10))
+    assert short.known_text(known) == 0
+    assert ready(EvaluationData(None, prompts_source=str(path), prompts_field="text")).known_text(known) == 0
+
+
 def test_a_text_has_nothing_after_it(text):
     plain = ready(EvaluationData(text, prompts_source=None))
     data = EvaluationData(text, prompts_source=None)

@@ -18,6 +18,7 @@ from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation import module as module_under_test
+from sparc3_pl.evaluation.compare import compare_evaluations
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
@@ -255,6 +256,22 @@ def test_prompts_of_the_plan_are_refused_unless_allowed(files, plan):
     assert not (files / "evaluation").exists()
     results = run(files, module_of(files, allow_overlap=True), callbacks=[PruningCallback(plan)]).results
     assert (results["overlap"], results["num_overlapping_prompts"]) == ("allowed", 1)
+
+
+def test_text_that_held_the_budget_is_refused_unless_allowed(files, plan):
+    text = (files / "text.txt").read_text()
+    plan = replace(plan, budget_samples=[text_id(text)])
+    plan.save(files / "plan.json")
+    plan = PrunePlan.load(files / "plan.json")
+    with pytest.raises(InputError, match=r"100% of data\.text_source is text by which the plan's budget was held"):
+        run_on_text(files, module_of(files), callbacks=[PruningCallback(plan)])
+    assert not (files / "evaluation").exists()
+    before = run_on_text(files, module_of(files, "before"))
+    after = run_on_text(files, module_of(files, allow_overlap=True), callbacks=[PruningCallback(plan)])
+    assert (after.results["overlap"], after.results["overlapping_text"]) == ("allowed", 1.0)
+    assert after.results["num_overlapping_prompts"] == 0
+    assert "100% of the text held the plan's budget" in compare_evaluations(before, after).notes[-1]
+    assert "overlapping_text" not in before.results
 
 
 def test_a_known_prompt_with_a_space_behind_it_is_no_new_one(files, plan):

@@ -450,6 +450,10 @@ def test_the_command_finds_the_scale_that_the_budget_allows(demo_folders, tmp_pa
             return float(model(input_ids=ids, labels=ids).loss)
 
     general = [ScoreFolder.open(folder / "general")]
+    held = held_back(["demo", "demo:text"], encoder, general, num_windows=3, length=64)
+    names = {name for text in held for window in text.windows for name in window.text_ids}
+    assert names
+    assert plan.budget_samples == sorted(names)
     for source, told in zip(("demo", "demo:text"), gains["texts"], strict=True):
         (text,) = held_back([source], encoder, general, num_windows=3, length=64)
         assert told["num_tokens"] == 3 * 63
