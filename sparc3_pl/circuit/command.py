@@ -34,6 +34,7 @@ from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
+from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Choice
 from sparc3_pl.scoring.score_run import require_fields
 
@@ -173,7 +174,7 @@ class _Run:
         orders = {arm.name: self.measured[arm.name].order_N for arm in self.arms if not arm.is_random}
         overlaps = []
         if len(orders) > 1 and not self.candidates.are_weights:
-            strength = score_arm(strength_request(self.arms[0]), self.model, sets)
+            strength = score_arm(strength_request(self.arms[0], self.settings.nonfinite), self.model, sets)
             overlaps = overlaps_of_arms(orders, strength, bench, permutations)
             self._lap("overlaps")
         full, empty = levels(bench.ends)
@@ -268,6 +269,10 @@ def _warnings(bench: Bench) -> Iterator[str]:
             f"the fractions {', '.join(f'{fraction:g}' for fraction in none)} of {bench.candidates.count} components "
             "are none: the curve begins with the empty model"
         )
+    name, head = output_head(bench.model)
+    scored = {span.group.layer for span in bench.candidates.spans}
+    if bench.candidates.are_weights and name in scored and head.weight is bench.model.get_input_embeddings().weight:
+        yield f"{name} and the word embeddings are one matrix: what is ablated in the one is ablated in the other too"
 
 
 @contextmanager

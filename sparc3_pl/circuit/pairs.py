@@ -60,7 +60,12 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
         batches, told = _draw(settings, encoder, "attribution", settings.num_samples, settings.seed + number, size)
         sets.append(batches)
         about.append(told)
-    tests, about_tests = _draw(settings, encoder, "evaluation", settings.num_test, settings.seed, settings.batch_size)
+    try:
+        tests, about_tests = _draw(
+            settings, encoder, "evaluation", settings.num_test, settings.seed, settings.batch_size
+        )
+    except InputError as error:  # who draws samples knows one key for their number
+        raise InputError(str(error).replace("data.num_samples", "data.num_test")) from None
     for batch in (*(batch for batches in sets for batch in batches), *tests):
         _check(batch, settings, needs_counterfactuals)
     read = {text for batches in sets for batch in batches for texts in batch.text_ids for text in texts}

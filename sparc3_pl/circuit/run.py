@@ -300,8 +300,8 @@ def overlaps_of_arms(
     return result
 
 
-def strength_request(arm: Arm) -> ScoreRequest:
+def strength_request(arm: Arm, nonfinite: str = "error") -> ScoreRequest:
     """What says how strong the components of an arm are, whatever the task: Wanda's scores."""
     plain = arm.request
     kinds = [choice.made for choice in plain.components]
-    return ScoreRequest.of("wanda", kinds, layers=plain.layers)
+    return ScoreRequest.of("wanda", kinds, layers=plain.layers, nonfinite=nonfinite)

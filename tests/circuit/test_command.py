@@ -9,14 +9,18 @@ import torch
 from pair_batches import pair_batches
 from tiny_models import tiny
 
-from sparc3_pl.circuit.command import circuit
+from sparc3_pl.circuit.ablation import ABLATIONS
+from sparc3_pl.circuit.command import _warnings, circuit
+from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.measure import outcome_of_batch
 from sparc3_pl.circuit.results import open_circuit
+from sparc3_pl.circuit.run import Bench
 from sparc3_pl.circuit.settings import CircuitData, CircuitModel
 from sparc3_pl.cli import execute, main
 from sparc3_pl.diagnosis.overlap import overlap
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import KIND as EVALUATION
+from sparc3_pl.model.components import COMPONENTS
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.command import make_report
 from sparc3_pl.scores.folder import ScoreFolder
@@ -144,6 +148,7 @@ def test_without_a_gap_no_share_is_told(place, capsys):
 WRONG = {
     "fractions": (["--fractions", "[0.5, 0.1]"], "fractions=[0.5, 0.1]: give at least two, ascending"),
     "few pairs": (["--data.num_test", "5"], "data.num_test=5: no interval can be given for fewer than 6"),
+    "many pairs": (["--data.num_test", "500"], "data.num_test=500"),
     "ablation": (["--ablation", "zeros"], "ablation='zeros' is unknown; did you mean zero?"),
     "weights": (
         ["--ablation", "mean", "--model.granularity", "[weight]"],
@@ -199,6 +204,15 @@ def test_what_a_model_cannot_do_is_refused_before_anything_is_measured(place, mo
     with pytest.raises(InputError, match=message):
         circuit(model, data, **more, output=str(place / "never"))
     assert not (place / "never").exists()
+
+
+def test_a_head_that_is_the_embedding_too_is_told():
+    model = tiny("qwen2").requires_grad_(False)
+    batches = pair_batches([5] * 8, 8)
+    for layers, told in ((["lm_head"], 1), (["*.up_proj"], 0)):
+        candidates = Candidates.of(model, {"weight": COMPONENTS.make("weight")}, layers)
+        bench = Bench.of(model, candidates, ABLATIONS.make("zero"), [batches], batches, (0.5, 1.0))
+        assert sum("are one matrix" in text for text in _warnings(bench)) == told
 
 
 def test_a_function_for_a_notebook(place):
