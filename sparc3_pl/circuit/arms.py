@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.methods import Sums
+from sparc3_pl.attribution.methods import METHODS, Sums
 from sparc3_pl.attribution.scorers import LayerScores, Scorer, layer_scores
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.curves import num_kept
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.components import COMPONENTS
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.manifest import ScoredSample
@@ -93,9 +94,11 @@ def arms_of(
         raise InputError("model.methods is an empty list; name how components are scored, as lrp")
     arms: dict[str, Arm] = {}
     granularity = [granularity] if isinstance(granularity, str | dict) else list(granularity)
+    if not granularity:
+        raise InputError("model.granularity is an empty list; name what circuits consist of, as neuron")
+    kinds = [COMPONENTS.choose(kind).made for kind in granularity]
     for spec in methods:
-        plain = ScoreRequest.of(spec, granularity, layers=layers)
-        method, kinds = plain.method, [choice.made for choice in plain.components]
+        method = METHODS.choose(spec)
         heeded = frozenset.intersection(*(method.made.heeds(kind) for kind in kinds))
         options = {
             name: value for name, value in (("signed", signed), ("nonfinite", nonfinite)) if name in heeded and value

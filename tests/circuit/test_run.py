@@ -258,3 +258,12 @@ def test_methods_that_cannot_be_arms():
         "lrp",
         "lrp-rules-cp",
     ]
+    with pytest.raises(InputError, match=r"model\.granularity is an empty list"):
+        arms("lrp", kinds=())
+
+
+@pytest.mark.parametrize("method", ["lrp", "integrated_gradients", "attribution_patching", "relevance_patching"])
+def test_every_method_with_a_target_attributes_the_answer(method):
+    """Also one that no other target suits."""
+    (arm,) = arms(method)
+    assert arm.request.target.name == "answer" and arm.request.options.signed
