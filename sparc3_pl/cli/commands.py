@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "report": Command(
         "sparc3_pl.report.command",
-        "Write a report on scores, plans and evaluations, as one HTML page and as Markdown.",
+        "Write a report on scores, plans, evaluations and circuits, as one HTML page and as Markdown.",
     ),
     "merge": Command(
         "sparc3_pl.scoring.merge",

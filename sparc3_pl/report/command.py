@@ -30,7 +30,7 @@ class Report:
 
 
 def report(folders: list[str], output: str = "report", overwrite: bool = False) -> Path:
-    """Write a report on scores, plans and evaluations, as one HTML page and as Markdown.
+    """Write a report on scores, plans, evaluations and circuits, as one HTML page and as Markdown.
 
     The page needs no network and opens from the disk. Its inputs are verified while they are read; the tensors of score
     folders over 100 MB are not read, use audit for that.
