@@ -292,9 +292,11 @@ def resampled_overlaps(
         return []
     whole = order_of(scores.values(candidates))
     rng = np.random.default_rng(seed)
-    orders = []
-    for _ in range(times):
-        counts = np.bincount(rng.integers(number, size=number), minlength=number)
-        orders.append((whole, order_of(scores.values(candidates, dict(enumerate(counts.tolist()))))))
     sizes = [num_kept(fraction, candidates.count) for fraction in fractions]
-    return [[agreement(one, other, size) for one, other in orders] for size in sizes]
+    by_size: list[list[float]] = [[] for _ in sizes]
+    for _ in range(times):  # one order at a time: of single weights it is twice as large as their scores
+        counts = np.bincount(rng.integers(number, size=number), minlength=number)
+        order = order_of(scores.values(candidates, dict(enumerate(counts.tolist()))))
+        for own, size in zip(by_size, sizes, strict=True):
+            own.append(agreement(whole, order, size))
+    return by_size

@@ -3,13 +3,16 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pair_batches import pair_batches
 from tiny_models import tiny
 
 from sparc3_pl.circuit.ablation import ABLATIONS
+from sparc3_pl.circuit.arms import arms_of
 from sparc3_pl.circuit.command import _warnings, circuit
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.measure import outcome_of_batch
@@ -222,3 +225,16 @@ def test_a_function_for_a_notebook(place):
     assert results.components["counts"] == {"mlp": 1}
     assert any("of 1 components are none" in text for text in results.warnings)
     assert torch.is_grad_enabled()
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "circuits").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_method_of_a_shipped_config_can_be_an_arm(config):
+    model = CircuitModel(**yaml.safe_load(config.read_text())["model"])
+    made = arms_of(
+        model.methods, model.granularity, model.target, model.targets, model.signed, model.draws, model.seed,
+        model.nonfinite,
+    )  # fmt: skip
+    assert len(made) == len(model.methods) > 1
