@@ -176,6 +176,9 @@ def evidence(
         InputError: If the scores cannot be compared or are not of neurons, or an output is taken.
     """
     check_places("evidence", output, html, overwrite)
+    if contrast == "budget" and (num_neurons is not None or protect):
+        name = f"protect={protect}" if num_neurons is None else f"num_neurons={num_neurons}"
+        raise InputError(f"{name} with contrast=budget: the derivative of every component is looked at; leave it out")
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     scores = [Scores.of(side, layers) for side in sides]
     result: Evidence | GainsEvidence

@@ -91,7 +91,7 @@ def weigh_gains(general: Scores, behaviour: Scores, *, seed: int = 0) -> GainsEv
         kinds=kinds,
         halves=halves,
         spread=stdev(cosines) if len(cosines) > 1 else None,
-        whole=None if halves is None else math.sqrt(max(0.0, 2 * halves / (1 + halves))),
+        whole=None if halves is None else math.sqrt(2 * halves / (1 + halves)) if halves > 0 else 0.0,
         num_samples=sum(folder.manifest.num_samples for folder in behaviour.folders),
         checks=checks,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Common:
         p_hypergeometric: Probability that such selections share as many; None for more than two selections, likewise.
         correlation: Spearman's rank correlation of the two contrasts; None unless both are given as scores.
         quadrants: Shares of neurons by the signs of the two contrasts; likewise.
+        cosine: Of the changes of the gains, factor - 1; None unless two plans with ``edit=gains`` are compared.
     """
 
     names: tuple[str, ...]
@@ -68,6 +69,7 @@ class Common:
     p_hypergeometric: float | None
     correlation: float | None = None
     quadrants: dict[str, float] | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,15 @@ def measure_overlap(
     groups = pairs_and_all(list(plans))
     null = _null(sets, general, groups, num_permutations, stratum, seed) if general and not of_weights else {}
     exclusive = _exclusive_weights(plans) if of_weights else exclusive_intersections(sets)
+    shared = [_common(group, exclusive, total, null.get(group), contrasts, of_weights) for group in groups]
+    shared = [
+        replace(one, cosine=_cosine(*(plans[name] for name in one.names))) if len(one.names) == 2 else one
+        for one in shared
+    ]
     return Overlap(
         sizes={name: sum(plan.counts().values()) for name, plan in plans.items()},
         num_candidates=total,
-        groups=tuple(_common(group, exclusive, total, null.get(group), contrasts, of_weights) for group in groups),
+        groups=tuple(shared),
         exclusive=tuple((tuple(name for name in plans if name in members), n) for members, n in exclusive.items()),
         num_permutations=num_permutations,
         stratum=stratum,
@@ -228,6 +235,24 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
     missing = sorted({layer for plan in plans.values() for layer in plan.entries} - set(general.layers))
     if missing:
         raise InputError(f"layer {missing[0]} of a plan is not in the general scores; give those of the plan itself")
+
+
+def _cosine(one: PrunePlan, other: PrunePlan) -> float | None:
+    """Of the changes of the gains, factor - 1, of all components; None unless both plans have factors."""
+    changes = [_changes(plan) for plan in (one, other)]
+    lengths = [math.sqrt(math.fsum(value**2 for value in own.values())) for own in changes]
+    if not all(lengths):
+        return None
+    return math.fsum(value * changes[1].get(key, 0.0) for key, value in changes[0].items()) / math.prod(lengths)
+
+
+def _changes(plan: PrunePlan) -> dict[tuple[str, int], float]:
+    return {
+        (layer, index): factor - 1
+        for layer, entries in plan.entries.items()
+        if entries.factor is not None
+        for index, factor in zip(entries.index.tolist(), entries.factor.tolist(), strict=True)
+    }
 
 
 def _exclusive_weights(plans: Mapping[str, PrunePlan]) -> dict[frozenset[str], int]:
@@ -310,6 +335,7 @@ def overlap_sections(result: Overlap) -> list[Section]:
 
 
 def _intersections(result: Overlap) -> Table:
+    of_gains = any(group.cosine is not None for group in result.groups)
     rows = [
         (
             " & ".join(group.names),
@@ -319,10 +345,12 @@ def _intersections(result: Overlap) -> Table:
             p_value(group.p_value),
             number(group.expected_random, 3),
             p_value(group.p_hypergeometric),
+            *([number(group.cosine, 3)] if of_gains else []),
         )
         for group in result.groups
     ]
     columns = ("selections", "common", "Jaccard", "matched null", "p", "blind null", "p, hypergeometric")
+    columns += ("cosine of the gains",) if of_gains else ()
     note = (
         f"Matched null: mean over random selections with the same number of {result.unit} in every layer and the same "
         f"general relevance (strata of {result.stratum}); p by {result.num_permutations:,} permutations."
@@ -330,7 +358,10 @@ def _intersections(result: Overlap) -> Table:
     if result.groups[0].expected is None:
         reason = "it is for components that can be listed" if result.unit == "weights" else "it needs --general"
         note = f"Matched null: not measured, {reason}."
-    return Table.of(columns, rows, note=f"{note} Blind null: all {result.unit} are equally likely.")
+    note += f" Blind null: all {result.unit} are equally likely."
+    if of_gains:
+        note += " Plans of gains may list every component: what they share is told by the cosine of factor - 1."
+    return Table.of(columns, rows, note=note)
 
 
 def _correlations(groups: Sequence[Common]) -> Table:

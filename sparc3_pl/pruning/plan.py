@@ -360,6 +360,7 @@ class PrunePlan(_About):
             InputError: if the file exists (and ``overwrite`` is off) or cannot be written.
         """
         path = Path(path)
+        before = _named_before(path)
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
             plan_file = files.enter_context(new_file(path, overwrite, KIND))
             named = {}
@@ -371,6 +372,10 @@ class PrunePlan(_About):
                     named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
             beside = {"files": named} | ({"neurons": []} if "listed" in named else {})
             write_text(plan_file, _readable(FORMAT.seal(self.to_json() | beside)))
+        now = {companion["file"] for companion in named.values()}
+        for name in before - now:  # of the plan that was there: no other will ever name it
+            if name in {f"{path.stem}.{kind}.safetensors" for kind in self._companions()}:
+                path.with_name(name).unlink(missing_ok=True)
         return path
 
     def _companions(self) -> dict[str, dict[str, Tensor]]:
@@ -503,9 +508,14 @@ def _readable(data: dict[str, Any]) -> str:
 
 def _companion_of(plan: Path) -> FileKind:
     """A file of tensors that the earlier plan at this path names."""
-    before = read_json(plan).get("files") if plan.is_file() and KIND.is_one(plan) else None
-    names = {entry.get("file") for entry in (before or {}).values()}
+    names = _named_before(plan)
     return FileKind(f"a part of {plan}", lambda path: path.name in names)
+
+
+def _named_before(plan: Path) -> set[str]:
+    """The files that the plan at this path names, if there is one."""
+    before = read_json(plan).get("files") if plan.is_file() and KIND.is_one(plan) else None
+    return {entry.get("file") for entry in (before or {}).values()}
 
 
 def _companion(path: Path, entry: _Companion) -> dict[str, Tensor]:

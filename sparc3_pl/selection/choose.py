@@ -102,6 +102,8 @@ def make_plan(
     else:
         chosen = steps.exchanged(question, question.select(steps.values(question)))
         entries = _entries(chosen, sides[0], change)
+    if not entries:
+        raise InputError("nothing is chosen: the share of every layer is 0; raise one of the budgets")
     used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
     warnings = format_warnings(general, used) if used else []
     if control is None and kind.needs_behaviour and not sides[0].holds_weights:
@@ -302,10 +304,7 @@ def _amount(
 def _weights(question: Question, control: Control, edit: Edit) -> dict[str, Entries]:
     """Chosen single weights, as masks or lists, whichever is smaller."""
     _refuse_factors(edit, torch.zeros(1))
-    entries = {layer: Entries.of_weights(mask) for layer, mask in question.masks(control.values(question))}
-    if not entries:
-        raise InputError("nothing is chosen: the share of every layer is 0; raise one of the budgets")
-    return entries
+    return {layer: Entries.of_weights(mask) for layer, mask in question.masks(control.values(question))}
 
 
 def _refuse_factors(edit: Edit, values: torch.Tensor) -> None:

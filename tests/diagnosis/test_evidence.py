@@ -194,6 +194,26 @@ def test_derivatives_are_held_against_chance_and_halves_against_each_other(tmp_p
     assert "Derivatives by the gains" in capsys.readouterr().out
 
 
+def test_settings_that_a_budget_does_not_read_are_refused(tmp_path):
+    sides = {"general": [str(tmp_path / "g")], "behaviour": [str(tmp_path / "b")]}
+    for name, value in (("num_neurons", 3), ("protect", 0.1)):
+        with pytest.raises(InputError, match=f"{name}={value} with contrast=budget"):
+            evidence(**sides, contrast="budget", **{name: value})
+
+
+def test_halves_that_contradict_each_other_tell_nothing(tmp_path):
+    """A single component: the steps of two halves are alike or opposite."""
+    layer = "model.layers.0.mlp.up_proj"
+    about = {"signed": True, "at_values": True, "method": "gradient", "num_samples": 2, "model": {"fingerprint": "f"}}
+    with ScoreWriter(tmp_path / "b") as writer:
+        writer.add_layer(layer, torch.tensor([0.5]), torch.tensor([2.5]), (torch.tensor([[2.0], [-1.0]]), [1, 1]))
+        writer.finish(target="completion", num_tokens=8, data={"sample_ids": []}, **about)
+    text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 8}
+    write(tmp_path / "g", {layer: torch.zeros(1)}, {layer: torch.ones(1)}, **about, **text)
+    result = evidence(general=[str(tmp_path / "g")], behaviour=[str(tmp_path / "b")], contrast="budget")
+    assert (result.halves, result.whole) == (-1.0, 0.0)
+
+
 def test_derivatives_that_are_noise_do_not_pass(tmp_path):
     gains_sides(tmp_path, 0.0)
     result = evidence(general=[str(tmp_path / "g")], behaviour=[str(tmp_path / "b")], contrast="budget")

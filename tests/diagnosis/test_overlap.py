@@ -10,6 +10,7 @@ from score_folders import write
 
 from sparc3_pl.diagnosis.overlap import overlap
 from sparc3_pl.errors import InputError
+from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
 
@@ -75,6 +76,21 @@ def test_plans_without_general_scores(folders):
     assert pair.p_hypergeometric < 1e-4
     with_null = overlap([str(folders / "a.json"), str(folders / "b.json")], general=[str(folders / "general")])
     assert with_null.groups[0].p_value is not None
+
+
+def test_gains_that_turn_every_component_are_told_apart_by_their_cosine(tmp_path):
+    """Layer and factors of three plans; the second turns one component that the first does not."""
+    factors = {"a": [0.5, 0.0, 1.0], "b": [1.0, 0.0, 0.5, 0.2], "c": [0.25, -0.5, 1.0]}
+    for name, own in factors.items():
+        entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, factor) for place, factor in enumerate(own)])
+        shapes = {LAYERS[0]: [WIDTH]}
+        PrunePlan(entries=entries, model={"fingerprint": "f"}, edit="gains", shapes=shapes).save(tmp_path / name)
+    result = overlap([str(tmp_path / name) for name in "abc"])
+    cosines = {group.names: group.cosine for group in result.groups}
+    lengths = {"a": (0.25 + 1) ** 0.5, "b": (1 + 0.25 + 0.64) ** 0.5}
+    assert cosines["a", "b"] == pytest.approx(1 / (lengths["a"] * lengths["b"]))
+    assert cosines["a", "c"] == pytest.approx(1)
+    assert cosines["a", "b", "c"] is None
 
 
 def test_plans_that_do_not_say_how_many_candidates_there_were(folders):

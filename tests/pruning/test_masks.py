@@ -100,6 +100,18 @@ def rewritten(path, tensors):
     path.write_text(json.dumps(data))
 
 
+def test_no_file_of_the_plan_before_is_left_behind(tmp_path):
+    model = tiny("llama")
+    listed, masked = both_forms(model)
+    (tmp_path / "plan.other.safetensors").write_bytes(b"mine")
+    for plan, kind in ((masked, "masks"), (listed, "weights"), (masked, "masks")):
+        plan.save(tmp_path / "plan.json", overwrite=True)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "plan.json", f"plan.{kind}.safetensors", "plan.other.safetensors"
+        }  # fmt: skip
+        assert PrunePlan.load(tmp_path / "plan.json").counts() == masked.counts()
+
+
 def test_damaged_masks_are_refused(tmp_path):
     _, masked = both_forms(tiny("llama"))
     path, file = masked.save(tmp_path / "p.json"), tmp_path / "p.masks.safetensors"

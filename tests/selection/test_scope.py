@@ -157,6 +157,11 @@ def test_budgets_of_a_file(tmp_path, suffix):
     assert by_layer.counts() == {ATTENTION: 24, MLP: 15}
     path.write_text(json.dumps({"*.mlp.*": 0.25, "*q_proj": 0}))
     assert list(make_plan([folder], contrast="general", scope="row", budgets=str(path)).entries) == [MLP]
+    path.write_text(json.dumps({"*": 0}))
+    neurons = write(tmp_path / "n", {"model.layers.0.mlp.up_proj": torch.rand(9)})
+    for one, scope in ((folder, "row"), (neurons, "layer")):
+        with pytest.raises(InputError, match="nothing is chosen: the share of every layer is 0"):
+            make_plan([one], contrast="general", scope=scope, budgets=str(path))
 
 
 def test_owl_by_loops(tmp_path):
