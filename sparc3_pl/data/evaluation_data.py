@@ -309,6 +309,13 @@ class EvaluationData(LightningDataModule):
             where = {"source": pairs_source, "split": pairs_split, "subset": pairs_subset}
             number = {} if num_pairs is None else {"num_pairs": num_pairs, "seed": seed}
             self.pairs = {"class_path": "pairs", "init_args": {**where, **fields, **number}}
+        else:
+            unused = {"pairs_filter": pairs_filter, "pairs_subset": pairs_subset, "num_pairs": num_pairs}
+            for name, value in unused.items():
+                if value is not None:
+                    raise InputError(
+                        f"data.{name}={value!r} needs data.pairs_source; give it, or leave data.{name} out"
+                    )
         self._encoder: Encoder | None = None
         self.prompts: list[str] = []
         self.token_ids: list[int] = []

@@ -311,7 +311,7 @@ class ReferenceData(LightningDataModule):
     def _tell(self) -> None:
         """Say in the log what was left out, and what of the texts changes what the model reads."""
         counts, total = self.query.counts, len(self.samples)
-        if counts["num_too_short"]:
+        if counts["num_too_short"] and self.match is None:
             log.info(
                 "%d documents have no window of data.seq_len=%s tokens and were passed over",
                 counts["num_too_short"],

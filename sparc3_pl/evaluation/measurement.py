@@ -119,7 +119,10 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
         if not isinstance(name, str) or not name:
             raise InputError(f"model.measurements: {choice.name} has no name; give the class an attribute `name`")
         if name in names or name in RESERVED:
-            raise InputError(f"model.measurements: the name {name!r} of {choice.name} is taken; give it another one")
+            raise InputError(
+                f"model.measurements: the name {name!r} of {choice.name} is taken; give it another one, and "
+                "name what is measured (in model.tasks, too) once"
+            )
         if is_secret_name(name):
             raise InputError(f"model.measurements: {name!r} would be left out of results as a secret; rename it")
         if choice.made.better not in ("lower", "higher"):

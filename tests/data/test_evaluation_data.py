@@ -375,3 +375,9 @@ def test_missing_files(tmp_path, key, field):
     options = {"text_source": None, "prompts_source": None} | {key: str(tmp_path / "nothing.jsonl")}
     with pytest.raises(InputError, match=rf"data\.{key}=.*no such file"):
         ready(EvaluationData(**options))
+
+
+@pytest.mark.parametrize("options", [{"num_pairs": 5}, {"pairs_filter": "a > 1"}, {"pairs_subset": "en"}])
+def test_settings_of_pairs_need_a_source_of_pairs(options):
+    with pytest.raises(InputError, match=rf"data\.{next(iter(options))}=.* needs data\.pairs_source"):
+        EvaluationData(**options)

@@ -219,6 +219,17 @@ def test_matches_a_score_folder(corpus, tmp_path):
     assert min(formats(more).values()) == 2
 
 
+def test_what_is_too_short_to_match_is_not_held_against_a_window_that_is_not_used(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [{"num_tokens": 11, "ending": "cut"}] * 5
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [*documents(5), "A.", "B."]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = ready(ReferenceData(str(tmp_path / "general.jsonl"), match=str(tmp_path)))
+    assert data.describe()["num_too_short"] > 0
+    assert "data.seq_len" not in caplog.text
+
+
 def test_match_that_is_not_there(corpus, tmp_path):
     with pytest.raises(InputError, match=r"data\.match=.*no such file"):
         ReferenceData(corpus, match=str(tmp_path / "nothing"))

@@ -185,3 +185,20 @@ def test_an_evaluation_with_tasks(tmp_path, capsys):
     change = found.measurements["made_up"]["acc"]
     assert change.num_pairs == len(DOCS)
     assert "made_up: acc" in capsys.readouterr().out
+
+
+def test_items_and_figures_do_not_depend_on_processes(ranks, tmp_path):
+    kwargs = TASK["dataset_kwargs"] | {"cache_dir": str(tmp_path / "cache")}
+    place = folder(tmp_path, dataset_kwargs=kwargs)
+    tiny("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["eval", "--model.pretrained", tmp_path / "model", "--model.tasks", "[made_up]"]
+    words += ["--model.tasks_folder", place, "--model.tasks_batch_size", 1]  # four items in a batch, fourteen in all
+    words += ["--data.text_source", "null", "--data.prompts_source", "null", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    for rank in ranks.run([*words, "--output", tmp_path / "out"], 2):
+        assert rank.wait() == 0, rank.text()
+    both, task = Evaluation.open(tmp_path / "out"), TaskAccuracy("made_up", place)
+    want = rows_of(task, tiny("llama").eval())
+    assert both.measurements == [{"measurement": "made_up", **want[i]} for i in range(len(DOCS))]
+    assert both.results["measurements"]["made_up"] == task.figures([want[i] for i in range(len(DOCS))])

@@ -70,6 +70,14 @@ def test_scores_of_log_likelihoods_do_not_depend_on_processes_and_batches(ranks,
             assert_same_scores(output, tmp_path / f"{name}-1-1", num_samples=7)
 
 
+def test_layers_pruned_one_after_the_other_do_not_depend_on_processes(ranks, files, tmp_path):
+    """What a layer loses is decided by the sums of all ranks: else the next one would read something else on each."""
+    for world, batch in [(1, 1), (2, 3)]:
+        words = [*WANDA, "--model.sequential", "2:4", "--model.targets", '["model.*"]', "--data.batch_size", batch]
+        succeed(ranks.run(score(files, tmp_path / str(world), *words), world))
+        assert_same_scores(tmp_path / str(world), tmp_path / "1", num_samples=7)
+
+
 def test_ranks_without_any_sample_take_part(ranks, files, tmp_path):
     for world in (1, 4):
         words = score(files, tmp_path / str(world), "--data.num_samples", 2)
