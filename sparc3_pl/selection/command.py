@@ -13,7 +13,7 @@ from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
-from sparc3_pl.selection.dose import held_back, spend
+from sparc3_pl.selection.dose import check_windows, held_back, spend
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +144,7 @@ def prune(
 
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
     _check_budget(edit, budget, budget_text, scale)
+    check_windows(budget_text or (), budget_windows, budget_length)
     change = _scaled(edit, alpha)
     folders = [ScoreFolder.open(path) for path in general]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
@@ -241,6 +242,8 @@ def _check_budget(edit: Spec, budget: float | None, budget_text: list[str] | Non
         raise InputError(
             "budget needs held-back text to measure the rise of perplexity on; give --budget_text FILE ..."
         )
+    if scale is not None and not 0 < scale < math.inf:
+        raise InputError(f"scale={scale} of edit=gains is not a number above 0; give another")
 
 
 def _check_shrinkable(plan: PrunePlan) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparc3_pl.data.encoding import Encoder
     from sparc3_pl.data.samples import Sample
 
-__all__ = ["BudgetText", "Dose", "Search", "TextRise", "held_back", "search_scale", "spend"]
+__all__ = ["BudgetText", "Dose", "Search", "TextRise", "check_windows", "held_back", "search_scale", "spend"]
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +208,22 @@ class TextRise:
     num_left_out: int
 
 
+def check_windows(sources: Sequence[str], num_windows: int, length: int | None) -> None:
+    """What of held-back text can be refused before a model is loaded.
+
+    Raises:
+        InputError: if there would be no windows, or windows without a token to predict, or a file is not there.
+    """
+    from sparc3_pl.data.sources import local_source
+
+    if num_windows < 1:
+        raise InputError(f"budget_windows={num_windows}: give at least 1 window of each text")
+    if length is not None and length < 2:
+        raise InputError(f"budget_length={length}: give at least 2 tokens, of which the first is not predicted")
+    for source in sources:
+        local_source(source, "budget_text")
+
+
 def held_back(
     sources: Sequence[str],
     encoder: Encoder,
@@ -237,6 +253,7 @@ def held_back(
     from sparc3_pl.data.samples import pack_windows
     from sparc3_pl.data.texts import TextQuery
 
+    check_windows(sources, num_windows, length)
     used: set[str] = set()
     for folder in general:
         samples = folder.samples()
