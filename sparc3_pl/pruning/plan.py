@@ -321,7 +321,11 @@ class PrunePlan(_About):
             for of_layer in (self.shapes, self.components)
         )
         model = {key: value for key, value in self.model.items() if key != "pruned_fingerprint"}
-        return replace(self, entries=entries, model=model, shapes=shapes, components=components, kept={})
+        settings = self.settings
+        if gains := settings.get("gains"):  # what was predicted and measured is of the whole plan
+            settings = settings | {"gains": {"scale": gains["scale"]}}
+        changed = {"model": model, "shapes": shapes, "components": components, "settings": settings}
+        return replace(self, entries=entries, **changed, kept={})
 
     def summary(self) -> dict[str, Any]:
         """What results say of the plan that made them: small, without the neurons."""

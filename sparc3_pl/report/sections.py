@@ -138,6 +138,8 @@ def _story(inputs: Inputs, best: Effect) -> str:
     model = Path(best.after.results["model"]["pretrained"]).name if best.after else "the model"
     sides = _sources(inputs, plan)
     choice = f"those for which the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
+    if plan.get("contrast") == "general":
+        choice = f"those with the lowest scores on {sides[0]}"
     if scale_of(plan):
         action = "multiplied, each by a factor of its own"
         choice = f"the further, the more that changes what {sides[1]} measure for what it costs on {sides[0]}"

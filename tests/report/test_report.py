@@ -299,6 +299,13 @@ def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
     assert by_experiment([unknown, *measured]).keys() == {measured[0].experiment}
 
 
+def test_compression_is_told_without_a_behaviour(tmp_path):
+    evaluation(tmp_path / "before", None, 1.0, 12.0)
+    evaluation(tmp_path / "half", PLAN | {"contrast": "general", "sha256": "x"}, 1.0, 12.03)
+    words = " ".join(make_report([tmp_path]).markdown.split())
+    assert "40 neurons were set to zero: those with the lowest scores on general text." in words
+
+
 def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
     evaluation(tmp_path / "before", None, 1.0, 12.0)
     doses = [("budget-0.01", 2.0, None, (0.8, 12.01)), ("budget-0.02", 3.0, None, (0.6, 12.03))]

@@ -251,6 +251,13 @@ def test_permuted_deals_out_the_factors_of_each_layer(sides):
     assert control.control == "permuted"
 
 
+def test_a_part_of_a_plan_does_not_claim_what_the_whole_was_predicted_to_do(sides):
+    plan = make_dose(*sides).at(0.5, {"budget": 0.01, "texts": [{"source": "a", "rise": 0.01}]})
+    part = plan.first(3)
+    assert part.settings == plan.settings | {"gains": {"scale": 0.5}}
+    assert [neuron.factor for neuron in part.neurons] == [neuron.factor for neuron in plan.neurons[:3]]
+
+
 def test_matched_components_get_the_factors(sides):
     arguments = {"contrast": "budget", "edit": "gains", "scale": 7.0, "num_neurons": 12}
     plan, control = (make_plan(*sides, **arguments, control=name) for name in (None, "random_matched"))
