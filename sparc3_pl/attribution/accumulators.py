@@ -6,7 +6,7 @@ sums here are over samples, never over tokens or batches first: the absolute val
 absolute values.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "no_sample_scores",
     "require_all",
     "require_finite",
+    "require_once",
     "sum_of_layers",
     "token_relevance",
     "weight_relevance",
@@ -239,6 +240,16 @@ def require_all(layers: Mapping[str, object], seen: Mapping[str, object]) -> Non
     missing = [name for name in layers if name not in seen]
     if missing:
         raise InputError(f"layer {missing[0]} takes no part in the model's pass: leave it out of model.targets")
+
+
+def require_once(name: str, seen: Collection[str]) -> None:
+    """Refuses a layer that a pass has met already, so that its components have no one value.
+
+    Raises:
+        InputError: naming it.
+    """
+    if name in seen:
+        raise InputError(f"layer {name} runs twice in one pass: leave it out of model.targets")
 
 
 def require_finite(values: Mapping[str, Tensor]) -> None:

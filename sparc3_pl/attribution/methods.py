@@ -25,6 +25,7 @@ from sparc3_pl.attribution.accumulators import (
     no_sample_scores,
     require_all,
     require_finite,
+    require_once,
     sum_of_layers,
     token_relevance,
 )
@@ -263,8 +264,7 @@ class Gradient(Method):
             read = {name: group.site or group for name, group in read.items()}
 
         def take(layer: LayerPass) -> None:
-            if layer.name in relevance:
-                raise InputError(f"layer {layer.name} runs twice in one pass: leave it out of model.targets")
+            require_once(layer.name, relevance)
             name, layer = layer.name, layer.first(num_samples)
             relevance[name] = self.add(layers[name].sums, read[name], layer, groups_B, options)
             by_token[name] = token_relevance(layer, read[name])

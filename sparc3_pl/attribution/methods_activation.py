@@ -14,6 +14,7 @@ from sparc3_pl.attribution.accumulators import (
     no_sample_scores,
     require_all,
     require_finite,
+    require_once,
     sum_of_layers,
 )
 from sparc3_pl.attribution.methods import BatchFigures, Layer, Method, Options, Sums, group_of
@@ -54,6 +55,7 @@ class Activation(Method):
         relevance: dict[str, Tensor] = {}
 
         def add(name: str, x: Tensor) -> None:
+            require_once(name, relevance)
             sums, site = layers[name].sums, site_of(layers[name].group)
             x_BTI = x.reshape(*batch.attention_mask.shape, -1)[:num_samples]
             sizes_BTI = x_BTI.to(torch.promote_types(x.dtype, torch.float32)).abs().where(mask_BT1.to(x.device), 0)

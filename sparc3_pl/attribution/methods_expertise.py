@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.accumulators import drop_nonfinite, no_counts, require_all, require_finite
+from sparc3_pl.attribution.accumulators import drop_nonfinite, no_counts, require_all, require_finite, require_once
 from sparc3_pl.attribution.methods import Layer, Method, Options, Sums
 from sparc3_pl.attribution.recording import inputs_shown
 from sparc3_pl.attribution.targets import Target
@@ -98,6 +98,7 @@ class Expertise(Method):
         totals: dict[str, Tensor] = {}
 
         def add(name: str, x: Tensor) -> None:
+            require_once(name, totals)
             layer = layers[name]
             x_BTN = x.detach().reshape(*batch.attention_mask.shape, -1)[:num_samples]
             x_BTN = x_BTN.masked_fill(~mask_BT1.to(x.device), -torch.inf)

@@ -125,3 +125,12 @@ def test_samples_of_one_kind_are_refused_before_the_model_is_loaded(tmp_path, mo
     more = ["--data.num_samples", "4", "--data.seq_len", "8", "--output", str(tmp_path / "scores")]
     assert main([*words, *more]) == 2
     assert "the samples are all labelled, or none is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["expertise", "activation", "gradient"])
+def test_a_layer_that_runs_twice_has_no_one_value(method):
+    model = tiny("llama").requires_grad_(False)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    scorer = Scorer(model, method)
+    with pytest.raises(InputError, match="runs twice in one pass"):
+        scorer.update(next(batches()))
