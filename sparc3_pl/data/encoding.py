@@ -94,6 +94,13 @@ class Encoder:
         """The token ids that stand before this text: ``prefix``, or nothing before a list of token ids."""
         return self.prefix if isinstance(text, str) else []
 
+    def beginning(self) -> list[int]:
+        """What stands before a text of which the first token is to be scored, too: ``prefix``, or else the token that
+        begins or ends a text (BOS, else EOS), as lm-eval puts there; nothing if the tokenizer has neither.
+        """
+        ends = [] if self.tokenizer is None else [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return self.prefix or [token for token in ends if token is not None][:1]
+
     def body(self, text: Text) -> list[int]:
         """The text's own tokens.
 

@@ -44,12 +44,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a continuation without context, where the tokenizer puts nothing before a text."""
-        return self._encoder.tokenizer.eos_token_id or 0
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._encoder.prefix[-1] if self._encoder.prefix else self.eot_token_id
+        """What stands before a continuation without context."""
+        return self._encoder.beginning()[-1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         return self._encoder.body(string) if add_special_tokens is False else self._encoder(string)

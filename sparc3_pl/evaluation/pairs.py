@@ -159,13 +159,8 @@ def _before(encoder: Encoder) -> list[int]:
     Raises:
         InputError: If the tokenizer has nothing that could.
     """
-    if encoder.prefix:
-        return list(encoder.prefix)
-    tokenizer = encoder.tokenizer
-    ends = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    for token in ends:
-        if token is not None:
-            return [token]
+    if beginning := encoder.beginning():
+        return beginning
     raise InputError(
         f"{_KEY}: the model has no token that begins or ends a text, without which the first token of a sentence "
         "cannot be scored; put the model's tokenizer files beside its config.json"

@@ -111,6 +111,12 @@ class TaskAccuracy(Measurement):
         """Ids of the items, those with the longest prompts first."""
         if encoder.tokenizer is None:
             raise InputError(f"model.tasks: {self.name} is text, and the model has no tokenizer to read it with")
+        contexts = (request.args[0] for requests in self._items.values() for request in requests)
+        if not encoder.beginning() and "" in contexts:
+            raise InputError(
+                f"model.tasks: {self.name} has items without a context, and the model no token that begins or ends a "
+                "text, without which the first token of a choice cannot be scored; leave the task out"
+            )
         length = {name: max(len("".join(r.args)) for r in requests) for name, requests in self._items.items()}
         return sorted(length, key=lambda name: (-length[name], name))
 

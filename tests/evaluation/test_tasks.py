@@ -17,6 +17,7 @@ from sparc3_pl.data.evaluation_data import EvaluationData
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation import tasks
 from sparc3_pl.evaluation.compare import compare
+from sparc3_pl.evaluation.harness_model import HarnessModel
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.tasks import TaskAccuracy
@@ -107,6 +108,23 @@ def test_what_has_no_answer_fails_and_counts_for_nothing(tmp_path):
     rows = rows_of(TaskAccuracy("made_up", folder(tmp_path, docs)), tiny("llama").eval())
     assert [rows[i].get("failed") is None for i in range(5)] == [True, True, True, False, False]
     assert rows[3]["failed"] == "the label -1 is none of the 3 choices"
+
+
+def test_without_a_context_the_first_token_follows_the_one_that_begins_a_text(tmp_path):
+    """As lm-eval has it: BOS, also where the tokenizer does not put it there; a model without any is refused."""
+    tokenizer, model = word_tokenizer(), tiny("llama").eval()
+    task = TaskAccuracy("made_up", folder(tmp_path, doc_to_text=""))
+    (sums,) = [HarnessModel(model, Encoder(tokenizer), 4).loglikelihood(task._items[unit], disable_tqdm=True)
+               for unit in task.units(Encoder(tokenizer))[:1]]  # fmt: skip
+    choices = [request.args[1] for request in task._items[task.units(Encoder(tokenizer))[0]]]
+    for choice, (value, _) in zip(choices, sums, strict=True):
+        ids = [tokenizer.bos_token_id, *tokenizer(choice).input_ids]
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        assert value == pytest.approx(sum(float(log_p[i - 1, ids[i]]) for i in range(1, len(ids))), abs=1e-5)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="made_up has items without a context"):
+        task.units(Encoder(tokenizer))
 
 
 def test_a_model_that_gives_no_numbers_fails(tmp_path):
