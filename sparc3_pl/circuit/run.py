@@ -182,15 +182,15 @@ def measure_arm(
     values = [_values_of_sets(one, bench.candidates, len(sets)) for one in scores]
     orders = [order_of(one) for one in values]
     scored = time.perf_counter()
-    is_signed = bool((values[0] < 0).any())
+    is_signed = any(bool((one < 0).any()) for one in values)
     choices: dict[str, Choice] = {}
     for draw, order in enumerate(orders):
         for place, size in enumerate(bench.sizes):
             choices[f"curve {draw} {place}"] = Choice(order, size)
             choices[f"necessity {draw} {place}"] = Choice(order, size, is_removed=True)
-    if is_signed:
-        by_size = order_of(values[0].abs())
-        choices |= {f"absolute 0 {place}": Choice(by_size, size) for place, size in enumerate(bench.sizes)}
+    for draw, one in enumerate(values if is_signed else ()):
+        by_size = order_of(one.abs())
+        choices |= {f"absolute {draw} {place}": Choice(by_size, size) for place, size in enumerate(bench.sizes)}
     outcomes = bench.outcomes(choices)
 
     def outcomes_of(kind: str) -> list[list[Outcome]]:

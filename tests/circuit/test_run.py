@@ -8,6 +8,7 @@ import torch
 from pair_batches import pair_batches
 from tiny_models import tiny
 
+from sparc3_pl.attribution.methods import Random
 from sparc3_pl.circuit.ablation import ABLATIONS, ablated
 from sparc3_pl.circuit.arms import agreement, arms_of, kept_of, order_of, score_arm
 from sparc3_pl.circuit.components import Candidates
@@ -134,6 +135,26 @@ def test_random_circuits_have_a_mean_and_a_band():
     assert len(set(means)) == 4
     assert result.curve[1].logit_difference == pytest.approx(np.mean(means))
     assert result.curve[1].logit_difference_low == pytest.approx(np.quantile(means, 0.025))
+
+
+class Centred(Random):
+    """Drawn scores of both signs."""
+
+    def scores(self, *args):
+        return super().scores(*args) - 0.5
+
+
+def test_drawn_scores_may_have_a_sign():
+    model, candidates, sets, tests = setting(kinds=("neuron",))
+    bench = Bench.of(model, candidates, ABLATIONS.make("zero"), sets, tests, FRACTIONS)
+    (arm,) = arms({"class_path": f"{__name__}.Centred"}, kinds=("neuron",), draws=3)
+    result = measure_arm(arm, bench, sets).result
+    means = []
+    for request in arm.requests:
+        order = order_of(score_arm(request, model, sets).values(candidates).abs())
+        means.append(mean_difference(model, candidates, tests, order[: num_kept(0.2, candidates.count)].tolist()))
+    assert result.signed and result.draws == 3
+    assert result.curve_absolute[1].logit_difference == pytest.approx(np.mean(means))
 
 
 def test_one_pass_for_each_fraction_whatever_the_number_of_components():
