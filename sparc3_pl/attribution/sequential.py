@@ -116,7 +116,13 @@ class Blocks:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], sparsity: Sparsity) -> None:
         self.model, self.layers, self.sparsity = model, layers, sparsity
-        self.blocks = decoder_layers(model)
+        try:
+            self.blocks = decoder_layers(model)
+        except InputError:
+            raise InputError(
+                f"model.sequential: {type(model).__name__} has no list of decoder layers to prune one after the other; "
+                "leave it out"
+            ) from None
         self.own: list[list[str]] = []
         for block in self.blocks:
             inside = {id(module) for module in block.modules()}

@@ -148,6 +148,9 @@ def test_what_cannot_be_pruned_so():
     ]:
         with pytest.raises(InputError, match=message):
             Scorer(model, "wanda", "weight", layers, options=Options(sequential=sparsity)).update(batch)
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(InputError, match=r"model\.sequential: .* no list of decoder layers .*; leave it out"):
+        Scorer(model, "wanda", "weight", ["*"], options=Options(sequential="0.5")).update(batch)
     for method, kind in [("lrp", "weight"), ("wanda", "neuron")]:
         with pytest.raises(InputError, match=r"model\.sequential=0\.5 has no effect on"):
             Scorer(model, method, kind, options=Options(sequential="0.5"))
