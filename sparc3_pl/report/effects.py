@@ -317,7 +317,8 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
         gains = (effect.plan.get("settings") or {}).get("gains")
         if not gains:
             continue
-        nats, texts = gains.get("predicted_rise"), gains.get("texts") or ()
+        nats = gains.get("predicted_rise")
+        rises = [100 * _or_infinite(text["rise"]) for text in gains.get("texts") or ()]
         rows.append(
             (
                 title_of(effect),
@@ -325,7 +326,7 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
                 Number(gains.get("predicted_change"), form="+.3g"),
                 Number(effect.toxicity and effect.toxicity["change"], form="+.3g"),
                 Number(None if nats is None else 100 * math.expm1(min(nats, 700.0)), form="+.2f", unit=" %"),
-                Number(max((100 * text["rise"] for text in texts), default=None), form="+.2f", unit=" %"),
+                Number(max(rises, default=None), form="+.2f", unit=" %"),
                 Number(None if effect.rise is None else 100 * effect.rise, form="+.2f", unit=" %"),
             )
         )

@@ -343,6 +343,12 @@ def spend(
     in_force = applied or (lambda plan: pruned(model, plan, check_fingerprint=False))
     losses = _Losses(model, texts)
     before = losses()
+    for text, nll in zip(texts, before, strict=True):
+        if not math.isfinite(nll):
+            raise InputError(
+                f"budget_text: the model's own loss on {text.source} is {nll}, so no rise can be measured; load it "
+                "in another number format (dtype), or give other text"
+            )
     shown = ", ".join(f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, before, strict=True))
     log.info("perplexity of held-back text: %s", shown)
 
@@ -378,6 +384,9 @@ def spend(
     more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": measured}
     names = {name for text in texts for window in text.windows for name in window.text_ids}
     plan = replace(dose.at(search.scale, more), budget_samples=sorted(names))
+    if broken := [text["source"] for text in measured if not math.isfinite(text["rise"])]:
+        told = f"scale {search.scale:.4g} breaks the model: its loss on {', '.join(broken)} is not finite"
+        plan = replace(plan, warnings=[*plan.warnings, told])
     if budget is not None and not search.reached:
         largest = max(text["rise"] for text in measured)
         why = (

@@ -323,6 +323,8 @@ def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
     assert [row[0] for row in table.texts] == [
         "budget-0.01", "budget-0.02", "one (control permuted)", "two (control permuted)"
     ]  # fmt: skip
+    measured[0].plan["settings"]["gains"]["texts"][0]["rise"] = None  # as JSON holds infinity
+    assert gains_table(measured).texts[0][-2] == "+inf %"
     words = " ".join(make_report([tmp_path]).markdown.split())
     assert words.count("The control permuted of the same size") == 1
     assert "each by a factor of its own" in words

@@ -490,6 +490,20 @@ def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
     assert {n.factor for n in plan.neurons} == {0.999}
 
 
+def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
+    folder, model, encoder = demo_folders
+    sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
+    texts = held_back(["demo:text"], encoder, sides[0], num_windows=1, length=64)
+    losses = [[math.nan], [1.0], [math.inf]]
+    monkeypatch.setattr("sparc3_pl.selection.dose._Losses.__call__", lambda self: losses.pop(0))
+    with pytest.raises(InputError, match=r"the model's own loss on .* is nan, so no rise can be measured"):
+        spend(make_dose(*sides), model, texts, 0.5)
+    plan = spend(make_dose(*sides), model, texts, None, scale=2.0)
+    assert "scale 2 breaks the model: its loss on" in plan.warnings[-1]
+    again = PrunePlan.load(plan.save(tmp_path / "plan.json"))
+    assert again.settings["gains"]["texts"][0]["rise"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
