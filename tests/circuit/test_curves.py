@@ -135,3 +135,11 @@ def test_fractions_that_make_no_curve(fractions):
 def test_fractions_are_rounded_down():
     assert [num_kept(f, 270) for f in FRACTIONS] == [0, 0, 1, 2, 5, 13, 27, 54, 135, 270]
     assert num_kept(0.1, 30) == 3 and num_kept(0.7, 10) == 7
+
+
+def test_fractions_of_no_component_and_of_equally_many_keep_their_place():
+    """As MIB's own loop over its percentages: 0 components at 0.1 and at 0.2, all of them from 0.5 on."""
+    ends, _ = example()
+    found = areas((0.1, 0.2, 0.5, 1.0), [ends.empty, ends.empty, ends.full, ends.full], ends)
+    assert found["cpr"].value == pytest.approx(0.1 * 0 + 0.3 / 2 + 0.5)
+    assert found["cmd"].value == pytest.approx(0.1 * 1 + 0.3 / 2 + 0)
