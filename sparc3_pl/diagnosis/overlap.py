@@ -199,15 +199,15 @@ def measure_overlap(
     groups = pairs_and_all(list(plans))
     null = _null(sets, general, groups, num_permutations, stratum, seed) if general and not of_weights else {}
     exclusive = _exclusive_weights(plans) if of_weights else exclusive_intersections(sets)
-    shared = [_common(group, exclusive, total, null.get(group), contrasts, of_weights) for group in groups]
-    shared = [
+    common = [_common(group, exclusive, total, null.get(group), contrasts, of_weights) for group in groups]
+    common = [
         replace(one, cosine=_cosine(*(plans[name] for name in one.names))) if len(one.names) == 2 else one
-        for one in shared
+        for one in common
     ]
     return Overlap(
         sizes={name: sum(plan.counts().values()) for name, plan in plans.items()},
         num_candidates=total,
-        groups=tuple(shared),
+        groups=tuple(common),
         exclusive=tuple((tuple(name for name in plans if name in members), n) for members, n in exclusive.items()),
         num_permutations=num_permutations,
         stratum=stratum,

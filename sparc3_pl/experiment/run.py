@@ -139,8 +139,8 @@ def run(
         others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
         others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
         others |= {"controls": None if controls in ([], ["random_matched"]) else controls}
-        if given := [key for key, value in others.items() if value is not None]:
-            raise InputError(f"shares are for compression by general text; leave out {given[0]}, or shares")
+        if useless := [key for key, value in others.items() if value is not None]:
+            raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
         each = arms_of(arms, score, general, plan, seeds, shares)
         _compress(experiment, each, measuring, max_perplexity_increase)
         return

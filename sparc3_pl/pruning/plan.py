@@ -324,8 +324,8 @@ class PrunePlan(_About):
         settings = self.settings
         if gains := settings.get("gains"):  # what was predicted and measured is of the whole plan
             settings = settings | {"gains": {"scale": gains["scale"]}}
-        changed = {"model": model, "shapes": shapes, "components": components, "settings": settings}
-        return replace(self, entries=entries, **changed, kept={})
+        about = {"model": model, "shapes": shapes, "components": components, "settings": settings}
+        return replace(self, entries=entries, **about, kept={})
 
     def summary(self) -> dict[str, Any]:
         """What results say of the plan that made them: small, without the neurons."""

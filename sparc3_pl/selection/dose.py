@@ -384,9 +384,9 @@ def spend(
     more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": measured}
     names = {name for text in texts for window in text.windows for name in window.text_ids}
     plan = replace(dose.at(search.scale, more), budget_samples=sorted(names))
-    if broken := [text["source"] for text in measured if not math.isfinite(text["rise"])]:
-        told = f"scale {search.scale:.4g} breaks the model: its loss on {', '.join(broken)} is not finite"
-        plan = replace(plan, warnings=[*plan.warnings, told])
+    if sources := [text["source"] for text in measured if not math.isfinite(text["rise"])]:
+        warning = f"scale {search.scale:.4g} breaks the model: its loss on {', '.join(sources)} is not finite"
+        plan = replace(plan, warnings=[*plan.warnings, warning])
     if budget is not None and not search.reached:
         largest = max(text["rise"] for text in measured)
         why = (
