@@ -34,7 +34,7 @@ from sparc3_pl.runtime.run_log import RunLog, run_folder
 from sparc3_pl.runtime.trainer import check_precision
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import transformers  # its classes are not loaded where a parser reads the types of this file
 
     from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, UnitBatch, WindowBatch
 
@@ -120,7 +120,7 @@ class EvaluationModule(pl.LightningModule):
         if judge is None:
             judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
         self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
-        self.model: PreTrainedModel | None = None
+        self.model: transformers.PreTrainedModel | None = None
         self.run: EvaluationRun | None = None
         """Once the Trainer has started."""
         self._loaded_fingerprint: str | None = None

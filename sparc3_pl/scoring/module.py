@@ -34,7 +34,7 @@ from sparc3_pl.scores.parts import parse_part
 from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, require_fields, settings_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import transformers  # its classes are not loaded where a parser reads the types of this file
 
     from sparc3_pl.data.batches import ReferenceBatch
     from sparc3_pl.data.reference import ReferenceData
@@ -142,7 +142,7 @@ class ScoringModule(pl.LightningModule):
                 f"model.method={self.request.method.name} compares all samples with each other, so that neither sums "
                 f"in between nor those of a part can be kept; leave out {other}"
             )
-        self.model: PreTrainedModel | None = None
+        self.model: transformers.PreTrainedModel | None = None
         self.run: ScoreRun | None = None
         """From the first batch on."""
         self._description: dict[str, Any] = {}
@@ -253,7 +253,7 @@ class ScoringModule(pl.LightningModule):
         else:  # outside the module tree: nothing may move a model that is spread over devices
             self.__dict__["model"] = model
 
-    def _take_up_partial_sums(self, model: PreTrainedModel) -> None:
+    def _take_up_partial_sums(self, model: transformers.PreTrainedModel) -> None:
         """Leaves out the samples whose sums an interrupted run has saved."""
         assert self.output is not None
         partial = PartialSums(self.output, self.global_rank)
@@ -273,7 +273,7 @@ class ScoringModule(pl.LightningModule):
                 log.info("resuming: %d samples already scored", len(partial.ids))
         self._partial = partial
 
-    def _check_method(self, model: PreTrainedModel) -> None:
+    def _check_method(self, model: transformers.PreTrainedModel) -> None:
         if not self._is_checked:
             self._is_checked = True
             sample = self.data.samples[0].input_ids
