@@ -20,7 +20,7 @@ PLAIN = ("prune", "circuit", "compare", "audit", "evidence", "overlap", "report"
 
 @dataclass(frozen=True)
 class Startup:
-    """Processor seconds of a command and of its yardstick (the fastest run of each), and the ratio that must not be exceeded."""
+    """Processor seconds of a command and of its yardstick, the fastest run of each, and the bound of their ratio."""
 
     command: str
     yardstick: str
