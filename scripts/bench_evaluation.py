@@ -43,11 +43,11 @@ from bench_common import (
 )
 from torch import Tensor, nn
 
-from sparc3_pl.data.evaluation_data import IGNORED, sliding_windows
+from sparc3_pl.data.evaluation_data import sliding_windows
 from sparc3_pl.data.sources import get_field, parse_filter, text_id
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import DetoxifyJudge, judged
-from sparc3_pl.model.likelihood import WindowScorer
+from sparc3_pl.model.likelihood import IGNORE, WindowScorer
 from sparc3_pl.model.loading import load_tokenizer
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.source import ModelSource
@@ -110,7 +110,7 @@ def make_windows(ids: list[int], args: argparse.Namespace) -> list[tuple[Tensor,
     for window in sliding_windows(len(ids), args.max_length, args.stride):
         tokens = torch.tensor(ids[window.start : window.end], device=args.device)
         labels = tokens.clone()
-        labels[: window.scored - window.start] = IGNORED
+        labels[: window.scored - window.start] = IGNORE
         found.append((tokens, labels))
     return found
 
@@ -126,8 +126,8 @@ def plain_perplexity(
     total, count = 0.0, 0
     for ids, labels in windows:
         logits = model(input_ids=ids[None]).logits[0, :-1].to(dtype)
-        total += float(F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum"))
-        count += int((labels[1:] != IGNORED).sum())
+        total += float(F.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum"))
+        count += int((labels[1:] != IGNORE).sum())
     return math.exp(total / count)
 
 
@@ -136,7 +136,7 @@ def our_perplexity(scorer: WindowScorer, windows: list[tuple[Tensor, Tensor]], b
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         ids = nn.utils.rnn.pad_sequence([i for i, _ in batch], batch_first=True)
-        labels = nn.utils.rnn.pad_sequence([w for _, w in batch], batch_first=True, padding_value=IGNORED)
+        labels = nn.utils.rnn.pad_sequence([w for _, w in batch], batch_first=True, padding_value=IGNORE)
         lengths = torch.tensor([len(i) for i, _ in batch], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         nll, num_tokens = scorer(ids, mask, labels)
@@ -155,7 +155,7 @@ def compare_perplexity(model: nn.Module, tokenizer: Any, args: argparse.Namespac
     difference = abs(found / want - 1)
     if difference > TOLERANCE[DTYPES[args.dtype]]:
         sys.exit(f"error: {title}: {found} differs from {want} by {difference:.1e}: nothing is timed")
-    scored = sum(int((labels[1:] != IGNORED).sum()) for _, labels in windows)
+    scored = sum(int((labels[1:] != IGNORE).sum()) for _, labels in windows)
     needed = forward_flops(model, [len(ids) for ids, _ in windows]) + head_flops(model, scored)
     tokens, peaks = sum(len(ids) for ids, _ in windows), (peak_plain, peak_ours)
     timed = timing(model, runs, tokens, needed, rate, args, difference, peaks)

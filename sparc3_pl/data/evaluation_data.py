@@ -21,9 +21,9 @@ from sparc3_pl.data.samples import SEPARATOR, pad_right
 from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.likelihood import IGNORE
 
 __all__ = [
-    "IGNORED",
     "EvaluationData",
     "PromptBatch",
     "UnitBatch",
@@ -40,8 +40,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token that is not scored here
-
 
 @dataclass
 class WindowBatch:
@@ -50,7 +48,7 @@ class WindowBatch:
     Attributes:
         input_ids: ``[B, T]`` int64.
         attention_mask: ``[B, T]`` int64, 1 for real tokens.
-        labels: ``[B, T]`` int64: the token at that place if this window is the one that scores it, else ``IGNORED``.
+        labels: ``[B, T]`` int64: the token at that place if this window is the one that scores it, else ``IGNORE``.
             Its prediction stands one place to the left.
         index: Place of each window among all windows of the text.
     """
@@ -482,7 +480,7 @@ class EvaluationData(LightningDataModule):
         """Tokens and labels of some windows, ``[B, T]``."""
         pad_id = self.encoder.pad_id
         input_ids, mask = pad_right([self.token_ids[w.start : w.end] for w in windows], pad_id)
-        labels = torch.full_like(input_ids, IGNORED)
+        labels = torch.full_like(input_ids, IGNORE)
         for row, window in enumerate(windows):
             scored = slice(window.scored - window.start, window.end - window.start)
             labels[row, scored] = input_ids[row, scored]

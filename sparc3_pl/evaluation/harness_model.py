@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from lm_eval.api.model import TemplateLM
 
-from sparc3_pl.data.evaluation_data import IGNORED
 from sparc3_pl.data.samples import pad_right
 from sparc3_pl.evaluation.measurement_run import input_device
-from sparc3_pl.model.likelihood import WindowScorer
+from sparc3_pl.model.likelihood import IGNORE, WindowScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +74,7 @@ class HarnessModel(TemplateLM):
             )
         self._num_cut += cut
         input_ids, mask = pad_right(rows, self._encoder.pad_id)
-        labels = input_ids.new_full(input_ids.shape, IGNORED)
+        labels = input_ids.new_full(input_ids.shape, IGNORE)
         for row, ids, (_, continuation) in zip(labels, rows, pairs, strict=True):
             scored = slice(len(ids) - len(continuation), len(ids))
             row[scored] = input_ids.new_tensor(ids[scored])

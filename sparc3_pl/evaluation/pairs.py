@@ -14,7 +14,7 @@ from sparc3_pl.data.sources import get_field, local_source, parse_filter, read_r
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
 from sparc3_pl.evaluation.measurement_run import input_device
-from sparc3_pl.evaluation.perplexity import IGNORE, token_nll
+from sparc3_pl.model.likelihood import IGNORE, WindowScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,8 +172,5 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[list[int]], num_befo
     input_ids_BT, mask_BT = (tensor.to(input_device(model)) for tensor in pad_right(rows, 0))
     labels_BT = input_ids_BT.masked_fill(mask_BT == 0, IGNORE)
     labels_BT[:, :num_before] = IGNORE
-    logits_BTV = model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    return [
-        -float(token_nll(logits_TV[None], labels_T[None].to(logits_TV.device))[0])
-        for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
-    ]
+    nll_B, _ = WindowScorer(model)(input_ids_BT, mask_BT, labels_BT)
+    return (-nll_B).tolist()
