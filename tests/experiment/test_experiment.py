@@ -307,6 +307,7 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
     def prune(**arguments):
         asked.append(arguments)
         settings = {"gains": {"scale": 100 * arguments.get("budget", 0) or arguments["scale"]}}
+        settings["held_back"] = text.read_text()  # another text gives another plan, as in life
         entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, 0.5) for place in range(3)])
         plan = PrunePlan(entries=entries, model={"fingerprint": "sha256:00"}, edit="gains", settings=settings)
         plan.save(arguments["output"], arguments["overwrite"])
