@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,7 +61,7 @@ def measure(
         kept: By name, which components stay: bool ``[N]``.
         replacement: What is read in place of the others.
         progress: Told the number of pairs after each pass.
-        compact: See ``ablated``.
+        compact: See ``ablated``; only where the replacement is 0 for every batch.
 
     Raises:
         InputError: if a logit is not finite.
@@ -71,17 +72,23 @@ def measure(
         parts[key].append(outcome_of_batch(model, batch))
         progress(len(batch.input_ids))
 
+    def in_force(kept_N: Tensor) -> AbstractContextManager[None]:
+        """One set's ablation, whatever the batch."""
+        if candidates.are_weights:
+            return masked_weights(model, candidates, kept_N)
+        return ablated(model, candidates, kept_N, {}, compact)
+
     with torch.no_grad(), onednn_linears(model):
-        if candidates.are_weights:  # to mask the weights costs as much as to read them all: once for a set
+        if candidates.are_weights or compact:  # to put a set in force costs as much as to read the weights: once
             for key, kept_N in kept.items():
-                with masked_weights(model, candidates, kept_N):
+                with in_force(kept_N):
                     for batch in batches:
                         run(key, batch)
         else:
-            for batch in batches:
+            for batch in batches:  # values of the paired sentences: once, for all sets
                 values = replacement(batch)
                 for key, kept_N in kept.items():
-                    with ablated(model, candidates, kept_N, values, compact):
+                    with ablated(model, candidates, kept_N, values):
                         run(key, batch)
     return {
         key: Outcome(*(torch.cat(column).numpy() for column in zip(*rows, strict=True))) for key, rows in parts.items()
