@@ -33,12 +33,12 @@ class Choice(Generic[T]):
     """An implementation that the user chose.
 
     Attributes:
-        made: The object.
+        object: The implementation.
         name: How files name it: the short name of a built-in class, the class path of any other.
-        arguments: The arguments it was made with.
+        arguments: Its arguments.
     """
 
-    made: T
+    object: T
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
 

@@ -44,10 +44,10 @@ def softened(base: AttentionFunction, temperature: float) -> AttentionFunction:
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
     ):
         output, weights = base(module, q.detach(), k.detach(), v, mask, *args, **kwargs)
-        scores, seen = _scores(q, k, mask, kwargs.get("scaling"))
+        scores, visible = _scores(q, k, mask, kwargs.get("scaling"))
         values = v.detach().repeat_interleave(q.shape[1] // v.shape[1], 1).to(scores.dtype)
         again = (_SoftenedSoftmax.apply(scores, temperature) @ values).transpose(1, 2)
-        _require_agreement(module, output, again, seen)
+        _require_agreement(module, output, again, visible)
         again = again.to(output.dtype)
         return output + (again - again.detach()), weights
 

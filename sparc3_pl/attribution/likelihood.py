@@ -194,10 +194,10 @@ def require_known_logits(model: nn.Module, sample: Sequence[int]) -> None:
     if not len(sample) or device.type == "meta":
         return
     input_ids = torch.tensor([list(sample[:NUM_TOKENS])], device=device)
-    wanted = model(input_ids=input_ids, use_cache=False).logits
+    expected = model(input_ids=input_ids, use_cache=False).logits
     logits = OutputHead(model).logits(last_hidden_state(model, input_ids, torch.ones_like(input_ids)))
-    far, largest = (float(t.abs().max()) for t in (logits - wanted.to(logits.device), wanted))
-    if not far <= _TOLERANCE.get(wanted.dtype, 1e-4) * largest:
+    far, largest = (float(t.abs().max()) for t in (logits - expected.to(logits.device), expected))
+    if not far <= _TOLERANCE.get(expected.dtype, 1e-4) * largest:
         error = far / largest if largest else math.inf
         raise InputError(
             f"{type(model).__name__} does something to its logits after the output head that is not known here (they "

@@ -259,17 +259,17 @@ class Gradient(Method):
         groups_B = group_of(*samples, options.groups) if options.groups else None
         relevance: dict[str, Tensor] = {}
         by_token: dict[str, Tensor] = {}
-        read = {name: layer.group for name, layer in layers.items()}
+        sites = {name: layer.group for name, layer in layers.items()}
         if self.at_values(target, options):
-            read = {name: group.site or group for name, group in read.items()}
+            sites = {name: group.site or group for name, group in sites.items()}
 
         def take(layer: LayerPass) -> None:
             require_once(layer.name, relevance)
             name, layer = layer.name, layer.first(num_samples)
-            relevance[name] = self.add(layers[name].sums, read[name], layer, groups_B, options)
-            by_token[name] = token_relevance(layer, read[name])
+            relevance[name] = self.add(layers[name].sums, sites[name], layer, groups_B, options)
+            by_token[name] = token_relevance(layer, sites[name])
 
-        modules = {name: model.get_submodule(group.layer) for name, group in read.items()}
+        modules = {name: model.get_submodule(group.layer) for name, group in sites.items()}
         checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
         with torch.enable_grad(), self.rules(model), checkpointing:
             attributed = self.passes(model, batch, target, modules, take)

@@ -80,8 +80,8 @@ class Expertise(Method):
         )
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
-        read = site_of(group) if self.needs_values else group
-        if read.width != 1 or (not self.needs_values and read.axis != "out"):
+        site = site_of(group) if self.needs_values else group
+        if site.width != 1 or (not self.needs_values and site.axis != "out"):
             raise InputError(
                 f"method expertise: the components of {group.layer} are no single units; score neuron, or channel with "
                 "at=values"

@@ -248,11 +248,11 @@ def _hidden(out: Any) -> Tensor:
 def _without(weight_OI: Tensor, mask_OI: Tensor) -> Iterator[None]:
     """Inside the block the weights of ``mask_OI`` are 0; afterwards they are what they were, bit for bit."""
     mask_OI = mask_OI.to(weight_OI.device)
-    kept = weight_OI.detach().clone()
+    before = weight_OI.detach().clone()
     with torch.no_grad():
         weight_OI.masked_fill_(mask_OI, 0)
     try:
         yield
     finally:
         with torch.no_grad():
-            weight_OI.copy_(kept)
+            weight_OI.copy_(before)

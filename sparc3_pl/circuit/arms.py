@@ -96,10 +96,10 @@ def arms_of(
     granularity = [granularity] if isinstance(granularity, str | dict) else list(granularity)
     if not granularity:
         raise InputError("model.granularity is an empty list; name what circuits consist of, as neuron")
-    kinds = [COMPONENTS.choose(kind).made for kind in granularity]
+    kinds = [COMPONENTS.choose(kind).object for kind in granularity]
     for spec in methods:
         method = METHODS.choose(spec)
-        heeded = frozenset.intersection(*(method.made.heeds(kind) for kind in kinds))
+        heeded = frozenset.intersection(*(method.object.heeds(kind) for kind in kinds))
         options = {
             name: value for name, value in (("signed", signed), ("nonfinite", nonfinite)) if name in heeded and value
         }
@@ -108,7 +108,7 @@ def arms_of(
             ScoreRequest.of(
                 spec,
                 granularity,
-                target if method.made.needs_target else "predicted",
+                target if method.object.needs_target else "predicted",
                 layers,
                 **options | ({} if one is None else {"seed": one}),
             )
@@ -131,7 +131,7 @@ _PAIR_FIELDS = ("answer", "foil", "counterfactual_ids")
 
 def _require_pair_fields(request: ScoreRequest) -> None:
     for key, choice in (("methods", request.method), ("target", request.target)):
-        for field in choice.made.needs:
+        for field in choice.object.needs:
             if field not in _PAIR_FIELDS:
                 raise InputError(
                     f"model.{key}: {choice.name} needs samples with {field}, and the pairs of a circuit have none; "
@@ -241,7 +241,7 @@ def score_arm(
     account = scorer.method.check(model, sample)
     scorer.target.check(model, sample)
     run = ScoreRun(scorer, None, None)
-    in_parts = not (scorer.method.needs_all_samples or any(c.made.dims == 2 for c in request.components))
+    in_parts = not (scorer.method.needs_all_samples or any(c.object.dims == 2 for c in request.components))
     units: list[Unit] = []
     samples: dict[int, list[ScoredSample]] = {}
     for number, batches in enumerate(sets):
@@ -252,8 +252,8 @@ def score_arm(
             if in_parts or place == len(batches) - 1:
                 scorer.finish()
                 own = {name: {k: tensor.clone() for k, tensor in sums.items()} for name, sums in scorer.sums.items()}
-                done = len(run.samples) - before - sum(unit.num_samples for unit in units if unit.group == number)
-                units.append(Unit(own, done, number))
+                num_scored = len(run.samples) - before - sum(unit.num_samples for unit in units if unit.group == number)
+                units.append(Unit(own, num_scored, number))
                 for sums in scorer.sums.values():
                     for tensor in sums.values():
                         tensor.zero_()

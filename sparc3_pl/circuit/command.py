@@ -35,7 +35,7 @@ from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import output_head
-from sparc3_pl.registry import Choice
+from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.scoring.score_run import require_fields
 
 __all__ = ["circuit"]
@@ -44,7 +44,7 @@ __all__ = ["circuit"]
 def circuit(
     model: CircuitModel = CircuitModel(),  # noqa: B008 (frozen)
     data: CircuitData = CircuitData(),  # noqa: B008
-    ablation: dict[str, Any] | str = "zero",
+    ablation: Spec = "zero",
     fractions: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],  # noqa: B006 (never changed)
     resamples: int = 20,
     permutations: int = 200,
@@ -91,7 +91,7 @@ def circuit(
         model.methods, model.granularity, model.target, model.targets, model.signed, model.draws, model.seed,
         model.nonfinite,
     )  # fmt: skip
-    if any(c.made.dims == 2 for c in arms[0].request.components) and not kind.made.of_weights:
+    if any(c.object.dims == 2 for c in arms[0].request.components) and not kind.object.of_weights:
         raise InputError(f"ablation={kind.name}: single weights are ablated by zero only; give ablation: zero")
     with sole_run(output):
         run = _Run(model, data, kind, arms, sizes, save_fraction)
@@ -121,13 +121,13 @@ class _Run:
         self._clock = time.perf_counter()
         source = ModelSource(model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code)
         encoder = load_encoder(source)
-        needed = ablation.made.needs_pairs or any(COUNTERFACTUAL in arm.request.method.made.needs for arm in arms)
+        needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
         self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
         for arm in arms:
             require_fields(arm.request, self.pairs.tests[0].fields.keys())
         self.model = load_model(source)
         check_vocabulary(self.model, encoder.tokenizer)
-        kinds = {choice.name: choice.made for choice in arms[0].request.components}
+        kinds = {choice.name: choice.object for choice in arms[0].request.components}
         self.candidates = Candidates.of(self.model, kinds, model.targets)
         if save_fraction is not None and not num_kept(save_fraction, self.candidates.count):
             raise InputError(f"save_fraction={save_fraction} of {self.candidates.count} components is none; give more")
@@ -150,8 +150,8 @@ class _Run:
         sample = first.input_ids[0][first.attention_mask[0].bool()].tolist()
         require_known_logits(self.model, sample)
         for arm in self.arms:
-            arm.request.method.made.check(self.model, sample)
-            arm.request.target.made.check(self.model, sample)
+            arm.request.method.object.check(self.model, sample)
+            arm.request.target.object.check(self.model, sample)
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
@@ -162,7 +162,7 @@ class _Run:
         sets, tests = self.pairs.sets, self.pairs.tests
         with _progress("model as it is, and empty") as progress:
             bench = Bench.of(
-                self.model, self.candidates, self.ablation.made, sets, tests, self.fractions,
+                self.model, self.candidates, self.ablation.object, sets, tests, self.fractions,
                 self.settings.seed, progress,
             )  # fmt: skip
         self._lap("full and empty")
@@ -246,9 +246,9 @@ class _Run:
             measured = self.measured[arm.name]
             kept = kept_of(measured.order_N, number)
             for what, chosen in (("remove", kept), ("keep", ~kept)):
-                told = {"fraction": fraction, "circuit": what}
+                settings = {"fraction": fraction, "circuit": what}
                 plan = circuit_plan(
-                    self.candidates, arm.name, chosen, measured.values_N, self.description, told, sorted(samples)
+                    self.candidates, arm.name, chosen, measured.values_N, self.description, settings, sorted(samples)
                 )
                 plan.save(folder / f"{arm.name}-{what}.json")
 

@@ -68,8 +68,8 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
         raise InputError(str(error).replace("data.num_samples", "data.num_test")) from None
     for batch in (*(batch for batches in sets for batch in batches), *tests):
         _check(batch, settings, needs_counterfactuals)
-    read = {text for batches in sets for batch in batches for texts in batch.text_ids for text in texts}
-    if any(text in read for batch in tests for texts in batch.text_ids for text in texts):
+    texts_of_sets = {text for batches in sets for batch in batches for texts in batch.text_ids for text in texts}
+    if any(text in texts_of_sets for batch in tests for texts in batch.text_ids for text in texts):
         raise InputError(
             f"data.source={settings.source!r}: a sentence is in discovery pairs and in test pairs; give other data"
         )
@@ -107,10 +107,10 @@ def _made(
         source=settings.source, num_pairs=number, half=half, seed=seed, counterfactual=settings.counterfactual,
         partition_seed=settings.partition_seed, partition_share=settings.partition_share,
     )  # fmt: skip
-    made = make_pairs(query, encoder)
-    pairs = sorted(made.pairs, key=lambda pair: -len(pair.clean_ids))
+    own = make_pairs(query, encoder)
+    pairs = sorted(own.pairs, key=lambda pair: -len(pair.clean_ids))
     batches = [pad_pairs(part, encoder.pad_id) for part in _batches(pairs, size)]
-    return batches, dict(made.counts), {"counterfactual": settings.counterfactual}
+    return batches, dict(own.counts), {"counterfactual": settings.counterfactual}
 
 
 def _read(

@@ -125,20 +125,20 @@ class Bench:
 
     def outcomes(self, choices: Mapping[str, Choice]) -> dict[str, Outcome]:
         """The outcome of every choice; equal ones, and those that keep all or nothing, are measured once."""
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         same: dict[bytes, list[str]] = {}
         for name, choice in choices.items():
             if choice.num_kept in (0, self.candidates.count):
-                found[name] = self.ends.full if choice.num_kept else self.ends.empty
+                outcomes[name] = self.ends.full if choice.num_kept else self.ends.empty
             elif self.candidates.are_weights:  # masks of millions: one at a time
-                found |= self._measure({name: choice.kept_N})
+                outcomes |= self._measure({name: choice.kept_N})
             else:
                 same.setdefault(np.packbits(choice.kept_N.numpy()).tobytes(), []).append(name)
         kept = {names[0]: choices[names[0]].kept_N for names in same.values()}
         if kept:
             once = self._measure(kept)
-            found |= {name: once[names[0]] for names in same.values() for name in names}
-        return found
+            outcomes |= {name: once[names[0]] for names in same.values() for name in names}
+        return outcomes
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ def measure_arm(
     def area(kind: str, name: str) -> dict[str, float | None]:
         own = outcomes_of(kind)
         every = mean_areas if len(own) > 1 else areas
-        found = every(bench.fractions, own if len(own) > 1 else own[0], bench.ends)[name]
-        return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        area_of_curve = every(bench.fractions, own if len(own) > 1 else own[0], bench.ends)[name]
+        return {name: area_of_curve.value, f"{name}_low": area_of_curve.low, f"{name}_high": area_of_curve.high}
 
     sufficiency = points("curve")
     smallest = smallest_faithful(sufficiency)
@@ -241,13 +241,13 @@ def _values_of_sets(scores: ArmScores, candidates: Candidates, num_sets: int) ->
 
 def _stability(scores: ArmScores, bench: Bench, num_sets: int, resamples: int) -> list[Stability]:
     candidates = bench.candidates
-    drawn = resampled_overlaps(scores, candidates, bench.fractions, resamples, bench.seed) if resamples else []
+    jaccards = resampled_overlaps(scores, candidates, bench.fractions, resamples, bench.seed) if resamples else []
     orders = []
     if num_sets > 1 and scores.units:
         orders = [order_of(scores.values(candidates, group=number)) for number in range(num_sets)]
     rows = []
     for place, (fraction, size) in enumerate(zip(bench.fractions, bench.sizes, strict=True)):
-        own = drawn[place] if drawn else []
+        own = jaccards[place] if jaccards else []
         between = [agreement(one, other, size) for one, other in itertools.combinations(orders, 2)]
         low, high = np.quantile(own, (0.025, 0.975)) if own else (math.nan, math.nan)
         mean, sets = (float(np.mean(row)) if row else math.nan for row in (own, between))
@@ -303,5 +303,5 @@ def overlaps_of_arms(
 def strength_request(arm: Arm, nonfinite: str = "error") -> ScoreRequest:
     """What says how strong the components of an arm are, whatever the task: Wanda's scores."""
     plain = arm.request
-    kinds = [choice.made for choice in plain.components]
+    kinds = [choice.object for choice in plain.components]
     return ScoreRequest.of("wanda", kinds, layers=plain.layers, nonfinite=nonfinite)

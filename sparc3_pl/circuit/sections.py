@@ -148,26 +148,26 @@ def _title(name: str, arm: ArmResult) -> str:
 
 def _agreement(results: CircuitResults) -> Iterator[Block]:
     fractions = [point.fraction for point in next(iter(results.arms.values())).curve]
-    shown = min(fractions, key=lambda fraction: abs(fraction - _SHOWN_OVERLAP))
+    fraction_shown = min(fractions, key=lambda fraction: abs(fraction - _SHOWN_OVERLAP))
     rows = []
     for name, arm in results.arms.items():
         for one in arm.stability:
-            if one.fraction == shown and (one.resamples is not None or one.sets is not None):
+            if one.fraction == fraction_shown and (one.resamples is not None or one.sets is not None):
                 ends = _with_ends(one.resamples, one.resamples_low, one.resamples_high, ".2f")
                 rows.append((name, ends, Number(one.sets, form=".2f")))
     if rows:
         yield Table.of(
             ("method", "resampled discovery pairs", "other sets of pairs"), rows,
-            title=f"Jaccard index of the circuit of {shown:g} with those of other discovery pairs",
+            title=f"Jaccard index of the circuit of {fraction_shown:g} with those of other discovery pairs",
         )  # fmt: skip
-    overlaps = [one for one in results.overlaps if one.fraction == shown]
+    overlaps = [one for one in results.overlaps if one.fraction == fraction_shown]
     if overlaps:
         rows = [
             (" & ".join(o.arms), count(o.common), number(o.jaccard, 3), number(o.expected, 3), p_value(o.p_value))
             for o in overlaps
         ]
         yield Table.of(
-            ("circuits", "common", "Jaccard", "matched null", "p"), rows, title=f"Circuits of {shown:g}",
+            ("circuits", "common", "Jaccard", "matched null", "p"), rows, title=f"Circuits of {fraction_shown:g}",
             note="Matched null: mean over random circuits with as many components of each layer and strength.",
         )  # fmt: skip
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.registry import Spec
 
 __all__ = ["CircuitData", "CircuitModel"]
 
@@ -37,9 +38,9 @@ class CircuitModel:
     revision: str | None = None
     device_map: str | None = None
     trust_remote_code: bool = False
-    methods: list[dict[str, Any] | str] = field(default_factory=lambda: ["lrp", "gradient", "random"])
-    granularity: dict[str, Any] | str | list[dict[str, Any] | str] = field(default_factory=lambda: ["neuron", "head"])
-    target: dict[str, Any] | str = "answer"
+    methods: list[Spec] = field(default_factory=lambda: ["lrp", "gradient", "random"])
+    granularity: Spec | list[Spec] = field(default_factory=lambda: ["neuron", "head"])
+    target: Spec = "answer"
     targets: list[str] | None = None
     signed: bool = True
     nonfinite: Literal["error", "zero"] = "error"

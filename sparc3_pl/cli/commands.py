@@ -105,8 +105,8 @@ def execute(args: Sequence[str] | None = None) -> None:
         names = [*PASSES, *COMMANDS]
         close = difflib.get_close_matches(name or "", names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        said = "no command is given" if name is None else f"unknown command {redacted(name)!r}"
-        sys.stderr.write(f"error: {said}; give one of {', '.join(names)}{hint} (see --help)\n")
+        problem = "no command is given" if name is None else f"unknown command {redacted(name)!r}"
+        sys.stderr.write(f"error: {problem}; give one of {', '.join(names)}{hint} (see --help)\n")
         raise SystemExit(2)
 
 

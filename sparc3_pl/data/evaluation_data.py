@@ -360,8 +360,8 @@ class EvaluationData(LightningDataModule):
             size += len((text + SEPARATOR).encode())
             if self.text_max_bytes is not None and size >= self.text_max_bytes:
                 break
-        joined = SEPARATOR.join(parts).encode()[: self.text_max_bytes]
-        return joined.decode(errors="ignore")  # ignores only a last character that the limit cut in two
+        encoded = SEPARATOR.join(parts).encode()[: self.text_max_bytes]
+        return encoded.decode(errors="ignore")  # ignores only a last character that the limit cut in two
 
     def _documents(self, source: str) -> Iterator[str]:
         """The records' texts in order; empty ones too, as they are part of the running text."""

@@ -142,13 +142,13 @@ class _Matcher:
         self, texts: Iterable[str], fits: _Fits, counter: str | None = None, counts: Counter[str] | None = None
     ) -> list[str]:
         """Serve the open targets from ``texts``; returns the texts that were not used."""
-        texts, left = iter(texts), []
+        texts, rest = iter(texts), []
         while self.open and (text := next(texts, None)) is not None:
             if not self._take(text, fits):
-                left.append(text)
+                rest.append(text)
             elif counter is not None and counts is not None:
                 counts[counter] += 1
-        return left
+        return rest
 
     def too_short(self, text: str) -> bool:
         """Whether the text is shorter than every target."""

@@ -283,9 +283,9 @@ class ReferenceData(LightningDataModule):
             return
         self._pad_id = encoder.pad_id
         if self.pair_query is not None:
-            made = make_pairs(self.pair_query, encoder)
-            self.samples = [pair.sample for pair in made.pairs]
-            self.query.counts.update(made.counts)
+            pairs = make_pairs(self.pair_query, encoder)
+            self.samples = [pair.sample for pair in pairs.pairs]
+            self.query.counts.update(pairs.counts)
             self._tell()
             return
         targets = None
@@ -425,13 +425,13 @@ def _check_made(source: str, unused: dict[str, Any]) -> None:
 
 def _check_fields(fields: RecordFields, baseline: Baseline, match: str | None, max_tokens: int | None) -> None:
     """Refuses fields that do not go together, or not with what cuts the texts."""
-    given = list(fields.given)
+    names = list(fields.given)
     less_baseline([], [], baseline)
-    if given and match is not None:
+    if names and match is not None:
         raise InputError(
-            f"data.match={match!r} cuts samples out of texts, which data.{given[0]} does not fit; leave one"
+            f"data.match={match!r} cuts samples out of texts, which data.{names[0]} does not fit; leave one"
         )
-    ends = [name for name in given if name not in ("label_field", "weight_field")]
+    ends = [name for name in names if name not in ("label_field", "weight_field")]
     if ends and max_tokens is not None:
         raise InputError(f"data.max_tokens={max_tokens} would cut the end that data.{ends[0]} is about; leave it out")
     if baseline != "mean" and fields.weight is None:

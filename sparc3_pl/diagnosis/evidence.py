@@ -262,10 +262,10 @@ def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance
 
 
 def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Choice, seed: int) -> Stability:
-    units, used = units_of(general), units_of(behaviour)
-    sizes = range(1, len(used) // 2 + 1) if len(units) > 1 else ()
-    each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(used)
-    overlaps = [split_half_overlaps(units, used, choice, size, seed=seed) for size in sizes]
+    units, units_behaviour = units_of(general), units_of(behaviour)
+    sizes = range(1, len(units_behaviour) // 2 + 1) if len(units) > 1 else ()
+    each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(units_behaviour)
+    overlaps = [split_half_overlaps(units, units_behaviour, choice, size, seed=seed) for size in sizes]
     null = null_against_null(units, choice, seed=seed)
     mixed = null_against_selection(units, selection, choice, seed=seed)
     return Stability(

@@ -98,11 +98,11 @@ def weigh_gains(general: Scores, behaviour: Scores, *, seed: int = 0) -> GainsEv
 
 
 def _kinds(behaviour: Scores) -> dict[str, KindEvidence]:
-    known = all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in behaviour.folders)
+    has_squares = all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in behaviour.folders)
     blocks = collect(behaviour)
     result: dict[str, KindEvidence] = {}
     for layer, kind in behaviour.components.items():
-        before = result.get(kind, KindEvidence(0, 0 if known else None, 0.0))
+        before = result.get(kind, KindEvidence(0, 0 if has_squares else None, 0.0))
         far = before.far
         if far is not None:
             start, stop = behaviour.span(layer)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +100,7 @@ def overlap(
     folders: list[str],
     general: list[str] | None = None,
     num_neurons: int = 100,
-    contrast: str | dict[str, Any] = "difference",
+    contrast: Spec = "difference",
     protect: float = 0.0,
     num_permutations: int = 1000,
     stratum: int = 20,
@@ -304,7 +303,7 @@ def _common(
     sizes = [sum(number for names, number in exclusive.items() if name in names) for name in group]
     pair = len(group) == 2
     # No two selections of millions of weights are independent: that p-value would be a long sum that says 0 or 1.
-    counted = pair and total is not None and not of_weights
+    has_expectation = pair and total is not None and not of_weights
     has_contrasts = pair and all(name in contrasts for name in group)
     return Common(
         names=group,
@@ -313,7 +312,7 @@ def _common(
         expected=null and null[0],
         p_value=null and permutation_p(common, null[1]),
         expected_random=None if total is None else total * float(np.prod([size / total for size in sizes])),
-        p_hypergeometric=hypergeometric_p(common, *sizes, total) if counted else None,
+        p_hypergeometric=hypergeometric_p(common, *sizes, total) if has_expectation else None,
         correlation=rank_correlation(*(contrasts[name] for name in group)) if has_contrasts else None,
         quadrants=quadrants(*(contrasts[name].numpy() for name in group)) if has_contrasts else None,
     )

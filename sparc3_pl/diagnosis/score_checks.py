@@ -168,12 +168,12 @@ def audit_folders(
     Raises:
         InputError: if a folder was given twice, or a byte was changed.
     """
-    named = dict(zip(names or [str(folder.path) for folder in folders], folders, strict=True))
-    if len(named) < len(folders):
+    by_name = dict(zip(names or [str(folder.path) for folder in folders], folders, strict=True))
+    if len(by_name) < len(folders):
         raise InputError(f"a score folder was given twice: {', '.join(str(folder.path) for folder in folders)}")
-    unread = {name for name, folder in named.items() if most_bytes is not None and num_bytes(folder) > most_bytes}
-    single = tuple(audit_folder(folder, name, read=name not in unread) for name, folder in named.items())
-    return Audit(single, tuple(_audit_seeds(group, read=not unread & group.keys()) for group in _groups(named)))
+    unread = {name for name, folder in by_name.items() if most_bytes is not None and num_bytes(folder) > most_bytes}
+    single = tuple(audit_folder(folder, name, read=name not in unread) for name, folder in by_name.items())
+    return Audit(single, tuple(_audit_seeds(group, read=not unread & group.keys()) for group in _groups(by_name)))
 
 
 def num_bytes(folder: ScoreFolder) -> int:

@@ -72,11 +72,11 @@ def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
         )
         for name, layer in largest
     ]
-    shown = f"the {most} layers with most of it; the manifest has all {len(manifest.layers)}"
+    note = f"the {most} layers with most of it; the manifest has all {len(manifest.layers)}"
     print_result(
         f"{kind}: {len(manifest.layers)} layers of {manifest.model['pretrained']}, {manifest.num_samples} samples, "
         f"{manifest.num_tokens} tokens, total relevance {total:.6g}",
-        Table.of(("layer", "shape", "sum of scores", "share"), rows, note=shown if len(manifest.layers) > most else ""),
+        Table.of(("layer", "shape", "sum of scores", "share"), rows, note=note if len(manifest.layers) > most else ""),
         f"scores: {folder}",
     )
 

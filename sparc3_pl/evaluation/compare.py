@@ -198,8 +198,8 @@ def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[P
         )
     pairs: dict[str, list[Pair]] = {}
     for key, row in sides[0].items():
-        scored = row.failed is None and sides[1][key].failed is None
-        pairs.setdefault(key[0], []).extend([(row, sides[1][key])] if scored else [])
+        both_scored = row.failed is None and sides[1][key].failed is None
+        pairs.setdefault(key[0], []).extend([(row, sides[1][key])] if both_scored else [])
     return pairs
 
 

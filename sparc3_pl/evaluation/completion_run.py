@@ -74,9 +74,9 @@ class CompletionRun(MeasurementRun):
         Raises:
             InputError: if the judge does not keep to its labels, or completions cannot be kept.
         """
-        done = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
-        todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in done]
-        rows = [row for i in done for row in done[i]]
+        finished = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
+        todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
+        rows = [row for i in finished for row in finished[i]]
         if todo:
             fresh = _judged_rows(self.generator(*zip(*todo, strict=True)), self.judge, self.toxicity.labels)
             if self._store is not None:
@@ -94,8 +94,8 @@ class CompletionRun(MeasurementRun):
     def _count(self, rows: list[CompletionRow]) -> None:
         columns = {label: [row.scores.get(label, 0.0) for row in rows] for label in self.toxicity.labels}
         scores = {label: torch.tensor(column, dtype=torch.float64) for label, column in columns.items()}
-        failed = [row.failed is not None for row in rows]
-        self.toxicity.update([row.id for row in rows], scores, failed)
+        has_failed = [row.failed is not None for row in rows]
+        self.toxicity.update([row.id for row in rows], scores, has_failed)
         self.repetition.update([row.tokens for row in rows if row.failed is None])
         self.rows += rows
 

@@ -115,7 +115,7 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
     choices = tuple(MEASUREMENTS.choose(spec) for spec in specs)
     names: list[str] = []
     for choice in choices:
-        name, size = getattr(choice.made, "name", None), choice.made.batch_size
+        name, size = getattr(choice.object, "name", None), choice.object.batch_size
         if not isinstance(name, str) or not name:
             raise InputError(f"model.measurements: {choice.name} has no name; give the class an attribute `name`")
         if name in names or name in RESERVED:
@@ -125,8 +125,8 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
             )
         if is_secret_name(name):
             raise InputError(f"model.measurements: {name!r} would be left out of results as a secret; rename it")
-        if choice.made.better not in ("lower", "higher"):
-            raise InputError(f"model.measurements: {name}.better={choice.made.better!r}; give 'lower' or 'higher'")
+        if choice.object.better not in ("lower", "higher"):
+            raise InputError(f"model.measurements: {name}.better={choice.object.better!r}; give 'lower' or 'higher'")
         if size < 1:
             raise InputError(f"model.measurements: {name}.batch_size={size}; give at least 1")
         try:
@@ -139,7 +139,7 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
 
 def settings_of(choice: Choice[Measurement]) -> dict[str, Any]:
     """How the measurement is set; its batch size changes nothing that it measures."""
-    settings = choice.arguments | choice.made.describe()
+    settings = choice.arguments | choice.object.describe()
     return {name: value for name, value in settings.items() if name != "batch_size"}
 
 
@@ -252,7 +252,7 @@ class Measured:
         units = [row["unit"] for row in rows]
         if len(set(units)) != len(units):
             twice = next(unit for unit in units if units.count(unit) > 1)
-            raise InputError(f"measurement {choice.made.name}: two rows are of unit {twice!r}; give each its own id")
+            raise InputError(f"measurement {choice.object.name}: two rows are of unit {twice!r}; give each its own id")
         return cls(choice, sorted(rows, key=lambda row: (isinstance(row["unit"], str), row["unit"])))
 
     @property
@@ -262,11 +262,11 @@ class Measured:
 
     def figures(self) -> dict[str, float]:
         """By name; none if every unit failed."""
-        return {k: float(v) for k, v in self.choice.made.figures(self.measured).items()} if self.measured else {}
+        return {k: float(v) for k, v in self.choice.object.figures(self.measured).items()} if self.measured else {}
 
     def settings(self) -> dict[str, Any]:
         """What ``results.json`` says of it besides its figures: which class, how set, and what ``compare`` needs."""
-        measurement = self.choice.made
+        measurement = self.choice.object
         own = {"class_path": self.choice.name, "init_args": self.choice.arguments or measurement.describe()}
         return {
             "class": self.choice.name,

@@ -87,7 +87,7 @@ class UnitRun(MeasurementRun):
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, measurements: Iterable[Choice[Measurement]]) -> None:
         self.model, self.encoder = model, encoder
-        self.measurements = {choice.made.name: choice for choice in measurements}
+        self.measurements = {choice.object.name: choice for choice in measurements}
         self.rows: dict[str, list[Row]] = {name: [] for name in self.measurements}
         """By measurement one for each unit of this rank."""
 
@@ -98,8 +98,8 @@ class UnitRun(MeasurementRun):
             InputError: if the measurement does not keep to its contract.
         """
         choice = self.measurements[batch.measurement]
-        rows = choice.made.measure(self.model, self.encoder, batch.items)
-        rows = checked_rows(choice.made, rows, len(batch.items))
+        rows = choice.object.measure(self.model, self.encoder, batch.items)
+        rows = checked_rows(choice.object, rows, len(batch.items))
         of_batch = Measured.of(choice, rows)
         of_batch.figures()  # what cannot be made of rows is said now, not hours later
         of_batch.settings()
@@ -109,10 +109,10 @@ class UnitRun(MeasurementRun):
         """Figures, settings and rows of all measurements."""
         measured = [Measured.of(choice, gather_lists(self.rows[name])) for name, choice in self.measurements.items()]
         results = {
-            "measurements": {one.choice.made.name: one.figures() for one in measured},
-            "measurement_settings": {one.choice.made.name: one.settings() for one in measured},
+            "measurements": {one.choice.object.name: one.figures() for one in measured},
+            "measurement_settings": {one.choice.object.name: one.settings() for one in measured},
         }
-        rows = [{"measurement": one.choice.made.name, **row} for one in measured for row in one.rows]
+        rows = [{"measurement": one.choice.object.name, **row} for one in measured for row in one.rows]
         return Outcome(results if measured else {}, measurements=rows)
 
 

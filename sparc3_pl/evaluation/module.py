@@ -27,6 +27,7 @@ from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
+from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero
 from sparc3_pl.runtime.progress import show_beside_bar
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
@@ -96,7 +97,7 @@ class EvaluationModule(pl.LightningModule):
         seed: int = 0,
         generation_batch_size: int = 64,
         judge: SequenceJudge | Judge | None = None,
-        measurements: list[dict[str, Any] | str] | None = None,
+        measurements: list[Spec] | None = None,
         tasks: list[str] | None = None,
         tasks_folder: str | None = None,
         tasks_limit: int | None = None,
@@ -170,10 +171,10 @@ class EvaluationModule(pl.LightningModule):
                 "data.pairs_source, model.measurements or model.tasks"
             )
         self.data.read(self.encoder)
-        made = (choice.made for choice in self.measurements)
+        measurements = (choice.object for choice in self.measurements)
         self._units = [
             Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
-            for one in made
+            for one in measurements
         ]
 
     def configure_model(self) -> None:
@@ -247,8 +248,8 @@ class EvaluationModule(pl.LightningModule):
         generator = Generator(self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size)
         completions = CompletionRun(generator, self.judge, self.device, input_device(self.model))
         if self.output is not None:
-            edited = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
-            completions.keep(self.output, edited, self.global_rank)
+            copy = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
+            completions.keep(self.output, copy, self.global_rank)
         return completions
 
     def _identify(self) -> EvaluatedModel:

@@ -99,8 +99,8 @@ def arms_of(
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise InputError(f"arms: {name!r} also names files; use letters, digits, _, -, + and full stops")
         if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*_SECTIONS, "seeds", "shares"})):
-            said = wrong[0] if isinstance(own, Mapping) else repr(own)
-            raise InputError(f"arms.{name}: {said} is none of its keys; they are {', '.join(_SECTIONS)}, seeds, shares")
+            keys = wrong[0] if isinstance(own, Mapping) else repr(own)
+            raise InputError(f"arms.{name}: {keys} is none of its keys; they are {', '.join(_SECTIONS)}, seeds, shares")
         sections = {key: own.get(key) or {} for key in _SECTIONS}
         for key, section in sections.items():
             if not isinstance(section, Mapping):

@@ -151,12 +151,12 @@ def run(
         raise InputError(f"completions: {wrong[0]} is none of its keys; they are model and data, each with its own")
     edits = _edits(plan, score, counts, budgets, controls)
     stages = [] if completions is None else [experiment.completion_stage(completions)]
-    said = {stage.output.name: stage.result for stage in stages}
+    results = {stage.output.name: stage.result for stage in stages}
     behaviour = (
-        {"source": str(experiment.folder / "completions" / "completions.jsonl")} | behaviour if said else behaviour
+        {"source": str(experiment.folder / "completions" / "completions.jsonl")} | behaviour if results else behaviour
     )
     own = score | (behaviour_score or {}), score | (general_score or {})
-    scoring = experiment.scoring_stages(own, general, behaviour, seeds, texts or [], said)
+    scoring = experiment.scoring_stages(own, general, behaviour, seeds, texts or [], results)
     scores = {stage.name.removeprefix("score-"): stage.output for stage in scoring}
     stages += scoring
     stages += [experiment.plan_stage(name, scores, edit.settings, edit.scale_of) for name, edit in edits.items()]

@@ -135,10 +135,10 @@ def _taken(output: Path, owner: dict[str, Any]) -> InputError:
 
 def _make_parents(path: Path) -> list[Path]:
     """The folders that had to be made, the innermost first."""
-    missing = [folder for folder in path.parents if not folder.exists()]
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    return missing
+    return new_folders
 
 
 def _remove_empty(folders: list[Path]) -> None:

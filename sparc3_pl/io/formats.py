@@ -138,8 +138,8 @@ def typed(kind: type[T], data: Any, where: str | Path, again: str) -> T:
         if first["type"] == "missing":
             raise InputError(f"{where}: the key {key!r} is missing; it is incomplete, {again}") from None
         value = strict_json(first["input"])
-        shown = value if len(value) < 80 else f"{value[:77]}..."
-        raise InputError(f"{where}: {key}={shown} ({first['msg']}); it is damaged, {again}") from None
+        text = value if len(value) < 80 else f"{value[:77]}..."
+        raise InputError(f"{where}: {key}={text} ({first['msg']}); it is damaged, {again}") from None
 
 
 @functools.cache

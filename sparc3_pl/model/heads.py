@@ -74,9 +74,9 @@ def attentions(model: nn.Module) -> list[Attention]:
             "unknown; score neurons or weights instead"
         )
     fused = {name: m for name, m in modules.items() if not _separate(m)}
-    seen = _first_token(model, fused) if fused else {}
+    first_by_name = _first_token(model, fused) if fused else {}
     return [
-        _from_separate(name, m) if name not in fused else _from_fused(name, m, *seen[name])
+        _from_separate(name, m) if name not in fused else _from_fused(name, m, *first_by_name[name])
         for name, m in modules.items()
     ]
 
@@ -90,10 +90,10 @@ def _named(module: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _output(name: str, module: nn.Module, inputs: set[str]) -> str:
-    left = [n for n, m in module.named_children() if is_linear(m) and n not in inputs]
-    if len(left) != 1:
-        raise InputError(f"{name}: {len(left)} linear layers besides {sorted(inputs)}, so its output map is unknown")
-    return left[0]
+    others = [n for n, m in module.named_children() if is_linear(m) and n not in inputs]
+    if len(others) != 1:
+        raise InputError(f"{name}: {len(others)} linear layers besides {sorted(inputs)}, so its output map is unknown")
+    return others[0]
 
 
 def _head_dim(name: str, module: nn.Module, output: str, num_heads: int) -> int:

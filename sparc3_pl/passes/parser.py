@@ -61,9 +61,9 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with exit code 2."""
         text = _shorter(" ".join(str(message).split()))
-        named = [word for pair in NAMED.findall(text) for word in pair if word]
-        files = "".join(f" (in {path})" for path in _files.get() or () if _is_at_fault(path, named))
-        sys.stderr.write(f"error: {redacted(text)}{files}{self._did_you_mean(named)} (see --help)\n")
+        words = [word for pair in NAMED.findall(text) for word in pair if word]
+        files = "".join(f" (in {path})" for path in _files.get() or () if _is_at_fault(path, words))
+        sys.stderr.write(f"error: {redacted(text)}{files}{self._did_you_mean(words)} (see --help)\n")
         raise SystemExit(2)
 
     def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -117,9 +117,9 @@ class PassCLI(LightningCLI):
     def resolved_config(self) -> str:
         """The configuration as YAML, without its secrets, which are named in the first lines."""
         settings = redacted(load_yaml(self.parser.dump(self.config, skip_unset=False)))
-        missing = list(secrets_left_out(settings))
-        note = "# Secrets are left out; before this file runs it again, give: " + ", ".join(missing) + "\n"
-        return (note if missing else "") + dump_yaml(settings)
+        secrets = list(secrets_left_out(settings))
+        note = "# Secrets are left out; before this file runs it again, give: " + ", ".join(secrets) + "\n"
+        return (note if secrets else "") + dump_yaml(settings)
 
 
 def run_pass(name: str, words: Sequence[str]) -> None:

@@ -84,10 +84,10 @@ def apply_plan(
         for part in zeroed:
             part.write(model.get_submodule(part.layer), 0.0)
         return AppliedPlan(model, plan, changes, None, zeroed)
-    kept = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
-    applied = AppliedPlan(model, plan, changes, kept, zeroed)
+    before = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
+    applied = AppliedPlan(model, plan, changes, before, zeroed)
     for change in changes:
-        old = kept[change.part.key]
+        old = before[change.part.key]
         new = _changed(old, change)
         if bool(old.isfinite().all()) and not bool(new.isfinite().all()):
             applied.revert()

@@ -150,9 +150,9 @@ class Mean(Edit):
             raise InputError(
                 f"edit=mean needs the mean activations of {chosen.layer}; make the plan with --mean_source"
             )
-        added = columns.double() @ chosen.means[index].to(columns.device, torch.float64)
-        every = torch.arange(len(added))
-        return Change(Part(part.layer, "bias", every, torch.zeros_like(every), "reads"), added=added)
+        shift = columns.double() @ chosen.means[index].to(columns.device, torch.float64)
+        every = torch.arange(len(shift))
+        return Change(Part(part.layer, "bias", every, torch.zeros_like(every), "reads"), added=shift)
 
 
 def contributing(parts: Sequence[Part]) -> list[Part]:

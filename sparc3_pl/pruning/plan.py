@@ -367,16 +367,16 @@ class PrunePlan(_About):
         before = _named_before(path)
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
             plan_file = files.enter_context(new_file(path, overwrite, KIND))
-            named = {}
+            by_name = {}
             for kind, tensors in self._companions().items():
                 if tensors:
                     name = f"{path.stem}.{kind}.safetensors"
                     temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-                    named[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
-            beside = {"files": named} | ({"neurons": []} if "listed" in named else {})
+                    by_name[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
+            beside = {"files": by_name} | ({"neurons": []} if "listed" in by_name else {})
             write_text(plan_file, _readable(FORMAT.seal(self.to_json() | beside)))
-        now = {companion["file"] for companion in named.values()}
+        now = {companion["file"] for companion in by_name.values()}
         for name in before - now:  # of the plan that was there: no other will ever name it
             if name in {f"{path.stem}.{kind}.safetensors" for kind in self._companions()}:
                 path.with_name(name).unlink(missing_ok=True)

@@ -140,10 +140,10 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     key = _width_key(model.config, width)
     with pruned(model, plan, check_fingerprint=False):  # a mean that is folded into a bias stays
         smaller = copy.deepcopy(model)
-    left = width - len(next(iter(removed.values())))
+    width_left = width - len(next(iter(removed.values())))
     for mlp in mlps(smaller):
         _cut(smaller, mlp, removed[mlp.up])
-    setattr(smaller.config, key, left)
+    setattr(smaller.config, key, width_left)
     return smaller
 
 
@@ -204,9 +204,9 @@ def _cut(model: nn.Module, mlp: MLP, removed: set[int]) -> None:
 def _replace(layer: nn.Module, index: Tensor, dim: int) -> None:
     """Keeps the rows (``dim`` 0) or columns (1) ``index`` of a linear layer's ``[out, in]`` matrix."""
     matrix = weight_matrix(layer).detach()
-    kept = matrix.index_select(dim, index.to(matrix.device))
+    rows = matrix.index_select(dim, index.to(matrix.device))
     is_linear = isinstance(layer, nn.Linear)
-    layer.weight = nn.Parameter((kept if is_linear else kept.T).contiguous(), layer.weight.requires_grad)
+    layer.weight = nn.Parameter((rows if is_linear else rows.T).contiguous(), layer.weight.requires_grad)
     if dim == 0 and layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.detach()[index.to(layer.bias.device)], layer.bias.requires_grad)
     names = ("out_features", "in_features") if is_linear else ("nf", "nx")
@@ -247,8 +247,8 @@ def _save(
                 tokenizer.save_pretrained(temporary)
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
-        done = f"{plan.unit} {plan.load_edit().participle()}"
-        result = SavedModel(Path(folder), difference, (before, after), (old, new), done, _zeros(model))
+        title = f"{plan.unit} {plan.load_edit().participle()}"
+        result = SavedModel(Path(folder), difference, (before, after), (old, new), title, _zeros(model))
         write_text(temporary / "README.md", _model_card(model, plan, result))
         listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
         write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")

@@ -87,8 +87,8 @@ class Inputs:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to report."""
-        found = (self.scores, self.plans, self.evaluations, self.circuits, self.comparisons, self.results)
-        return not any(found)
+        kinds = (self.scores, self.plans, self.evaluations, self.circuits, self.comparisons, self.results)
+        return not any(kinds)
 
 
 def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Inputs:
@@ -108,9 +108,9 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
     for place in places:
         for kind, content in _opened(place):
             opened.setdefault(kind, {})[place] = content
-    named = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in opened.items()}
-    inputs = Inputs(**{kind: items for kind, items in named.items() if kind not in _DIAGNOSES})
-    inputs.results = {kind: named[kind] for kind in _DIAGNOSES if kind in named}
+    by_name = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in opened.items()}
+    inputs = Inputs(**{kind: items for kind, items in by_name.items() if kind not in _DIAGNOSES})
+    inputs.results = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
     if inputs.is_empty:
         raise InputError(
             f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons in there"

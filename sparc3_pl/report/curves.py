@@ -119,10 +119,10 @@ def _picture(curve: Curve, picture: str) -> Picture:
         for name, points in curve.arms.items()
     }
     figure = curve.figure.replace("_", " ")
-    drawn = sparsity_curves(series, curve.dense, figure, is_logarithmic=curve.figure == "perplexity")
+    figure_of_curves = sparsity_curves(series, curve.dense, figure, is_logarithmic=curve.figure == "perplexity")
     alt = f"{figure} against the share removed. Dense: {curve.dense:.4g}. {'; '.join(_ends(curve))}."
     caption = f"{figure[:1].upper()}{figure[1:]} against the share removed; bars: deviation over calibration seeds."
-    return Picture(as_svg(drawn, picture), alt, caption)
+    return Picture(as_svg(figure_of_curves, picture), alt, caption)
 
 
 def _ends(curve: Curve) -> Sequence[str]:

@@ -182,7 +182,7 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
         plan = {} if after is None else after.results.get("plan") or {}
         return Effect(name, data, plan, experiment, before=before, after=after)
 
-    measured, notes = [], []
+    effects, notes = [], []
     pairs, compared = set(), set()
     for name, data in inputs.comparisons.items():
         before, after = (
@@ -193,7 +193,7 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
         if pair not in pairs:  # a copy of the same comparison adds nothing
             pairs.add(pair)
             compared.add(pair[1])
-            measured.append(effect(names.get(pair[1], name), data, before, after))
+            effects.append(effect(names.get(pair[1], name), data, before, after))
     for name, after in inputs.evaluations.items():
         if after.is_plain or after.digest in compared:
             continue
@@ -203,12 +203,12 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
             notes.append(f"{name}: {error}")
             continue
         compared.add(after.digest)
-        measured.append(effect(name, asdict(comparison), before, after))
-    bounds = {name: _bound(inputs, group) for name, group in by_experiment(measured).items()}
-    measured = [replace(effect, bound=bounds[effect.experiment]) for effect in measured]
-    order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in measured))}
-    measured.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.dose))
-    return measured, notes
+        effects.append(effect(name, asdict(comparison), before, after))
+    bounds = {name: _bound(inputs, group) for name, group in by_experiment(effects).items()}
+    effects = [replace(effect, bound=bounds[effect.experiment]) for effect in effects]
+    order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in effects))}
+    effects.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.dose))
+    return effects, notes
 
 
 def by_experiment(all_effects: Sequence[Effect]) -> dict[str, list[Effect]]:
@@ -441,8 +441,8 @@ def completions(effect: Effect) -> list[Block]:
     blocks: list[Block] = [Text(text)]
     for words, group in (("less", better), ("more", worse)):
         if group:
-            shown = SideBySide(tuple(_text_pair(*pair) for pair in group))
-            blocks.append(Folded(f"The {len(group)} that became {words} toxic by most", (shown,), _OFFENSIVE))
+            texts = SideBySide(tuple(_text_pair(*pair) for pair in group))
+            blocks.append(Folded(f"The {len(group)} that became {words} toxic by most", (texts,), _OFFENSIVE))
     return blocks
 
 

@@ -401,18 +401,18 @@ def _measured(inputs: Inputs) -> Table:
         if toxicity:
             number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
             judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
-        known = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
+        hint = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
         if ev.results.get("overlapping_text"):
-            known += (" and " if known else "") + "some of the text held its budget"
-        held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {known or 'prompts were used to make the plan'}")
+            hint += (" and " if hint else "") + "some of the text held its budget"
+        held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {hint or 'prompts were used to make the plan'}")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 
 
 def _settings(values: Mapping[str, Any] | None) -> str:
     """The short settings as ``key=value``; long and nested ones are in the configuration."""
-    shown = redacted(values or {})
-    plain = {k: v for k, v in shown.items() if isinstance(v, str | int | float) and len(str(v)) < 40}
+    content = redacted(values or {})
+    plain = {k: v for k, v in content.items() if isinstance(v, str | int | float) and len(str(v)) < 40}
     return " ".join(f"{key}={value}" for key, value in plain.items())
 
 

@@ -87,11 +87,11 @@ class ScoreFolder:
     ) -> None:
         if name not in self.manifest.layers or name not in spans:
             raise InputError(f"{self.path / file}: layer {name} is missing; the folder is incomplete, score again")
-        wanted = [*leading, *self.manifest.layers[name].shape]
-        if spans[name][1] != wanted:
+        shape = [*leading, *self.manifest.layers[name].shape]
+        if spans[name][1] != shape:
             raise InputError(
                 f"{self.path / file}: layer {name} has shape {spans[name][1]}, but the manifest says "
-                f"{wanted}; the folder is damaged, score again"
+                f"{shape}; the folder is damaged, score again"
             )
 
     @property
@@ -136,8 +136,8 @@ class ScoreFolder:
         if not path.is_file():
             raise InputError(f"{path}: is missing; the score folder is incomplete, score again")
         state = (path.stat().st_mtime_ns, path.stat().st_size)
-        known = self._verified.get(name) == state  # a selection reads several times; hashing costs more than reading
-        yield from _read(path, name, offset, math.prod(shape), size, None if known else stats.sha256)
+        is_known = self._verified.get(name) == state  # a selection reads several times; hashing costs more than reading
+        yield from _read(path, name, offset, math.prod(shape), size, None if is_known else stats.sha256)
         self._verified[name] = state
 
     def counted_blocks(self, name: str, size: int = BLOCK) -> Iterator[Tensor]:
@@ -290,20 +290,22 @@ def _differences(first: ScoreFolder, other: ScoreFolder, but: Sequence[str]) -> 
         return f"{key}={mine} in {first.path} but {yours} in {other.path}"
 
     one, two = first.manifest, other.manifest
-    found = []
+    differences = []
     if one.model["fingerprint"] != two.model["fingerprint"]:
-        found.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
+        differences.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
     if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
-        found.append(f"model.config.{key} in {other.path}")
+        differences.append(f"model.config.{key} in {other.path}")
     for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed"):
         if key not in but and getattr(one, key) != getattr(two, key):
-            found.append(told(key, getattr(one, key), getattr(two, key)))
+            differences.append(told(key, getattr(one, key), getattr(two, key)))
     if first.layers != other.layers:
         odd = ", ".join(sorted(set(first.layers) ^ set(other.layers))[:3]) or "in another order"
-        found.append(told("layers", len(first.layers), f"{len(other.layers)} ({odd})"))
+        differences.append(told("layers", len(first.layers), f"{len(other.layers)} ({odd})"))
     shared = [name for name in first.layers if name in two.layers]
     unequal = [name for name in shared if first.shape(name) != other.shape(name)]
     kinds = [(name, one.layers[name].component, two.layers[name].component) for name in shared]
-    found += [told(f"component of {name}", *pair) for name, *pair in kinds if None not in pair and pair[0] != pair[1]]
-    found += [told(f"shape of {name}", list(first.shape(name)), list(other.shape(name))) for name in unequal[:3]]
-    return found
+    differences += [
+        told(f"component of {name}", *pair) for name, *pair in kinds if None not in pair and pair[0] != pair[1]
+    ]
+    differences += [told(f"shape of {name}", list(first.shape(name)), list(other.shape(name))) for name in unequal[:3]]
+    return differences

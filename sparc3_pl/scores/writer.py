@@ -162,7 +162,7 @@ class ScoreWriter:
             signed: Whether scores keep their sign.
             about: The other fields of ``About``.
         """
-        known = About(granularity=granularity or {2: "weight"}.get(self._dims, "neuron"), signed=signed, **about)
+        about_scores = About(granularity=granularity or {2: "weight"}.get(self._dims, "neuron"), signed=signed, **about)
         assert not self._squares or self._squares.keys() == self._layers.keys(), "squares for some layers only"
         if self._neurons:
             save_tensors(self._path / SCORES, self._neurons)
@@ -173,7 +173,7 @@ class ScoreWriter:
         write_text(self._path / SAMPLES, "".join(strict_json(sample.to_json()) + "\n" for sample in samples))
         total = math.fsum(layer.sum for layer in self._layers.values())
         manifest = Manifest(
-            **provenance.redacted(vars(known)),
+            **provenance.redacted(vars(about_scores)),
             num_samples=num_samples,
             num_tokens=num_tokens,
             layers=self._layers,

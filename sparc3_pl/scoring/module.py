@@ -21,6 +21,7 @@ from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
+from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config
@@ -101,9 +102,9 @@ class ScoringModule(pl.LightningModule):
         revision: str | None = None,
         device_map: str | None = None,
         trust_remote_code: bool = False,
-        method: dict[str, Any] | str = "lrp",
-        granularity: dict[str, Any] | str | list[dict[str, Any] | str] = "neuron",
-        target: dict[str, Any] | str = "predicted",
+        method: Spec = "lrp",
+        granularity: Spec | list[Spec] = "neuron",
+        target: Spec = "predicted",
         labels: Literal["data", "model"] = "data",
         signed: bool = False,
         targets: list[str] | None = None,
@@ -136,7 +137,7 @@ class ScoringModule(pl.LightningModule):
                 f"model.sequential={sequential}: a decoder layer is pruned by what all samples show, so that neither "
                 f"sums in between nor those of a part can be kept; leave out {other}"
             )
-        if self.request.method.made.needs_all_samples and (self.part is not None or checkpoint_every is not None):
+        if self.request.method.object.needs_all_samples and (self.part is not None or checkpoint_every is not None):
             other = "part" if self.part is not None else "model.checkpoint_every"
             raise InputError(
                 f"model.method={self.request.method.name} compares all samples with each other, so that neither sums "
@@ -199,9 +200,9 @@ class ScoringModule(pl.LightningModule):
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
         self.data.read(self.encoder)
-        if self.request.method.made.needs_samples:
+        if self.request.method.object.needs_samples:
             require_fields(self.request, {*self.data.samples[0].numbers, *self.data.samples[0].by_token})
-            self.request.method.made.check_samples([sample.numbers for sample in self.data.samples])
+            self.request.method.object.check_samples([sample.numbers for sample in self.data.samples])
         if self.part is not None:
             number, count = self.part
             ids = sorted(sample.id for sample in self.data.samples)
@@ -223,7 +224,7 @@ class ScoringModule(pl.LightningModule):
                 "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy each device keeps its part of "
                 "the sums; leave it out"
             )
-        sums_are_sharded = self.request.method.made.needs_target and self.request.components[0].made.dims == 2
+        sums_are_sharded = self.request.method.object.needs_target and self.request.components[0].object.dims == 2
         if self.checkpoint_every is not None and sums_are_sharded:
             raise InputError(
                 f"checkpoint_every={self.checkpoint_every}: weight scores whose sums ModelParallelStrategy "
@@ -242,11 +243,11 @@ class ScoringModule(pl.LightningModule):
         check_vocabulary(model, self.encoder.tokenizer)
         if self.trainer.is_global_zero:
             self._description = describe(model, self.source)
-        if self.checkpoint_every is not None and self.request.method.made.needs_samples:
+        if self.checkpoint_every is not None and self.request.method.object.needs_samples:
             self._take_up_partial_sums(model)
         if self.is_sharded:
             self._check_method(model)  # now, while the weights are whole
-            self.request.method.made.prepare(model)
+            self.request.method.object.prepare(model)
             share_out(model, self.device_mesh["data_parallel"])
         if self.source.device_map is None:
             self.model = model
@@ -277,8 +278,8 @@ class ScoringModule(pl.LightningModule):
         if not self._is_checked:
             self._is_checked = True
             sample = self.data.samples[0].input_ids
-            self._account = self.request.method.made.check(model, sample)
-            self.request.target.made.check(model, sample)
+            self._account = self.request.method.object.check(model, sample)
+            self.request.target.object.check(model, sample)
 
     def _about(self) -> About:
         about = self.request.about(self._description, self.data.describe())
@@ -347,7 +348,7 @@ def _checked_part(part: str | None, shard: str | None, request: ScoreRequest) ->
     name = shard if part is None else part
     if name is None:
         return None
-    if not request.method.made.needs_samples:
+    if not request.method.object.needs_samples:
         raise InputError(
             f"part={name!r}: method {request.method.name} needs no sample, so there is nothing to share; leave it out"
         )

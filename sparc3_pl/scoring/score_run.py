@@ -65,17 +65,17 @@ class ScoreRequest:
         if not components:
             raise InputError("model.granularity is an empty list; name what is scored, as neuron")
         for component in components:
-            require_heeded(request.method.made, component.made, request.target.made, request.options)
+            require_heeded(request.method.object, component.object, request.target.object, request.options)
         if request.options.sequential is not None:
             Sparsity.of(request.options.sequential)
-        if len({component.made.dims for component in components}) > 1:
+        if len({component.object.dims for component in components}) > 1:
             raise InputError("model.granularity: scores of single weights and of whole components need two runs")
         return request
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The scorer of ``model``, which lies where it will run."""
-        components = [component.made for component in self.components]
-        return Scorer(model, self.method.made, components, self.layers, self.target.made, self.options)
+        components = [component.object for component in self.components]
+        return Scorer(model, self.method.object, components, self.layers, self.target.object, self.options)
 
     def groups(self, model: nn.Module) -> list[Group]:
         """Where the components are scored.
@@ -83,7 +83,7 @@ class ScoreRequest:
         Raises:
             InputError: if a glob matches nothing, or two components share a layer.
         """
-        return groups_of(model, [component.made for component in self.components], self.layers)
+        return groups_of(model, [component.object for component in self.components], self.layers)
 
     def about(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> About:
         """What the manifest says of the scores.
@@ -103,19 +103,19 @@ class ScoreRequest:
             signed=self.options.signed,
             targets=self.layers,
             nonfinite=self.options.nonfinite,
-            seed=self.options.seed if "seed" in self.method.made.heeds(self.components[0].made) else None,
+            seed=self.options.seed if "seed" in self.method.object.heeds(self.components[0].object) else None,
             sequential=self.options.sequential,
             model=dict(model),
             data=dict(data),
-            at_values=self.method.made.at_values(self.target.made, self.options),
+            at_values=self.method.object.at_values(self.target.object, self.options),
         )
 
 
 def _with_labels(target: Spec | Target, labels: str, seed: int) -> Spec:
     """Target ``text`` with labels that are drawn, by the run's seed."""
-    given = {"class_path": target} if isinstance(target, str) else target
-    arguments = given.get("init_args") or {} if isinstance(given, dict) else {}
-    if not isinstance(given, dict) or given.get("class_path") != "text" or {"labels", "seed"} & arguments.keys():
+    spec = {"class_path": target} if isinstance(target, str) else target
+    arguments = spec.get("init_args") or {} if isinstance(spec, dict) else {}
+    if not isinstance(spec, dict) or spec.get("class_path") != "text" or {"labels", "seed"} & arguments.keys():
         raise InputError(f"model.labels={labels} is for model.target: text, and given once; leave it out, or set that")
     return {"class_path": "text", "init_args": {**arguments, "labels": labels, "seed": seed}}
 
@@ -130,9 +130,9 @@ def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
     Raises:
         InputError: with the configuration key of the first such field.
     """
-    target, name, needs_target = request.target.made, request.target.name, request.method.made.needs_target
+    target, name, needs_target = request.target.object, request.target.name, request.method.object.needs_target
     needs = dict.fromkeys(target.needs, f"model.target={name}")
-    needs |= dict.fromkeys(request.method.made.needs, f"model.method={request.method.name}")
+    needs |= dict.fromkeys(request.method.object.needs, f"model.method={request.method.name}")
     for field, what in needs.items():
         if field not in given:
             raise InputError(f"{what} needs {FIELD_KEYS.get(field, field)}; give it")
@@ -285,9 +285,11 @@ class ScoreRun:
         elif needs_samples and not samples:
             raise InputError("no sample was scored: raise trainer.limit_predict_batches or data.num_samples")
         else:
-            used = samples if needs_samples else []
-            layers = self._layer_scores(len(used))
-            self.manifest = write_scores(where.folder, where.overwrite, layers, self.about, used, config=where.config)
+            scored_samples = samples if needs_samples else []
+            layers = self._layer_scores(len(scored_samples))
+            self.manifest = write_scores(
+                where.folder, where.overwrite, layers, self.about, scored_samples, config=where.config
+            )
         if self._partial is not None:
             self._partial.remove()
             kept(self._partial.folder, exists=False)

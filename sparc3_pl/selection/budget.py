@@ -60,8 +60,8 @@ def fisher_per_token(folder: ScoreFolder, layer: str) -> Tensor:
 
 def _num_predicted(folder: ScoreFolder) -> int:
     """Tokens whose log-likelihood was attributed, as the samples say; else of each all but the first."""
-    told = [sample.more.get("num_target_tokens") for sample in folder.samples()]
-    count = folder.manifest.num_tokens - folder.manifest.num_samples if None in told or not told else sum(told)
+    numbers = [sample.more.get("num_target_tokens") for sample in folder.samples()]
+    count = folder.manifest.num_tokens - folder.manifest.num_samples if None in numbers or not numbers else sum(numbers)
     if count < 1:
         raise InputError(f"{folder.path}: no sample has a second token, so no token was predicted; score longer texts")
     return count

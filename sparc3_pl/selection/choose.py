@@ -74,8 +74,8 @@ def make_plan(
     """
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
     if isinstance(change, Gains):
-        given = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-        return _gains_plan(general, behaviour, given, kind, among, layers, protect, control, seed, budgets, scale)
+        amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+        return _gains_plan(general, behaviour, amounts, kind, among, layers, protect, control, seed, budgets, scale)
     if scale is not None or kind.gives_steps:
         name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
         raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
@@ -104,8 +104,8 @@ def make_plan(
         entries = _entries(chosen, sides[0], change)
     if not entries:
         raise InputError("nothing is chosen: the share of every layer is 0; raise one of the budgets")
-    used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
-    warnings = format_warnings(general, used) if used else []
+    behaviour_used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
+    warnings = format_warnings(general, behaviour_used) if behaviour_used else []
     if control is None and kind.needs_behaviour and not sides[0].holds_weights:
         warnings += _strength_warnings(chosen, sides[0])
     scope_name, arguments = SCOPES.name_of(among), change.arguments()
@@ -116,7 +116,7 @@ def make_plan(
     if sides[0].holds_weights and not kind.needs_behaviour and not layers:
         warnings += _outside_warnings(sides[0])
     alpha = arguments.pop("alpha", None)
-    plan = _plan(entries, sides[0], used, kind, None if control is None else steps)
+    plan = _plan(entries, sides[0], behaviour_used, kind, None if control is None else steps)
     return replace(
         plan,
         edit=EDITS.name_of(change),
@@ -278,8 +278,8 @@ def _amount(
     budgets: Spec | Budgets | None,
 ) -> tuple[Amount, dict[str, Any]]:
     """How many to choose, in the one way that was given and fits the scores, and what the plan says of it besides."""
-    asked = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-    given = {name: value for name, value in asked.items() if value is not None}
+    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+    given = {name: value for name, value in amounts.items() if value is not None}
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
     name, values = SCOPES.name_of(scope), ", ".join(f"{key}={value}" for key, value in given.items())
     if budgets is not None:

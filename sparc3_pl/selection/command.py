@@ -43,17 +43,17 @@ def prune(
     num_neurons: int | None = None,
     num_weights: int | None = None,
     share: float | None = None,
-    contrast: str | dict[str, Any] = "difference",
-    scope: str | dict[str, Any] = "model",
+    contrast: Spec = "difference",
+    scope: Spec = "model",
     pattern: str | None = None,
-    budgets: str | dict[str, Any] | None = None,
+    budgets: Spec | None = None,
     protect: float = 0.0,
     layers: list[str] | None = None,
     top_general: float = 0.05,
     top_behaviour: float = 0.05,
     control: Literal["none", "random", "random_matched", "top_general", "null", "permuted"] = "none",
     seed: int = 0,
-    edit: str | dict[str, Any] = "zero",
+    edit: Spec = "zero",
     alpha: float | None = None,
     budget: float | None = None,
     budget_text: list[str] | None = None,
@@ -195,8 +195,8 @@ def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
     if pattern is None:
         return "layer" if shrink else scope
     if shrink or scope not in ("model", "pattern"):
-        said = "shrink=true" if shrink else f"scope={scope}"
-        raise InputError(f"pattern={pattern} says among whom weights compete, and so does {said}; give one of them")
+        setting = "shrink=true" if shrink else f"scope={scope}"
+        raise InputError(f"pattern={pattern} says among whom weights compete, and so does {setting}; give one of them")
     return {"class_path": "pattern", "init_args": {"pattern": pattern}}
 
 
@@ -226,8 +226,8 @@ def _check_places(
 def _check_budget(edit: Spec, budget: float | None, budget_text: list[str] | None, scale: float | None) -> None:
     """What of the budget can be refused before any score is read."""
     if edit != "gains":
-        given = {"budget": budget, "budget_text": budget_text, "scale": scale}
-        for name, value in given.items():
+        settings = {"budget": budget, "budget_text": budget_text, "scale": scale}
+        for name, value in settings.items():
             if value is not None:
                 raise InputError(f"{name}={value} is for edit=gains, and this is edit={edit}; leave it out")
         return
@@ -353,9 +353,9 @@ def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     rows = [(layer, Number(count, form="d"), Number(sizes[layer], form="d")) for layer, count in counts.items()]
     title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
     factor = "" if plan.alpha is None else f" by {plan.alpha}"
-    chosen = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
+    choice = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
     lines = [
-        f"{chosen}, edit {plan.edit}{factor}",
+        f"{choice}, edit {plan.edit}{factor}",
         *_gains_lines(plan),
         *(f"warning: {warning}" for warning in plan.warnings),
     ]

@@ -196,8 +196,8 @@ class RandomMatched(Control):
         }
         positions = [(layer, index - blocks[layer].offset) for layer, index in chosen]
         general = {layer: block.values for layer, block in blocks.items()}
-        drawn = random_matched(positions, general, allowed, self.seed)
-        return [(layer, position + blocks[layer].offset) for layer, position in drawn]
+        matched = random_matched(positions, general, allowed, self.seed)
+        return [(layer, position + blocks[layer].offset) for layer, position in matched]
 
 
 @dataclass(frozen=True)

@@ -349,8 +349,8 @@ def spend(
                 f"budget_text: the model's own loss on {text.source} is {nll}, so no rise can be measured; load it "
                 "in another number format (dtype), or give other text"
             )
-    shown = ", ".join(f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, before, strict=True))
-    log.info("perplexity of held-back text: %s", shown)
+    perplexities = ", ".join(f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, before, strict=True))
+    log.info("perplexity of held-back text: %s", perplexities)
 
     def rises_at(scale: float) -> list[float]:
         with in_force(dose.at(scale)):
@@ -358,8 +358,8 @@ def spend(
         rises = [a - b for a, b in zip(after, before, strict=True)]
         if not all(map(math.isfinite, rises)):
             return [math.inf] * len(rises)
-        told = ", ".join(f"{text.source} {math.expm1(rise):+.3%}" for text, rise in zip(texts, rises, strict=True))
-        log.info("scale %.4g: perplexity of %s", scale, told)
+        changes = ", ".join(f"{text.source} {math.expm1(rise):+.3%}" for text, rise in zip(texts, rises, strict=True))
+        log.info("scale %.4g: perplexity of %s", scale, changes)
         return rises
 
     search = Search()

@@ -220,7 +220,7 @@ class PatternScope(Scope):
         raise _not_for_components(side)
 
     def masks(self, passes: Passes, side: Side, amount: Amount) -> Masks:
-        kept, of = map(int, self.pattern.split(":"))
+        kept_of_group, of = map(int, self.pattern.split(":"))
         for layer in side.layers:
             if side.row_length(layer) % of:
                 raise InputError(
@@ -228,7 +228,7 @@ class PatternScope(Scope):
                     "leave the layer out (layers), or use another pattern"
                 )
         every = dict.fromkeys(side.layers, of)
-        yield from lowest_in_groups(passes, every, dict.fromkeys(every, of - kept), _sizes(side))
+        yield from lowest_in_groups(passes, every, dict.fromkeys(every, of - kept_of_group), _sizes(side))
 
 
 def _not_for_components(side: Side) -> InputError:

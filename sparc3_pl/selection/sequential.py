@@ -39,24 +39,25 @@ def check_sequential(
     if pruned <= {None}:
         return
     folder = next(folder for folder in folders if folder.manifest.sequential is not None)
-    asked = Sparsity.of(folder.manifest.sequential)
+    sparsity = Sparsity.of(folder.manifest.sequential)
     if len(pruned) > 1:
         raise InputError(
-            f"{folder.path}: was scored with model.sequential={asked.text}, another folder was not; score all alike"
+            f"{folder.path}: was scored with model.sequential={sparsity.text}, another folder was not; score all alike"
         )
     if missing:
         raise InputError(
-            f"{folder.path}: was scored with model.sequential={asked.text}: each layer was measured on what the pruned "
-            f"ones before it make, so all of them must be pruned, and layers leaves out {missing[0]}; leave layers "
-            "out, or score with other model.targets"
+            f"{folder.path}: was scored with model.sequential={sparsity.text}: each layer was measured on what the "
+            f"pruned ones before it make, so all of them must be pruned, and layers leaves out {missing[0]}; leave "
+            "layers out, or score with other model.targets"
         )
     same = not other and contrast == "general" and protect == 0
-    if asked.pattern is not None:
-        same, how = same and scope == "pattern" and pattern == asked.text, f"pattern {asked.text}"
+    if sparsity.pattern is not None:
+        same, how = same and scope == "pattern" and pattern == sparsity.text, f"pattern {sparsity.text}"
     else:
-        same, how = same and scope == "row" and share == asked.share, f"scope row --share {asked.text}"
+        same, how = same and scope == "row" and share == sparsity.share, f"scope row --share {sparsity.text}"
     if not same:
         raise InputError(
-            f"{folder.path}: was scored with model.sequential={asked.text}: its layers were pruned so before the next "
-            f"were measured, and the scores hold for that alone; give --contrast general --{how}, or score without it"
+            f"{folder.path}: was scored with model.sequential={sparsity.text}: its layers were pruned so before the "
+            f"next were measured, and the scores hold for that alone; give --contrast general --{how}, or score "
+            "without it"
         )

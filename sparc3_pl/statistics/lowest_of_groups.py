@@ -38,6 +38,6 @@ def _lowest_of_each_wide(values: NDArray[np.float32], count: int) -> NDArray[np.
         return taken
     surplus = np.flatnonzero(np.count_nonzero(taken, axis=1) > count)  # more than one value is equal to the last
     below, equal = values[surplus] < last[surplus], values[surplus] == last[surplus]
-    left = count - np.count_nonzero(below, axis=1)
-    taken[surplus] = below | (equal & (np.cumsum(equal, axis=1) <= left[:, None]))
+    room = count - np.count_nonzero(below, axis=1)
+    taken[surplus] = below | (equal & (np.cumsum(equal, axis=1) <= room[:, None]))
     return taken

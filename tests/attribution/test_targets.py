@@ -365,7 +365,7 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_labels_go_to_the_target_with_the_runs_seed():
     request = ScoreRequest.of("gradient", target="text", labels="model", seed=5, squares=True)
-    assert (request.target.made.labels, request.target.made.seed, request.options.seed) == ("model", 5, 0)
+    assert (request.target.object.labels, request.target.object.seed, request.options.seed) == ("model", 5, 0)
     assert request.target.arguments == {"labels": "model", "seed": 5}
 
 

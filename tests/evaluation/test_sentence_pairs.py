@@ -146,7 +146,7 @@ def test_it_is_built_in_by_name(source):
     (choice,) = chosen_measurements([{"class_path": "pairs", "init_args": {"source": source}}])
     assert choice.name == "pairs"
     assert "pairs" in MEASUREMENTS
-    rows = list(measured(choice.made, tiny("llama").eval(), Encoder(word_tokenizer())).values())
+    rows = list(measured(choice.object, tiny("llama").eval(), Encoder(word_tokenizer())).values())
     settings = Measured.of(choice, rows).settings()
     assert settings["paired"] == ["prefers_first", "difference"]
     assert settings["settings"]["source"] == source
