@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 
 from sparc3_pl.cli import COMMANDS, PASSES
 from sparc3_pl.evaluation.judges import ClassifierJudge, DetoxifyJudge
+from sparc3_pl.evaluation.words import WordsJudge
 from sparc3_pl.passes.parser import argument_texts, function_parser
 from sparc3_pl.passes.run import PassCLI
 from sparc3_pl.pruning.plan import PrunePlan
@@ -197,7 +198,7 @@ def _type_text(hint: Any) -> str:
 def judge_section() -> str:
     """The judges that ``model.judge`` can name."""
     lines = ["## Judges", "", "`model.judge` of `eval` is a `class_path` with its `init_args`.", ""]
-    for judge in (DetoxifyJudge, ClassifierJudge):
+    for judge in (DetoxifyJudge, ClassifierJudge, WordsJudge):
         lines += [f"### {judge.__name__}", "", f"`{judge.__module__}.{judge.__name__}`", "", _prose(judge), ""]
         lines += [*_described(judge, "init_args"), ""]
     return "\n".join(lines)

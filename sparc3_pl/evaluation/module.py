@@ -22,6 +22,7 @@ from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
+from sparc3_pl.evaluation.words import WordsJudge
 from sparc3_pl.io.files import check_output
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
@@ -96,7 +97,7 @@ class EvaluationModule(pl.LightningModule):
         samples_per_prompt: int = 1,
         seed: int = 0,
         generation_batch_size: int = 64,
-        judge: SequenceJudge | Judge | None = None,
+        judge: SequenceJudge | WordsJudge | Judge | None = None,
         measurements: list[Spec] | None = None,
         tasks: list[str] | None = None,
         tasks_folder: str | None = None,
