@@ -140,12 +140,16 @@ def prune(
         InputError: If an argument is wrong, scores cannot be compared, the plan does not fit the model, or the output
             is taken. Nothing is written then.
     """
+    from sparc3_pl.pruning.edits import EDITS
     from sparc3_pl.selection.choose import make_dose, make_plan
 
+    change = EDITS.make(_scaled(edit, alpha))
+    edit = EDITS.name_of(change)  # however it was given
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
     _check_budget(edit, budget, budget_text, scale)
+    if shrink and budget_text:
+        raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
     check_windows(budget_text or (), budget_windows, budget_length)
-    change = _scaled(edit, alpha)
     folders = [ScoreFolder.open(path) for path in general]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     scope = _scope(scope, pattern, shrink)

@@ -473,7 +473,8 @@ def test_the_command_finds_the_scale_that_the_budget_allows(demo_folders, tmp_pa
         assert math.exp(edited - plain) - 1 == pytest.approx(told["rise"], rel=1e-3)
     assert same_bits(state(model), before)
 
-    control = [*sides, "--scale", str(gains["scale"]), "--budget_text", "demo", "--control", "permuted"]
+    by_path = ['{"class_path": "sparc3_pl.pruning.gains.Gains"}' if word == "gains" else word for word in sides]
+    control = [*by_path, "--scale", str(gains["scale"]), "--budget_text", "demo", "--control", "permuted"]
     assert main(["prune", *control, "--output", str(tmp_path / "control.json")]) == 0
     other = PrunePlan.load(tmp_path / "control.json").settings["gains"]
     assert (other["scale"], other["budget"], other["reached"]) == (gains["scale"], None, None)
@@ -527,6 +528,13 @@ def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
         ({"scale": -1.0, "budget_text": ["demo"], "pretrained": "never"}, "scale=-1.0 of edit=gains"),
         ({"budget": 0.01, "budget_text": ["demo"], "alpha": 0.5}, "edit=gains with alpha=0.5"),
         ({"scale": 1.0, "contrast": "t", "gains_range": [0.0, 2.0]}, "is for contrast=budget"),
+        ({"edit": {"class_path": "gains"}}, "give one of the two"),
+        ({"edit": {"class_path": "sparc3_pl.pruning.gains.Gains"}, "budget": 0.01}, "budget needs held-back text"),
+        ({"budget": 0.01, "edit": {"class_path": "zero"}}, "budget=0.01 is for edit=gains, and this is edit=zero"),
+        (
+            {"budget": 0.01, "budget_text": ["demo"], "shrink": True, "save_model": "small", "pretrained": "never"},
+            "shrink removes whole neurons, and a budget weakens them in part",
+        ),
     ],
 )
 def test_settings_that_are_refused(demo_folders, tmp_path, arguments, match):
