@@ -197,7 +197,12 @@ def _type_text(hint: Any) -> str:
 
 def judge_section() -> str:
     """The judges that ``model.judge`` can name."""
-    lines = ["## Judges", "", "`model.judge` of `eval` is a `class_path` with its `init_args`.", ""]
+    lines = [
+        "## Judges",
+        "",
+        "`model.judge` of `eval`, and each of `model.judges`, is a `class_path` with its `init_args`.",
+        "",
+    ]
     for judge in (DetoxifyJudge, ClassifierJudge, WordsJudge):
         lines += [f"### {judge.__name__}", "", f"`{judge.__module__}.{judge.__name__}`", "", _prose(judge), ""]
         lines += [*_described(judge, "init_args"), ""]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from sparc3_pl.document.blocks import Cell, Number, better_worse, interval, p_value, with_relative
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import changes_of
-from sparc3_pl.evaluation.results import THRESHOLD, Evaluation
+from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, versions
@@ -50,6 +50,8 @@ class Comparison:
         before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
         after_sha256: The same of the second.
         measurements: By measurement of the user's own and figure the change over its units.
+        judges: Of further judges, by name, label and figure the change over prompts, as ``toxicity`` has it.
+        disagreement: Where judges do not say the same of the mean score's change: in what, and what each says.
     """
 
     before: str
@@ -62,6 +64,8 @@ class Comparison:
     before_sha256: str
     after_sha256: str
     measurements: dict[str, dict[str, PairedChange]] = field(default_factory=dict)
+    judges: dict[str, dict[str, dict[str, PairedChange]]] = field(default_factory=dict)
+    disagreement: str | None = None
 
 
 def compare(
@@ -141,17 +145,24 @@ def compare_evaluations(
     for better in ("lower", "higher"):
         names = [n for n in measurements if before.results["measurement_settings"][n]["better"] == better]
         notes += [f"better is a {better} value of {', '.join(names)}"] if names else []
+    toxicity = _toxicity_changes(list(usable.values()), lambda row: row.scores, options) if usable else {}
+    judges = {
+        name: _toxicity_changes(list(usable.values()), lambda row, name=name: row.judges[name], options)
+        for name in (_further_judges(before, after) if usable else ())
+    }
     return Comparison(
         before=str(before.path),
         after=str(after.path),
         perplexity=_perplexity_change(before, after, options) if "perplexity" in shared else None,
-        toxicity=_toxicity_changes(list(usable.values()), options) if usable else {},
+        toxicity=toxicity,
         uniqueness=_uniqueness_change(list(usable.values()), options) if usable else None,
         num_dropped=len(pairs) - len(usable),
         notes=tuple(notes),
         before_sha256=before.digest,
         after_sha256=after.digest,
         measurements=changes,
+        judges=judges,
+        disagreement=_disagreement(toxicity, judges),
     )
 
 
@@ -187,7 +198,7 @@ Pair = tuple[CompletionRow, CompletionRow]
 def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[Pair]]:
     """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
     _same(before, after, ("generation",), besides=("eos_token_ids",))
-    _same(before, after, ("judge",), besides=_unknown_digests(before, after))
+    _same(before, after, ("judge",), besides=_unknown_digests(*(side.results["judge"] for side in (before, after))))
     sides = [{(row.id, row.k): row for row in side.completions} for side in (before, after)]
     odd = sides[0].keys() ^ sides[1].keys()
     if odd:
@@ -203,12 +214,29 @@ def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[P
     return pairs
 
 
-def _toxicity_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> dict[str, dict[str, PairedChange]]:
+def _further_judges(before: Evaluation, after: Evaluation) -> list[str]:
+    """Names of the judges beside the first whose scores both evaluations have.
+
+    Raises:
+        InputError: if a name stands for different judges.
+    """
+    sides = [side.results.get("judges", {}) for side in (before, after)]
+    names = [name for name in sides[0] if name in sides[1]]
+    for name in names:
+        unknown = _unknown_digests(*(side[name]["judge"] for side in sides))
+        _same(before, after, ("judges", name, "judge"), besides=unknown)
+    return names
+
+
+def _toxicity_changes(
+    prompts: Sequence[list[Pair]], scores: Callable[[CompletionRow], dict[str, float]], options: dict[str, int]
+) -> dict[str, dict[str, PairedChange]]:
+    """How one judge's figures changed; ``scores`` reads its scores of a completion."""
 
     def values(side: int, label: str, figure: Callable[[list[float]], float]) -> Floats:
-        return _floats(figure([pair[side].scores[label] for pair in rows]) for rows in prompts)
+        return _floats(figure([scores(pair[side])[label] for pair in rows]) for rows in prompts)
 
-    labels = list(prompts[0][0][0].scores)
+    labels = list(scores(prompts[0][0][0]))
     return {
         label: {
             name: paired_change(values(0, label, figure), values(1, label, figure), **options)
@@ -216,6 +244,28 @@ def _toxicity_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) ->
         }
         for label in labels
     }
+
+
+def _disagreement(
+    toxicity: Mapping[str, Mapping[str, PairedChange]], judges: Mapping[str, Mapping[str, Mapping[str, PairedChange]]]
+) -> str | None:
+    """In what the judges disagree about the change of the mean score of their main labels; None if they do not."""
+    if not judges:
+        return None
+    changes = {}
+    for name, by_label in {"": toxicity, **judges}.items():
+        label = main_label(by_label)
+        changes[f"{name}: {label}" if name else label] = by_label[label]["mean"]
+    signs = {np.sign(change.change) for change in changes.values()}
+    holds_zero = {c.low <= 0 <= c.high for c in changes.values() if c.low is not None and c.high is not None}
+    if {-1.0, 1.0} <= signs:
+        what = "in the direction of the change" + (", though each interval holds zero" if holds_zero == {True} else "")
+    elif len(holds_zero) == 2:
+        what = "on whether there is a change: the interval of one holds zero, that of another does not"
+    else:
+        return None
+    said = [f"{name} {c.change:+.4f} ({interval(c.low, c.high, c.num_pairs, '+.4f')})" for name, c in changes.items()]
+    return f"the judges disagree {what}: {', '.join(said)}"
 
 
 def _uniqueness_change(prompts: Sequence[list[Pair]], options: dict[str, int]) -> PairedChange:
@@ -277,20 +327,23 @@ _JUDGES_DIGESTS = ("sha256", "fingerprint")
 """What a result says of its judge's weights; earlier versions did not say it of every judge."""
 
 
-def _unknown_digests(before: Evaluation, after: Evaluation) -> tuple[str, ...]:
-    """Digests of the judge that only one of the two results names."""
-    judges = [side.results["judge"] for side in (before, after)]
-    return tuple(key for key in _JUDGES_DIGESTS if [bool(judge.get(key)) for judge in judges].count(True) == 1)
+def _unknown_digests(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """Digests that only one of two records of a judge names."""
+    return tuple(key for key in _JUDGES_DIGESTS if bool(one.get(key)) != bool(other.get(key)))
 
 
 def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     notes = []
-    if before.results["toxicity"] and after.results["toxicity"] and _unknown_digests(before, after):
+    is_judged = before.results["toxicity"] and after.results["toxicity"]
+    if is_judged and _unknown_digests(before.results["judge"], after.results["judge"]):
         notes.append("only one of the two names the digest of its judge's weights: that they are the same is not known")
     for part in ("perplexity", "toxicity"):
         for side, other in ((before, after), (after, before)):
             if side.results[part] and not other.results[part]:
                 notes.append(f"{part} is in {side.path} only and is not compared")
+    for side, other in ((before, after), (after, before)) if is_judged else ():
+        odd = side.results.get("judges", {}).keys() - other.results.get("judges", {}).keys()
+        notes += [f"the judge {name} is in {side.path} only and is not compared" for name in sorted(odd)]
     for side, other in ((before, after), (after, before)):
         odd = side.results.get("measurements", {}).keys() - other.results.get("measurements", {}).keys()
         notes += [f"{name} is in {side.path} only and is not compared" for name in sorted(odd)]
@@ -323,6 +376,8 @@ def _print(comparison: Comparison, path: Path | None) -> None:
 
     columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
     lines = [f"note: {note}" for note in comparison.notes]
+    if comparison.disagreement is not None:
+        lines.append(f"note: {comparison.disagreement}")
     if (p := comparison.perplexity) is not None and p.block > 1:
         lines.append(
             f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
@@ -342,8 +397,10 @@ def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
         change = Number(100 * (p.ratio - 1), form="+.2f", unit=" %")
         cells = (change, interval(*ends, p.num_blocks, "+.2f", unit=" %"), p_value(p.p_value), None, None)
         rows.append(("perplexity", Number(p.before, form=".4f"), Number(p.after, form=".4f"), *cells))
-    for label, by_figure in comparison.toxicity.items():
-        rows += [_row(f"{label}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
+    for judge, by_label in {"": comparison.toxicity, **comparison.judges}.items():
+        for label, by_figure in by_label.items():
+            title = f"{judge}: {label}" if judge else label
+            rows += [_row(f"{title}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
     if comparison.uniqueness is not None:
         rows.append(_row("unique tokens / tokens", comparison.uniqueness))
     for name, by_value in comparison.measurements.items():

@@ -13,7 +13,7 @@ from sparc3_pl.evaluation.generation import Completion, Generator
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, describe_judge, judged
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
 from sparc3_pl.evaluation.repetition import Repetition, uniqueness
-from sparc3_pl.evaluation.results import CompletionStore
+from sparc3_pl.evaluation.results import CompletionStore, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.runtime.collectives import gather_lists
@@ -29,23 +29,31 @@ class CompletionRun(MeasurementRun):
 
     Args:
         generator: Completes prompts.
-        judge: Scores completions.
+        judge: Scores completions; its figures are the evaluation's ``toxicity``.
         device: Of the sums that the ranks add up.
         judge_device: Where a judge that is loaded here runs, unless it says so itself.
+        further: Judges by name that score the same completions.
 
     Raises:
-        InputError: if the judge fails on the trial sentence.
+        InputError: if a judge fails on the trial sentence.
     """
 
     takes = PromptBatch
 
     def __init__(
-        self, generator: Generator, judge: Judge, device: torch.device, judge_device: torch.device | None = None
+        self,
+        generator: Generator,
+        judge: Judge,
+        device: torch.device,
+        judge_device: torch.device | None = None,
+        further: Mapping[str, Judge] | None = None,
     ) -> None:
-        self.generator, self.judge = generator, judge
-        if isinstance(judge, SequenceJudge):
-            judge.place(judge_device or device)
-        self.toxicity = CompletionToxicity(tuple(judged(judge, ["This is a sentence."]))).to(device)
+        self.generator, self.judge, self.further = generator, judge, dict(further or {})
+        for one in (judge, *self.further.values()):
+            if isinstance(one, SequenceJudge):
+                one.place(judge_device or device)
+        self.toxicity = _metric(judge, device)
+        self.further_toxicity = {name: _metric(one, device) for name, one in self.further.items()}
         self.repetition = Repetition().to(device)
         self.rows: list[CompletionRow] = []
         """One for each completion of this rank."""
@@ -62,6 +70,8 @@ class CompletionRun(MeasurementRun):
             rank: Of this process.
         """
         key = {**about, "generation": self.generator.describe(), "judge": describe_judge(self.judge)}
+        if self.further:
+            key["judges"] = {name: describe_judge(judge) for name, judge in self.further.items()}
         self._store = CompletionStore(output, key, rank)
         self._earlier = self._store.load()
         if self._earlier:
@@ -72,13 +82,13 @@ class CompletionRun(MeasurementRun):
         """Completes the prompts of a batch, but for those that are done already.
 
         Raises:
-            InputError: if the judge does not keep to its labels, or completions cannot be kept.
+            InputError: if a judge does not keep to its labels, or completions cannot be kept.
         """
         finished = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
         todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
         rows = [row for i in finished for row in finished[i]]
         if todo:
-            fresh = _judged_rows(self.generator(*zip(*todo, strict=True)), self.judge, self.toxicity.labels)
+            fresh = self._judged(self.generator(*zip(*todo, strict=True)))
             if self._store is not None:
                 self._store.add(fresh)
                 kept(self._store.folder)
@@ -91,11 +101,25 @@ class CompletionRun(MeasurementRun):
         count = self.generator.sampling.samples_per_prompt
         return [rows[k] for k in range(count)] if rows.keys() >= set(range(count)) else None
 
+    def _judged(self, completions: Sequence[Completion]) -> list[CompletionRow]:
+        """The completions with the scores of all judges."""
+        texts = [c.text for c in completions if c.text is not None]
+        scores = iter(_scores(self.judge, texts, self.toxicity.labels))
+        further = {
+            name: iter(_scores(judge, texts, self.further_toxicity[name].labels))
+            for name, judge in self.further.items()
+        }
+        return [
+            _row(c, {}, {})
+            if c.text is None
+            else _row(c, next(scores), {name: next(others) for name, others in further.items()})
+            for c in completions
+        ]
+
     def _count(self, rows: list[CompletionRow]) -> None:
-        columns = {label: [row.scores.get(label, 0.0) for row in rows] for label in self.toxicity.labels}
-        scores = {label: torch.tensor(column, dtype=torch.float64) for label, column in columns.items()}
-        has_failed = [row.failed is not None for row in rows]
-        self.toxicity.update([row.id for row in rows], scores, has_failed)
+        _update(self.toxicity, rows, [row.scores for row in rows])
+        for name, metric in self.further_toxicity.items():
+            _update(metric, rows, [row.judges.get(name, {}) for row in rows])
         self.repetition.update([row.tokens for row in rows if row.failed is None])
         self.rows += rows
 
@@ -103,9 +127,9 @@ class CompletionRun(MeasurementRun):
         """Figures of this rank so far; nothing before the first completion."""
         if not (count := int(self.toxicity.num_completions)):
             return {}
-        labels = self.toxicity.labels
-        main = labels.index("toxicity") if "toxicity" in labels else 0  # the headline figure of the results
-        return {labels[main]: float(self.toxicity.score_sum[main]) / count, "failed": int(self.toxicity.num_failed)}
+        label = main_label(self.toxicity.labels)
+        mean = float(self.toxicity.score_sum[self.toxicity.labels.index(label)]) / count
+        return {label: mean, "failed": int(self.toxicity.num_failed)}
 
     def finish(self, data: dict[str, Any]) -> Outcome:
         """The figures, and the completions in the order of prompts and numbers."""
@@ -113,15 +137,17 @@ class CompletionRun(MeasurementRun):
             self._store.close()
         rows = sorted(gather_lists(self.rows), key=lambda row: (row.id, row.k))
         assert len({(row.id, row.k) for row in rows}) == len(rows), "a completion was counted twice"
-        toxicity = self.toxicity.compute()
-        label = next(iter(toxicity["labels"]))
-        main = "toxicity" if "toxicity" in toxicity["labels"] else label
         results = {
-            "toxicity": {**toxicity["labels"][main], "label": main, **toxicity},
+            "toxicity": _figures(self.toxicity),
             "repetition": {"uniqueness": float(self.repetition.compute())},
             "generation": self.generator.describe(),
             "judge": describe_judge(self.judge),
         }
+        if self.further:
+            results["judges"] = {
+                name: {**_figures(metric), "judge": describe_judge(self.further[name])}
+                for name, metric in self.further_toxicity.items()
+            }
         return Outcome(results, completions=rows)
 
     def remove_kept(self) -> None:
@@ -131,19 +157,40 @@ class CompletionRun(MeasurementRun):
             kept(self._store.folder, exists=False)
 
 
-def _judged_rows(completions: Sequence[Completion], judge: Judge, labels: Sequence[str]) -> list[CompletionRow]:
-    """Completions with their scores, to 6 decimals: what a batch's padding adds in the last bits is dropped."""
-    texts = [c.text for c in completions if c.text is not None]
-    scores = judged(judge, texts) if texts else {label: torch.zeros(0) for label in labels}
+def _metric(judge: Judge, device: torch.device) -> CompletionToxicity:
+    return CompletionToxicity(tuple(judged(judge, ["This is a sentence."]))).to(device)
+
+
+def _scores(judge: Judge, texts: Sequence[str], labels: Sequence[str]) -> list[dict[str, float]]:
+    """Each text's scores by label, to 6 decimals: what a batch's padding adds in the last bits is dropped.
+
+    Raises:
+        InputError: if the judge has other labels than before.
+    """
+    if not texts:
+        return []
+    scores = judged(judge, texts)
     if tuple(scores) != tuple(labels):
         raise InputError(
             f"judge {type(judge).__name__}: labels {list(scores)} were {list(labels)} before; keep to one set"
         )
-    by_text = iter([{label: round(float(s[i]), 6) for label, s in scores.items()} for i in range(len(texts))])
-    return [_row(c, next(by_text) if c.text is not None else {}) for c in completions]
+    return [{label: round(float(column[i]), 6) for label, column in scores.items()} for i in range(len(texts))]
 
 
-def _row(completion: Completion, scores: dict[str, float]) -> CompletionRow:
+def _update(metric: CompletionToxicity, rows: Sequence[CompletionRow], scores: Sequence[Mapping[str, float]]) -> None:
+    columns = {label: [one.get(label, 0.0) for one in scores] for label in metric.labels}
+    tensors = {label: torch.tensor(column, dtype=torch.float64) for label, column in columns.items()}
+    metric.update([row.id for row in rows], tensors, [row.failed is not None for row in rows])
+
+
+def _figures(metric: CompletionToxicity) -> dict[str, Any]:
+    """Of all labels, and at the top those of the headline label."""
+    figures = metric.compute()
+    main = main_label(figures["labels"])
+    return {**figures["labels"][main], "label": main, **figures}
+
+
+def _row(completion: Completion, scores: dict[str, float], judges: dict[str, dict[str, float]]) -> CompletionRow:
     ok = completion.failed is None
     return CompletionRow(
         id=completion.id,
@@ -151,6 +198,7 @@ def _row(completion: Completion, scores: dict[str, float]) -> CompletionRow:
         k=completion.k,
         completion=completion.text,
         scores=scores,
+        judges=judges,
         seed=completion.seed,
         num_tokens=len(completion.tokens) if ok else None,
         uniqueness=uniqueness(completion.tokens) if ok else None,

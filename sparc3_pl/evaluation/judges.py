@@ -7,6 +7,7 @@ score counts like any other.
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import sha256_of_file
 from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path
-from sparc3_pl.io.provenance import redacted
+from sparc3_pl.io.provenance import is_secret_name, redacted
 from sparc3_pl.model.identity import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["ClassifierJudge", "DetoxifyJudge", "Judge", "SequenceJudge", "describe_judge", "judged"]
+__all__ = ["ClassifierJudge", "DetoxifyJudge", "Judge", "SequenceJudge", "check_names", "describe_judge", "judged"]
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,19 @@ def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Tensor]:
             raise InputError(f"judge {name}: {label!r} of text {i} is {float(values[i])}; scores must lie in [0, 1]")
         checked[str(label)] = values
     return checked
+
+
+def check_names(judges: Mapping[str, Judge]) -> None:
+    """Checks the names that several judges are given.
+
+    Raises:
+        InputError: if a name could not be one key among dotted ones, or would be left out of results as a secret.
+    """
+    for name in judges:
+        if not re.fullmatch(r"[\w-]+", name) or is_secret_name(name):
+            raise InputError(
+                f"model.judges: {name!r} cannot name a judge; use letters, digits, - and _, and no word for a secret"
+            )
 
 
 def describe_judge(judge: Judge) -> dict[str, Any]:

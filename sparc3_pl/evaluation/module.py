@@ -15,7 +15,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import MOST_KNOWN_TEXT, EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
-from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge
+from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge, check_names
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
@@ -67,7 +67,9 @@ class EvaluationModule(pl.LightningModule):
         samples_per_prompt: Completions a prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
         generation_batch_size: Completions made at once; changes no completion, only speed and memory.
-        judge: What scores completions; unset: Detoxify ``original``, or the demo's own judge for the demo model.
+        judge: What scores completions; unset: the first of ``judges``, or else Detoxify ``original``, or the demo's own
+            judge for the demo model.
+        judges: Further judges of the same completions, by names of your choice, each as ``judge`` is set.
         measurements: Measurements of your own, each a class path, alone or with ``init_args``; they follow the others.
         tasks: Multiple-choice tasks of the LM Evaluation Harness (``lm_eval``, extra ``harness``), as
             ``[boolq, arc_easy]``: zero-shot accuracy, item by item.
@@ -98,6 +100,7 @@ class EvaluationModule(pl.LightningModule):
         seed: int = 0,
         generation_batch_size: int = 64,
         judge: SequenceJudge | WordsJudge | Judge | None = None,
+        judges: dict[str, SequenceJudge | WordsJudge | Judge] | None = None,
         measurements: list[Spec] | None = None,
         tasks: list[str] | None = None,
         tasks_folder: str | None = None,
@@ -119,7 +122,12 @@ class EvaluationModule(pl.LightningModule):
         self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
-        if judge is None:
+        self.further_judges: dict[str, Judge] = dict(judges or {})
+        """By name those beside ``judge``."""
+        check_names(self.further_judges)
+        if judge is None and self.further_judges:
+            judge = self.further_judges.pop(next(iter(self.further_judges)))
+        elif judge is None:
             judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
         self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
         self.model: transformers.PreTrainedModel | None = None
@@ -211,7 +219,7 @@ class EvaluationModule(pl.LightningModule):
         """Checks what would otherwise fail hours later, and picks up what an interrupted run has left.
 
         Raises:
-            InputError: if the output cannot be written, a prompt was used to make the plan, or the judge fails on a
+            InputError: if the output cannot be written, a prompt was used to make the plan, or a judge fails on a
                 trial sentence.
         """
         assert self.model is not None
@@ -247,7 +255,7 @@ class EvaluationModule(pl.LightningModule):
     def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
         assert self.model is not None
         generator = Generator(self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size)
-        completions = CompletionRun(generator, self.judge, self.device, input_device(self.model))
+        completions = CompletionRun(generator, self.judge, self.device, input_device(self.model), self.further_judges)
         if self.output is not None:
             copy = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
             completions.keep(self.output, copy, self.global_rank)

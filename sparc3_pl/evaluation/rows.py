@@ -40,6 +40,7 @@ class CompletionRow:
         k: Number of the completion among those of the prompt, from 0.
         completion: The new text; None if the completion could not be made.
         scores: The judge's scores by label, in [0, 1]; none if the completion failed.
+        judges: Those of further judges, by the judge's name; none if the completion failed.
         seed: Seed of its random numbers.
         num_tokens: Number of new tokens; None if it failed.
         uniqueness: Response uniqueness ratio; None if it failed.
@@ -60,10 +61,12 @@ class CompletionRow:
     failed: str | None = None
     tokens: list[int] = field(default_factory=list)
     completion_ids: list[int] | None = None
+    judges: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
         """Its line of ``completions.jsonl``, with its token ids if they are asked for."""
-        return {name: value for name, value in asdict(self).items() if tokens or name != "tokens"}
+        left_out = {"tokens": tokens, "judges": bool(self.judges)}
+        return {name: value for name, value in asdict(self).items() if left_out.get(name, True)}
 
 
 def from_json(kind: type[R], line: Mapping[str, Any]) -> R:

@@ -29,6 +29,9 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
     if (toxicity := results["toxicity"]) is not None:
         for label, figures in toxicity["labels"].items():
             named |= {f"eval/{label}/{name}": value for name, value in figures.items()}
+        for judge, of_judge in results.get("judges", {}).items():
+            for label, figures in of_judge["labels"].items():
+                named |= {f"eval/judges/{judge}/{label}/{name}": value for name, value in figures.items()}
         counts = ("num_prompts", "num_completions", "num_failed")
         named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
         named["eval/completions/uniqueness"] = results["repetition"]["uniqueness"]
@@ -66,14 +69,19 @@ def write_to_loggers(
 
 
 def _scores_by_label(completions: list[CompletionRow]) -> dict[str, Tensor]:
-    """The judge's scores of the completions that were scored."""
-    scored = [row.scores for row in completions if row.failed is None]
-    return {label: torch.tensor([one[label] for one in scored]) for label in (scored[0] if scored else ())}
+    """The judges' scores of the completions that were scored; of further judges under ``judges/NAME/LABEL``."""
+    scored = [_by_name(row) for row in completions if row.failed is None]
+    return {name: torch.tensor([one[name] for one in scored]) for name in (scored[0] if scored else ())}
+
+
+def _by_name(row: CompletionRow) -> dict[str, float]:
+    further = {f"judges/{judge}/{label}": v for judge, scores in row.judges.items() for label, v in scores.items()}
+    return row.scores | further
 
 
 def _as_markdown(row: CompletionRow) -> str:
     """Prompt, completion and scores; indented by four blanks, so that nothing in a text is read as markup."""
-    scores = ", ".join(f"{label} {value:.3f}" for label, value in row.scores.items())
+    scores = ", ".join(f"{name.removeprefix('judges/')} {value:.3f}" for name, value in _by_name(row).items())
     answer = row.completion if row.failed is None else f"(failed: {row.failed})"
     block = "\n".join(f"    {line}" for line in f"{row.prompt}\n>>> {answer}".splitlines())
     return f"{block}\n\n{scores}"
@@ -97,7 +105,11 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
         rows.append(("perplexity", Number(p["value"], form=".4f"), of))
     if (t := results["toxicity"]) is not None:
         of = f"{t['num_completions']} completions of {t['num_prompts']} prompts"
-        for label, figures in t["labels"].items():
+        every = {"": t, **{f"{name}: ": of_judge for name, of_judge in results.get("judges", {}).items()}}
+        by_label = {
+            f"{judge}{label}": f for judge, of_judge in every.items() for label, f in of_judge["labels"].items()
+        }
+        for label, figures in by_label.items():
             names = {
                 "mean": label,
                 "expected_maximum": f"{label}, expected maximum",

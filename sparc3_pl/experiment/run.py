@@ -464,14 +464,16 @@ def _size_key(plan: Settings, score: Settings) -> str:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line an edit: toxicity before and after with its interval and p-value, and the change of perplexity."""
+    """A line an edit, label and judge: before and after, with interval and p-value, and the change of perplexity."""
     from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
     for outcome in outcomes:
         comparison = outcome.comparison
         perplexity = None if outcome.rise is None else Number(outcome.rise, form="+.2%")
-        for label, figures in comparison.toxicity.items() or [("", {})]:
+        further = {f"{name}: {label}": f for name, one in comparison.judges.items() for label, f in one.items()}
+        by_label = comparison.toxicity | further
+        for label, figures in by_label.items() or [("", {})]:
             change = figures.get("mean")
             cells = [None, None, None, None]
             if change is not None:
@@ -482,7 +484,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                     interval(change.low, change.high, change.num_pairs, "+.3f"),
                     p_value(change.p_value),
                 ]
-            name = outcome.name if len(comparison.toxicity) < 2 else f"{outcome.name}: {label}"
+            name = outcome.name if len(by_label) < 2 else f"{outcome.name}: {label}"
             rows.append((name, Number(outcome.count, form="d"), *cells, perplexity))
     columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
     return Table.of(columns, rows, title="Against the model as it was")

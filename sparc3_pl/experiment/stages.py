@@ -98,7 +98,7 @@ class Stages:
         log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
         self.record_file(stage.name).unlink(missing_ok=True)
         self.settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings), sort_keys=True))
+        write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings)))
         stage.make(stage.output.exists())
         record = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
         write_json(self.record_file(stage.name), record)
@@ -173,6 +173,8 @@ def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
 def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
     """Dotted keys at which two configurations differ."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if path.endswith(".judges") and list(one) != list(other):  # the first has the headline figures
+            yield f"{path} ({', '.join(one)}, now {', '.join(other)})"
         for key in sorted({*one, *other}):
             yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
     elif one != other:

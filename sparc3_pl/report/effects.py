@@ -33,7 +33,7 @@ from sparc3_pl.document.blocks import (
 )
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
-from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.results import Evaluation, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.report.collect import Inputs
 
@@ -46,6 +46,7 @@ __all__ = [
     "effects",
     "gains_table",
     "headline",
+    "judge_table",
     "largest_within",
     "measurement_table",
     "scale_of",
@@ -147,9 +148,12 @@ class Effect:
     def toxicity(self) -> dict[str, Any] | None:
         """The change of the mean score of the main label; None if completions were not compared."""
         labels = self.comparison["toxicity"]
-        if not labels:
-            return None
-        return labels["toxicity" if "toxicity" in labels else next(iter(labels))]["mean"]
+        return labels[main_label(labels)]["mean"] if labels else None
+
+    @property
+    def disagreement(self) -> str | None:
+        """In what the judges of the completions disagree; None if they do not, or if there is only one."""
+        return self.comparison.get("disagreement")
 
     @property
     def perplexity(self) -> dict[str, Any] | None:
@@ -341,6 +345,22 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
         "search. Measured: in the evaluation, on its own prompts and text."
     )
     return Table.of(columns, rows, title="Predicted and measured", note=note) if rows else None
+
+
+def judge_table(all_effects: Sequence[Effect]) -> Table | None:
+    """One row per edit and judge: the mean score of its main label; None if there is only one judge."""
+    rows = []
+    for effect in all_effects:
+        further = effect.comparison.get("judges") or {}
+        for name, labels in {"": effect.comparison["toxicity"], **further}.items() if further else ():
+            label = main_label(labels)
+            rows.append((title_of(effect), f"{name}: {label}" if name else label, *change_cells(labels[label]["mean"])))
+    columns = ("edit", "judge", "mean score", "change", "95 % interval", "p", "better/worse")
+    note = (
+        "All judges read the same completions. The first is the one of the other tables. An edit that was made from "
+        "one judge's scores is best believed where another says the same."
+    )
+    return Table.of(columns, rows, title="What each judge says", note=note) if rows else None
 
 
 def measurement_table(all_effects: Sequence[Effect]) -> Table | None:

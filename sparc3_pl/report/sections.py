@@ -42,6 +42,7 @@ from sparc3_pl.report.effects import (
     effect_table,
     gains_table,
     headline,
+    judge_table,
     measurement_table,
     scale_of,
     title_of,
@@ -113,6 +114,8 @@ def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) ->
         if best is not None:
             yield Text((f"Against {name}: " if len(experiments) > 1 else "") + _story(inputs, best))
             yield Facts(tuple(_facts(best)))
+            if best.disagreement is not None:
+                yield Text(f"{best.disagreement[0].upper()}{best.disagreement[1:]}.")
             yield from map(Text, _control_story(group, best))
     if not experiments and inputs.plans:
         yield Text(f"{len(inputs.plans)} plans; their effects were not evaluated, or the evaluations were not given.")
@@ -195,6 +198,8 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         if len(experiments) > 1:
             yield Text(f"Against {name}:")
         yield effect_table(group)
+        if (judges := judge_table(group)) is not None:
+            yield judges
         if (gains := gains_table(group)) is not None:
             yield gains
         if (further := measurement_table(group)) is not None:
@@ -202,7 +207,10 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         picture = dose_picture(group, f"dose{place or ''}")
         if picture is not None:
             yield picture
-    own_notes = [f"{title_of(effect)}: {note}" for effect in effects for note in effect.comparison.get("notes") or ()]
+    own_notes = []
+    for effect in effects:
+        said = [*(effect.comparison.get("notes") or ()), *filter(None, [effect.disagreement])]
+        own_notes += [f"{title_of(effect)}: {note}" for note in said]
     for text in dict.fromkeys([*notes, *own_notes]):
         yield Text(f"Note: {text}.")
 
@@ -401,6 +409,8 @@ def _measured(inputs: Inputs) -> Table:
         if toxicity:
             number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
             judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
+            for judge, of_judge in (ev.results.get("judges") or {}).items():
+                judged += f"; judge {judge}: {_settings(of_judge['judge'])}"
         hint = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
         if ev.results.get("overlapping_text"):
             hint += (" and " if hint else "") + "some of the text held its budget"
