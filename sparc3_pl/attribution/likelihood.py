@@ -51,7 +51,12 @@ def next_tokens(batch: ReferenceBatch, tokens_BT: Tensor) -> tuple[Tensor, Tenso
 
 
 def log_likelihood(
-    hidden_BTH: Tensor, head: OutputHead, labels_BT: Tensor, counted_BT: Tensor, temperature: float = 1.0
+    hidden_BTH: Tensor,
+    head: OutputHead,
+    labels_BT: Tensor,
+    counted_BT: Tensor,
+    temperature: float = 1.0,
+    weight_BT: Tensor | None = None,
 ) -> Tensor:
     """Sum over a sample's counted positions of log p(label | what precedes), ``[B]``, to be differentiated.
 
@@ -65,13 +70,14 @@ def log_likelihood(
         labels_BT: At each position the token that is judged there, int64: the next one of a text.
         counted_BT: The positions whose log-likelihood counts, bool.
         temperature: Divides the logits.
+        weight_BT: Multiplies each counted position's log-likelihood; None: 1.
 
     Returns:
         Nats, float32 (float64 for a float64 model).
     """
     labels_BT, counted_BT = (tensor.to(hidden_BTH.device) for tensor in (labels_BT, counted_BT))
     if head.is_watched:
-        return _all_at_once(hidden_BTH, head, labels_BT, counted_BT, temperature)
+        return _all_at_once(hidden_BTH, head, labels_BT, counted_BT, temperature, weight_BT)
     hidden_NH, labels_N = hidden_BTH[counted_BT], labels_BT[counted_BT]
     owner_N = counted_BT.nonzero()[:, 0]
     parts = [
@@ -79,6 +85,8 @@ def log_likelihood(
         for hidden, labels in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, labels_N)), strict=True)
     ]
     values_N = torch.cat(parts)
+    if weight_BT is not None:
+        values_N = values_N * weight_BT.to(counted_BT.device)[counted_BT].to(values_N)
     return values_N.new_zeros(len(hidden_BTH)).index_add(0, owner_N.to(values_N.device), values_N)
 
 
@@ -118,7 +126,12 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _all_at_once(
-    hidden_BTH: Tensor, head: OutputHead, labels_BT: Tensor, counted_BT: Tensor, temperature: float
+    hidden_BTH: Tensor,
+    head: OutputHead,
+    labels_BT: Tensor,
+    counted_BT: Tensor,
+    temperature: float,
+    weight_BT: Tensor | None,
 ) -> Tensor:
     """By one call of the head on ``[B, N]`` positions, N those of the sample that has most; the rest of them are 0."""
     num_B = counted_BT.sum(1)
@@ -128,7 +141,10 @@ def _all_at_once(
     hidden_BNH = hidden_BTH.gather(1, place_BN[..., None].expand(-1, -1, hidden_BTH.shape[2]))
     logits_BNV = head.logits(hidden_BNH)
     values_BN = _of_labels(logits_BNV.flatten(0, 1), labels_BT.gather(1, place_BN).flatten(), temperature)
-    return values_BN.view(place_BN.shape).where(real_BN.to(values_BN.device), 0).sum(1)
+    values_BN = values_BN.view(place_BN.shape)
+    if weight_BT is not None:
+        values_BN = values_BN * weight_BT.to(place_BN.device).gather(1, place_BN).to(values_BN)
+    return values_BN.where(real_BN.to(values_BN.device), 0).sum(1)
 
 
 # --- labels drawn from the model --------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ class CompletionLikelihood(Target):
     """Log-likelihood of the completion's tokens given all before them, times the sample's weight.
 
     With a judge's score as weight, less its mean, the mean over the model's own completions is the derivative of the
-    expected score (the score function, Williams 1992). The batch's fields are ``completion_mask`` and ``weight``
-    (where there is none, 1).
+    expected score (the score function, Williams 1992). A weight for each token does the same with less noise. The
+    batch's fields are ``completion_mask``, and ``token_weight`` or ``weight`` (where there is neither, 1).
 
     Args:
         temperature: Divides the logits: the likelihood of drawing the completion at this temperature.
     """
 
     needs = ("completion_mask",)
-    reads = frozenset(("completion_mask", "weight"))
+    reads = frozenset(("completion_mask", "weight", "token_weight"))
 
     def __init__(self, temperature: float = 1.0) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
@@ -38,8 +38,14 @@ class CompletionLikelihood(Target):
 
     def __call__(self, hidden_BTH: Tensor, head: OutputHead, batch: ReferenceBatch) -> Attributed:
         labels_BT, counted_BT = next_tokens(batch, batch.fields["completion_mask"])
-        nats_B = log_likelihood(hidden_BTH, head, labels_BT, counted_BT, self.temperature)
-        records = {"log_likelihood": nats_B.detach().double(), "num_target_tokens": counted_BT.sum(1)}
+        of_tokens = "token_weight" in batch.fields
+        # The likelihood of a token is that of the place before it; the first token has none, and is never counted.
+        weight_BT = batch.fields["token_weight"].roll(-1, 1) if of_tokens else None
+        nats_B = log_likelihood(hidden_BTH, head, labels_BT, counted_BT, self.temperature, weight_BT)
+        records = {"num_target_tokens": counted_BT.sum(1)}
+        if of_tokens:
+            return Attributed(nats_B, {**records, "weight": batch.fields["weight"]})
+        records["log_likelihood"] = nats_B.detach().double()
         if "weight" not in batch.fields:
             return Attributed(nats_B, records)
         weight_B = batch.fields["weight"].to(nats_B.device)

@@ -24,6 +24,7 @@ class ReferenceBatch:
         fields: What a target needs to know of the samples besides their tokens (labels, weights, spans of the
             completions), by name: tensors or lists with an entry for each sample. Those that data modules make:
             ``completion_mask`` ``[B, T]`` bool, the completion's tokens; ``weight`` ``[B]`` float64, less its baseline;
+            ``token_weight`` ``[B, T]`` float64, in place of the weight for each token of the completion;
             ``label`` ``[B]`` float64; ``answer`` ``[B]`` int64, a token id; ``foil`` ``[B]`` int64, -1 for none;
             ``counterfactual_ids`` ``[B, T]`` int64, padded as ``input_ids``.
     """

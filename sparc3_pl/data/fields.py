@@ -24,13 +24,14 @@ __all__ = [
     "less_baseline",
 ]
 
-Baseline = Literal["mean", "prompt", "none"]
+Baseline = Literal["mean", "prompt", "prefix", "none"]
 Unequal = Literal["drop", "error"]
 """What becomes of a record whose text and counterfactual, or answer and foil, cannot be compared."""
 
 FIELD_KEYS = {
     "completion_mask": "data.completion_field",
     "weight": "data.weight_field",
+    "token_weight": "data.prefix_field",
     "label": "data.label_field",
     "answer": "data.answer_field",
     "foil": "data.foil_field",
@@ -46,6 +47,7 @@ class Values:
     Attributes:
         completion: Follows the text; a text or token ids.
         weight: Of the record, such as a judge's score of the completion.
+        prefix: What the weight would be of the completion cut after each of its tokens.
         label: A number.
         answer: What the model should say next: a text, of which the first token counts, or a token id.
         foil: What it should not say, likewise.
@@ -54,6 +56,7 @@ class Values:
 
     completion: str | list[int] | None = None
     weight: float | None = None
+    prefix: list[float] | None = None
     label: float | None = None
     answer: str | int | None = None
     foil: str | int | None = None
@@ -79,6 +82,7 @@ class RecordFields:
 
     completion: str | None = None
     weight: str | None = None
+    prefix: str | None = None
     label: str | None = None
     answer: str | None = None
     foil: str | None = None
@@ -142,6 +146,12 @@ def _number(value: Any, where: str) -> float | None:
     raise InputError(f"{where} holds {str(value)[:60]!r}, not a finite number; name another field")
 
 
+def _numbers(value: Any, where: str) -> list[float]:
+    if isinstance(value, list) and all(type(one) in (int, float) and math.isfinite(one) for one in value):
+        return [float(one) for one in value]
+    raise InputError(f"{where} holds {str(value)[:60]!r}, not a list of finite numbers; name another field")
+
+
 def _answer(value: Any, where: str) -> str | int:
     if isinstance(value, str) and value:
         return str(value)
@@ -153,6 +163,7 @@ def _answer(value: Any, where: str) -> str | int:
 _KINDS: dict[str, Callable[[Any, str], Any]] = {
     "completion": checked_text,
     "weight": _number,
+    "prefix": _numbers,
     "label": _number,
     "answer": _answer,
     "foil": _answer,
@@ -167,7 +178,7 @@ def less_baseline(weights: Sequence[float], prompts: Sequence[str], baseline: Ba
         weights: One a completion.
         prompts: The prompt that each completes.
         baseline: ``mean`` takes off the mean of all weights, ``prompt`` the mean of the prompt's *other* completions,
-            ``none`` nothing.
+            ``none`` nothing. (``prefix`` takes something else off for each token: see ``token_advantages``.)
 
     Returns:
         The weights; None for the only completion of a prompt where ``prompt`` asks for others.
@@ -177,7 +188,7 @@ def less_baseline(weights: Sequence[float], prompts: Sequence[str], baseline: Ba
     """
     if baseline not in get_args(Baseline):
         raise InputError(f"data.weight_baseline={baseline!r} is unknown; give {', '.join(get_args(Baseline))}")
-    if baseline == "none":
+    if baseline in ("none", "prefix"):
         return list(weights)
     if baseline == "mean":
         mean = math.fsum(weights) / max(1, len(weights))

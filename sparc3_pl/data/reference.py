@@ -55,6 +55,7 @@ def build_samples(
     max_tokens: int | None = None,
     targets: Sequence[Target] | None = None,
     baseline: Baseline = "mean",
+    gae_lambda: float = 1.0,
     unequal: Unequal = "drop",
     windows: Windows = "packed",
     seed: int = 0,
@@ -75,7 +76,8 @@ def build_samples(
         num_samples: How many; None: all.
         max_tokens: Where each text is a sample: keep only its first so many tokens.
         targets: Lengths and endings to match.
-        baseline: What is taken off the weights of records, see ``less_baseline``.
+        baseline: What is taken off the weights of records, see ``less_baseline`` and ``token_advantages``.
+        gae_lambda: See ``token_advantages``.
         unequal: What becomes of records that cannot be compared, see ``record_samples``.
         windows: How windows are cut out of documents.
         seed: Decides where a random window begins.
@@ -93,7 +95,8 @@ def build_samples(
             samples = matched_samples(texts, encoder, targets, **about)
         elif query.fields.given:
             records = progress(query.records(), "records", num_samples)
-            samples = record_samples(records, encoder, num_samples, max_tokens, baseline, **about, unequal=unequal)
+            weights = {"baseline": baseline, "gae_lambda": gae_lambda}
+            samples = record_samples(records, encoder, num_samples, max_tokens, **weights, **about, unequal=unequal)
         elif seq_len is not None and windows == "random":
             texts = progress(texts, "documents", None)
             samples = random_windows(texts, encoder, seq_len, num_samples, seed, **about)
@@ -184,7 +187,12 @@ class ReferenceData(LightningDataModule):
             of token ids. With this or any field below each record is a sample, and ``seq_len`` is not used.
         weight_field: Field of the completion's weight, such as a judge's score.
         weight_baseline: What is taken off the weights: ``mean`` of all samples, ``prompt`` (the mean of the prompt's
-            other completions), or ``none``.
+            other completions), ``prefix`` (for each token, the weight expected before it: the least noise; needs
+            ``prefix_field``), or ``none``.
+        prefix_field: Field of the weights that the completion would have if it were cut after each of its tokens, a
+            list: eval writes such scores with ``model.judge_prefixes``.
+        gae_lambda: With ``weight_baseline: prefix``, how far ahead a token's credit looks: 1 to the end, without bias;
+            0 to the next token; between them less noise for some bias.
         label_field: Field of the text's label, a number.
         answer_field: Field of what the model should say next, for target ``answer``: text, of which the first token
             counts (give it with its space), or a token id.
@@ -219,6 +227,8 @@ class ReferenceData(LightningDataModule):
         completion_field: str | None = None,
         weight_field: str | None = None,
         weight_baseline: Baseline = "mean",
+        prefix_field: str | None = None,
+        gae_lambda: float = 1.0,
         label_field: str | None = None,
         answer_field: str | None = None,
         foil_field: str | None = None,
@@ -235,9 +245,9 @@ class ReferenceData(LightningDataModule):
         if windows not in get_args(Windows):
             raise InputError(f"data.windows={windows!r} is unknown; give {' or '.join(get_args(Windows))}")
         fields = RecordFields(
-            completion_field, weight_field, label_field, answer_field, foil_field, counterfactual_field
+            completion_field, weight_field, prefix_field, label_field, answer_field, foil_field, counterfactual_field
         )
-        _check_fields(fields, weight_baseline, match, max_tokens)
+        _check_fields(fields, weight_baseline, gae_lambda, match, max_tokens)
         check_unequal(unequal)
         if source in PAIR_TASKS:
             unused = {"filter": filter, "match": match, "max_tokens": max_tokens, "subset": subset, **fields.given}
@@ -261,6 +271,7 @@ class ReferenceData(LightningDataModule):
         )
         """Which sentences to make; None: the source has them."""
         self.weight_baseline: Baseline = weight_baseline
+        self.gae_lambda = gae_lambda
         self.unequal: Unequal = unequal
         self.match_query = _match_query(match, match_field or text_field, match_filter, split, subset)
         self.match, self.seq_len, self.num_samples, self.seed = match, seq_len, num_samples, seed
@@ -301,6 +312,7 @@ class ReferenceData(LightningDataModule):
             max_tokens=self.max_tokens,
             targets=targets,
             baseline=self.weight_baseline,
+            gae_lambda=self.gae_lambda,
             unequal=self.unequal,
             windows=self.windows,
             seed=self.seed,
@@ -411,6 +423,7 @@ class ReferenceData(LightningDataModule):
             **query.fields.given,
             **({"counterfactual": self.pair_query.kind} if self.pair_query else {}),
             **({"weight_baseline": self.weight_baseline} if query.fields.weight else {}),
+            **({"gae_lambda": self.gae_lambda} if self.weight_baseline == "prefix" else {}),
             **dict(query.counts),
         }
 
@@ -423,7 +436,9 @@ def _check_made(source: str, unused: dict[str, Any]) -> None:
         )
 
 
-def _check_fields(fields: RecordFields, baseline: Baseline, match: str | None, max_tokens: int | None) -> None:
+def _check_fields(
+    fields: RecordFields, baseline: Baseline, gae_lambda: float, match: str | None, max_tokens: int | None
+) -> None:
     """Refuses fields that do not go together, or not with what cuts the texts."""
     names = list(fields.given)
     less_baseline([], [], baseline)
@@ -431,11 +446,19 @@ def _check_fields(fields: RecordFields, baseline: Baseline, match: str | None, m
         raise InputError(
             f"data.match={match!r} cuts samples out of texts, which data.{names[0]} does not fit; leave one"
         )
-    ends = [name for name in names if name not in ("label_field", "weight_field")]
+    ends = [name for name in names if name not in ("label_field", "weight_field", "prefix_field")]
     if ends and max_tokens is not None:
         raise InputError(f"data.max_tokens={max_tokens} would cut the end that data.{ends[0]} is about; leave it out")
     if baseline != "mean" and fields.weight is None:
         raise InputError(f"data.weight_baseline={baseline} needs weights; give data.weight_field")
+    if (baseline == "prefix") is not (fields.prefix is not None):
+        raise InputError("data.weight_baseline=prefix and data.prefix_field need each other; give both or neither")
+    if baseline == "prefix" and fields.completion is None:
+        raise InputError("data.prefix_field needs the completions that the scores are of; give data.completion_field")
+    if not 0 <= gae_lambda <= 1:
+        raise InputError(f"data.gae_lambda={gae_lambda}; give a number from 0 to 1")
+    if gae_lambda != 1 and baseline != "prefix":
+        raise InputError(f"data.gae_lambda={gae_lambda} is for data.weight_baseline=prefix; leave it out")
     if fields.foil is not None and fields.answer is None:
         raise InputError(f"data.foil_field={fields.foil!r} needs an answer; give data.answer_field")
     if fields.completion is not None and (fields.answer or fields.counterfactual):

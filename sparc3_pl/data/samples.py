@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.fields import Baseline, TextRecord, Unequal, Values, less_baseline
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
+from sparc3_pl.statistics.advantages import FEWEST, token_advantages
 
 __all__ = [
     "Ending",
@@ -58,7 +61,7 @@ class Sample:
             token ids that no tokenizer can read.
         text_ids: Identities of the texts that it was made from, sorted: none of these may be evaluated on.
         numbers: What a target or method needs to know of it, by name; in a batch a float becomes float64, an int int64.
-        by_token: Likewise, lists with an entry for each of ``input_ids``: true or false, or token ids.
+        by_token: Likewise, lists with an entry for each of ``input_ids``: true or false, token ids, or numbers.
     """
 
     id: str
@@ -66,7 +69,7 @@ class Sample:
     ending: Ending | None
     text_ids: tuple[str, ...] = ()
     numbers: Mapping[str, float | int] = field(default_factory=dict)
-    by_token: Mapping[str, list[bool] | list[int]] = field(default_factory=dict)
+    by_token: Mapping[str, list[bool] | list[int] | list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, values in self.by_token.items():
@@ -318,6 +321,7 @@ def record_samples(
     n: int | None = None,
     max_tokens: int | None = None,
     baseline: Baseline = "mean",
+    gae_lambda: float = 1.0,
     source: str = "the source",
     counts: Counter[str] | None = None,
     origins: Origins | None = None,
@@ -328,8 +332,8 @@ def record_samples(
     What the tokenizer puts before a text stands once, before the text; the completion's own tokens follow. An answer
     and a foil given as text are read as they continue the text, and the first token counts: whether a space stands
     between is up to the record. Their names in ``Sample``: ``weight`` (less the baseline),
-    ``label``, ``answer``, ``foil`` (-1: none); by token ``completion_mask`` (true for the completion's tokens) and
-    ``counterfactual_ids``.
+    ``label``, ``answer``, ``foil`` (-1: none); by token ``completion_mask`` (true for the completion's tokens),
+    ``token_weight`` (with ``baseline`` ``prefix``: see ``token_advantages``) and ``counterfactual_ids``.
 
     A sample's id tells its whole content. Of records with one content, which are draws of one completion, each has an
     id of its own.
@@ -340,6 +344,7 @@ def record_samples(
         n: Number of samples; None for all.
         max_tokens: Keep only the first so many tokens of a text; not where its end matters.
         baseline: What is taken off the weights, see ``less_baseline``. The mean is that of the samples.
+        gae_lambda: With ``baseline`` ``prefix``, see ``token_advantages``.
         source: What the records come from, for messages.
         counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of a text or
             completion), ``num_not_continuing`` (it makes nothing of an answer or foil, or joins it with the text's
@@ -374,7 +379,30 @@ def record_samples(
             break
     if len(samples) < (n or 1):
         raise _too_few(len(samples), n, source)
+    if baseline == "prefix":
+        return _with_advantages(list(samples.values()), prompts, gae_lambda)
     return _less_baseline(list(samples.values()), prompts, baseline, counts)
+
+
+def _with_advantages(samples: list[Sample], prompts: list[str], gae_lambda: float) -> list[Sample]:
+    """The samples with what each token is credited with in place of the scores of their prefixes."""
+    if len(samples) < FEWEST:
+        raise InputError(
+            f"data.weight_baseline=prefix: {len(samples)} completions are too few to tell what score is to be "
+            f"expected; give {FEWEST} or more, or data.weight_baseline: prompt"
+        )
+    prefixes = [list(itertools.compress(s.by_token["token_weight"], s.by_token["completion_mask"])) for s in samples]
+    scores_N = np.array([sample.numbers["weight"] for sample in samples], dtype=np.float64)
+    mean = float(scores_N.mean())
+    advantages = token_advantages(scores_N, prefixes, prompts, gae_lambda)
+    return [
+        replace(
+            sample,
+            numbers={**sample.numbers, "weight": score - mean},
+            by_token={**sample.by_token, "token_weight": [0.0] * (len(sample.input_ids) - len(own)) + own.tolist()},
+        )
+        for sample, score, own in zip(samples, scores_N.tolist(), advantages, strict=True)
+    ]
 
 
 def _less_baseline(samples: list[Sample], prompts: list[str], baseline: Baseline, counts: Counter[str]) -> list[Sample]:
@@ -432,10 +460,17 @@ def record_sample(
             raise UnreadableTextError(f"{str(text)[:80]!r}: {message} (data.unequal: drop leaves such records out)")
         counts[reason] += 1
         return None
-    by_token: dict[str, list[bool] | list[int]] = {}
+    by_token: dict[str, list[bool] | list[int] | list[float]] = {}
     if values.completion is not None:
         first = len(sample.input_ids) - len(completion)
         by_token["completion_mask"] = [place >= first for place in range(len(sample.input_ids))]
+        if values.prefix is not None:
+            if len(values.prefix) != len(completion):
+                raise InputError(
+                    f"data.prefix_field: a completion of {len(completion)} tokens has {len(values.prefix)} scores; it "
+                    "needs one for each of the ids of data.completion_field, as eval writes them"
+                )
+            by_token["token_weight"] = [0.0] * first + values.prefix
         sample = replace(sample, ending=ending_of_ids(encoder, sample.input_ids))
     if other is not None:
         by_token["counterfactual_ids"] = other
@@ -483,8 +518,8 @@ def _within_word(text: Text, answer: str | int | None) -> bool:
 def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
     """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]`` without fields.
 
-    ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false
-    or by ``pad_id``.
+    ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false,
+    by 0.0 or by ``pad_id``.
     """
     input_ids, mask = pad_right([sample.input_ids for sample in samples] or [[]], pad_id)
     fields: dict[str, Any] = {}
@@ -493,9 +528,12 @@ def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
         whole = all(isinstance(value, int) for value in values)
         fields[name] = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
     for name, first in samples[0].by_token.items() if samples else ():
-        is_mask = isinstance(first[0], bool)
-        rows, _ = pad_right([sample.by_token[name] for sample in samples], 0 if is_mask else pad_id)
-        fields[name] = rows.bool() if is_mask else rows
+        rows, kind = [sample.by_token[name] for sample in samples], type(first[0])
+        if kind is float:
+            fields[name] = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+        else:
+            ids, _ = pad_right(rows, 0 if kind is bool else pad_id)
+            fields[name] = ids.bool() if kind is bool else ids
     return ReferenceBatch(
         input_ids, mask, [s.id for s in samples], [s.ending for s in samples], [s.text_ids for s in samples], fields
     )

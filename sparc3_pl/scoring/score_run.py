@@ -138,7 +138,7 @@ def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
             raise InputError(f"{what} needs {FIELD_KEYS.get(field, field)}; give it")
     # Labels and pairs are for methods and measurements too; a completion and its weight say what the target should be.
     heeded = target.reads if needs_target else frozenset(("completion_mask",))
-    for field in ("completion_mask", "weight"):
+    for field in ("completion_mask", "weight", "token_weight"):
         if field in given and heeded is not None and field not in heeded:
             what = f"model.target={name}" if needs_target else f"model.method={request.method.name}"
             raise InputError(

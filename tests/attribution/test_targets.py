@@ -143,6 +143,37 @@ def test_without_a_weight_or_a_foil():
     close(attribute(model, TARGETS.make("answer"), batch).value_B, logit_B)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_weight_for_each_token(side):
+    """The value, and the scores of a layer and of the output head (whose positions pass it together)."""
+    model, samples = tiny("llama", dtype=torch.float64).requires_grad_(False), samples_of()
+    batch = batch_of(samples, side)
+    generator = torch.Generator().manual_seed(2)
+    weight_BT = torch.randn(batch.input_ids.shape, generator=generator, dtype=torch.float64)
+    weight_BT *= batch.fields["completion_mask"]
+    batch.fields["token_weight"] = weight_BT
+    head, up = output_head(model)[0], mlps(model)[0].up
+    scorers = [Scorer(model, "gradient", "weight", names, "completion") for names in ([up], [up, head])]
+    for scorer in scorers:
+        scorer.update(batch)
+    total = dict.fromkeys((up, head), 0.0)
+    for i, sample in enumerate(samples):
+        model.requires_grad_(True)
+        nats_TV = model(sample[None]).logits[0].log_softmax(-1)
+        own = weight_BT[i][batch.attention_mask[i].bool()]
+        value = sum(own[t] * nats_TV[t - 1, sample[t]] for t in range(len(sample) - COMPLETIONS[i], len(sample)))
+        close(attribute(model, TARGETS.make("completion"), batch).value_B[i], value)
+        modules = [model.get_submodule(up), model.get_submodule(head)]
+        gradients = torch.autograd.grad(value, [module.weight for module in modules])
+        for name, module, gradient in zip(total, modules, gradients, strict=True):
+            total[name] = total[name] + (module.weight * gradient).abs().detach()
+        model.requires_grad_(False)
+    close(scorers[0].scores(up, len(samples)).scores, (total[up] / len(samples)).float())
+    if model.get_input_embeddings().weight is not model.get_submodule(head).weight:
+        close(scorers[1].scores(head, len(samples)).scores, (total[head] / len(samples)).float())
+    close(scorers[1].scores(up, len(samples)).scores, (total[up] / len(samples)).float())
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 

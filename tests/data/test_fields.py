@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_tokenizers import tiny_tokenizer
@@ -12,6 +13,7 @@ from sparc3_pl.data.reference import ReferenceData, pad_samples
 from sparc3_pl.data.samples import Sample
 from sparc3_pl.data.sources import partition, text_id
 from sparc3_pl.errors import InputError
+from sparc3_pl.statistics.advantages import token_advantages
 
 ROWS = [
     {"prompt": "The red fox", "completion": " crosses the wide field.", "scores": {"toxicity": 0.5}},
@@ -124,6 +126,58 @@ def test_the_baseline_is_taken_off(tmp_path):
         sorted([0.5 - 1.5 / 3, 0.25 - 1.75 / 3, 0.25 - 1.75 / 3, 1.0 - 1.0 / 3])
     )
     assert data.describe()["num_without_baseline"] == 1
+
+
+def credited_rows(number=40):
+    ids = [[70 + n % 7, 71, 72][: 1 + n % 3] for n in range(number)]
+    prefixes = [[0.1 * (n % 5) + 0.2 * t for t in range(len(own))] for n, own in enumerate(ids)]
+    return [
+        {"prompt": f"The red fox {n // 4}", "ids": own, "score": prefix[-1] + 0.01 * n, "so_far": prefix}
+        for n, (own, prefix) in enumerate(zip(ids, prefixes, strict=True))
+    ]
+
+
+CREDITED = {"text_field": "prompt", "completion_field": "ids", "weight_field": "score", "prefix_field": "so_far"}
+
+
+def test_every_token_of_a_completion_has_its_own_weight(tmp_path):
+    rows = credited_rows()
+    data = ready(tmp_path, rows, **CREDITED, weight_baseline="prefix", gae_lambda=0.5)
+    assert (data.describe()["weight_baseline"], data.describe()["gae_lambda"]) == ("prefix", 0.5)
+    scores = np.array([row["score"] for row in rows])
+    expected = token_advantages(scores, [row["so_far"] for row in rows], [row["prompt"] for row in rows], 0.5)
+    batch = batch_of(data)
+    weights, masks = batch.fields["token_weight"], batch.fields["completion_mask"]
+    assert weights.dtype == torch.float64
+    assert not weights[~masks].any()
+    own = sorted(row[mask].tolist() for row, mask in zip(weights, masks, strict=True))
+    for one, other in zip(own, sorted(one.tolist() for one in expected), strict=True):
+        assert one == pytest.approx(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"prefix_field": None}, "need each other"),
+        ({"weight_baseline": "mean"}, "need each other"),
+        ({"completion_field": None}, "give data.completion_field"),
+        ({"gae_lambda": 1.5}, r"data\.gae_lambda=1\.5; give a number from 0 to 1"),
+        ({"num_samples": 29}, "29 completions are too few"),
+        ({"prefix_field": "score"}, "not a list of finite numbers"),
+    ],
+)
+def test_token_weights_that_cannot_be_made(tmp_path, changes, match):
+    with pytest.raises(InputError, match=match):
+        ready(tmp_path, credited_rows(), **(CREDITED | {"weight_baseline": "prefix"} | changes))
+
+
+def test_a_prefix_without_a_score_is_refused(tmp_path):
+    rows = credited_rows()
+    rows[7]["so_far"] = rows[7]["so_far"] + [0.5]
+    with pytest.raises(InputError, match=r"of 2 tokens has 3 scores"):
+        ready(tmp_path, rows, **CREDITED, weight_baseline="prefix")
+    with pytest.raises(InputError, match=r"data\.weight_baseline=prefix; leave it out"):
+        ready(tmp_path, rows, gae_lambda=0.5)
 
 
 def test_leaving_one_out_equals_a_loop():
