@@ -33,6 +33,7 @@ class CompletionRun(MeasurementRun):
         device: Of the sums that the ranks add up.
         judge_device: Where a judge that is loaded here runs, unless it says so itself.
         further: Judges by name that score the same completions.
+        prefixes: Have ``judge`` score each completion cut after each of its tokens too.
 
     Raises:
         InputError: if a judge fails on the trial sentence.
@@ -47,8 +48,10 @@ class CompletionRun(MeasurementRun):
         device: torch.device,
         judge_device: torch.device | None = None,
         further: Mapping[str, Judge] | None = None,
+        prefixes: bool = False,
     ) -> None:
         self.generator, self.judge, self.further = generator, judge, dict(further or {})
+        self.prefixes = prefixes
         for one in (judge, *self.further.values()):
             if isinstance(one, SequenceJudge):
                 one.place(judge_device or device)
@@ -72,6 +75,8 @@ class CompletionRun(MeasurementRun):
         key = {**about, "generation": self.generator.describe(), "judge": describe_judge(self.judge)}
         if self.further:
             key["judges"] = {name: describe_judge(judge) for name, judge in self.further.items()}
+        if self.prefixes:
+            key["prefixes"] = True
         self._store = CompletionStore(output, key, rank)
         self._earlier = self._store.load()
         if self._earlier:
@@ -109,12 +114,23 @@ class CompletionRun(MeasurementRun):
             name: iter(_scores(judge, texts, self.further_toxicity[name].labels))
             for name, judge in self.further.items()
         }
+        prefixes = self._judged_prefixes(completions) if self.prefixes else [None] * len(completions)
         return [
             _row(c, {}, {})
             if c.text is None
-            else _row(c, next(scores), {name: next(others) for name, others in further.items()})
+            else _row(c, next(scores), {name: next(others) for name, others in further.items()}, so_far)
+            for c, so_far in zip(completions, prefixes, strict=True)
+        ]
+
+    def _judged_prefixes(self, completions: Sequence[Completion]) -> list[dict[str, list[float]]]:
+        """By label the score of each completion cut after each of its tokens; texts that recur are judged once."""
+        texts = [
+            [self.generator.text(c.drawn[: place + 1]) for place in range(len(c.drawn))] if c.text is not None else []
             for c in completions
         ]
+        distinct = sorted({text for own in texts for text in own}, key=lambda text: (len(text), text))
+        scores = dict(zip(distinct, _scores(self.judge, distinct, self.toxicity.labels), strict=True))
+        return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in texts]
 
     def _count(self, rows: list[CompletionRow]) -> None:
         _update(self.toxicity, rows, [row.scores for row in rows])
@@ -190,7 +206,12 @@ def _figures(metric: CompletionToxicity) -> dict[str, Any]:
     return {**figures["labels"][main], "label": main, **figures}
 
 
-def _row(completion: Completion, scores: dict[str, float], judges: dict[str, dict[str, float]]) -> CompletionRow:
+def _row(
+    completion: Completion,
+    scores: dict[str, float],
+    judges: dict[str, dict[str, float]],
+    prefix_scores: dict[str, list[float]] | None = None,
+) -> CompletionRow:
     ok = completion.failed is None
     return CompletionRow(
         id=completion.id,
@@ -199,6 +220,7 @@ def _row(completion: Completion, scores: dict[str, float], judges: dict[str, dic
         completion=completion.text,
         scores=scores,
         judges=judges,
+        prefix_scores=prefix_scores or {},
         seed=completion.seed,
         num_tokens=len(completion.tokens) if ok else None,
         uniqueness=uniqueness(completion.tokens) if ok else None,

@@ -288,13 +288,17 @@ class Generator:
             use_cache=True,
         )
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens that were drawn say, without special ones."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def _finish(self, row: _Row, new: list[int], broken_at: int) -> Completion:
         end = next((n for n, token in enumerate(new) if token in self.end_tokens), len(new))
         if 0 <= broken_at <= min(end, len(new) - 1):
             reason = f"the model's logits are not finite at new token {broken_at}"
             return Completion(row.id, row.prompt, row.k, row.seed, None, failed=reason)
         tokens = tuple(new[:end])
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.text(tokens)
         return Completion(row.id, row.prompt, row.k, row.seed, text, tokens, new[end] if end < len(new) else None)
 
 

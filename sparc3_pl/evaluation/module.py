@@ -70,6 +70,8 @@ class EvaluationModule(pl.LightningModule):
         judge: What scores completions; unset: the first of ``judges``, or else Detoxify ``original``, or the demo's own
             judge for the demo model.
         judges: Further judges of the same completions, by names of your choice, each as ``judge`` is set.
+        judge_prefixes: Have the judge score each completion also as it stands after each of its tokens, for
+            ``data.prefix_field`` of score.
         measurements: Measurements of your own, each a class path, alone or with ``init_args``; they follow the others.
         tasks: Multiple-choice tasks of the LM Evaluation Harness (``lm_eval``, extra ``harness``), as
             ``[boolq, arc_easy]``: zero-shot accuracy, item by item.
@@ -101,6 +103,7 @@ class EvaluationModule(pl.LightningModule):
         generation_batch_size: int = 64,
         judge: SequenceJudge | WordsJudge | Judge | None = None,
         judges: dict[str, SequenceJudge | WordsJudge | Judge] | None = None,
+        judge_prefixes: bool = False,
         measurements: list[Spec] | None = None,
         tasks: list[str] | None = None,
         tasks_folder: str | None = None,
@@ -124,6 +127,7 @@ class EvaluationModule(pl.LightningModule):
         self.output, self.overwrite = output, overwrite
         self.further_judges: dict[str, Judge] = dict(judges or {})
         """By name those beside ``judge``."""
+        self.judge_prefixes = judge_prefixes
         check_names(self.further_judges)
         if judge is None and self.further_judges:
             judge = self.further_judges.pop(next(iter(self.further_judges)))
@@ -255,7 +259,10 @@ class EvaluationModule(pl.LightningModule):
     def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
         assert self.model is not None
         generator = Generator(self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size)
-        completions = CompletionRun(generator, self.judge, self.device, input_device(self.model), self.further_judges)
+        judge_device = input_device(self.model)
+        completions = CompletionRun(
+            generator, self.judge, self.device, judge_device, self.further_judges, self.judge_prefixes
+        )
         if self.output is not None:
             copy = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
             completions.keep(self.output, copy, self.global_rank)

@@ -41,6 +41,8 @@ class CompletionRow:
         completion: The new text; None if the completion could not be made.
         scores: The judge's scores by label, in [0, 1]; none if the completion failed.
         judges: Those of further judges, by the judge's name; none if the completion failed.
+        prefix_scores: By label the judge's scores of the completion cut after each of ``completion_ids``, where they
+            were asked for.
         seed: Seed of its random numbers.
         num_tokens: Number of new tokens; None if it failed.
         uniqueness: Response uniqueness ratio; None if it failed.
@@ -62,10 +64,11 @@ class CompletionRow:
     tokens: list[int] = field(default_factory=list)
     completion_ids: list[int] | None = None
     judges: dict[str, dict[str, float]] = field(default_factory=dict)
+    prefix_scores: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
         """Its line of ``completions.jsonl``, with its token ids if they are asked for."""
-        left_out = {"tokens": tokens, "judges": bool(self.judges)}
+        left_out = {"tokens": tokens, "judges": bool(self.judges), "prefix_scores": bool(self.prefix_scores)}
         return {name: value for name, value in asdict(self).items() if left_out.get(name, True)}
 
 

@@ -123,6 +123,27 @@ def test_completions_are_reference_samples_to_the_token(files):
     assert {name for sample in data.samples for name in sample.text_ids} == {row.id for row in rows}
 
 
+def test_prefixes_are_judged_and_credit_every_token(files):
+    module = module_of(files, samples_per_prompt=5, judge_prefixes=True)
+    rows = run(files, module).completions
+    for row in rows:
+        shares = []
+        for place in range(len(row.completion_ids)):
+            words = [token for token in row.completion_ids[: place + 1] if token > 2]  # special tokens say nothing
+            shares.append(sum(token % 2 for token in words) / max(1, len(words)))
+        assert row.prefix_scores["odd"] == pytest.approx(shares, abs=1e-6)
+        assert row.prefix_scores["toxicity"] == pytest.approx([1 - share for share in shares], abs=1e-6)
+        assert row.prefix_scores["odd"][-1] == row.scores["odd"]
+    plain = run(files, module_of(files, "plain", samples_per_prompt=5)).completions
+    assert [replace(row, prefix_scores={}) for row in rows] == plain
+    names = {"text_field": "prompt", "completion_field": "completion_ids", "weight_field": "scores.odd"}
+    credit = {"weight_baseline": "prefix", "prefix_field": "prefix_scores.odd"}
+    data = ReferenceData(f"{module.output}/completions.jsonl", **names, **credit)
+    data.read(load_encoder(ModelSource(str(files / "model"))))
+    assert len(data.samples) == len(rows)
+    assert all(any(sample.by_token["token_weight"]) for sample in data.samples)
+
+
 def test_perplexity_as_papers_print_it(files, capsys):
     """The loop of SparseGPT and Wanda, as their papers and code describe it, on the model as transformers runs it."""
     words = [f"w{3 + (7 * i) % 47}" for i in range(90)]
