@@ -1,8 +1,10 @@
 """Tiny random models of every supported family: two layers, biases not 0 and norm weights not 1, so that tests bite."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
+
+from sparc3_pl.model.loading import auto_class
 
 VOCAB = 50
 SEED = 0
@@ -48,6 +50,13 @@ CONFIGS: dict[str, dict] = {
 FAMILIES = tuple(CONFIGS)
 """The families of the specification."""
 
+_CAPS = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 6,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 10.0,
+}
 _MORE: dict[str, dict] = {
     "cohere2": {**_LLAMA, "tie_word_embeddings": True, "sliding_window": 6},
     "gemma": {**_LLAMA, "head_dim": 8},
@@ -65,10 +74,42 @@ _MORE: dict[str, dict] = {
     "smollm3": _LLAMA,
     "stablelm": {**_LLAMA, "use_qkv_bias": True, "qk_layernorm": True},
     "starcoder2": {**_LLAMA, "sliding_window": 6},
+    # Caps so low that they bite.
+    "gemma2": {**_LLAMA, **_CAPS, "tie_word_embeddings": True},
+    "vaultgemma": {**_LLAMA, **_CAPS},
 }
 MORE_FAMILIES = tuple(_MORE)
 """Further families that the rules support."""
 CONFIGS = {**CONFIGS, **_MORE}
+
+EAGER_ONLY = ("gemma2", "vaultgemma")
+"""Families whose soft-caps only eager attention computes."""
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+WRAPPED: dict[str, dict] = {
+    "gemma3": {
+        "text_config": CONFIGS["gemma3_text"],
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_vl": {
+        "text_config": {**_LLAMA, "rope_parameters": _MROPE},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**_LLAMA, "rope_parameters": _MROPE},
+        "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32},
+    },
+    "qwen3_vl": {
+        "text_config": {**_LLAMA, "head_dim": 8, "rope_parameters": _MROPE},
+        "vision_config": {
+            **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+            **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        },
+    },
+}
+"""Text models inside a model that reads images too."""
 
 VARIANTS: dict[str, tuple[str, dict]] = {
     "opt_post_norm": ("opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
@@ -85,10 +126,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 def tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = SEED, **overrides: object) -> PreTrainedModel:
     """A random model of ``family`` (a transformers ``model_type``) in eval mode, the same for the same arguments."""
-    config = CONFIG_MAPPING[family](**{**CONFIGS.get(family, _LLAMA), **overrides})
+    config = CONFIG_MAPPING[family](**{**(CONFIGS | WRAPPED).get(family, _LLAMA), **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         randomise(model)
     return model.to(dtype).eval()
 

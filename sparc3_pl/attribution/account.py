@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.attribution.attention import capped
 from sparc3_pl.attribution.rules import RuleSet, attn_lrp
+from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.logits import OutputHead
 from sparc3_pl.model.structure import decoder, is_linear, output_head
 
 __all__ = ["RelevanceAccount", "relevance_account", "self_check"]
@@ -39,7 +42,7 @@ class RelevanceAccount:
 
     Attributes:
         target: Token id whose logit is explained.
-        logit: That logit, at the last position.
+        logit: That logit, at the last position; before the final soft-cap of a model that has one.
         input: Relevance that arrives at the token embeddings.
         position: Relevance that arrives at learned position embeddings.
         linear_bias: Kept by the biases of linear layers.
@@ -88,10 +91,18 @@ def relevance_account(
     kept: defaultdict[str, float] = defaultdict(float)
     leaves: list[Tensor] = []
     with torch.enable_grad(), attn_lrp(model, rules=rules, unlisted=unlisted), _bookkeeping(model, kept, leaves, rules):
-        logits = model(input_ids=input_ids, use_cache=False).logits[0, -1]
+        logits = _logits(model, input_ids)[0, -1]
         target = int(logits.argmax())
         torch.autograd.grad(logits[target], leaves)  # the hooks do the sums; no parameter gets a .grad
     return RelevanceAccount(target, logits[target].item(), **{name: kept[name] for name in _ENTRIES})
+
+
+def _logits(model: nn.Module, input_ids_1T: Tensor) -> Tensor:
+    """The model's logits, ``[1, T, V]``, without its final soft-cap, which belongs to what a target makes of them."""
+    head = OutputHead(model)
+    if head.cap is None:
+        return model(input_ids=input_ids_1T, use_cache=False).logits
+    return head.uncapped(last_hidden_state(model, input_ids_1T, torch.ones_like(input_ids_1T)))
 
 
 def self_check(model: nn.Module, input_ids: Tensor, *, unlisted: bool = False, tolerance: float | None = None) -> float:
@@ -176,9 +187,11 @@ def _softmax_watched(base: AttentionFunction, kept: dict[str, float]) -> Attenti
         output, weights = base(module, q, k, v, mask, *args, **kwargs)
         qkv = [t.detach().double() for t in (q, k, v)]
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        cap = kwargs.get("softcap")
 
         def hook(gradient: Tensor) -> None:
-            kept["softmax"] += float(softmax_retention(*qkv, mask, gradient.double().transpose(1, 2), scale).sum())
+            gradient = gradient.double().transpose(1, 2)
+            kept["softmax"] += float(softmax_retention(*qkv, mask, gradient, scale, cap).sum())
 
         output.register_hook(hook)
         return output, weights
@@ -186,8 +199,12 @@ def _softmax_watched(base: AttentionFunction, kept: dict[str, float]) -> Attenti
     return attend
 
 
-def softmax_retention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, scale: float) -> Tensor:
+def softmax_retention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, scale: float, cap: float | None = None
+) -> Tensor:
     """What a causal attention's softmax keeps: sum of P G_P - S G_S, with P = softmax(S), S = scale q k^T.
+
+    A soft-cap of S keeps nothing under the identity rule: S stands for the capped scores then.
 
     The uniform rule at P v halves the gradient before it reaches P.
 
@@ -198,6 +215,7 @@ def softmax_retention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad
         mask: None (causal), bool (True: attends) or added to S; broadcast to ``[B, H, T, T]``.
         gradient: At the output P v, ``[B, H, T, D]``.
         scale: Factor by which the scores are multiplied before the softmax.
+        cap: c of the scores' soft-cap c tanh(S / c); None if they have none.
 
     Returns:
         ``[B, H, T]``, one value a query.
@@ -205,6 +223,8 @@ def softmax_retention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = scale * q @ k.transpose(-1, -2)
+    if cap is not None:
+        scores = capped(scores, cap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     masked = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask

@@ -1,4 +1,4 @@
-"""The gradients of query, key and value in attention, scaled or softened as a rule asks."""
+"""The gradients of query, key and value in attention, scaled, softened or uncapped as a rule asks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction
 
-__all__ = ["scale_gradient", "scaled_qkv", "softened"]
+__all__ = ["capped", "scale_gradient", "scaled_qkv", "soft_capped", "softened"]
 
 _AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Largest difference from an attention's own output, relative to its largest, by dtype (an eager softmax in a float64
@@ -25,6 +25,51 @@ def scaled_qkv(base: AttentionFunction, query_key: float, value: float) -> Atten
         return base(module, q, k, scale_gradient(v, value), *args, **kwargs)
 
     return attend
+
+
+def soft_capped(base: AttentionFunction) -> AttentionFunction:
+    """``base``, an eager attention, whose soft-cap c tanh(s / c) of the scores s passes relevance on by the identity
+    rule: dy/dx := y/x. Its outputs stay the same bit for bit; where the scores have no cap, nothing changes.
+    """
+
+    def attend(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ):
+        cap = kwargs.get("softcap")
+        if cap is None:
+            return base(module, q, k, v, mask, *args, **kwargs)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        scaling = kwargs.get("scaling")
+        scores = torch.matmul(q, k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = _SoftCap.apply(scores, cap)
+        if mask is not None:
+            scores = scores + mask
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(weights, v).transpose(1, 2).contiguous(), weights
+
+    return attend
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """The soft-cap c tanh(s / c), in the order of operations of the models that have it."""
+    return torch.tanh(scores / cap) * cap
+
+
+class _SoftCap(torch.autograd.Function):
+    """``capped``, with the identity rule f(x)/x in place of the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, cap: float) -> Tensor:
+        ctx.save_for_backward(scores)
+        ctx.cap = cap
+        return capped(scores, cap)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (scores,) = ctx.saved_tensors
+        u = scores.to(torch.promote_types(scores.dtype, torch.float32)) / ctx.cap
+        ratio = (torch.tanh(u) / u).masked_fill(u == 0, 1.0)
+        return (gradients[0] * ratio).to(scores.dtype), None
 
 
 def softened(base: AttentionFunction, temperature: float) -> AttentionFunction:

@@ -9,6 +9,7 @@ element-wise activation    dy/dx := f(x)/x
 gated product act(g) * u   gradient halved (uniform rule)
 attention                  gradient of q and k times 1/4, of v times 1/2 (uniform rule at
                            both products, softmax by its own derivative)
+soft-cap of attention      dy/dx := f(x)/x, as for any activation
 =========================  ===========================================================
 
 Rules are put on one model's own modules, chosen by what a module computes and not by its class, and are taken off
@@ -26,10 +27,10 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.activations import activation_kind, identity_rule
-from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, softened
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, soft_capped, softened
 from sparc3_pl.attribution.norms import NormKind, forward_slot, norm_kind, std_constant_rule
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.attention import AttentionFunction, attention_modules, has_soft_cap, wrapped_attention
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import decoder, is_linear, mlps, module_name, output_head
 
@@ -42,6 +43,7 @@ goes through the values; the input's relevance is then the logit, up to biases."
 SUPPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "phi3"),
     *("cohere2", "gemma", "glm4", "granite", "olmo2", "olmo3", "phi", "smollm3", "stablelm", "starcoder2"),
+    *("gemma2", "vaultgemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
 )
 """transformers ``model_type`` of the families whose relevance account is known to balance."""
 
@@ -157,9 +159,6 @@ def _check_family(model: nn.Module, unlisted: bool) -> None:
     family = decoder(model).config.model_type
     if family not in SUPPORTED and not unlisted:
         raise InputError(f"no LRP rules for model type {family!r}: {_REASONS.get(family, 'never checked')}; {_WAY_OUT}")
-    for setting in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if getattr(decoder(model).config, setting, None) is not None:
-            raise InputError(f"no LRP rule for {setting} (config of this {family} model); {_WAY_OUT}")
 
 
 def _plan(model: nn.Module, rules: RuleSet, temperature: float = 1.0) -> dict[str, _Rule]:
@@ -204,12 +203,21 @@ def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet, temperature
     for name, module in modules.items():
         if getattr(module, "reorder_and_upcast_attn", False) and module.config._attn_implementation == "eager":
             raise InputError(f"{name}: reorder_and_upcast_attn with eager attention has no rule; load it with sdpa")
+        if has_soft_cap(module) and module.config._attn_implementation != "eager":
+            raise InputError(
+                f"{name}: the rule for its soft-cap is for eager attention, but it uses "
+                f"{module.config._attn_implementation}; load it with attn_implementation eager"
+            )
     qk, v = _FACTORS[rules]
     text = f"attention: gradient of q, k times {qk}, of v times {v}"
     if temperature != 1:
         text += f", softmax's at temperature {temperature:g}"
     return {
-        f"{prefix}.{name}": _Rule(text, _attention_rule(module, qk, v, temperature)) for name, module in modules.items()
+        f"{prefix}.{name}": _Rule(
+            text + (", its soft-cap f(x)/x" if has_soft_cap(module) else ""),
+            _attention_rule(module, qk, v, temperature),
+        )
+        for name, module in modules.items()
     }
 
 
@@ -242,6 +250,7 @@ def _attention_rule(
     module: nn.Module, qk: float, v: float, temperature: float
 ) -> Callable[[], AbstractContextManager[None]]:
     def wrap(base: AttentionFunction) -> AttentionFunction:
+        base = soft_capped(base) if has_soft_cap(module) else base
         return scaled_qkv(base if temperature == 1 else softened(base, temperature), qk, v)
 
     return lambda: wrapped_attention(module, wrap)

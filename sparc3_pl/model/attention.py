@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.model.patching import swapped
 
-__all__ = ["AttentionFunction", "attention_modules", "wrapped_attention"]
+__all__ = ["AttentionFunction", "attention_modules", "has_soft_cap", "wrapped_attention"]
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -28,6 +28,15 @@ _SLOT = "_sparc3_attention"  # on a module's copy of its config
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``model`` that call the attention registry, by name."""
     return {n: m for n, m in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _names(m)}
+
+
+def has_soft_cap(module: nn.Module) -> bool:
+    """Whether an attention module has its scores capped softly before the softmax, as Gemma 2 does.
+
+    Gemma 3 keeps a cap in its config and uses none: the cap is passed on to the attention function, or it is not.
+    """
+    names = (name for names in _forward(module).__code__.co_consts if isinstance(names, tuple) for name in names)
+    return getattr(module.config, "attn_logit_softcapping", None) is not None and "softcap" in names
 
 
 def base_function(module: nn.Module) -> AttentionFunction:

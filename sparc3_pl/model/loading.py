@@ -39,7 +39,7 @@ from sparc3_pl.model.checks import (
 )
 from sparc3_pl.model.source import ModelSource
 
-__all__ = ["load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
+__all__ = ["auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
 
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,10 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         InputError: If nothing is there, the hub cannot be reached, the model is not a causal language model, the
             checkpoint lacks weights, or a weight is not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     where = _locate(source)
     with _quiet_stdout(), _network(where), _as_input_error(source, where):
         config = _causal_config(source, where)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             **where, **_load_options(source, where), config=config, output_loading_info=True
         )
     if "gguf_file" in where:
@@ -92,13 +90,23 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     Raises:
         InputError: If nothing is there, the hub cannot be reached, or the model is not a causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
     where = _locate(source)
     with _quiet_stdout(), _network(where), _as_input_error(source, where, what="config"):
         config = _causal_config(source, where)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads the model of a config as a language model.
+
+    ``AutoModelForCausalLM``; of a text model inside one that reads images too, such as Qwen3-VL's,
+    ``AutoModelForImageTextToText``.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    both = AutoModelForCausalLM, AutoModelForImageTextToText
+    return next((auto for auto in both if type(config) in auto._model_mapping), AutoModelForCausalLM)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -212,14 +220,12 @@ def _gguf_config(folder: Path, name: str, _modified: int) -> PretrainedConfig:
 
 def _causal_config(source: ModelSource, where: dict[str, Any]) -> PretrainedConfig:
     """The model's config, if it is one of a causal language model as far as a config can tell."""
-    from transformers import AutoModelForCausalLM
-
     config = _config(where)
     kind = f"model.pretrained={source.pretrained!r} is of type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind}, an encoder-decoder; give a decoder-only (causal) language model")
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+    if type(config) not in auto_class(config)._model_mapping and not remote:
         raise InputError(f"{kind}, which has no causal language model; give a decoder-only (causal) language model")
     return config
 

@@ -43,11 +43,14 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits, float32 or better."""
+        logits = self.uncapped(hidden)
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def uncapped(self, hidden: Tensor) -> Tensor:
+        """The model's logits before its soft-cap, float32 or better."""
         logits = self.linear(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.factor != 1.0:
-            logits = logits * self.factor
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return logits * self.factor if self.factor != 1.0 else logits
 
     @property
     def is_watched(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
 from sparc3_pl.model.components import Neuron
+from sparc3_pl.model.loading import auto_class
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import MLP, mlps, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
@@ -137,13 +138,13 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     planned_changes(model, plan)
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
-    key = _width_key(model.config, width)
+    key = _width_key(model.config.get_text_config(), width)
     with pruned(model, plan, check_fingerprint=False):  # a mean that is folded into a bias stays
         smaller = copy.deepcopy(model)
     width_left = width - len(next(iter(removed.values())))
     for mlp in mlps(smaller):
         _cut(smaller, mlp, removed[mlp.up])
-    setattr(smaller.config, key, width_left)
+    setattr(smaller.config.get_text_config(), key, width_left)
     return smaller
 
 
@@ -271,12 +272,10 @@ def _write_model(model: "PreTrainedModel", folder: Path) -> None:
 @torch.no_grad()
 def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel") -> float:
     """Loads the folder as anyone would, and returns the largest difference of a logit on two seeded token sequences."""
-    from transformers import AutoModelForCausalLM
-
     options = {"attn_implementation": reference.config._attn_implementation}
     if getattr(reference, "hf_device_map", None):
         options["device_map"] = reference.hf_device_map
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    loaded = auto_class(reference.config).from_pretrained(folder, **options).eval()
     if "device_map" not in options:
         loaded.to(reference.device)
     expected, actual = model.state_dict(), loaded.state_dict()

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny, tokens
 
-from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, softened
+from sparc3_pl.attribution import attention
+from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, soft_capped, softened
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.attention import attention_modules, wrapped_attention
+from sparc3_pl.model.attention import attention_modules, base_function, wrapped_attention
 
 
 def attend(module, q, k, v):
@@ -181,3 +182,37 @@ def test_an_attention_with_a_sink_is_refused():
             attn_lrp(model, softmax_temperature=2.0),
         ):
             model(tokens(1, 4))
+
+
+def test_soft_cap_by_the_identity_rule():
+    """Scores below a cap get the gradient at the capped scores times c tanh(s/c) / s, by explicit loops."""
+    torch.manual_seed(0)
+    q, k, v, up = (torch.randn(1, n, 5, 3, dtype=torch.float64) for n in (2, 1, 1, 2))
+    q, k, v = (3 * q).requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    options = {"scaling": 0.7, "softcap": 1.5}
+    module = tiny("gemma2").model.layers[0].self_attn
+    out, _ = soft_capped(base_function(module))(module, q, k, v, mask, **options)
+    want, _ = base_function(module)(module, q, k, v, mask, **options)
+    assert torch.equal(out, want)
+    got = torch.autograd.grad((out * up.transpose(1, 2)).sum(), (q, k, v))
+    slow = [torch.zeros_like(t) for t in (q, k, v)]
+    for h in range(2):
+        for t in range(5):
+            s = torch.stack([0.7 * q[0, h, t] @ k[0, 0, j] for j in range(t + 1)]).detach()
+            capped = (1.5 * torch.tanh(s / 1.5)).requires_grad_()
+            p = capped.softmax(0)
+            (grad,) = torch.autograd.grad(sum(p[j] * (v[0, 0, j] @ up[0, h, t]).detach() for j in range(t + 1)), capped)
+            grad = grad * capped.detach() / s
+            for j in range(t + 1):
+                slow[0][0, h, t] += 0.7 * grad[j] * k[0, 0, j].detach()
+                slow[1][0, 0, j] += 0.7 * grad[j] * q[0, h, t].detach()
+                slow[2][0, 0, j] += p[j].detach() * up[0, h, t]
+    for one, other in zip(got, slow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)  # the models' softmax is float32
+
+
+def test_soft_cap_of_nothing_passes_everything():
+    x = torch.zeros(3, requires_grad=True)
+    attention._SoftCap.apply(x, 2.0).sum().backward()
+    assert x.grad.tolist() == [1, 1, 1]

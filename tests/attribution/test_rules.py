@@ -4,11 +4,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MORE_FAMILIES, VARIANTS, tiny, tokens, variant
+from tiny_models import EAGER_ONLY, FAMILIES, MORE_FAMILIES, VARIANTS, tiny, tokens, variant
 from torch import nn
 
 from sparc3_pl.attribution.rules import SUPPORTED, attn_lrp, rule_table
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.attention import attention_modules
 from sparc3_pl.model.structure import decoder, mlps
 
 EVERYTHING = [*FAMILIES, *MORE_FAMILIES, *VARIANTS]
@@ -44,7 +45,7 @@ def input_gradient(model, ids, **kwargs):
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_forward_is_bitwise_unchanged_and_gradients_are_not(name, implementation):
     model, ids = variant(name), tokens(2, 9)
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation("eager" if name in EAGER_ONLY else implementation)
     plain, plain_gradient = input_gradient(model, ids)
     with torch.no_grad():
         no_grad = model(ids).logits
@@ -188,7 +189,7 @@ def _gradients(model, ids, leaf, names, **kwargs):
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
 def test_padded_batch_equals_single_runs(name, side, implementation):
     model, lengths, total = tiny(name), (9, 5, 7), 9
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation("eager" if name in EAGER_ONLY else implementation)
     model.requires_grad_(False)
     up, words = mlps(model)[0].up, model.get_input_embeddings()
     singles = [tokens(1, n, seed=n) for n in lengths]
@@ -231,12 +232,22 @@ def test_families_not_known_good_are_refused_with_the_reason(family):
     [
         ("llama", {"hidden_act": "sigmoid"}, r"model\.layers\.0\.mlp\.act_fn \(Sigmoid\)"),
         ("gpt2", {"activation_function": "tanh"}, r"transformer\.h\.0\.mlp\.act \(Tanh\)"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}, "load it with sdpa"),
     ],
 )
 def test_operations_without_a_rule_are_refused(family, overrides, reason):
     with pytest.raises(InputError, match=reason), attn_lrp(tiny(family, **overrides)):
+        pass
+
+
+def test_a_soft_cap_has_a_rule_in_eager_attention_only():
+    model = tiny("gemma2")
+    for module in attention_modules(model).values():
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(InputError, match="load it with attn_implementation eager"), attn_lrp(model):
+        pass
+    with attn_lrp(tiny("gemma3_text", attn_logit_softcapping=50.0)):  # a cap that its code does not use
         pass
 
 

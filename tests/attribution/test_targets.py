@@ -181,8 +181,6 @@ def test_a_weight_for_each_token(side):
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
 def test_weight_scores_of_all_layers(model, method, kind):
     samples, names = samples_of(), list(linear_layers(model))
-    if method == "lrp" and model.config.model_type == "gemma2":
-        pytest.skip("the rules do not support Gemma 2")
     scorer = Scorer(model, method, "weight", ["*"], SPECS[kind])
     side = "left" if kind in ("completion", "answer") else "right"
     figures = scorer.update(batch_of(samples, side))
