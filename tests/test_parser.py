@@ -3,6 +3,7 @@
 import pytest
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from sparc3_pl.experiment.stages import Settings
 from sparc3_pl.passes.parser import FunctionParser, OneLineErrors, function_parser
 
 
@@ -41,6 +42,35 @@ def test_arguments_of_a_function_are_options(parser):
     given = parser.parse_args(["--folder", "a", "--names", "b", "c", "--again"]).as_dict()
     assert given == {"config": None, "folder": "a", "names": ["b", "c"], "number": 1, "again": True}
     assert "Where it is. (required, type: str)" in parser.format_help()
+
+
+JUDGE = "{class_path: sparc3_pl.evaluation.judges.DetoxifyJudge, init_args: {checkpoint: a.ckpt}}"
+
+
+def experiment(completions: Settings | None = None, arms: dict[str, Settings | None] | None = None) -> None:
+    """Settings in sections."""
+
+
+@pytest.mark.parametrize("option", ["--completions.model.judge", "--completions.model", "--completions"])
+def test_a_class_within_settings_stays_a_setting(option, tmp_path):
+    """It is for the stage that takes it; here nothing is made of it, and it is written as it was given."""
+    parser, place = function_parser(experiment, "sparc3 experiment"), option.split(".")[1:]
+    judge = {"class_path": "sparc3_pl.evaluation.judges.DetoxifyJudge", "init_args": {"checkpoint": "a.ckpt"}}
+    value = {2: JUDGE, 1: f"{{judge: {JUDGE}}}", 0: f"{{model: {{judge: {JUDGE}}}}}"}[len(place)]
+    (tmp_path / "x.yaml").write_text(f"completions: {{model: {{judge: {JUDGE}}}}}")
+    for words in ([option, value], [f"{option}={value}"], ["--config", str(tmp_path / "x.yaml")]):
+        assert vars(parser.instantiate(parser.parse_args(words)))["completions"] == {"model": {"judge": judge}}
+
+
+def test_keys_deep_within_settings_change_what_the_file_says(tmp_path, capsys):
+    parser = function_parser(experiment, "sparc3 experiment")
+    (tmp_path / "x.yaml").write_text("completions: {model: {seed: 1, top_p: 0.5}}\narms: {lrp: {score: {method: lrp}}}")
+    words = ["--config", str(tmp_path / "x.yaml"), "--completions.model.seed", "2", "--completions.data.source=a.txt"]
+    result = parser.parse_args([*words, "--arms.wanda.score.method", "wanda"])
+    assert result.completions == {"model": {"seed": 2, "top_p": 0.5}, "data": {"source": "a.txt"}}
+    assert result.arms == {"lrp": {"score": {"method": "lrp"}}, "wanda": {"score": {"method": "wanda"}}}
+    assert "expected a value for --completions.model.seed" in error_of(parser, ["--completions.model.seed"], capsys)
+    assert "is no YAML" in error_of(parser, ["--completions.model.seed", "{a: [}"], capsys)
 
 
 @pytest.mark.parametrize("option", ["--config=", "--config ", "-c ", "-c"])

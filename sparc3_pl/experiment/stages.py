@@ -26,7 +26,8 @@ __all__ = ["Settings", "Stage", "Stages", "write_json"]
 
 log = logging.getLogger(__name__)
 
-Settings = dict[str, Any]
+Settings = dict[str, bool | int | float | str | list | dict | None]
+"""What a stage is made with. Plain values: were they ``Any``, the parser would make objects of class paths within."""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,45 @@ class OneLineErrors:
 
 
 class FunctionParser(OneLineErrors, ArgumentParser):
-    """Parser of a command that is a plain function."""
+    """Parser of a command that is a plain function.
+
+    A key within a section of settings, as ``--completions.model.seed 1``, is set in what a config file says of the
+    section; jsonargparse itself takes one level of such keys.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
+        """As ``OneLineErrors``'."""
+        words, inner = self._without_inner_keys(sys.argv[1:] if args is None else args)
+        result = super().parse_args(words, *more, **kwargs)
+        for (section, *path), value in inner:
+            settings = result[section] = dict(result[section] or {})
+            for name in path[:-1]:
+                within = settings.get(name)
+                settings[name] = dict(within) if isinstance(within, dict) else {}
+                settings = settings[name]
+            settings[path[-1]] = value
+        return result
+
+    def _without_inner_keys(self, args: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+        """The words but for options two levels or more below a section, and those options' keys and values."""
+        kinds = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        sections = {name for name, kind in kinds.items() if dict in map(get_origin, (kind, *get_args(kind)))}
+        words, inner, rest = [], [], list(args)
+        while rest:
+            word = rest.pop(0)
+            option, has_value, text = word.partition("=")
+            keys = option.removeprefix("--").split(".")
+            if not option.startswith("--") or len(keys) < 3 or keys[0] not in sections or not all(keys):
+                words.append(word)
+                continue
+            if not has_value and not rest:
+                self.error(f"expected a value for {option}")
+            value = text if has_value else rest.pop(0)
+            try:
+                inner.append((keys, load_yaml(value)))
+            except yaml.YAMLError:
+                self.error(f"{option}: {value!r} is no YAML; put it in quotes within quotes")
+        return words, inner
 
 
 NAMED = re.compile(r"[\"'](?:--)?([\w.]+)[\"']|--([\w.]+)")
