@@ -317,6 +317,7 @@ COMPONENTS: Registry[Component] = Registry(
         "mlp": "sparc3_pl.model.components.WholeMLP",
         "head": "sparc3_pl.model.attention_components.Head",
         "channel": "sparc3_pl.model.attention_components.Channel",
+        "output": "sparc3_pl.model.output_components.Output",
     },
 )
 

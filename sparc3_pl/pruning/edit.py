@@ -86,8 +86,12 @@ def apply_plan(
         return AppliedPlan(model, plan, changes, None, zeroed)
     before = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
     applied = AppliedPlan(model, plan, changes, before, zeroed)
+    written: set[str] = set()
     for change in changes:
-        old = before[change.part.key]
+        old, module = before[change.part.key], model.get_submodule(change.part.layer)
+        if change.part.layer in written:  # rows and columns of one matrix cross: there, both factors count
+            old = change.part.read(module)
+        written.add(change.part.layer)
         new = _changed(old, change)
         if bool(old.isfinite().all()) and not bool(new.isfinite().all()):
             applied.revert()
@@ -95,7 +99,7 @@ def apply_plan(
                 f"edit={plan.edit} takes weights of {change.part.layer} beyond the range of {old.dtype}; "
                 "use a smaller factor"
             )
-        change.part.write(model.get_submodule(change.part.layer), new)
+        change.part.write(module, new)
     return applied
 
 

@@ -146,6 +146,8 @@ def _story(inputs: Inputs, best: Effect) -> str:
     if scale_of(plan):
         action = "multiplied, each by a factor of its own"
         choice = f"the further, the more that changes what {sides[1]} measure for what it costs on {sides[0]}"
+    if plan.get("contrast") == "expertise":
+        choice = f"those that tell {sides[1]} with the label from the others best, by AUROC"
     text = f"In {model}, {count(size)} {best.unit}{share} were {action}: {choice}."
     bound = f"{100 * best.bound:g} %"
     if best.rise is None:

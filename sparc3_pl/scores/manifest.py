@@ -165,8 +165,8 @@ class Manifest(About):
 
     Attributes:
         method: As in ``model.method``: a built-in method's name, or the class path of a user's own.
-        granularity: ``neuron``, ``weight``, ``head``, ``channel``, ``mlp``, or the class path of a user's own
-            component; several joined by ``+``.
+        granularity: ``neuron``, ``weight``, ``head``, ``channel``, ``mlp``, ``output``, or the class path of a user's
+            own component; several joined by ``+``.
         signed: Whether neuron scores keep their sign.
         num_samples: Samples in the mean.
         num_tokens: Real tokens of those samples.

@@ -62,8 +62,9 @@ class ScoringModule(pl.LightningModule):
             for samples with labels; ``attribution_patching``, ``relevance_patching`` or ``integrated_gradients`` for
             samples with counterfactuals; or ``class_path`` and ``init_args`` of one of them or of a method of your own.
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
-            attention's output projection), ``mlp`` (whole MLPs), or a class of your own. A list scores several kinds
-            in one pass, each at layers of its own.
+            attention's output projection), ``mlp`` (whole MLPs), ``output`` (outputs of single linear layers, by
+            default of the MLPs'), or a class of your own. A list scores several kinds in one pass, each at layers of
+            its own.
         target: What is attributed: ``predicted`` (the largest logit after the sample), ``completion`` (log-likelihood
             of the sample's completion, times its weight), ``text`` (log-likelihood of its tokens), ``answer`` (logit of
             the answer minus that of the foil), or a class of your own.
@@ -73,7 +74,7 @@ class ScoringModule(pl.LightningModule):
             target but ``predicted`` they are the derivative by each component's gain.
         targets: Glob patterns of linear layers, as ``["*.up_proj"]``; ``["*"]``: all of the decoder and the output
             head; unset: the up-projection of every MLP, or for heads and channels every attention's output projection,
-            for whole MLPs every down-projection.
+            for whole MLPs every down-projection, for outputs all linear layers of the MLPs.
         squares: Store squared neuron scores too, for the ``t`` contrast.
         groups: Store the neuron scores of this many groups of samples too (8 is a good number), by which ``evidence``
             tells whether there are enough samples. 0: none.

@@ -126,6 +126,7 @@ class Budget(Contrast):
     needs_behaviour: ClassVar[bool] = True
     for_weights: ClassVar[bool] = False
     gives_steps: ClassVar[bool] = True
+    for_gains_only: ClassVar[bool] = True
 
     ridge: float = 0.1
     fisher: bool = True

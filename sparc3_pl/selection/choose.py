@@ -20,7 +20,7 @@ from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of,
 from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
 from sparc3_pl.selection.dose import Dose
-from sparc3_pl.selection.lowest import Block, Passes, Selection, collect
+from sparc3_pl.selection.lowest import Block, Selection, collect
 from sparc3_pl.selection.scope import SCOPES, Amount, Scope
 from sparc3_pl.selection.sequential import check_sequential
 
@@ -76,10 +76,11 @@ def make_plan(
     if isinstance(change, Gains):
         amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
         return _gains_plan(general, behaviour, amounts, kind, among, layers, protect, control, seed, budgets, scale)
-    if scale is not None or kind.gives_steps:
+    if scale is not None or kind.for_gains_only:
         name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
         raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
     steps = Control(seed) if control is None else _seeded(control, seed)
+    given, general = general, _general_side(kind, steps, protect, general, behaviour)
     general, behaviour = steps.sides(general, behaviour)
     left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
     sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
@@ -95,8 +96,11 @@ def make_plan(
             other=budgets is not None,
             missing=missing,
         )
-    amount, own_shares = _amount(sides[0], among, num_neurons, num_weights, share, budgets)
-    question = Question(*sides, kind, among, amount, protect)
+    if kind.needs_amount or budgets is not None or (num_neurons, num_weights, share) != (None, None, None):
+        amount, own_shares = _amount(sides[0], among, num_neurons, num_weights, share, budgets)
+    else:
+        amount, own_shares = Amount("num_neurons"), {}
+    question = _with_amount(Question(*sides, kind, among, amount, protect))
     if sides[0].holds_weights and type(steps).exchanged is Control.exchanged:
         entries = _weights(question, steps, change)
     else:
@@ -105,8 +109,8 @@ def make_plan(
     if not entries:
         raise InputError("nothing is chosen: the share of every layer is 0; raise one of the budgets")
     behaviour_used = behaviour if steps.uses_behaviour and kind.needs_behaviour else ()
-    warnings = format_warnings(general, behaviour_used) if behaviour_used else []
-    if control is None and kind.needs_behaviour and not sides[0].holds_weights:
+    warnings = format_warnings(general, behaviour_used) if behaviour_used and kind.needs_general else []
+    if control is None and kind.needs_behaviour and kind.needs_general and not sides[0].holds_weights:
         warnings += _strength_warnings(chosen, sides[0])
     scope_name, arguments = SCOPES.name_of(among), change.arguments()
     settings = {"protect": protect} | kind.settings()
@@ -116,7 +120,8 @@ def make_plan(
     if sides[0].holds_weights and not kind.needs_behaviour and not layers:
         warnings += _outside_warnings(sides[0])
     alpha = arguments.pop("alpha", None)
-    plan = _plan(entries, sides[0], behaviour_used, kind, None if control is None else steps)
+    general = general if given else ()
+    plan = _plan(entries, sides[0], general, behaviour_used, kind, None if control is None else steps)
     return replace(
         plan,
         edit=EDITS.name_of(change),
@@ -149,8 +154,8 @@ def make_dose(
     kind, among = CONTRASTS.make(contrast), SCOPES.make(scope)
     if not kind.gives_steps:
         raise InputError(
-            f"contrast={CONTRASTS.name_of(kind)} does not say how far to turn a component, as edit=gains needs it; "
-            "give both contrast=budget and edit=gains, or neither"
+            f"contrast={CONTRASTS.name_of(kind)} does not say how far to turn a component, as edit=gains needs it; use "
+            "contrast=budget (or expertise), or another edit"
         )
     steps = Control(seed) if control is None else _seeded(control, seed)
     if not steps.for_steps:
@@ -158,19 +163,17 @@ def make_dose(
         raise InputError(f"control={name} gives no factors for edit=gains; use permuted or random_matched")
     if not behaviour:
         raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
-    scores = Scores.of(general, layers)
+    scores = Scores.of(_general_side(kind, steps, protect, general, behaviour), layers)
     sides = kind.sides(scores, Scores.of(behaviour, layers))
     amount = Amount("num_neurons")
     if num_neurons is not None or share is not None:
         amount, _ = _amount(scores, among, num_neurons, None, share, None)
-    question = Question(*sides, kind, among, amount, protect)
+    question = _with_amount(Question(*sides, kind, among, amount, protect))
     values = steps.values(question)
-    if amount.number is None and amount.share is None:
-        question = replace(question, amount=replace(amount, number=_num_allowed(values)))
     chosen = best_first(question.select(values))
     places = steps.counterparts(question, [entry[:2] for entry in chosen])
     listed = [PlannedNeuron(*place, value) for place, (*_, value) in zip(places, chosen, strict=True)]
-    plan = _plan(entries_of(listed), scores, behaviour, kind, None if control is None else steps)
+    plan = _plan(entries_of(listed), scores, general, behaviour, kind, None if control is None else steps)
     settings = {"protect": protect} | kind.settings()
     settings |= {"share": share, "layers": layers and list(layers), "per_layer": SCOPES.name_of(among) == "layer"}
     plan = replace(plan, edit="gains", settings=settings, warnings=plan.warnings + _weight_warnings(behaviour))
@@ -204,7 +207,8 @@ def _gains_plan(
 
 def _plan(
     entries: dict[str, Entries],
-    general: Scores,
+    candidates: Scores,
+    general: Sequence[ScoreFolder],
     behaviour: Sequence[ScoreFolder],
     kind: Contrast,
     control: Control | None,
@@ -212,26 +216,51 @@ def _plan(
     """What a plan says of the choice and where it comes from, without what is done to the chosen."""
     return PrunePlan(
         entries=entries,
-        model=dict(general.folders[0].manifest.model),
-        granularity=general.granularity,
-        components={layer: general.components[layer] for layer in entries} if "+" in general.granularity else {},
-        num_candidates=general.count,
+        model=dict(candidates.folders[0].manifest.model),
+        granularity=candidates.granularity,
+        components={layer: candidates.components[layer] for layer in entries} if "+" in candidates.granularity else {},
+        num_candidates=candidates.count,
         contrast=CONTRASTS.name_of(kind),
         control=None if control is None else CONTROLS.name_of(control),
         seed=None if control is None else control.seed,
-        shapes={layer: list(general.folders[0].shape(layer)) for layer in entries},
-        scores={"general": _provenance(general.folders), "behaviour": _provenance(behaviour)},
+        shapes={layer: list(candidates.folders[0].shape(layer)) for layer in entries},
+        scores={"general": _provenance(general), "behaviour": _provenance(behaviour)},
         behaviour_samples=_behaviour_ids(behaviour),
-        warnings=_sample_warnings(general.folders, behaviour),
+        warnings=_sample_warnings(general, behaviour),
     )
 
 
-def _num_allowed(values: Passes) -> int:
-    """How many components may be chosen."""
-    allowed = sum(len(b.values) if b.allowed is None else int(b.allowed.sum()) for b in values())
+def _general_side(
+    kind: Contrast, control: Control, protect: float, general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]
+) -> Sequence[ScoreFolder]:
+    """The folders on the general side. The behaviour's list the components of a contrast that reads no others.
+
+    Raises:
+        InputError: if such a contrast is given general scores, or something that goes by them.
+    """
+    if kind.needs_general:
+        return general
+    name = CONTRASTS.name_of(kind)
+    if general:
+        raise InputError(f"contrast={name} reads the behaviour's scores alone; leave out general")
+    if not behaviour:
+        raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR")
+    if control.uses_general or protect:
+        setting = f"protect={protect}" if protect else f"control={CONTROLS.name_of(control)}"
+        raise InputError(f"{setting} goes by general scores, and contrast={name} reads none; leave it out")
+    return behaviour
+
+
+def _with_amount(question: Question) -> Question:
+    """The question; of a contrast that says by itself which to choose, all these where no amount was given."""
+    amount, kind = question.amount, question.contrast
+    if (kind.needs_amount and not kind.gives_steps) or amount != Amount(amount.name) or not question.scope.takes_amount:
+        return question
+    allowed = sum(len(b.values) if b.allowed is None else int(b.allowed.sum()) for b in question.ranked()())
     if not allowed:
-        raise InputError("no component may be turned: no derivative has the sign that gains_range allows; widen it")
-    return allowed
+        settings = ", ".join(f"{name}={value}" for name, value in kind.arguments().items())
+        raise InputError(f"contrast={CONTRASTS.name_of(kind)} allows no component ({settings}); widen what it allows")
+    return replace(question, amount=replace(amount, number=allowed))
 
 
 def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[tuple[str, int, float]]) -> Dose:
@@ -253,7 +282,7 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
         plan=plan,
         contrast=kind,
         steps={layer: in_order[entries.rank] for layer, entries in plan.entries.items()},
-        derivatives=at_entries(derivatives),
+        derivatives=at_entries(derivatives) if kind.from_derivatives else None,
         fisher=at_entries(costs) if getattr(kind, "fisher", False) else None,
     )
 

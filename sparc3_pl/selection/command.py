@@ -37,7 +37,7 @@ class PruneResult:
 
 
 def prune(
-    general: list[str],
+    general: list[str] | None = None,
     behaviour: list[str] | None = None,
     output: str = "plan.json",
     num_neurons: int | None = None,
@@ -81,7 +81,7 @@ def prune(
     The plan is a JSON file that eval and the PruningCallback apply. With save_model, the pruned model is written too.
 
     Args:
-        general: Score folders of general text; several (seeds) are averaged.
+        general: Score folders of general text; several (seeds) are averaged. None for contrast=expertise.
         behaviour: Score folders of the behaviour's samples. Not needed for contrast=general (compression) and for
             the controls random, top_general and null.
         output: The plan file to write.
@@ -91,7 +91,8 @@ def prune(
         contrast: difference (general - behaviour), normalized (each divided by its total first), rank, t (difference
             over its standard error; needs scores made with squares), set_difference (top_behaviour without
             top_general), general (the lowest general scores), budget (for edit=gains: the largest squared derivative of
-            the behaviour per cost on general text), or the class path of a Contrast.
+            the behaviour per cost on general text), expertise (the largest AUROC of labelled samples, given as
+            behaviour; scale=1 of edit=gains is AurA), or the class path of a Contrast.
         scope: Among whom components compete: model (all with all), layer (the same number, or share, in every layer),
             row (weights: the same share of every output row, rounded down), or the class path of a Scope. With row,
             pattern and budgets the output head is left out unless layers names it.
@@ -109,7 +110,7 @@ def prune(
             factors, dealt at random to the components of each layer). none: no control.
         seed: Seed for drawing the control, and the samples for edit=mean.
         edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer);
-            gains (multiply each by a factor of its own, by contrast=budget); or the class path of an Edit.
+            gains (multiply each by a factor of its own, by contrast=budget or expertise); or the class path of an Edit.
         alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
         budget: For edit=gains: by how much the perplexity of held-back text may rise; 0.01 is 1 %. A search finds how
             far the edit may go; the text whose perplexity rises most decides. Not to be confused with budgets, shares
@@ -150,7 +151,7 @@ def prune(
     if shrink and budget_text:
         raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
     check_windows(budget_text or (), budget_windows, budget_length)
-    folders = [ScoreFolder.open(path) for path in general]
+    folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     scope = _scope(scope, pattern, shrink)
     contrast = _with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour})
@@ -339,10 +340,10 @@ def _gains_lines(plan: PrunePlan) -> list[str]:
         return []
     texts = ", ".join(f"{text['rise']:+.2%} on {text['source']}" for text in gains.get("texts", ()))
     factors = [factor for one in plan.entries.values() for factor in one.factor.tolist()]
-    ends = f"{min(factors):.3g} to {max(factors):.3g}"
+    ends, change = f"{min(factors):.3g} to {max(factors):.3g}", gains["predicted_change"]
     return [
         f"scale {gains['scale']:.4g}: factors from {ends}, {factors.count(0)} of them 0",
-        f"predicted change of what was attributed: {gains['predicted_change']:+.4g}",
+        *([] if change is None else [f"predicted change of what was attributed: {change:+.4g}"]),
         *([f"perplexity of held-back text: {texts}"] if texts else []),
     ]
 

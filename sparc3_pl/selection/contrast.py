@@ -9,6 +9,7 @@ r"""Contrasts of general and behaviour scores: the lowest are the most specific 
 | ``set_difference`` | -R_behaviour for the top share of behaviour without the top share of general; others are out |
 | ``general`` | R_general alone: the least used components go first (compression, no behaviour) |
 | ``budget`` | -R_behaviour^2 / (F + ridge mean F), F the Fisher information of general text (``budget.py``) |
+| ``expertise`` | -AUROC of labelled samples alone; others than experts are out (``expertise.py``) |
 
 Each side may be several folders (seeds): their mean is taken, every folder counting the same whatever its number of
 samples. Everything is streamed: one block of a layer is in memory at a time (``rank`` holds the ranks of the whole
@@ -236,10 +237,18 @@ class Contrast(ABC):
     """Gives every component a value; the lowest are chosen first. Arguments are the fields of a dataclass."""
 
     needs_behaviour: ClassVar[bool] = True
+    needs_general: ClassVar[bool] = True
+    """Whether it reads general scores; if not, none are to be given."""
+    needs_amount: ClassVar[bool] = True
+    """Whether somebody must say how many to choose; if not, all that it allows are chosen by default."""
     for_weights: ClassVar[bool] = True
     """Whether it works block by block, so that it can be used with scores of single weights."""
     gives_steps: ClassVar[bool] = False
     """Whether it says how far to turn each component (``steps``), which is what ``edit=gains`` does."""
+    for_gains_only: ClassVar[bool] = False
+    """Whether ``edit=gains`` is the only edit that it is for."""
+    from_derivatives: ClassVar[bool] = True
+    """Whether its steps are made of derivatives by the gains, so that what they do can be predicted."""
 
     @abstractmethod
     def passes(self, general: Side, behaviour: Side) -> Passes:
@@ -404,6 +413,7 @@ CONTRASTS: Registry[Contrast] = Registry(
         "set_difference": f"{__name__}.SetDifference",
         "general": f"{__name__}.General",
         "budget": "sparc3_pl.selection.budget.Budget",
+        "expertise": "sparc3_pl.selection.expertise.Expertise",
     },
 )
 

@@ -116,6 +116,8 @@ class Control:
 
     seed: int = 0
     uses_behaviour: ClassVar[bool] = True
+    uses_general: ClassVar[bool] = False
+    """Whether it is drawn by general scores, and not only from the components that these list."""
     for_steps: ClassVar[bool] = True
     """Whether it can be the control of an edit whose components have a step each."""
 
@@ -152,6 +154,7 @@ class TopGeneral(Control):
     """The strongest on general text, protected or not."""
 
     uses_behaviour = False
+    uses_general = True
     for_steps = False
 
     def values(self, question: Question) -> Passes:
@@ -162,6 +165,7 @@ class TopGeneral(Control):
 class Null(Control):
     """General text against general text."""
 
+    uses_general = True
     for_steps = False
 
     def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
@@ -171,6 +175,8 @@ class Null(Control):
 @dataclass(frozen=True)
 class RandomMatched(Control):
     """For every chosen neuron, another of its layer with a similar general score."""
+
+    uses_general = True
 
     def values(self, question: Question) -> Passes:
         if question.general.holds_weights:

@@ -45,14 +45,14 @@ class Dose:
         plan: Everything but the factors.
         contrast: What turns steps into factors.
         steps: By layer, the change of each chosen component's gain at scale 1, in the order of the plan's entries.
-        derivatives: Likewise, the derivative of what is to be lowered, by each gain.
+        derivatives: Likewise, the derivative of what is to be lowered, by each gain; None if the contrast knows none.
         fisher: Likewise, the Fisher information per token of general text; None if the contrast does not use it.
     """
 
     plan: PrunePlan
     contrast: Contrast
     steps: Mapping[str, Tensor]
-    derivatives: Mapping[str, Tensor]
+    derivatives: Mapping[str, Tensor] | None
     fisher: Mapping[str, Tensor] | None
 
     def at(self, scale: float, more: Mapping[str, Any] | None = None) -> PrunePlan:
@@ -65,8 +65,9 @@ class Dose:
             raise InputError(f"scale={scale} of edit=gains is not a number above 0; give another")
         factors = {layer: self.contrast.factors(step, scale) for layer, step in self.steps.items()}
         entries = {layer: replace(one, factor=factors[layer]) for layer, one in self.plan.entries.items()}
-        gains = {"scale": scale, "predicted_change": self._sum(self.derivatives, factors, 1)}
-        gains["predicted_rise"] = None if self.fisher is None else 0.5 * self._sum(self.fisher, factors, 2)
+        change = None if self.derivatives is None else self._sum(self.derivatives, factors, 1)
+        rise = None if self.fisher is None else 0.5 * self._sum(self.fisher, factors, 2)
+        gains = {"scale": scale, "predicted_change": change, "predicted_rise": rise}
         return replace(self.plan, entries=entries, settings=self.plan.settings | {"gains": gains | dict(more or {})})
 
     def largest_scale(self) -> float:

@@ -181,6 +181,19 @@ def test_a_row_that_two_layers_of_the_plan_name(tiny_llama):
     assert same_bits(state(tiny_llama), before)
 
 
+def test_rows_and_columns_of_one_matrix_cross(tiny_llama):
+    """A neuron's column and an output's row of the down-projection: where they cross, both factors count."""
+    mlp = mlps(tiny_llama)[0]
+    plan = plan_for(tiny_llama, [(mlp.up, 3), (mlp.down, 5)], edit="scale", alpha=0.5)
+    down = tiny_llama.get_submodule(mlp.down)
+    before, wanted = state(tiny_llama), down.weight.detach().clone()
+    wanted[:, 3] *= 0.5
+    wanted[5] *= 0.5
+    with pruned(tiny_llama, plan):
+        torch.testing.assert_close(down.weight.detach(), wanted, rtol=0, atol=0)
+    assert same_bits(state(tiny_llama), before)
+
+
 def test_values_that_are_not_finite_become_zero_too(tiny_llama):
     plan = plan_for(tiny_llama, [("model.layers.0.mlp.up_proj", 3)])
     with torch.no_grad():
