@@ -673,6 +673,26 @@ def judge_that_is_not_there(w: World):
     return w.eval("--model.judge=DetoxifyJudge", "--model.judge.variant=null", "--model.judge.checkpoint=none.ckpt")
 
 
+@case("judge.words='none.txt' cannot be read as text")
+def judge_by_words_that_are_not_there(w: World):
+    return w.eval("--model.judges={rude: {class_path: WordsJudge, init_args: {words: none.txt}}}")
+
+
+@case("model.judges='NoJudge': there is no such class")
+def unknown_judge_among_several(w: World):
+    return w.eval("--model.judges={words: WordsJudge, mine: NoJudge}")
+
+
+@case("'api_key' cannot name a judge")
+def judge_with_the_name_of_a_secret(w: World):
+    return w.eval("--model.judges={api_key: WordsJudge}")
+
+
+@case("judge: variant='demo' and checkpoint='none.ckpt' are both set")
+def judge_that_is_named_twice(w: World):
+    return w.eval("--model.judge.checkpoint=none.ckpt")
+
+
 @case(r"results\.json")
 def comparing_a_folder_that_is_no_evaluation(w: World):
     return ["compare", f"--before={w.root / 'before'}", f"--after={w.root / 'general'}"]

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from sparc3_pl.data.evaluation_data import EvaluationData
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.document.terminal import print_result, print_summary
+from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
@@ -113,6 +114,28 @@ class PassCLI(LightningCLI):
             callbacks.append(PruningCallback(PrunePlan.load(path)))
         callbacks.append(RunConfig(self.resolved_config()))
         self.trainer_defaults = {"callbacks": callbacks}
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's; what the constructor of a user's choice, such as a judge, refuses is said as it says it.
+
+        jsonargparse tries a value as each class that its key may have, and would tell of all that failed, as a bug.
+        """
+        refusals: list[InputError] = []
+
+        def make(kind: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return kind(*args, **kwargs)
+            except InputError as error:
+                refusals.append(error)
+                raise
+
+        self.parser.add_instantiator(make, object)
+        try:
+            super().instantiate_classes()
+        except ValueError:
+            if refusals:
+                raise refusals[0] from None
+            raise
 
     def resolved_config(self) -> str:
         """The configuration as YAML, without its secrets, which are named in the first lines."""
