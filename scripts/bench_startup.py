@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 TORCH, LIGHTNING = "import torch", "import lightning.pytorch.cli"
-PLAIN = ("prune", "circuit", "compare", "audit", "evidence", "overlap", "report", "merge", "doctor", "run")
+PLAIN = ("prune", "elicit", "circuit", "compare", "audit", "evidence", "overlap", "report", "merge", "doctor", "run")
 """Commands without a Trainer: they need torch at most before their own work begins."""
 
 

@@ -70,3 +70,11 @@ def test_circuits_parse(path, capsys):
         execute(["circuit", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
     assert holds(yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "elicit").glob("*.yaml")), ids=lambda path: path.stem)
+def test_elicit_parses(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        execute(["elicit", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    assert holds(yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text()))

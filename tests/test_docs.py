@@ -45,6 +45,10 @@ SMALLER = {
         *ONE_PROCESS,
         *("--data.num_prompts", "8", "--model.max_new_tokens", "8", "--data.text_max_bytes", "3000"),
     ],
+    "elicit": [
+        *("--data.num_prompts", "64", "--model.max_new_tokens", "16"),
+        *("--trainer", "{accelerator: cpu, devices: 1, enable_progress_bar: false}"),
+    ],
     "run": [
         *("--seeds", "[0, 1]", "--counts", "null", "--controls", "[random]", "--general.num_samples", "8"),
         *("--behaviour.num_samples", "8", "--eval_data.num_prompts", "4", "--eval_data.text_max_bytes"),

@@ -41,6 +41,10 @@ COMMANDS = {
         "sparc3_pl.selection.command",
         "Choose what a behaviour uses and general text does not, or what general text uses least, as a plan.",
     ),
+    "elicit": Command(
+        "sparc3_pl.experiment.elicit",
+        "Let a model complete prompts, and keep what shows a behaviour as samples for score and eval.",
+    ),
     "circuit": Command(
         "sparc3_pl.circuit.command",
         "Find the circuits of a task by several methods, and measure how much of the task they keep.",

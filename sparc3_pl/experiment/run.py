@@ -10,11 +10,7 @@ changed since is done again.
 from __future__ import annotations
 
 import inspect
-import os
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +20,12 @@ from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
-from sparc3_pl.experiment.stages import Settings, Stage, Stages, write_json
+from sparc3_pl.experiment.pass_stage import pass_stage, typed
+from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder, write_json
 from sparc3_pl.io.files import check_output
-from sparc3_pl.io.provenance import command_line, now, redacted, versions
-from sparc3_pl.io.yaml_format import dump_yaml
-from sparc3_pl.model.patching import swapped
+from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import largest_within, scale_of
-from sparc3_pl.runtime.processes import run_child
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import CONTROLS, ControlName
 
@@ -130,7 +124,7 @@ def run(
     from sparc3_pl.document.terminal import print_result
     from sparc3_pl.report.command import KIND as REPORT
 
-    _check_folder(Path(output))
+    check_folder(Path(output))
     check_output(Path(output) / "report", True, REPORT)  # what it replaces at the end
     plan, score = plan or {}, score or {}
     experiment = _Experiment(Path(output), Stages(Path(output) / "stages"), model or {}, trainer or {})
@@ -285,7 +279,7 @@ class _Experiment:
 
         def make(overwrite: bool) -> None:
             scale = {} if scale_of is None else {"scale": self._plan(scale_of).settings["gains"]["scale"]}
-            with _typed("prune", *_options(arguments | scale)):
+            with typed("prune", *_options(arguments | scale)):
                 prune(**arguments, **scale, overwrite=overwrite)
 
         reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
@@ -303,33 +297,15 @@ class _Experiment:
         reads: Mapping[str, Path] | None = None,
     ) -> Stage:
         """``score`` or ``eval`` with these settings."""
-        settings = {key: value for key, value in (settings | {"trainer": self.trainer}).items() if value}
-        stage, plans = f"{command}-{name}", plans or {}
-
-        def make(overwrite: bool) -> None:
-            rest = ["--output", str(output), *(word for key, path in plans.items() for word in (f"--{key}", str(path)))]
-            rest += ["--overwrite"] if overwrite else []
-            typed = [command, "--config", str(self.stages.settings_file(stage)), *rest]
-            with _config_file(settings, self.stages.settings_file(stage)) as config:
-                arguments = ["--config", str(config), *rest]
-                if self.trainer.get("devices") == 1:
-                    from sparc3_pl.passes.run import run_pass
-
-                    with _typed(*typed):
-                        run_pass(command, arguments)
-                    return
-                # Lightning starts further processes by repeating this process's command line: it needs one of its own
-                if code := run_child([sys.executable, "-m", "sparc3_pl.cli", command, *arguments]):
-                    raise SystemExit(code)  # it has said why
-
-        return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make)
+        settings = settings | {"trainer": self.trainer}
+        return pass_stage(self.stages, command, name, settings, output, marker, plans, reads)
 
     def compare(self, name: str) -> Comparison:
         """Compares with the evaluation of the model as it was, and keeps the result."""
         folders = [self.folder / "evaluations" / side for side in ("before", name)]
         comparison = compare_evaluations(*map(Evaluation.open, folders))
         path = self._comparison_path(name)
-        with _typed("compare", "--before", str(folders[0]), "--after", str(folders[1]), "--output", str(path)):
+        with typed("compare", "--before", str(folders[0]), "--after", str(folders[1]), "--output", str(path)):
             write_comparison(path, comparison, overwrite=True)
         return comparison
 
@@ -368,44 +344,12 @@ class _Experiment:
         return self.folder / "comparisons" / f"{name}.json"
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something else than an experiment, before anything is written there.
-
-    Raises:
-        InputError: if it is a file, or has content but no ``stages``.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output={folder}: is a file; give a folder for the experiment")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "stages").is_dir():
-        raise InputError(f"output={folder}: holds other files and no experiment; give a new or an empty folder")
-
-
-def _typed(*words: str) -> AbstractContextManager[Any]:
-    """Inside the block results say that they were made by this command, not by the experiment's."""
-    return swapped(sys, "argv", ["sparc3", *words])
-
-
 def _options(arguments: Settings) -> Iterator[str]:
     """Arguments of a function as words of a command line."""
     for name, value in arguments.items():
         if value is not None and value is not False:
             values = value if isinstance(value, list) else ["true" if value is True else value]
             yield from (f"--{name}", *map(str, values))
-
-
-@contextmanager
-def _config_file(settings: Settings, kept: Path) -> Iterator[Path]:
-    """A file with the settings: the one that is kept, or, if secrets were left out there, one that goes afterwards."""
-    if redacted(settings) == settings:
-        yield kept
-        return
-    handle, name = tempfile.mkstemp(suffix=".yaml")  # for its owner's eyes only
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(dump_yaml(settings))
-        yield Path(name)
-    finally:
-        Path(name).unlink()
 
 
 @dataclass(frozen=True)

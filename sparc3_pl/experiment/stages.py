@@ -22,7 +22,7 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 
-__all__ = ["Settings", "Stage", "Stages", "write_json"]
+__all__ = ["Settings", "Stage", "Stages", "check_folder", "write_json"]
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,18 @@ class Stages:
         before = record.get("inputs") or {}
         changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
         return f"changed since: {', '.join(changed)}" if changed else None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds something else than stages' results, before anything is written there.
+
+    Raises:
+        InputError: if it is a file, or has content but no ``stages``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output={folder}: is a file; give a folder for the experiment")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "stages").is_dir():
+        raise InputError(f"output={folder}: holds other files and no experiment; give a new or an empty folder")
 
 
 def _digests_of_files(settings: Any, key: str = "") -> dict[str, str]:

@@ -30,7 +30,7 @@ from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.monitor import ScoringMonitor
 
-__all__ = ["PASSES", "Pass", "PassCLI", "run_pass"]
+__all__ = ["PASSES", "Pass", "PassCLI", "make_pass", "run_pass"]
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class PassCLI(LightningCLI):
         return (note if secrets else "") + dump_yaml(settings)
 
 
-def run_pass(name: str, words: Sequence[str]) -> None:
-    """Runs ``score`` or ``eval`` in this process; says on stdout where the result is, and what it looks like.
+def make_pass(name: str, words: Sequence[str]) -> PassCLI:
+    """The Trainer, module and data of ``score`` or ``eval``, without running them.
 
     Args:
         name: Of the pass.
@@ -158,7 +158,21 @@ def run_pass(name: str, words: Sequence[str]) -> None:
     """
     if is_supervised():  # by the command line; Lightning has made itself heard again when it was imported
         quiet()
-    cli = PassCLI(name, words)
+    return PassCLI(name, words)
+
+
+def run_pass(name: str, words: Sequence[str]) -> None:
+    """Runs ``score`` or ``eval`` in this process; says on stdout where the result is, and what it looks like.
+
+    Args:
+        name: Of the pass.
+        words: Its options, as on a command line.
+
+    Raises:
+        InputError: if what the user gave is wrong.
+        SystemExit: if the options cannot be parsed, or ask for ``--help`` or ``--print_config``.
+    """
+    cli = make_pass(name, words)
     module = cli.model
     getattr(cli.trainer, name)(module, cli.datamodule)
     if isinstance(module, ScoringModule):
