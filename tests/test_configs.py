@@ -1,11 +1,15 @@
 """Every file in ``configs/`` parses, and the complete ones run a batch on the embedded demo."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sparc3_pl.cli import execute
+from sparc3_pl.experiment.correction import correction_arms
+from sparc3_pl.scoring.score_run import ScoreRequest
+from sparc3_pl.selection.command import prune
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ["--config", str(CONFIGS / "trainer" / "cpu.yaml"), "--trainer.fast_dev_run", "true"]
@@ -62,6 +66,35 @@ def test_experiments_parse(path, capsys):
     with pytest.raises(SystemExit) as stop:
         execute(["run", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
+
+
+DETOX = sorted((CONFIGS / "experiments").glob("detox_*.yaml"))
+
+
+@pytest.mark.parametrize("path", DETOX, ids=lambda path: path.stem)
+def test_arms_of_a_correction_are_whole(path, capsys):
+    """Each arm has an edit, by arguments that ``prune`` has, of scores that its method can make."""
+    overlay = CONFIGS / "arms" / path.name
+    words = ["run", "--config", str(path), *(["--config", str(overlay)] if overlay.exists() else []), "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        execute(words)
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    sections = {
+        key: config[key] for key in ("general", "behaviour", "score", "behaviour_score", "general_score", "plan")
+    }
+    lists = {key: config[key] for key in ("texts", "seeds", "counts", "budgets", "controls")}
+    arms = correction_arms(config["arms"], sections, **lists)
+    assert len(arms) > 4
+    for arm in arms:
+        for edit in arm.edits.values():
+            inspect.signature(prune).bind_partial(**edit.settings)
+        for score in arm.scores[: 2 if arm.seeds else 1]:
+            names = ("method", "granularity", "target", "labels")
+            ScoreRequest.of(
+                score.get("method", "lrp"), score.get("granularity", "neuron"), score.get("target", "predicted"), None,
+                score.get("labels", "data"), **{key: value for key, value in score.items() if key not in names},
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "circuits").glob("*.yaml")), ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.errors import InputError
@@ -13,7 +14,7 @@ from sparc3_pl.experiment.stages import Settings
 from sparc3_pl.report.curves import Curve, CurvePoint
 from sparc3_pl.selection.scope import PatternScope
 
-__all__ = ["Arm", "Cut", "arms_of", "curves_of"]
+__all__ = ["Arm", "Cut", "arms_of", "check_arm", "curves_of", "list_of_seeds"]
 
 _SECTIONS = ("general", "plan", "score")
 
@@ -95,19 +96,9 @@ def arms_of(
         raise InputError("arms is empty; name at least one, e.g. {wanda: {score: {method: wanda}}}, or leave it out")
     result = []
     for name, own in by_name.items():
-        own = own or {}
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise InputError(f"arms: {name!r} also names files; use letters, digits, _, -, + and full stops")
-        if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*_SECTIONS, "seeds", "shares"})):
-            keys = wrong[0] if isinstance(own, Mapping) else repr(own)
-            raise InputError(f"arms.{name}: {keys} is none of its keys; they are {', '.join(_SECTIONS)}, seeds, shares")
-        sections = {key: own.get(key) or {} for key in _SECTIONS}
-        for key, section in sections.items():
-            if not isinstance(section, Mapping):
-                raise InputError(f"arms.{name}.{key}={section!r}: give keys with values")
-        own_seeds = seeds if own.get("seeds") is None else own["seeds"]
-        if not isinstance(own_seeds, Sequence) or not own_seeds or not all(type(seed) is int for seed in own_seeds):
-            raise InputError(f"arms.{name}.seeds={own_seeds!r}: give a list of whole numbers, e.g. [0, 1]")
+        own = check_arm(name, own, _SECTIONS, ("seeds", "shares"))
+        sections: dict[str, Settings] = {key: own.get(key) or {} for key in _SECTIONS}
+        own_seeds = list_of_seeds(name, own, seeds)
         # A pattern says by itself among whom weights compete and how many go.
         shared = {key: plan[key] for key in plan if not (key in ("scope", "budgets") and "pattern" in sections["plan"])}
         if set(plan | sections["plan"]) & {"share", "num_neurons", "num_weights"}:
@@ -123,6 +114,42 @@ def arms_of(
         _check_sequential(arm)
         result.append(arm)
     return result
+
+
+def check_arm(name: str, own: Settings | None, sections: Sequence[str], others: Sequence[str]) -> Mapping[str, Any]:
+    """What an arm gives, once its name and its keys are known to be right.
+
+    Args:
+        name: Of the arm.
+        own: As in the configuration.
+        sections: Keys that hold settings by name.
+        others: Its other keys.
+
+    Raises:
+        InputError: naming the arm and the key that is wrong.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"arms: {name!r} also names files; use letters, digits, _, -, + and full stops")
+    own = own or {}
+    if not isinstance(own, Mapping) or (wrong := sorted(own.keys() - {*sections, *others})):
+        key = wrong[0] if isinstance(own, Mapping) else repr(own)
+        raise InputError(f"arms.{name}: {key} is none of its keys; they are {', '.join([*sections, *others])}")
+    for key in sections:
+        if not isinstance(own.get(key) or {}, Mapping):
+            raise InputError(f"arms.{name}.{key}={own[key]!r}: give keys with values")
+    return own
+
+
+def list_of_seeds(name: str, own: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds of an arm: its own, or the experiment's.
+
+    Raises:
+        InputError: if they are no list of whole numbers.
+    """
+    own_seeds = seeds if own.get("seeds") is None else own["seeds"]
+    if not isinstance(own_seeds, Sequence) or not own_seeds or not all(type(seed) is int for seed in own_seeds):
+        raise InputError(f"arms.{name}.seeds={own_seeds!r}: give a list of whole numbers, e.g. [0, 1]")
+    return own_seeds
 
 
 def _check_sequential(arm: Arm) -> None:

@@ -20,6 +20,7 @@ from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
+from sparc3_pl.experiment.correction import CorrectionArm, correction_arms
 from sparc3_pl.experiment.pass_stage import pass_stage, typed
 from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder, write_json
 from sparc3_pl.io.files import check_output
@@ -27,7 +28,7 @@ from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import largest_within, scale_of
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
-from sparc3_pl.selection.controls import CONTROLS, ControlName
+from sparc3_pl.selection.controls import ControlName
 
 if TYPE_CHECKING:
     from sparc3_pl.document.blocks import Table
@@ -46,6 +47,8 @@ class Outcome:
     comparison: Comparison
     scale: float = 0.0
     """Of gains: how far they go."""
+    arm: str | None = None
+    """The arm that it is of; None: the experiment's own settings."""
 
     @property
     def dose(self) -> tuple[int, float]:
@@ -106,9 +109,11 @@ def run(
         controls: Controls of the plan's size: random_matched, random, top_general, null. With ``edit: gains`` permuted
             or random_matched, at every budget, each at the scale found for it. Not with shares.
         shares: For compression: the shares to remove, e.g. [0.1, 0.3, 0.5].
-        arms: For compression, by name: sections ``score``, ``general`` and ``plan`` of each arm, added to the
-            experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
-            scores are made once.
+        arms: By name, other ways to score and choose: sections ``score``, ``general`` and ``plan`` of each, added to
+            the experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
+            scores are made once. Without shares, arms stand beside the experiment's own settings, and may have
+            ``behaviour`` (with a ``source`` instead of the experiment's, else added to it), ``behaviour_score``,
+            ``general_score``, ``texts``, ``counts``, ``budgets`` and ``controls`` too. null takes a key away.
         max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
         completions: ``data`` and further keys of ``model`` of an evaluation whose judged completions are samples of the
             behaviour, unless ``behaviour`` names a ``source``.
@@ -138,35 +143,41 @@ def run(
         each = arms_of(arms, score, general, plan, seeds, shares)
         _compress(experiment, each, measuring, max_perplexity_increase)
         return
-    if behaviour is None or arms is not None:
-        key = "behaviour is missing" if arms is None else "arms are given"
-        raise InputError(f"{key}: give behaviour to correct one, or shares (and arms) to compress")
+    if behaviour is None:
+        raise InputError("behaviour is missing: give behaviour to correct one, or shares (and arms) to compress")
     if wrong := sorted((completions or {}).keys() - {"model", "data"}):
         raise InputError(f"completions: {wrong[0]} is none of its keys; they are model and data, each with its own")
-    edits = _edits(plan, score, counts, budgets, controls)
+    sections = {"general": general, "behaviour": behaviour, "score": score, "behaviour_score": behaviour_score}
+    sections |= {"general_score": general_score, "plan": plan}
+    lists = {"texts": texts or [], "seeds": seeds, "counts": counts, "budgets": budgets, "controls": controls}
+    ways = correction_arms(arms, sections, **lists)
     stages = [] if completions is None else [experiment.completion_stage(completions)]
-    results = {stage.output.name: stage.result for stage in stages}
-    behaviour = (
-        {"source": str(experiment.folder / "completions" / "completions.jsonl")} | behaviour if results else behaviour
-    )
-    own = score | (behaviour_score or {}), score | (general_score or {})
-    scoring = experiment.scoring_stages(own, general, behaviour, seeds, texts or [], results)
-    scores = {stage.name.removeprefix("score-"): stage.output for stage in scoring}
-    stages += scoring
-    stages += [experiment.plan_stage(name, scores, edit.settings, edit.scale_of) for name, edit in edits.items()]
+    said = stages[0].result if stages else None
+    scoring: dict[str, Stage] = {}
+    sides = [experiment.scores_of(scoring, way, said) for way in ways]
+    stages += scoring.values()
+    edits = {name: (way, edit) for way in ways for name, edit in way.edits.items()}
+    for way, scores in zip(ways, sides, strict=True):
+        stages += [experiment.plan_stage(name, scores, one.settings, one.scale_of) for name, one in way.edits.items()]
     for name in ("before", *edits):
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
     experiment.do(stages)
     outcomes = [
-        Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name))
-        for name, edit in edits.items()
+        Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name)
+        for name, (way, edit) in edits.items()
     ]
-    best = largest_within(outcomes, max_perplexity_increase)
-    verdict = f"none of {len(outcomes)}" if best is None else f"{best.name} ({best.count})"
-    if all(outcome.rise is None for outcome in outcomes):
-        verdict = "not known, no perplexity was measured"
-    experiment.conclude(outcomes, max_perplexity_increase, stages, {"largest_within": best and best.name})
-    print_result(outcome_table(outcomes), f"largest edit within {max_perplexity_increase:+.1%} perplexity: {verdict}")
+    by_arm = {way.name: [outcome for outcome in outcomes if outcome.arm == way.name] for way in ways}
+    best = {arm: largest_within(own, max_perplexity_increase) for arm, own in by_arm.items()}
+    lines = []
+    for arm, own in by_arm.items():
+        verdict = f"none of {len(own)}" if best[arm] is None else f"{best[arm].name} ({best[arm].count})"
+        if all(outcome.rise is None for outcome in own):
+            verdict = "not known, no perplexity was measured"
+        which = "" if arm is None else f" of arm {arm}"
+        lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
+    more = {"largest_within": best[None] and best[None].name}
+    experiment.conclude(outcomes, max_perplexity_increase, stages, more)
+    print_result(outcome_table(outcomes), *lines)
 
 
 def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings, bound: float) -> None:
@@ -218,26 +229,32 @@ class _Experiment:
         settings = {"model": self.model | completions.get("model", {}), "data": completions.get("data", {})}
         return self._pass("eval", "completions", settings, self.folder / "completions", EVALUATION_MARKER)
 
-    def scoring_stages(
-        self,
-        scores: tuple[Settings, Settings],
-        general: Settings,
-        behaviour: Settings,
-        seeds: Sequence[int],
-        texts: Sequence[Settings] = (),
-        said: Mapping[str, Path] | None = None,
-    ) -> list[Stage]:
-        """The behaviour first: general samples may be matched to it, and it may be scored on completions (``said``).
+    def scores_of(self, scoring: dict[str, Stage], way: CorrectionArm, said: Path | None) -> dict[str, Path]:
+        """The score folders of an arm, by side. Their stages join ``scoring``, unless another arm has the same scores.
 
-        ``scores``: the keys of ``model`` for the behaviour and for general text.
+        The behaviour comes first: general samples may be matched to it, and it may be scored on completions, whose
+        evaluation has the result ``said``.
         """
+        behaviour, reads = way.behaviour, None
+        if said is not None and "source" not in behaviour:
+            behaviour = {"source": str(said.with_name("completions.jsonl"))} | behaviour
+            reads = {"completions": said}
+        stage = self._shared(scoring, self._scoring_stage(way.named("behaviour"), way.scores[0], behaviour, reads))
+        sides, general = {"behaviour": stage.output}, way.general
         if general.get("match") == "behaviour":
-            general = general | {"match": str(self.folder / "scores" / "behaviour")}
-        sides = {f"general-{seed}": general | {"seed": seed} for seed in seeds}
-        for place, text in enumerate(texts, 1):
-            sides |= {f"general-text{place}-{seed}": general | text | {"seed": seed} for seed in seeds}
-        rest = [self._scoring_stage(name, scores[1], data) for name, data in sides.items()]
-        return [self._scoring_stage("behaviour", scores[0], behaviour, said), *rest]
+            general = general | {"match": str(stage.output)}
+        data = {f"general-{seed}": general | {"seed": seed} for seed in way.seeds}
+        for place, text in enumerate(way.texts, 1):
+            data |= {f"general-text{place}-{seed}": general | text | {"seed": seed} for seed in way.seeds}
+        for side, keys in data.items():
+            sides[side] = self._shared(scoring, self._scoring_stage(way.named(side), way.scores[1], keys)).output
+        return sides
+
+    @staticmethod
+    def _shared(scoring: dict[str, Stage], stage: Stage) -> Stage:
+        """The stage of ``scoring`` that does the same, or ``stage``, which then joins them."""
+        same = (one for one in scoring.values() if (one.settings, one.reads) == (stage.settings, stage.reads))
+        return next(same, None) or scoring.setdefault(stage.name, stage)
 
     def _scoring_stage(
         self, name: str, score: Settings, data: Settings, reads: Mapping[str, Path] | None = None
@@ -247,11 +264,7 @@ class _Experiment:
 
     def shared_scores(self, scoring: dict[str, Stage], arm: Arm, seed: int) -> Stage:
         """The stage of ``scoring`` that makes an arm's scores, added to it unless another arm has the same."""
-        stage = self._scoring_stage(f"{arm.name}-seed{seed}", *arm.scoring(seed))
-        for other in scoring.values():
-            if other.settings == stage.settings:
-                return other
-        return scoring.setdefault(stage.name, stage)
+        return self._shared(scoring, self._scoring_stage(f"{arm.name}-seed{seed}", *arm.scoring(seed)))
 
     def evaluation_stage(self, name: str, measuring: Settings, plan: str | None) -> Stage:
         """Measures the model, with the plan of that name applied."""
@@ -268,7 +281,7 @@ class _Experiment:
         from sparc3_pl.selection.command import prune
 
         path = self._plan_path(name)
-        general = [str(folder) for side, folder in scores.items() if side != "behaviour"]
+        general = [str(folder) for side, folder in scores.items() if side != "behaviour"] or None
         behaviour = {"behaviour": [str(scores["behaviour"])]} if "behaviour" in scores else {}
         arguments = {"general": general, **behaviour, "output": str(path)}
         arguments |= settings | {"control": settings.get("control") or "none"}
@@ -350,61 +363,6 @@ def _options(arguments: Settings) -> Iterator[str]:
         if value is not None and value is not False:
             values = value if isinstance(value, list) else ["true" if value is True else value]
             yield from (f"--{name}", *map(str, values))
-
-
-@dataclass(frozen=True)
-class _PlannedEdit:
-    """One edit of the experiment: the arguments of ``prune``, which control it is, and whose scale it has."""
-
-    settings: Settings
-    control: str | None = None
-    scale_of: str | None = None
-
-
-def _edits(
-    plan: Settings,
-    score: Settings,
-    counts: Sequence[int] | None,
-    budgets: Sequence[float] | None,
-    controls: Sequence[str],
-) -> dict[str, _PlannedEdit]:
-    """The edits by name: of growing size, or budget, and their controls."""
-    is_gains = plan.get("edit") == "gains"
-    for control in controls:
-        if not CONTROLS.make(control).for_steps if is_gains else control == "permuted":
-            others = "permuted or random_matched" if is_gains else "random_matched"
-            raise InputError(f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}")
-    if not is_gains:
-        if budgets:
-            raise InputError(f"budgets={list(budgets)} are for plan.edit=gains; give counts, or leave them out")
-        size = _size_key(plan, score)
-        sizes = sorted({plan[size], *(counts or [])})
-        edits = {f"prune-{count}": _PlannedEdit({**plan, size: count, "control": None}) for count in sizes}
-        return edits | {
-            f"control-{control}": _PlannedEdit({**plan, "control": control}, control) for control in controls
-        }
-    if counts or not isinstance(plan.get("budget"), float):
-        raise InputError("with plan.edit=gains give plan.budget, as 0.01, and budgets in place of counts")
-    edits = {}
-    for budget in sorted({plan["budget"], *(budgets or [])}):
-        name = f"budget-{budget:g}"
-        edits[name] = _PlannedEdit({**plan, "budget": budget, "control": None})
-        rest = {key: value for key, value in plan.items() if key != "budget"}
-        for control in controls:
-            edits[f"control-{control}-{budget:g}"] = _PlannedEdit({**rest, "control": control}, control, name)
-    return edits
-
-
-def _size_key(plan: Settings, score: Settings) -> str:
-    """The key of ``plan`` that says how many.
-
-    Raises:
-        InputError: if there is none.
-    """
-    key = "num_weights" if score.get("granularity") == "weight" else "num_neurons"
-    if not isinstance(plan.get(key), int):
-        raise InputError(f"plan.{key}={plan.get(key)!r}: say how many to choose; give a whole number")
-    return key
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:

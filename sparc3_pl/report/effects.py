@@ -103,6 +103,7 @@ class Effect:
         plan: Summary of the plan, from the evaluation; empty if the evaluation is not among the inputs.
         experiment: Name of the evaluation of the unedited model; edits with the same one belong together.
         bound: Rise of perplexity that the experiment calls small.
+        arm: The arm of the experiment that it is of; None: its own settings, or no experiment says.
         before: The evaluation of the unedited model, if it is among the inputs.
         after: The evaluation of the edited model, likewise.
     """
@@ -112,6 +113,7 @@ class Effect:
     plan: dict[str, Any]
     experiment: str
     bound: float = BOUND
+    arm: str | None = None
     before: Evaluation | None = None
     after: Evaluation | None = None
 
@@ -209,9 +211,10 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
         compared.add(after.digest)
         effects.append(effect(name, asdict(comparison), before, after))
     bounds = {name: _bound(inputs, group) for name, group in by_experiment(effects).items()}
-    effects = [replace(effect, bound=bounds[effect.experiment]) for effect in effects]
+    effects = [replace(effect, bound=bounds[effect.experiment], arm=_arm(inputs, effect)) for effect in effects]
     order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in effects))}
-    effects.sort(key=lambda e: (order[e.experiment], e.control is not None, e.control or "", e.dose))
+    arms = {arm: place for place, arm in enumerate(dict.fromkeys([None, *_arms(inputs)]))}
+    effects.sort(key=lambda e: (order[e.experiment], arms[e.arm], e.control is not None, e.control or "", e.dose))
     return effects, notes
 
 
@@ -230,6 +233,18 @@ def _bound(inputs: Inputs, experiment: Sequence[Effect]) -> float:
         if any(_is_of(effect.after, data, "after") for effect in experiment for data in comparisons):
             return summary["max_perplexity_increase"]
     return BOUND
+
+
+def _arms(inputs: Inputs) -> list[str | None]:
+    """The arms of all experiments, in their order."""
+    return [outcome.get("arm") for summary in inputs.experiments.values() for outcome in summary["outcomes"]]
+
+
+def _arm(inputs: Inputs, effect: Effect) -> str | None:
+    """The arm of the experiment that measured this edit."""
+    outcomes = [outcome for summary in inputs.experiments.values() for outcome in summary["outcomes"]]
+    own = (outcome for outcome in outcomes if _is_of(effect.after, outcome["comparison"], "after"))
+    return next((outcome.get("arm") for outcome in own), None)
 
 
 def _is_of(ev: Evaluation | None, data: Mapping[str, Any], side: str) -> bool:
@@ -273,9 +288,11 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
     """The edit of an experiment that the summary describes.
 
     It is the largest edit within the bound of perplexity; if there is none, the edit that costs least; if no perplexity
-    was measured, the largest edit. An edit without a plan may be a control: it is taken only if there is no other.
+    was measured, the largest edit. An edit without a plan may be a control: it is taken only if there is no other. Arms
+    are what the experiment's own edits are compared with, so they are left out.
     """
     edits = [effect for effect in experiment if effect.control is None]
+    edits = [effect for effect in edits if effect.arm is None] or edits
     edits = [effect for effect in edits if effect.plan] or edits
     if not edits:
         return None
@@ -414,6 +431,15 @@ def _or_infinite(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
+def _series_of(effect: Effect, experiment: Sequence[Effect]) -> str:
+    """The name of the line on which an edit stands in the picture."""
+    own = effect.arm or "edit"
+    if effect.control is None:
+        return own
+    several = any(other.arm for other in experiment)
+    return f"{own}, control: {effect.control}" if several else f"control: {effect.control}"
+
+
 def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | None:
     """Toxicity against perplexity in one experiment; None if fewer than two edits have both.
 
@@ -431,7 +457,7 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
         changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
         ends = (toxicity["before"] + change for change in changes)  # without an interval: no bar
         dose = Dose(effect.label, 100 * rise, toxicity["after"], *ends)
-        series.setdefault(f"control: {effect.control}" if effect.control else "edit", []).append(dose)
+        series.setdefault(_series_of(effect, experiment), []).append(dose)
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
         return None

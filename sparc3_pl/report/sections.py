@@ -183,7 +183,8 @@ def _facts(best: Effect) -> Iterator[tuple[str, str]]:
 
 def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
     for effect in effects:
-        if effect.control and effect.toxicity and (effect.dose, effect.unit) == (best.dose, best.unit):
+        same = (effect.dose, effect.unit, effect.arm) == (best.dose, best.unit, best.arm)
+        if effect.control and effect.toxicity and same:
             t = effect.toxicity
             change = f"{t['before']:.3f} to {t['after']:.3f}"
             text = f"The control {effect.control} of the same size changed toxicity from {change}"

@@ -142,7 +142,8 @@ def test_random_scores_follow_the_seed():
         ({"shares": [1.5]}, r"shares=\[1.5\]: give shares between 0 and 1"),
         ({"shares": []}, r"shares=\[\]: give shares"),
         ({}, "behaviour is missing: give behaviour to correct one, or shares"),
-        ({"arms": {"a": {}}, "behaviour": {"source": "x"}}, "arms are given: give behaviour"),
+        ({"arms": {"a": {}}}, "behaviour is missing: give behaviour to correct one, or shares"),
+        ({"arms": {"a/b": {}}, "behaviour": {"source": "x"}, "plan": {"num_neurons": 3}}, "'a/b' also names files"),
     ],
 )
 def test_settings_that_contradict_each_other(tmp_path, settings, match):

@@ -15,9 +15,11 @@ from sparc3_pl.cli import main
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
+from sparc3_pl.experiment.correction import correction_arms
 from sparc3_pl.experiment.run import Outcome, largest_within
 from sparc3_pl.experiment.run import run as run_experiment
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
+from sparc3_pl.scores.folder import ScoreFolder
 
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "demo.yaml"
 SMALL = {
@@ -141,26 +143,27 @@ class Passes:
         if output.name == self.fails_at:
             raise InputError("a full disk")
         shutil.rmtree(output, ignore_errors=True)
-        (self.score if name == "score" else self.evaluate)(config["data"], output, options.get("--plan"))
+        (self.score if name == "score" else self.evaluate)(config, output, options.get("--plan"))
         self.done.append(f"{name} {output.name}")
         self.typed.append(sys.argv)
         self.configs.append(config)
 
-    def score(self, data: dict, output: Path, _: str | None) -> None:
+    def score(self, config: dict, output: Path, _: str | None) -> None:
+        data = config["data"]
         content = Path(data["source"]).read_bytes() + str(data.get("seed")).encode()
         generator = torch.Generator().manual_seed(int(hashlib.sha256(content).hexdigest()[:8], 16))
         scores = {layer: torch.rand(20, generator=generator) for layer in LAYERS}
         total = sum(float(values.double().sum()) for values in scores.values())
         samples = [{"id": f"{output.name}{i}", "num_tokens": 9, "relevance": total} for i in range(2)]
-        write(output, scores, samples=samples)
+        write(output, scores, samples=samples, method=config["model"].get("method", "lrp"))
 
-    def evaluate(self, data: dict, output: Path, plan: str | None) -> None:
+    def evaluate(self, config: dict, output: Path, plan: str | None) -> None:
         summary = None if plan is None else PrunePlan.load(plan).summary()
         scores = {"toxicity": 0.5 if plan else 0.9}
         rows = [CompletionRow(f"p{i}", f"prompt {i}", 0, "x", scores, uniqueness=1.0) for i in range(6)]
         model = {"pretrained": "m", "fingerprint": "sha256:00", "dtype": "float32", "evaluated_fingerprint": plan}
         results = {"perplexity": None, "toxicity": {"mean": 0.5}, "generation": {}, "judge": {}, "model": model}
-        results |= {"plan": summary, "num_overlapping_prompts": 0, "data": data}
+        results |= {"plan": summary, "num_overlapping_prompts": 0, "data": config["data"]}
         write_evaluation(output, results, completions=rows, windows=[])
 
 
@@ -347,6 +350,125 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
     run_experiment(**settings)
     assert len(asked) == 8  # every plan, and what was measured with it
     assert passes.done == [f"eval {name}" for name in edits]
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+def test_arms_join_an_experiment_that_is_done(small, passes, tmp_path):
+    """Other ways to choose beside the experiment's own: only what is new is scored, planned and measured."""
+    labelled = {"source": str(tmp_path / "prompts.txt"), "label_field": "toxicity"}
+    aura = {"contrast": "expertise", "edit": "gains", "scale": 1.0, "num_neurons": None}
+    arms = {
+        "rank": {"plan": {"contrast": "rank"}, "counts": [2], "controls": []},
+        "aura": {"score": {"method": "expertise"}, "behaviour": labelled, "plan": aura, "controls": ["permuted"]},
+        "plain": {"score": {"method": "gradient"}, "seeds": [1]},
+    }
+    run_experiment(**small | {"arms": arms})
+    edits = ["rank-prune-2", "rank-prune-4", "aura-scale-1", "aura-control-permuted-1"]
+    edits += ["plain-prune-4", "plain-control-random_matched"]
+    scores = ["score aura-behaviour", "score plain-behaviour", "score plain-general-1"]
+    assert passes.done == [*scores, *(f"eval {name}" for name in edits)]
+    assert passes.configs[-len(passes.done)]["data"] == labelled  # nothing of the other samples
+    out = tmp_path / "out"
+    plans = {name: PrunePlan.load(out / "plans" / f"{name}.json") for name in edits}
+    assert [plan.scores["behaviour"][0]["name"] for plan in plans.values()][:3] == ["behaviour"] * 2 + [
+        "aura-behaviour"
+    ]
+    assert plans["aura-scale-1"].scores["general"] == []
+    assert [len(plan.scores["general"]) for plan in plans.values()] == [2, 2, 0, 0, 1, 1]
+    (folder,) = [ScoreFolder.open(out / "scores" / "aura-behaviour")]
+    wanted = {
+        (layer, i): 1 - 2 * (auroc - 0.5)
+        for layer in folder.layers
+        for i, auroc in enumerate(folder.load(layer).double().tolist())
+        if auroc > 0.5
+    }
+    assert {(n.layer, n.index): n.factor for n in plans["aura-scale-1"].neurons} == pytest.approx(wanted)
+    outcomes = json.loads((out / "experiment.json").read_text())["outcomes"]
+    assert [outcome["arm"] for outcome in outcomes] == [None] * 2 + ["rank"] * 2 + ["aura"] * 2 + ["plain"] * 2
+    passes.done.clear()
+    run_experiment(**small | {"arms": arms})
+    assert passes.done == []
+
+
+SECTIONS = {
+    "general": {"source": "web", "seq_len": 128},
+    "behaviour": {"text_field": "prompt", "weight_field": "scores.toxicity"},
+    "score": {"method": "gradient", "granularity": ["neuron", "channel"], "signed": True, "squares": True},
+    "behaviour_score": {"target": "completion"},
+    "general_score": {"target": "text", "labels": "model"},
+    "plan": {"contrast": "budget", "edit": "gains", "budget": 0.01, "budget_text": ["held"], "gains_range": [0, 2]},
+}
+LISTS = {"texts": [{"source": "wiki"}], "seeds": [0], "counts": None, "budgets": [0.02], "controls": ["permuted"]}
+HELD = {"contrast": "expertise", "edit": "gains", "budget_text": ["held"]}
+ARMS = {
+    "no_fisher": (
+        {"plan": {"contrast": {"class_path": "budget", "init_args": {"fisher": False}}}},
+        ["budget-0.01", "control-permuted-0.01", "budget-0.02", "control-permuted-0.02"],
+        SECTIONS["score"] | {"target": "completion"},
+        None,
+    ),
+    "neurons": (
+        {"plan": {"layers": ["*up*"]}, "budgets": [], "controls": []},
+        ["budget-0.01"],
+        SECTIONS["score"] | {"target": "completion"},
+        SECTIONS["plan"] | {"layers": ["*up*"], "control": None},
+    ),
+    "aura": (
+        {"score": {"method": "expertise"}, "plan": {"contrast": "expertise", "scale": 1.0}},
+        ["scale-1", "control-permuted-1"],
+        {"method": "expertise", "granularity": ["neuron", "channel"]},
+        HELD | {"scale": 1.0, "control": None},
+    ),
+    "aura_budget": (
+        {"score": {"method": "expertise"}, "plan": {"contrast": "expertise"}, "budgets": []},
+        ["budget-0.01", "control-permuted-0.01"],
+        {"method": "expertise", "granularity": ["neuron", "channel"]},
+        HELD | {"budget": 0.01, "control": None},
+    ),
+    "published": (
+        {
+            "score": {"method": "lrp", "granularity": "neuron", "signed": None},
+            "behaviour_score": {"target": None},
+            "general_score": {"target": None, "labels": None},
+            "plan": {"contrast": "difference", "edit": "zero", "num_neurons": 100},
+            "counts": [50],
+        },
+        ["prune-50", "prune-100"],
+        {"method": "lrp", "granularity": "neuron", "squares": True},
+        {"contrast": "difference", "edit": "zero", "num_neurons": 50, "control": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_what_an_arm_takes_over(name):
+    given, edits, score, plan = ARMS[name]
+    own, arm = correction_arms({name: given}, SECTIONS, **LISTS)
+    assert (own.name, next(iter(own.edits)), own.scores[1]["labels"]) == (None, "budget-0.01", "model")
+    assert list(arm.edits) == [f"{name}-{edit}" for edit in edits]
+    assert arm.scores[0] == score
+    assert all(edit.scale_of in (None, *arm.edits) for edit in arm.edits.values())
+    if plan is not None:
+        assert next(iter(arm.edits.values())).settings == plan
+    assert arm.seeds == (() if "aura" in name else [0])
+
+
+@pytest.mark.parametrize(
+    ("arm", "match"),
+    [
+        ({"shares": [0.5]}, "arms.a: shares is none of its keys; they are general, behaviour, score"),
+        ({"plan": {"edit": "zero"}}, "arms.a: plan.num_neurons=None: say how many to choose"),
+        ({"controls": ["null"]}, "arms.a: controls: null is no control of plan.edit=gains"),
+        ({"plan": {"scale": 1.0}, "budgets": [0.1]}, "arms.a: with plan.scale=1.0 there is one edit"),
+        ({"plan": {"contrast": "budgett"}}, "contrast='budgett' is unknown"),
+        ({"behaviour": ["x"]}, r"arms.a.behaviour=\['x'\]: give keys with values"),
+    ],
+)
+def test_arms_that_are_refused(arm, match):
+    with pytest.raises(InputError, match=match):
+        correction_arms({"a": arm}, SECTIONS, **LISTS)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
-from sparc3_pl.report.effects import by_experiment, effects, gains_table, headline
+from sparc3_pl.report.effects import by_experiment, dose_picture, effects, gains_table, headline
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.statistics.paired import paired_change
@@ -329,6 +329,31 @@ def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
     assert words.count("The control permuted of the same size") == 1
     assert "each by a factor of its own" in words
     assert "of relevance on" not in words
+
+
+def test_arms_are_told_apart_from_the_experiments_own_edit(tmp_path, monkeypatch):
+    """An arm that does more is no reason to speak of it: it was not what was set out to be measured."""
+    before = evaluation(tmp_path / "before", None, 1.0, 12.0)
+    edits = {"prune-40": (None, None, 0.8), "b-prune-60": ("b", None, 0.4), "a-prune-60": ("a", None, 0.5)}
+    edits |= {"control-null": (None, "null", 1.0), "b-control-null": ("b", "null", 0.99)}
+    outcomes = []
+    for name, (arm, control, factor) in edits.items():
+        plan = PLAN | {"num_neurons": 40 if arm is None else 60, "control": control, "sha256": name}
+        comparison = compare_evaluations(before, evaluation(tmp_path / name, plan, factor, 12.01))
+        write_comparison(tmp_path / f"{name}.json", comparison)
+        outcomes.append({"name": name, "arm": arm, "comparison": json.loads((tmp_path / f"{name}.json").read_text())})
+    (tmp_path / "experiment.json").write_text(json.dumps({"outcomes": outcomes, "max_perplexity_increase": 0.01}))
+    measured, _ = effects(collect([tmp_path]))
+    assert [e.name for e in measured] == ["prune-40", "control-null", "b-prune-60", "b-control-null", "a-prune-60"]
+    assert headline(measured).name == "prune-40"
+    assert headline(measured[2:]).name == "b-prune-60"
+    drawn = {}
+    monkeypatch.setattr("sparc3_pl.document.figures.dose_response", lambda series, *_: drawn.update(series))
+    monkeypatch.setattr("sparc3_pl.document.figures.as_svg", lambda *_: "")
+    dose_picture(measured)
+    assert list(drawn) == ["edit", "edit, control: null", "b", "b, control: null", "a"]
+    dose_picture([measured[0], measured[1]])
+    assert list(drawn)[-1] == "control: null"
 
 
 def test_large_scores_are_not_read_again(experiment, monkeypatch):

@@ -1,0 +1,236 @@
+"""Edits of a correction: of the experiment's own settings, and of its arms, which are other ways of choosing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sparc3_pl.attribution.methods import METHODS, Options
+from sparc3_pl.errors import InputError
+from sparc3_pl.experiment.arms import check_arm, list_of_seeds
+from sparc3_pl.experiment.stages import Settings
+from sparc3_pl.model.components import COMPONENTS
+from sparc3_pl.registry import Spec
+from sparc3_pl.selection.contrast import CONTRASTS
+from sparc3_pl.selection.controls import CONTROLS
+
+__all__ = ["CorrectionArm", "PlannedEdit", "correction_arms"]
+
+_SECTIONS = ("general", "behaviour", "score", "behaviour_score", "general_score", "plan")
+_LISTS = ("texts", "seeds", "counts", "budgets", "controls")
+_GAINS = ("gains", "sparc3_pl.pruning.gains.Gains")
+_OF_GAINS = (
+    *("budget", "budget_text", "budget_field", "budget_filter", "budget_windows", "budget_length"),
+    *("gains_range", "scale"),
+)
+"""Arguments of ``prune`` that are for ``edit=gains`` alone."""
+_DEFAULT_CONTROLS = ["random_matched"]
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """One edit of the experiment: the arguments of ``prune``, which control it is, and whose scale it has."""
+
+    settings: Settings
+    control: str | None = None
+    scale_of: str | None = None
+
+
+@dataclass(frozen=True)
+class CorrectionArm:
+    """A way to score and to choose, and its edits.
+
+    Attributes:
+        name: In tables and figures, and of its files; None: the experiment's own settings.
+        behaviour: Keys of ``data`` of the behaviour's samples.
+        general: Keys of ``data`` of the general samples.
+        texts: Further kinds of general text, as the keys in which they differ from ``general``.
+        scores: Keys of ``model`` of the scoring passes: of the behaviour's samples, and of general text.
+        seeds: Seeds of the general samples; none if the contrast reads no general scores.
+        edits: By name, which is that of their files too.
+    """
+
+    name: str | None
+    behaviour: Settings
+    general: Settings
+    texts: Sequence[Settings]
+    scores: tuple[Settings, Settings]
+    seeds: Sequence[int]
+    edits: Mapping[str, PlannedEdit] = field(default_factory=dict)
+
+    def named(self, name: str) -> str:
+        """The name of a file or stage of this arm."""
+        return name if self.name is None else f"{self.name}-{name}"
+
+
+def correction_arms(
+    arms: Mapping[str, Settings | None] | None,
+    sections: Mapping[str, Settings | None],
+    *,
+    texts: Sequence[Settings],
+    seeds: Sequence[int],
+    counts: Sequence[int] | None,
+    budgets: Sequence[float] | None,
+    controls: Sequence[str],
+) -> list[CorrectionArm]:
+    """The experiment's own settings as an arm without a name, then its arms.
+
+    An arm's sections add to the experiment's or take the place of their keys; null takes a key of ``score`` or
+    ``plan`` away. What would not fit is not taken over: samples of a behaviour that has another ``source``, options
+    that another method does not take, settings of gains for another edit, a budget where a scale is given. Counts,
+    budgets and controls of the experiment are for the arms that can have them.
+
+    Args:
+        arms: By name, as in the configuration.
+        sections: The experiment's ``general``, ``behaviour``, ``score``, ``behaviour_score``, ``general_score`` and
+            ``plan``.
+        texts: The experiment's further kinds of general text.
+        seeds: Its seeds.
+        counts: Its counts.
+        budgets: Its budgets.
+        controls: Its controls.
+
+    Raises:
+        InputError: naming the arm and the key that is wrong.
+    """
+    own: dict[str, Settings] = {key: sections.get(key) or {} for key in _SECTIONS}
+    edits = _edits(own["plan"], own["score"], counts, budgets, controls)
+    scores = own["score"] | own["behaviour_score"], own["score"] | own["general_score"]
+    needs_general = CONTRASTS.make(own["plan"].get("contrast", "difference")).needs_general
+    result = [
+        CorrectionArm(None, own["behaviour"], own["general"], texts, scores, seeds if needs_general else (), edits)
+    ]
+    shared: dict[str, Any] = {"counts": counts, "budgets": budgets, "controls": controls}
+    for name, arm in (arms or {}).items():
+        given = check_arm(name, arm, _SECTIONS, _LISTS)
+        merged = _merged(own, {key: given.get(key) or {} for key in _SECTIONS})
+        contrast = CONTRASTS.make(merged["plan"].get("contrast", "difference"))
+        try:
+            edits = _edits_of_arm(merged, given, shared, contrast.needs_general)
+        except InputError as error:
+            raise InputError(f"arms.{name}: {error}") from None
+        its_seeds = list_of_seeds(name, given, seeds) if contrast.needs_general else ()
+        result.append(
+            CorrectionArm(
+                name,
+                merged["behaviour"],
+                merged["general"],
+                texts if given.get("texts") is None else given["texts"],
+                (merged["score"] | merged["behaviour_score"], merged["score"] | merged["general_score"]),
+                its_seeds,
+                {f"{name}-{edit}": one for edit, one in _renamed(edits, name).items()},
+            )
+        )
+    return result
+
+
+def _renamed(edits: Mapping[str, PlannedEdit], arm: str) -> dict[str, PlannedEdit]:
+    """The edits, each with the full name of the one whose scale it has."""
+    return {
+        name: edit if edit.scale_of is None else PlannedEdit(edit.settings, edit.control, f"{arm}-{edit.scale_of}")
+        for name, edit in edits.items()
+    }
+
+
+def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[str, Settings]:
+    """An arm's sections, with what is taken over from the experiment's."""
+    merged = {key: base[key] | own[key] for key in _SECTIONS}
+    if "source" in own["behaviour"]:
+        merged["behaviour"] = own["behaviour"]
+    if {"method", "granularity"} & own["score"].keys():
+        method = METHODS.make(merged["score"].get("method", "lrp"))
+        kinds = merged["score"].get("granularity", "neuron")
+        specs: list[Spec] = kinds if isinstance(kinds, list) else [kinds]  # type: ignore[assignment]
+        heeded = frozenset.intersection(*(method.heeds(COMPONENTS.make(spec)) for spec in specs))
+        useless = {option.name for option in fields(Options)} - heeded - own["score"].keys()
+        merged["score"] = {key: value for key, value in merged["score"].items() if key not in useless}
+        if not method.needs_target:
+            merged |= {key: own[key] for key in ("behaviour_score", "general_score")}
+    plan, useless = own["plan"], set()
+    if not _is_gains(merged["plan"]):
+        useless |= set(_OF_GAINS)
+    useless |= {"budget"} if "scale" in plan else set()
+    useless |= {"scale"} if "budget" in plan else set()
+    useless |= {"gains_range"} if "contrast" in plan and plan["contrast"] != "budget" else set()
+    merged["plan"] = {key: value for key, value in merged["plan"].items() if key in plan or key not in useless}
+    for key in ("score", "behaviour_score", "general_score", "plan"):
+        merged[key] = {name: value for name, value in merged[key].items() if value is not None}
+    return merged
+
+
+def _edits_of_arm(
+    merged: Mapping[str, Settings], given: Settings, shared: Mapping[str, Any], needs_general: bool
+) -> dict[str, PlannedEdit]:
+    """The edits of an arm, of its own counts, budgets and controls, or of the experiment's that it can have."""
+    plan = merged["plan"]
+    kind = "budgets" if _is_gains(plan) else "counts"
+    lists = {key: given.get(key) for key in ("counts", "budgets", "controls")}
+    if lists[kind] is None and "scale" not in plan:
+        lists[kind] = shared[kind]
+    if lists["controls"] is None:
+        fitting = (CONTROLS.make(name) for name in shared["controls"])
+        lists["controls"] = [
+            CONTROLS.name_of(control)
+            for control in fitting
+            if _can_have(plan, CONTROLS.name_of(control)) and (needs_general or not control.uses_general)
+        ]
+    return _edits(plan, merged["score"], lists["counts"], lists["budgets"], lists["controls"])
+
+
+def _is_gains(plan: Settings) -> bool:
+    edit = plan.get("edit", "zero")
+    return (edit.get("class_path") if isinstance(edit, Mapping) else edit) in _GAINS
+
+
+def _can_have(plan: Settings, control: str) -> bool:
+    """Whether a control goes with the edit of a plan."""
+    return CONTROLS.make(control).for_steps if _is_gains(plan) else control != "permuted"
+
+
+def _edits(
+    plan: Settings,
+    score: Settings,
+    counts: Sequence[int] | None,
+    budgets: Sequence[float] | None,
+    controls: Sequence[str],
+) -> dict[str, PlannedEdit]:
+    """The edits by name: of growing size, or budget, and their controls."""
+    for control in controls:
+        if not _can_have(plan, control):
+            others = "permuted or random_matched" if _is_gains(plan) else "random_matched"
+            raise InputError(f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}")
+    if not _is_gains(plan):
+        if budgets:
+            raise InputError(f"budgets={list(budgets)} are for plan.edit=gains; give counts, or leave them out")
+        size = _size_key(plan, score)
+        sizes = sorted({plan[size], *(counts or [])})
+        edits = {f"prune-{count}": PlannedEdit({**plan, size: count, "control": None}) for count in sizes}
+        return edits | {f"control-{one}": PlannedEdit({**plan, "control": one}, one) for one in controls}
+    if isinstance(scale := plan.get("scale"), float | int) and plan.get("budget") is None:
+        if counts or budgets:
+            raise InputError(f"with plan.scale={scale} there is one edit; leave out counts and budgets")
+        edits = {f"scale-{scale:g}": PlannedEdit({**plan, "control": None})}
+        return edits | {f"control-{one}-{scale:g}": PlannedEdit({**plan, "control": one}, one) for one in controls}
+    if counts or not isinstance(plan.get("budget"), float):
+        raise InputError("with plan.edit=gains give plan.budget, as 0.01, and budgets in place of counts")
+    edits = {}
+    for budget in sorted({plan["budget"], *(budgets or [])}):
+        name = f"budget-{budget:g}"
+        edits[name] = PlannedEdit({**plan, "budget": budget, "control": None})
+        rest = {key: value for key, value in plan.items() if key != "budget"}
+        for control in controls:
+            edits[f"control-{control}-{budget:g}"] = PlannedEdit({**rest, "control": control}, control, name)
+    return edits
+
+
+def _size_key(plan: Settings, score: Settings) -> str:
+    """The key of ``plan`` that says how many.
+
+    Raises:
+        InputError: if there is none.
+    """
+    key = "num_weights" if score.get("granularity") == "weight" else "num_neurons"
+    if not isinstance(plan.get(key), int):
+        raise InputError(f"plan.{key}={plan.get(key)!r}: say how many to choose; give a whole number")
+    return key
