@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.reference import check_positive, rank_of
 from sparc3_pl.data.samples import SEPARATOR, pad_right
-from sparc3_pl.data.sources import get_field, local_source, read_records, read_text, text_id
+from sparc3_pl.data.sources import (
+    Records,
+    get_field,
+    listed_records,
+    local_source,
+    read_records,
+    read_text,
+    text_id,
+)
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.likelihood import IGNORE
@@ -322,6 +330,26 @@ class EvaluationData(LightningDataModule):
         self._num_bytes = 0
         self._verbatim = False
         self._text_revision: str | None = None
+        self._listed_text: str | Sequence[str] | None = None
+
+    @classmethod
+    def of_lists(
+        cls, text: str | Sequence[str] | None, prompts: Sequence[str] | None, name: str, **options: Any
+    ) -> Self:
+        """Of what somebody holds in memory.
+
+        Args:
+            text: One text, read verbatim, or documents, joined by an empty line. None: no perplexity.
+            prompts: The prompts. None: no completions.
+            name: What messages and results call them.
+            options: Arguments of this class, but for those that say where text and prompts are read.
+        """
+        sources = {"text_source": None if text is None else name, "prompts_source": None if prompts is None else name}
+        data = cls(**sources, prompts_field="text", **options)
+        data._listed_text = text
+        if data.query is not None and prompts is not None:
+            data.query.listed = [{"text": prompt} for prompt in prompts]
+        return data
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -350,7 +378,10 @@ class EvaluationData(LightningDataModule):
         return self._encoder
 
     def _read_text(self, source: str) -> str:
-        path = local_source(source, "data.text_source")
+        if isinstance(self._listed_text, str):
+            self._verbatim = True
+            return self._listed_text
+        path = None if self._listed_text is not None else local_source(source, "data.text_source")
         if path is not None and path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() == ".txt":
             self._verbatim = True
             return read_text(path, "data.text_source", self.text_max_bytes)
@@ -365,7 +396,7 @@ class EvaluationData(LightningDataModule):
 
     def _documents(self, source: str) -> Iterator[str]:
         """The records' texts in order; empty ones too, as they are part of the running text."""
-        records = read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        records = self._text_records(source)
         self._text_revision = records.origin["revision"]
         for number, record in enumerate(records, start=1):
             text = get_field(record, self.text_field)
@@ -375,6 +406,15 @@ class EvaluationData(LightningDataModule):
                     f"{'null' if text is None else type(text).__name__}, not text; repair it or name another field"
                 )
             yield text
+
+    def _text_records(self, source: str) -> Records:
+        """Of a text that is read verbatim: its lines."""
+        if self._listed_text is not None:
+            is_one = isinstance(self._listed_text, str)
+            texts = self._listed_text.splitlines() if is_one else self._listed_text
+            field = "text" if is_one else self.text_field
+            return listed_records([{field: text} for text in texts], f"data.text_source={source!r}")
+        return read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
 
     def _draw_prompts(self, query: TextQuery) -> list[str]:
         prompts = list(itertools.islice(query.texts(), self.num_prompts))
@@ -426,7 +466,7 @@ class EvaluationData(LightningDataModule):
         """
         if not ids or self.text_source is None:
             return 0.0
-        records = read_records(self.text_source, split=self.text_split, subset=self.text_subset, key="data.text_source")
+        records = self._text_records(self.text_source)
         field, known, total, size = "text" if self._verbatim else self.text_field, 0, 0, 0
         for record in records:
             text = get_field(record, field)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -280,6 +280,19 @@ class ReferenceData(LightningDataModule):
         self.samples: list[Sample] = []
         self._pad_id: int | None = None
         self._excluded: set[str] = set()
+
+    @classmethod
+    def of_records(cls, records: Sequence[dict[str, Any]], name: str, **options: Any) -> Self:
+        """Samples of records that somebody holds in memory, in their order.
+
+        Args:
+            records: The records.
+            name: What messages and manifests call them.
+            options: Arguments of this class, but for those that say where and what to read.
+        """
+        data = cls(source=name, **options)
+        data.query.listed = records
+        return data
 
     def read(self, encoder: Encoder) -> None:
         """Draw the samples; every rank draws the same ones. A second call does nothing.

@@ -11,7 +11,7 @@ import operator
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ __all__ = [
     "MissingField",
     "Records",
     "get_field",
+    "listed_records",
     "local_source",
     "parse_filter",
     "partition",
@@ -149,6 +150,17 @@ def read_records(
     if path.stat().st_size == 0:
         raise InputError(f"{name}: the file is empty; give one with records")
     return _read_files([path], seed, name)
+
+
+def listed_records(records: Iterable[dict[str, Any]], name: str) -> Records:
+    """Records that somebody holds in memory, in their order.
+
+    Args:
+        records: The records; not all need the same fields.
+        name: What they are called in messages.
+    """
+    rows = (Row(f"record {number}", record) for number, record in enumerate(records, start=1))
+    return Records(rows, _origin(None, "records in their order"), False, name)
 
 
 def _read_files(paths: Sequence[Path], seed: int | None, name: str) -> Records:

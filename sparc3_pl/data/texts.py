@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sparc3_pl.data.fields import RecordFields, TextRecord, checked_text
 from sparc3_pl.data.sources import (
@@ -13,6 +13,7 @@ from sparc3_pl.data.sources import (
     MissingField,
     Records,
     get_field,
+    listed_records,
     parse_filter,
     partition,
     read_records,
@@ -46,6 +47,7 @@ class TextQuery:
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
             null or missing (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
         origin: ``revision`` and ``drawn_from`` of the records, as in ``Records``; set when they are first read.
+        listed: Records that somebody holds in memory; ``source`` is then their name, and they keep their order.
         made_from: Filled while reading, by ``text_id``: the ids of the texts that a text was cut out of, where its
             record has them as ``text_ids``.
     """
@@ -66,6 +68,7 @@ class TextQuery:
     counts: Counter[str] = field(default_factory=Counter)
     origin: dict[str, str | None] = field(default_factory=lambda: {"revision": None, "drawn_from": None})
     made_from: dict[str, list[str]] = field(default_factory=dict)
+    listed: Sequence[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.half not in ("all", "attribution", "evaluation"):
@@ -119,7 +122,10 @@ class TextQuery:
         self._reset()
         seen: set[str] = set()
         key = self.source_key or self._key("source")
-        self._records = read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key)
+        if self.listed is not None:
+            self._records = listed_records(self.listed, f"{key}={self.source!r}")
+        else:
+            self._records = read_records(self.source, split=self.split, subset=self.subset, seed=self.seed, key=key)
         self.origin = self._records.origin
         for record in self._passing(self._records):
             if self.fields.completion is None:

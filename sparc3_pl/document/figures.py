@@ -24,15 +24,18 @@ __all__ = [
     "Dose",
     "as_svg",
     "banded_curves",
+    "changes",
     "chosen_by_layer",
     "contrast_distribution",
     "curves",
     "dose_response",
+    "for_notebook",
     "relevance_by_layer",
     "relevance_of_sets",
     "score_distribution",
     "sparsity_curves",
     "upset",
+    "window_losses",
 ]
 
 INK, MUTED, LINE, FAINT = "#1b1f24", "#59636e", "#d8dee4", "#afb8c1"
@@ -67,6 +70,16 @@ def as_svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return text
+
+
+def for_notebook(figure: Figure) -> Figure:
+    """The figure, which a notebook then shows: it knows by itself only those of ``pyplot``."""
+    from sparc3_pl.document.blocks import Picture
+    from sparc3_pl.document.page import fragment
+
+    name = f"figure{id(figure):x}"
+    figure._repr_html_ = lambda: fragment([Picture(as_svg(figure, name), "a figure")])  # type: ignore[attr-defined]
+    return figure
 
 
 def _new(height: float, x: str = "", y: str = "") -> tuple[Figure, Axes]:
@@ -242,6 +255,32 @@ def dose_response(series: Mapping[str, Sequence[Dose]], before: float, bound: fl
             axes.annotate(dose.label, (dose.perplexity, dose.toxicity), **at, fontsize=_SMALL, color=MUTED)
     axes.set_ylim(bottom=0)
     _legend(axes)
+    return figure
+
+
+def changes(names: Sequence[str], relative: Sequence[tuple[float, float | None, float | None]]) -> Figure:
+    """A point with its interval for each figure that changed, in per cent of what it was.
+
+    Args:
+        names: Names of the figures.
+        relative: Change, and the ends of its interval where there is one, in per cent.
+    """
+    figure, axes = _new(0.9 + 0.34 * len(names), "change, %")
+    axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    for place, (value, low, high) in enumerate(relative):
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=SERIES[0], linewidth=2.2, alpha=0.5)
+        axes.plot(value, place, "o", color=SERIES[0], markersize=6)
+    axes.set_yticks(range(len(names)), list(map(_plain, names)))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    return figure
+
+
+def window_losses(losses: Sequence[float]) -> Figure:
+    """Mean negative log-likelihood of a token of each window, in nats, in the order of the text."""
+    figure, axes = _new(2.4, "window of the text", "nats a token")
+    axes.plot(range(len(losses)), losses, color=SERIES[0], linewidth=1.2, marker="o", markersize=3)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""A document as one self-contained HTML page: no script, no network, light and dark."""
+"""A document as one self-contained HTML page, or a part of one in a notebook: no script, no network, light and dark."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparc3_pl.document.blocks import Section
+from sparc3_pl.document.blocks import Block, Section
 from sparc3_pl.document.verdicts import Status
 from sparc3_pl.io.files import FileKind
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["PAGE", "page"]
+__all__ = ["PAGE", "fragment", "page"]
 
 _HERE = Path(__file__).parent
 
@@ -40,6 +40,16 @@ def page(title: str, sections: Sequence[Section], subtitle: str = "", verdict: S
     template = _environment().get_template("page.html")
     css = (_HERE / "page.css").read_text(encoding="utf-8")
     return template.render(title=title, subtitle=subtitle, sections=sections, css=css, verdict=verdict)
+
+
+def fragment(blocks: Sequence[Block]) -> str:
+    """The source of a part of somebody else's page, in the colours that it has: what a notebook shows.
+
+    Args:
+        blocks: Its content, which is escaped as in ``page``.
+    """
+    css = (_HERE / "fragment.css").read_text(encoding="utf-8")
+    return _environment().get_template("fragment.html").render(blocks=blocks, css=css)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from sparc3_pl.document.blocks import Block, Checks, Code, Facts, Folded, Number
 if TYPE_CHECKING:
     from sparc3_pl.scores.manifest import Manifest
 
-__all__ = ["print_result", "print_sections", "print_summary", "printable", "unfailing_output"]
+__all__ = ["print_result", "print_sections", "print_summary", "printable", "summary", "text_of", "unfailing_output"]
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 _WIDTH = 160  # where no terminal says its width
@@ -42,6 +42,15 @@ def print_result(*parts: str | Table) -> None:
             _print_table(console, part)
 
 
+def text_of(blocks: Sequence[Block]) -> str:
+    """Blocks as text, as wide as the terminal, without its colours."""
+    text = io.StringIO()
+    console = _Console(file=text, width=_console().width)
+    for block in blocks:
+        _print_block(console, block)
+    return text.getvalue().strip("\n")
+
+
 def print_sections(sections: Sequence[Section]) -> None:
     """Prints a document as text, without its pictures."""
     console = _console()
@@ -51,12 +60,17 @@ def print_sections(sections: Sequence[Section]) -> None:
             _print_block(console, block)
 
 
-def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
-    """Prints a summary of scores, and the layers with most of the relevance.
+def print_summary(manifest: Manifest, folder: Path) -> None:
+    """Prints a summary of scores, and where they are."""
+    about, table = summary(manifest)
+    print_result(about, table, f"scores: {folder}")
+
+
+def summary(manifest: Manifest, most: int = 5) -> tuple[str, Table]:
+    """What scores are of, in a line, and the layers with most of the relevance.
 
     Args:
         manifest: Manifest of the scores.
-        folder: Folder of the scores.
         most: Number of layers to show.
     """
     total = manifest.total_relevance
@@ -73,11 +87,10 @@ def print_summary(manifest: Manifest, folder: Path, most: int = 5) -> None:
         for name, layer in largest
     ]
     note = f"the {most} layers with most of it; the manifest has all {len(manifest.layers)}"
-    print_result(
+    return (
         f"{kind}: {len(manifest.layers)} layers of {manifest.model['pretrained']}, {manifest.num_samples} samples, "
         f"{manifest.num_tokens} tokens, total relevance {total:.6g}",
         Table.of(("layer", "shape", "sum of scores", "share"), rows, note=note if len(manifest.layers) > most else ""),
-        f"scores: {folder}",
     )
 
 

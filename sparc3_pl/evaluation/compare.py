@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparc3_pl.document.blocks import Cell, Number, better_worse, interval, p_value, with_relative
+from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import changes_of
 from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, main_label
@@ -27,6 +28,12 @@ from sparc3_pl.statistics.paired import (
     ratio_change,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from sparc3_pl.document.blocks import Block
+
 __all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
 
 KIND = FileKind.json("a comparison", lambda data: {"before", "after", "perplexity", "toxicity"} <= data.keys())
@@ -36,7 +43,7 @@ _OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambd
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """What changed between two evaluations.
 
     Attributes:
@@ -66,6 +73,73 @@ class Comparison:
     measurements: dict[str, dict[str, PairedChange]] = field(default_factory=dict)
     judges: dict[str, dict[str, dict[str, PairedChange]]] = field(default_factory=dict)
     disagreement: str | None = None
+
+    def blocks(self) -> list[Block]:
+        """The changes, and what a reader should know of them."""
+        from sparc3_pl.document.blocks import Table, Text
+
+        columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
+        lines = [f"note: {note}" for note in self.notes]
+        if self.disagreement is not None:
+            lines.append(f"note: {self.disagreement}")
+        if (p := self.perplexity) is not None and p.block > 1:
+            lines.append(
+                f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
+                f"{p.num_blocks} blocks of {p.block}"
+            )
+        if self.num_dropped:
+            lines.append(f"note: {self.num_dropped} prompts had no completion scored on both sides and are left out")
+        return [Table.of(columns, _rows(self), title="After against before"), *map(Text, lines)]
+
+    def changes(self) -> dict[str, PairedChange]:
+        """Every change but that of perplexity, which is a ratio, by the name under which it is shown."""
+        return self.changes_of_prompts() | self.changes_of_units()
+
+    def changes_of_prompts(self) -> dict[str, PairedChange]:
+        """Of what judges say of completions, and of their uniqueness."""
+        shown = {}
+        for judge, by_label in {"": self.toxicity, **self.judges}.items():
+            for label, by_figure in by_label.items():
+                title = f"{judge}: {label}" if judge else label
+                shown |= {f"{title}: {name.replace('_', ' ')}": change for name, change in by_figure.items()}
+        return shown | ({} if self.uniqueness is None else {"unique tokens / tokens": self.uniqueness})
+
+    def changes_of_units(self) -> dict[str, PairedChange]:
+        """Of measurements of the user's own."""
+        return {
+            f"{name}: {value.replace('_', ' ')}": change
+            for name, by_value in self.measurements.items()
+            for value, change in by_value.items()
+        }
+
+    def to_pandas(self) -> DataFrame:
+        """A row for each figure: ``figure``, ``before``, ``after``, ``change``, ``low``, ``high``, ``p_value``.
+
+        The change of perplexity, and its interval, are those of the difference: before * (ratio - 1).
+
+        Raises:
+            InputError: without pandas.
+        """
+        names = ("before", "after", "change", "low", "high", "p_value")
+        rows = [{"figure": f} | {name: getattr(c, name) for name in names} for f, c in self.changes().items()]
+        if (p := self.perplexity) is not None:
+            change, low, high = (None if r is None else p.before * (r - 1) for r in (p.ratio, p.low, p.high))
+            own = dict(zip(names, (p.before, p.after, change, low, high, p.p_value), strict=True))
+            rows.insert(0, {"figure": "perplexity"} | own)
+        return data_frame(rows)
+
+    def plot(self) -> Figure:
+        """Each change with its interval, in per cent of what was before; figures that were 0 are left out."""
+        from sparc3_pl.document import figures
+
+        relative = {}
+        if (p := self.perplexity) is not None:
+            relative["perplexity"] = tuple(None if r is None else 100 * (r - 1) for r in (p.ratio, p.low, p.high))
+        for name, c in self.changes().items():
+            if c.before:
+                ends = (c.change, c.low, c.high)
+                relative[name] = tuple(None if end is None else 100 * end / c.before for end in ends)
+        return figures.for_notebook(figures.changes(list(relative), list(relative.values())))
 
 
 def compare(
@@ -371,23 +445,10 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _print(comparison: Comparison, path: Path | None) -> None:
-    from sparc3_pl.document.blocks import Table
     from sparc3_pl.document.terminal import print_result
 
-    columns = ("figure", "before", "after", "change", "95 % interval", "p", "better/worse", "needed for 80 %")
-    lines = [f"note: {note}" for note in comparison.notes]
-    if comparison.disagreement is not None:
-        lines.append(f"note: {comparison.disagreement}")
-    if (p := comparison.perplexity) is not None and p.block > 1:
-        lines.append(
-            f"note: neighbouring windows are not independent: {p.num_windows} windows were resampled in "
-            f"{p.num_blocks} blocks of {p.block}"
-        )
-    if comparison.num_dropped:
-        lines.append(f"note: {comparison.num_dropped} prompts had no completion scored on both sides and are left out")
-    if path is not None:
-        lines.append(f"comparison: {path}")
-    print_result(Table.of(columns, _rows(comparison), title="After against before"), *lines)
+    table, *lines = comparison.blocks()
+    print_result(table, *(line.text for line in lines), *([] if path is None else [f"comparison: {path}"]))
 
 
 def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
@@ -397,15 +458,8 @@ def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
         change = Number(100 * (p.ratio - 1), form="+.2f", unit=" %")
         cells = (change, interval(*ends, p.num_blocks, "+.2f", unit=" %"), p_value(p.p_value), None, None)
         rows.append(("perplexity", Number(p.before, form=".4f"), Number(p.after, form=".4f"), *cells))
-    for judge, by_label in {"": comparison.toxicity, **comparison.judges}.items():
-        for label, by_figure in by_label.items():
-            title = f"{judge}: {label}" if judge else label
-            rows += [_row(f"{title}: {name.replace('_', ' ')}", change) for name, change in by_figure.items()]
-    if comparison.uniqueness is not None:
-        rows.append(_row("unique tokens / tokens", comparison.uniqueness))
-    for name, by_value in comparison.measurements.items():
-        rows += [_row(f"{name}: {value.replace('_', ' ')}", change, "units") for value, change in by_value.items()]
-    return rows
+    rows += [_row(name, change) for name, change in comparison.changes_of_prompts().items()]
+    return rows + [_row(name, change, "units") for name, change in comparison.changes_of_units().items()]
 
 
 def _row(name: str, c: PairedChange, unit: str = "prompts") -> tuple[Cell, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,14 @@ import torch
 from sparc3_pl.data.evaluation_data import PromptBatch, UnitBatch, WindowBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement_run import MeasurementRun
-from sparc3_pl.evaluation.results import write_evaluation
+from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.runtime.collectives import is_rank_zero
 
 if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
 
-__all__ = ["MOST_KNOWN_TEXT", "EvaluatedModel", "EvaluationRun"]
+__all__ = ["EvaluatedModel", "EvaluationRun"]
 
 NOT_MEASURED = {"perplexity": None, "toxicity": None, "repetition": None, "generation": None, "judge": None}
 """What ``results.json`` says of what was not measured."""
@@ -56,6 +56,24 @@ class EvaluatedModel:
         """Those prompts from which the plan was made."""
         return set(self.known_prompts.intersection(prompt_ids))
 
+    def require_held_out(self, prompt_ids: Sequence[str]) -> None:
+        """Refuses prompts that the plan was made from, and text by which its budget was held.
+
+        Raises:
+            InputError: for the first of them.
+        """
+        if overlap := self.prompts_of_plan(prompt_ids):
+            raise InputError(
+                f"{len(overlap)} of {len(set(prompt_ids))} prompts were used to make the plan (first id: "
+                f"{min(overlap)}), so the result would not be held out; choose other prompts (data.partition: "
+                "evaluation) or give --allow_overlap"
+            )
+        if self.known_text > MOST_KNOWN_TEXT:
+            raise InputError(
+                f"{self.known_text:.0%} of data.text_source is text by which the plan's budget was held "
+                "(budget_text), so the perplexity would not be held out; give other text or --allow_overlap"
+            )
+
     def figures(self, prompt_ids: Iterable[str]) -> dict[str, Any]:
         """What ``results.json`` says of it. ``overlap`` is ``unknown`` where nobody knows of an edit's prompts."""
         overlap = self.prompts_of_plan(prompt_ids)
@@ -82,6 +100,8 @@ class EvaluationRun:
         self.evaluated, self.measurements = evaluated, tuple(measurements)
         self.results: dict[str, Any] | None = None
         """On rank 0, once it is finished."""
+        self.evaluation: Evaluation | None = None
+        """Likewise: results and rows, not yet sealed."""
         self.written_to: Path | None = None
 
     @torch.no_grad()
@@ -129,16 +149,9 @@ class EvaluationRun:
             self.results = NOT_MEASURED | self.evaluated.figures(row.id for row in completions) | {"data": data}
             for outcome in outcomes:
                 self.results |= outcome.results
+            self.evaluation = Evaluation(Path(output or "evaluation"), self.results, completions, windows, measurements)
             if output is not None:
-                self.written_to = write_evaluation(
-                    output,
-                    self.results,
-                    completions=completions,
-                    windows=windows,
-                    measurements=measurements,
-                    config=config,
-                    overwrite=overwrite,
-                )
+                self.written_to = self.evaluation.sealed(config).save(output, overwrite, config=config)
                 for one in self.measurements:
                     one.remove_kept()
         return completions

@@ -25,7 +25,16 @@ from sparc3_pl.model.identity import fingerprint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["ClassifierJudge", "DetoxifyJudge", "Judge", "SequenceJudge", "check_names", "describe_judge", "judged"]
+__all__ = [
+    "ClassifierJudge",
+    "DetoxifyJudge",
+    "Judge",
+    "SequenceJudge",
+    "check_names",
+    "chosen_judges",
+    "describe_judge",
+    "judged",
+]
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +250,26 @@ class DetoxifyJudge(SequenceJudge):
 
     def _by_label(self, logits: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.labels, logits.sigmoid().unbind(1), strict=True))
+
+
+def chosen_judges(
+    judge: Judge | None, judges: Mapping[str, Judge] | None, pretrained: str
+) -> tuple[Judge, dict[str, Judge]]:
+    """The judge whose figures are the evaluation's, and by name those beside it.
+
+    Where no judge is given, it is the first of ``judges``; of none, Detoxify ``original``, or the demo's own judge for
+    the demo model.
+
+    Raises:
+        InputError: as ``check_names``.
+    """
+    further = dict(judges or {})
+    check_names(further)
+    if judge is None and further:
+        judge = further.pop(next(iter(further)))
+    elif judge is None:
+        judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
+    return judge, further
 
 
 class ClassifierJudge(SequenceJudge):

@@ -13,9 +13,9 @@ from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
-from sparc3_pl.evaluation.evaluation_run import MOST_KNOWN_TEXT, EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.generation import Generator, Sampling
-from sparc3_pl.evaluation.judges import DetoxifyJudge, Judge, SequenceJudge, check_names
+from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, UnitBatch, WindowBatch
 
-__all__ = ["EvaluationModule", "pruning_of"]
+__all__ = ["EvaluationModule", "check_sizes", "pruning_of"]
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class EvaluationModule(pl.LightningModule):
         overwrite: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(max_length, stride, windows, generation_batch_size)
+        check_sizes(max_length, stride, windows, generation_batch_size)
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
@@ -125,14 +125,8 @@ class EvaluationModule(pl.LightningModule):
         self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
-        self.further_judges: dict[str, Judge] = dict(judges or {})
-        """By name those beside ``judge``."""
+        judge, self.further_judges = chosen_judges(judge, judges, pretrained)
         self.judge_prefixes = judge_prefixes
-        check_names(self.further_judges)
-        if judge is None and self.further_judges:
-            judge = self.further_judges.pop(next(iter(self.further_judges)))
-        elif judge is None:
-            judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
         self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
         self.model: transformers.PreTrainedModel | None = None
         self.run: EvaluationRun | None = None
@@ -235,18 +229,8 @@ class EvaluationModule(pl.LightningModule):
             check_output(self.output, self.overwrite, KIND)
         self._log = RunLog(self.trainer)
         evaluated, prompts = self._identify(), self.data.prompt_ids  # of all ranks, on every rank
-        overlap = evaluated.prompts_of_plan(prompts)
-        if overlap and not self.allow_overlap:
-            raise InputError(
-                f"{len(overlap)} of {len(set(prompts))} prompts were used to make the plan (first id: {min(overlap)}), "
-                "so the result would not be held out; choose other prompts (data.partition: evaluation) or give "
-                "--allow_overlap"
-            )
-        if evaluated.known_text > MOST_KNOWN_TEXT and not self.allow_overlap:
-            raise InputError(
-                f"{evaluated.known_text:.0%} of data.text_source is text by which the plan's budget was held "
-                "(budget_text), so the perplexity would not be held out; give other text or --allow_overlap"
-            )
+        if not self.allow_overlap:
+            evaluated.require_held_out(prompts)
         runs: list[MeasurementRun] = []  # the same on every rank, also on one without prompts or windows
         if self._window is not None:
             runs.append(PerplexityRun(self.model, self._window, self.device))
@@ -331,7 +315,12 @@ def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
     return callbacks[0] if callbacks else None
 
 
-def _check_sizes(max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int) -> None:
+def check_sizes(max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int) -> None:
+    """Refuses windows and batches that no model can be measured with.
+
+    Raises:
+        InputError: for the first setting that is wrong.
+    """
     if max_length is not None and max_length < 2:
         raise InputError(f"model.max_length={max_length}; give at least 2 tokens (the first of a window is not scored)")
     if stride is not None and stride < 1:

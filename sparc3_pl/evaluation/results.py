@@ -14,10 +14,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow, from_json
 from sparc3_pl.io.files import (
@@ -32,6 +33,12 @@ from sparc3_pl.io.files import (
 )
 from sparc3_pl.io.formats import Format
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from sparc3_pl.document.blocks import Block
 
 __all__ = [
     "FORMAT_VERSION",
@@ -121,26 +128,16 @@ def write_evaluation(
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    with new_folder(folder, overwrite, KIND) as temporary:
-        write_text(temporary / "completions.jsonl", _lines(row.to_json() for row in completions))
-        write_text(temporary / "windows.jsonl", _lines(row.to_json() for row in windows))
-        if measurements:
-            write_text(temporary / "measurements.jsonl", _lines(measurements))
-        if config is not None:
-            write_text(temporary / "config.yaml", config)
-        files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
-        about = {"versions": versions(), "hardware": hardware(), "command": command_line(), "created": now()}
-        content = FORMAT.seal(redacted({**results, "files": files, **about}))
-        write_text(temporary / MARKER, strict_json(content, indent=2) + "\n")
-    return Path(folder)
+    evaluation = Evaluation(Path(folder), dict(results), list(completions), list(windows), list(measurements))
+    return evaluation.sealed(config).save(folder, overwrite, config=config)
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation folder that has been read and verified.
+class Evaluation(Shown):
+    """An evaluation folder that has been read and verified, or one that is not written yet.
 
     Attributes:
-        path: The folder.
+        path: The folder; of one in memory, what messages call it.
         results: The content of ``results.json``.
         completions: In the order of prompts and numbers.
         windows: In the order of the text.
@@ -164,6 +161,79 @@ class Evaluation:
         """Whether the model was measured as it was loaded: no plan, and its weights are those that were loaded."""
         model = self.results["model"]
         return self.results.get("plan") is None and model.get("evaluated_fingerprint") == model.get("fingerprint")
+
+    def blocks(self) -> list[Block]:
+        """The figures."""
+        from sparc3_pl.document.blocks import Table
+        from sparc3_pl.evaluation.show import table_rows
+
+        return [Table.of(("figure", "value", "of"), table_rows(self.results), title="Evaluation")]
+
+    def to_pandas(self) -> DataFrame:
+        """A row for each completion, its scores by label; where there are none, for each window of the text.
+
+        Raises:
+            InputError: without pandas.
+        """
+        rows = [{k: v for k, v in row.to_json().items() if k != "scores"} | row.scores for row in self.completions]
+        return data_frame(rows or [row.to_json() for row in self.windows])
+
+    def plot(self) -> Figure:
+        """The judge's scores of all completions as a histogram; without prompts, the loss of each window of the text.
+
+        Raises:
+            InputError: if there is neither.
+        """
+        import numpy as np
+
+        from sparc3_pl.document.figures import for_notebook, score_distribution, window_losses
+
+        if scored := [row.scores for row in self.completions if row.failed is None]:
+            label = self.results["toxicity"]["label"]
+            return for_notebook(score_distribution(np.array([scores[label] for scores in scored], np.float32), label))
+        if not self.windows:
+            raise InputError("there are neither completions nor windows of a text to draw; see results")
+        return for_notebook(window_losses([row.nll / row.num_tokens for row in self.windows]))
+
+    def sealed(self, config: str | None = None, command: str | None = None) -> Evaluation:
+        """With all that ``results.json`` says: digests of the files, versions, command, and its own digest.
+
+        Args:
+            config: The resolved configuration as YAML, if it is to be kept beside the results.
+            command: What made the results; None: this process's command line.
+        """
+        texts = sorted(self._texts(config).items())
+        files = {name: hashlib.sha256(_encoded(text)).hexdigest() for name, text in texts}
+        about = {"versions": versions(), "hardware": hardware(), "command": command or command_line(), "created": now()}
+        return replace(self, results=FORMAT.seal(redacted({**self.results, "files": files, **about})))
+
+    def save(self, folder: str | Path, overwrite: bool = False, *, config: str | None = None) -> Path:
+        """Writes the folder, whole or not at all, of sealed results.
+
+        Args:
+            folder: Where.
+            overwrite: Replace an earlier evaluation there.
+            config: The configuration that ``sealed`` was given; of a folder that was read, its own.
+
+        Raises:
+            InputError: if the place is taken or cannot be written.
+        """
+        if config is None and "config.yaml" in self.results["files"]:
+            config = (self.path / "config.yaml").read_text(encoding="utf-8")
+        with new_folder(folder, overwrite, KIND) as temporary:
+            for name, text in self._texts(config).items():
+                write_text(temporary / name, text)
+            write_text(temporary / MARKER, strict_json(self.results, indent=2) + "\n")
+        return Path(folder)
+
+    def _texts(self, config: str | None) -> dict[str, str]:
+        """By name, the files beside ``results.json``."""
+        texts = {
+            "completions.jsonl": _lines(row.to_json() for row in self.completions),
+            "windows.jsonl": _lines(row.to_json() for row in self.windows),
+        }
+        texts |= {"measurements.jsonl": _lines(self.measurements)} if self.measurements else {}
+        return texts | ({} if config is None else {"config.yaml": config})
 
     @classmethod
     def open(cls, path: str | Path) -> Evaluation:
@@ -192,6 +262,11 @@ def _check_file(path: Path, digest: str) -> None:
         raise InputError(f"{path}: is missing; the folder is not complete, evaluate again with `eval`")
     if sha256_of_file(path) != digest:
         raise InputError(f"{path}: does not fit its sha256; it was changed or cut, evaluate again with `eval`")
+
+
+def _encoded(text: str) -> bytes:
+    """As ``write_text`` writes it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _lines(rows: Iterable[Row]) -> str:

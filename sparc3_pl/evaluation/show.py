@@ -15,7 +15,7 @@ from sparc3_pl.evaluation.rows import CompletionRow
 if TYPE_CHECKING:
     from sparc3_pl.runtime.run_log import RunLog
 
-__all__ = ["print_results", "scalars", "write_to_loggers"]
+__all__ = ["print_results", "scalars", "table_rows", "write_to_loggers"]
 
 MAX_TEXTS = 100
 """Completions that loggers are shown."""
@@ -92,11 +92,12 @@ def print_results(results: dict[str, Any], folder: Path | None) -> None:
     from sparc3_pl.document.blocks import Table
     from sparc3_pl.document.terminal import print_result
 
-    table = Table.of(("figure", "value", "of"), _table_rows(results), title="Evaluation")
+    table = Table.of(("figure", "value", "of"), table_rows(results), title="Evaluation")
     print_result(table, *([] if folder is None else [f"results: {folder}"]))
 
 
-def _table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
+def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
+    """Each figure of ``results.json``, its value, and what it is of."""
     rows: list[tuple[Cell, ...]] = []
     if (p := results["perplexity"]) is not None:
         of = f"{p['num_tokens']} tokens, window {p['max_length']}, stride {p['stride']}"

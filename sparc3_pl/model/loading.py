@@ -39,7 +39,7 @@ from sparc3_pl.model.checks import (
 )
 from sparc3_pl.model.source import ModelSource
 
-__all__ = ["auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary"]
+__all__ = ["auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "ready_vocabulary"]
 
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,22 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
         if has_tokenizer_files(source):
             tokenizer = AutoTokenizer.from_pretrained(**where)
         config = _config(where).get_text_config()
+    return ready_vocabulary(tokenizer, config, source)
+
+
+def ready_vocabulary(
+    tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, source: ModelSource
+) -> Vocabulary:
+    """Makes a tokenizer ready: it gets a pad token, pads on the right, and knows the model's context.
+
+    Args:
+        tokenizer: Of the model, changed in place; None: the model reads token ids only.
+        config: Of the model's text part.
+        source: The model, for messages.
+
+    Raises:
+        InputError: If the tokenizer has no vocabulary, or more tokens than the model has embeddings.
+    """
     context = getattr(config, "max_position_embeddings", None)
     if tokenizer is None:
         return Vocabulary(None, config.vocab_size, context)

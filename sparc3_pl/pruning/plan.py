@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
 from sparc3_pl.io import provenance
 from sparc3_pl.io.files import (
@@ -35,6 +36,12 @@ from sparc3_pl.io.formats import Count, Format
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.pruning.edits import EDITS, Edit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from sparc3_pl.document.blocks import Block
 
 __all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]
 
@@ -178,7 +185,7 @@ FORMAT = Format(_Content, "a plan", FORMAT_VERSION, "make the plan again")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunePlan(_About):
+class PrunePlan(_About, Shown):
     """What to edit in which model.
 
     In Python, ``entries`` holds the chosen components by layer; what the file says of them is made from it.
@@ -333,6 +340,66 @@ class PrunePlan(_About):
                 "seed", "settings", "warnings")  # fmt: skip
         digest = FORMAT.seal(self.to_json())["sha256"]
         return {key: getattr(self, key) for key in keys} | {"scored_model": self.fingerprint, "sha256": digest}
+
+    # --- shown -------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> "list[Block]":
+        """How many components of which layers are chosen, how, and what whoever uses the plan should know."""
+        from sparc3_pl.document.blocks import Number, Table, Text
+
+        counts = self.counts()
+        rows = [
+            (layer, Number(count, form="d"), Number(math.prod(self.shapes[layer]), form="d"))
+            for layer, count in counts.items()
+        ]
+        title = f"{sum(counts.values())} {self.unit} of {self.num_candidates} scored"
+        factor = "" if self.alpha is None else f" by {self.alpha}"
+        choice = f"control {self.control} (seed {self.seed})" if self.control else f"contrast {self.contrast}"
+        lines = [
+            f"{choice}, edit {self.edit}{factor}",
+            *self._gains_lines(),
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+        if left_out := self.settings.get("left_out"):
+            names = ", ".join(left_out)
+            lines.append(f"left out: {names}; name all layers to choose from (layers) to have it pruned too")
+        if self.holds_weights and self.edit == "zero" and self.num_candidates:
+            zeros = Number(100 * self.num_weights / self.num_candidates, form=".1f")
+            lines.append(f"a pruned model keeps its size, with {zeros} % zeros among these weights")
+        return [Table.of(("layer", self.unit, "of"), rows, title=title), *map(Text, lines)]
+
+    def _gains_lines(self) -> list[str]:
+        """How far an edit of gains goes, and what that costs."""
+        gains = self.settings.get("gains")
+        if not gains:
+            return []
+        texts = ", ".join(f"{text['rise']:+.2%} on {text['source']}" for text in gains.get("texts", ()))
+        factors = [factor for one in self.entries.values() for factor in one.factor.tolist()]
+        ends = f"{min(factors):.3g} to {max(factors):.3g}"
+        change = gains.get("predicted_change")  # of the whole plan; ``first`` drops it
+        return [
+            f"scale {gains['scale']:.4g}: factors from {ends}, {factors.count(0)} of them 0",
+            *([] if change is None else [f"predicted change of what was attributed: {change:+.4g}"]),
+            *([f"perplexity of held-back text: {texts}"] if texts else []),
+        ]
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each listed component, best first: ``layer``, ``index``, ``score``, and ``factor`` if there is one.
+
+        Raises:
+            InputError: for single weights, which are not listed, or without pandas.
+        """
+        if self.holds_weights:
+            raise InputError("single weights are not listed in a table; see plan.counts() and plan.weights")
+        rows = map(asdict, self.neurons)
+        is_factored = any(entries.factor is not None for entries in self.entries.values())
+        return data_frame({k: v for k, v in row.items() if is_factored or k != "factor"} for row in rows)
+
+    def plot(self) -> "Figure":
+        """How many components of each touched layer are chosen, as bars."""
+        from sparc3_pl.document.figures import chosen_by_layer, for_notebook
+
+        return for_notebook(chosen_by_layer({layer: [count] for layer, count in self.counts().items()}, [self.unit]))
 
     # --- file -------------------------------------------------------------------------------------------------------
 

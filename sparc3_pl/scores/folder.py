@@ -187,6 +187,11 @@ class ScoreFolder:
         (values,) = _read(self.path / GROUPS, name, offset, count, count, digest)
         return values.view(shape)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of ``manifest.json``, which names the digests of the scores: whose scores these are."""
+        return sha256_of_file(self.path / MANIFEST)
+
     def samples(self) -> list[ScoredSample]:
         """The samples of ``samples.jsonl``; none if there is no such file.
 

@@ -1,5 +1,6 @@
 """What a score folder says of itself: ``manifest.json``, and of each sample a line of ``samples.jsonl``."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -237,6 +238,10 @@ class Manifest(About):
                 if layer[name] is None:
                     del layer[name]
         return FORMAT.seal(data | extra)
+
+    def text(self) -> str:
+        """The content of ``manifest.json``."""
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
 
     def check(self, where: str | Path = MANIFEST) -> None:
         """Refuses a manifest that contradicts itself; ``where`` names the file.

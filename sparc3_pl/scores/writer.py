@@ -1,29 +1,16 @@
 """Writes a score folder, whole or not at all."""
 
-import hashlib
-import json
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from sparc3_pl.attribution.scorers import LayerScores
-from sparc3_pl.io import provenance
-from sparc3_pl.io.files import (
-    inside,
-    new_folder,
-    save_tensors,
-    sha256_of_file,
-    strict_json,
-    write_text,
-)
-from sparc3_pl.scores.folder import BLOCK
+from sparc3_pl.io.files import inside, new_folder, save_tensors, write_text
+from sparc3_pl.scores.gathering import Gathering, samples_text, told_of_layer, told_of_samples
 from sparc3_pl.scores.manifest import (
     GROUPS,
     KIND,
@@ -32,7 +19,6 @@ from sparc3_pl.scores.manifest import (
     SCORES,
     SQUARES,
     About,
-    LayerStats,
     Manifest,
     ScoredSample,
 )
@@ -64,12 +50,8 @@ class ScoreWriter:
         self.folder = Path(folder)
         self._overwrite = overwrite
         self._exit = ExitStack()
-        self._layers: dict[str, LayerStats] = {}
+        self._gathering = Gathering()
         self._neurons: dict[str, Tensor] = {}  # small: written together at the end
-        self._squares: dict[str, Tensor] = {}
-        self._groups: dict[str, Tensor] = {}
-        self._group_sizes: list[int] = []
-        self._dims: int | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -109,24 +91,12 @@ class ScoreWriter:
             rows: The scores that belong to a component, if not all do: only they stand in sums, counts and shares.
             component: Name of the layer's kind of component, where the folder has several kinds.
         """
-        assert scores.dim() == (self._dims or scores.dim()) in (1, 2), f"{name}: scores of unlike granularity"
-        assert name not in self._layers, f"{name} was added twice"
-        assert squares is None or squares.shape == scores.shape == (len(scores),), f"{name}: squares are for neurons"
-        self._dims = scores.dim()
-        scores = scores.detach().to("cpu", torch.float32).contiguous()
-        file = SCORES if self._dims == 1 else f"{name}.safetensors"
-        self._layers[name] = replace(_statistics(scores, file, nan, inf, rows), component=component)
-        if self._dims == 1:
+        options = {"nan": nan, "inf": inf, "rows": rows, "component": component}
+        scores = self._gathering.add(name, scores, squares, groups, **options)
+        if scores.dim() == 1:
             self._neurons[name] = scores.clone()
         else:
-            save_tensors(inside(self._path, file), {name: scores})
-        if squares is not None:
-            self._squares[name] = squares.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if groups is not None:
-            means, sizes = groups
-            assert means.shape == (len(sizes), *scores.shape), f"{name}: groups of another shape"
-            self._groups[name] = means.detach().to("cpu", torch.float32, copy=True).contiguous()
-            self._group_sizes = sizes
+            save_tensors(inside(self._path, self._gathering.layers[name].file), {name: scores})
 
     def add_text(self, name: str, text: str) -> None:
         """Adds a text file beside the scores, such as the resolved ``config.yaml``."""
@@ -162,55 +132,19 @@ class ScoreWriter:
             signed: Whether scores keep their sign.
             about: The other fields of ``About``.
         """
-        about_scores = About(granularity=granularity or {2: "weight"}.get(self._dims, "neuron"), signed=signed, **about)
-        assert not self._squares or self._squares.keys() == self._layers.keys(), "squares for some layers only"
-        if self._neurons:
-            save_tensors(self._path / SCORES, self._neurons)
-        if self._squares:
-            save_tensors(self._path / SQUARES, self._squares)
-        if self._groups:
-            save_tensors(self._path / GROUPS, self._groups)
-        write_text(self._path / SAMPLES, "".join(strict_json(sample.to_json()) + "\n" for sample in samples))
-        total = math.fsum(layer.sum for layer in self._layers.values())
-        manifest = Manifest(
-            **provenance.redacted(vars(about_scores)),
-            num_samples=num_samples,
-            num_tokens=num_tokens,
-            layers=self._layers,
-            total_relevance=total if total_relevance is None else total_relevance,
-            versions=versions or provenance.versions(),
-            command=command or provenance.command_line(),
-            created=created or provenance.now(),
-            squares={name: _sha256(squares) for name, squares in self._squares.items()},
-            groups={name: _sha256(means) for name, means in self._groups.items()},
-            group_sizes=self._group_sizes,
-            samples_sha256=sha256_of_file(self._path / SAMPLES),
-            neuron_rows={name: layer.rows for name, layer in self._layers.items() if layer.rows is not None},
-            hardware=provenance.hardware(),
-            shards=provenance.redacted(list(shards)),
-        )
-        manifest.check(self.folder)
-        write_text(self._path / MANIFEST, json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+        samples, gathering = list(samples), self._gathering
+        manifest = gathering.manifest(
+            self.folder, num_samples=num_samples, num_tokens=num_tokens, samples=samples, granularity=granularity,
+            total_relevance=total_relevance, versions=versions, command=command, created=created, shards=shards,
+            signed=signed, **about,
+        )  # fmt: skip
+        for file, tensors in ((SCORES, self._neurons), (SQUARES, gathering.squares), (GROUPS, gathering.groups)):
+            if tensors:
+                save_tensors(self._path / file, tensors)
+        write_text(self._path / SAMPLES, samples_text(samples))
+        write_text(self._path / MANIFEST, manifest.text())
         self._finished = True
         return manifest
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.numpy()).cast("B")).hexdigest()
-
-
-def _statistics(scores: Tensor, file: str, nan: int, inf: int, rows: slice | None) -> LayerStats:
-    """Counts and the float64 sum of a layer, block by block: no second copy of a large one."""
-    sums, negative, zero = [], 0, 0
-    for block in scores.flatten().split(BLOCK):
-        nan += int(block.isnan().sum())
-        inf += int(block.isinf().sum())
-    for block in scores.flatten()[slice(None) if rows is None else rows].split(BLOCK):
-        negative += int((block < 0).sum())
-        zero += int((block == 0).sum())
-        sums.append(float(torch.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0).double().sum()))
-    own = None if rows is None or rows == slice(0, len(scores)) else [rows.start, rows.stop]
-    return LayerStats(list(scores.shape), file, math.fsum(sums), nan, inf, negative, zero, _sha256(scores), own)
 
 
 def write_scores(
@@ -222,6 +156,8 @@ def write_scores(
     *,
     config: str | None = None,
     shards: Sequence[str] = (),
+    command: str | None = None,
+    created: str | None = None,
 ) -> Manifest:
     """Writes the scores of a whole run, in one process or merged, as a score folder.
 
@@ -233,6 +169,8 @@ def write_scores(
         samples: Those in the mean; of a method that needs none, none.
         config: The resolved configuration as YAML.
         shards: Commands of the parts that were merged.
+        command: What made the scores; None: this process's command line.
+        created: When; None: now.
 
     Raises:
         InputError: if the place is taken, cannot be written, or the disk is full.
@@ -240,17 +178,8 @@ def write_scores(
     samples = sorted(samples, key=lambda sample: sample.id)
     with ScoreWriter(folder, overwrite) as writer:
         for layer in layers:
-            name, rows = layer.group.layer, layer.group.own
-            writer.add_layer(
-                name, layer.scores, layer.squares, layer.groups, nan=layer.nan, inf=layer.inf,
-                rows=None if layer.scores.dim() == 2 else rows, component=layer.group.component,
-            )  # fmt: skip
+            writer.add_layer(layer.group.layer, layer.scores, **told_of_layer(layer))
         if config is not None:
             writer.add_text("config.yaml", config)
-        return writer.finish(
-            **vars(about) | {"data": about.data | {"sample_ids": [sample.id for sample in samples]}},
-            num_samples=len(samples),
-            num_tokens=sum(sample.num_tokens for sample in samples),
-            samples=samples,
-            shards=shards,
-        )
+        told = told_of_samples(about, samples)
+        return writer.finish(**told, samples=samples, shards=shards, command=command, created=created)

@@ -32,7 +32,7 @@ from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.partial import PartialSums
 from sparc3_pl.scores.parts import KIND as PART
 from sparc3_pl.scores.parts import parse_part
-from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, require_fields, settings_of
+from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, check_samples, settings_of
 
 if TYPE_CHECKING:
     import transformers  # its classes are not loaded where a parser reads the types of this file
@@ -201,9 +201,7 @@ class ScoringModule(pl.LightningModule):
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
         self.data.read(self.encoder)
-        if self.request.method.object.needs_samples:
-            require_fields(self.request, {*self.data.samples[0].numbers, *self.data.samples[0].by_token})
-            self.request.method.object.check_samples([sample.numbers for sample in self.data.samples])
+        check_samples(self.request, self.data.samples)
         if self.part is not None:
             number, count = self.part
             ids = sorted(sample.id for sample in self.data.samples)

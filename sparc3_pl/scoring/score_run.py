@@ -16,18 +16,20 @@ from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.attribution.targets import TARGETS, Target
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.fields import FIELD_KEYS
+from sparc3_pl.data.samples import Sample
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS, Component, Group
 from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import after_rank_zero, gather_lists, is_rank_zero, sum_over_ranks
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
+from sparc3_pl.scores.memory import ScoresInMemory
 from sparc3_pl.scores.partial import PartialSums
 from sparc3_pl.scores.parts import write_part
 from sparc3_pl.scores.sums import sums_of
 from sparc3_pl.scores.writer import write_scores
 
-__all__ = ["Destination", "ScoreRequest", "ScoreRun", "require_fields", "settings_of"]
+__all__ = ["Destination", "ScoreRequest", "ScoreRun", "check_samples", "require_fields", "settings_of"]
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +148,17 @@ def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
             )
 
 
+def check_samples(request: ScoreRequest, samples: Sequence[Sample]) -> None:
+    """Refuses samples that target or method cannot do with; one that needs none passes any.
+
+    Raises:
+        InputError: as ``require_fields`` and ``Method.check_samples``.
+    """
+    if request.method.object.needs_samples:
+        require_fields(request, {*samples[0].numbers, *samples[0].by_token})
+        request.method.object.check_samples([sample.numbers for sample in samples])
+
+
 def settings_of(about: About, options: Options, layers: Sequence[str], part: tuple[int, int] | None) -> dict[str, Any]:
     """What sums must have in common to be added up."""
     newer = {
@@ -253,6 +266,28 @@ class ScoreRun:
             self._take_part_in_writing()
         after_rank_zero()  # if it fails to write, the others fail too
 
+    def in_memory(self, name: str, command: str) -> ScoresInMemory:
+        """The scores of a run in one process, in place of ``finish`` and a folder.
+
+        Args:
+            name: Stands for the folder's path.
+            command: What made the scores.
+
+        Raises:
+            InputError: if no sample was scored.
+        """
+        assert self.about is not None
+        self.scorer.finish()
+        samples = self._in_the_mean(self.samples)
+        return ScoresInMemory(name, self._layer_scores(len(samples)), self.about, samples, command)
+
+    def _in_the_mean(self, samples: list[ScoredSample]) -> list[ScoredSample]:
+        if not self.scorer.method.needs_samples:
+            return []
+        if not samples:
+            raise InputError("no sample was scored: raise trainer.limit_predict_batches or data.num_samples")
+        return samples
+
     def _add_earlier_sums(self) -> list[ScoredSample]:
         """Adds the sums of earlier runs, one tensor at a time; gives their samples."""
         base = None if self._partial is None else self._partial.base()
@@ -265,7 +300,7 @@ class ScoreRun:
 
     def _write(self, samples: list[ScoredSample]) -> None:
         assert len({sample.id for sample in samples}) == len(samples), "a sample was counted twice"
-        where, needs_samples = self.destination, self.scorer.method.needs_samples
+        where = self.destination
         if where is None:
             log.info("fast_dev_run: no scores are written (give --output to write them)")
             return
@@ -282,10 +317,8 @@ class ScoreRun:
                 samples=sorted(samples, key=lambda sample: sample.id),
                 config=where.config,
             )
-        elif needs_samples and not samples:
-            raise InputError("no sample was scored: raise trainer.limit_predict_batches or data.num_samples")
         else:
-            scored_samples = samples if needs_samples else []
+            scored_samples = self._in_the_mean(samples)
             layers = self._layer_scores(len(scored_samples))
             self.manifest = write_scores(
                 where.folder, where.overwrite, layers, self.about, scored_samples, config=where.config

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import sha256_of_file
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.pruning.edits import EDITS, Edit
 from sparc3_pl.pruning.gains import Gains
@@ -407,7 +406,7 @@ def _provenance(folders: Sequence[ScoreFolder]) -> list[dict[str, Any]]:
     return [
         {
             "name": folder.path.resolve().name,
-            "sha256": sha256_of_file(folder.path / "manifest.json"),
+            "sha256": folder.digest,
             "method": folder.manifest.method,
             "signed": folder.manifest.signed,
             "num_samples": folder.manifest.num_samples,

@@ -333,41 +333,10 @@ def _save_model(
     return (save_shrunk if shrink else save_pruned)(model, tokenizer, plan, folder, overwrite)
 
 
-def _gains_lines(plan: PrunePlan) -> list[str]:
-    """How far the edit goes, and what that costs."""
-    gains = plan.settings.get("gains")
-    if not gains:
-        return []
-    texts = ", ".join(f"{text['rise']:+.2%} on {text['source']}" for text in gains.get("texts", ()))
-    factors = [factor for one in plan.entries.values() for factor in one.factor.tolist()]
-    ends, change = f"{min(factors):.3g} to {max(factors):.3g}", gains["predicted_change"]
-    return [
-        f"scale {gains['scale']:.4g}: factors from {ends}, {factors.count(0)} of them 0",
-        *([] if change is None else [f"predicted change of what was attributed: {change:+.4g}"]),
-        *([f"perplexity of held-back text: {texts}"] if texts else []),
-    ]
-
-
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
     """The result, on stdout."""
-    from sparc3_pl.document.blocks import Number, Table
     from sparc3_pl.document.terminal import print_result
 
-    counts, unit = plan.counts(), plan.unit
-    sizes = {layer: math.prod(plan.shapes[layer]) for layer in counts}
-    rows = [(layer, Number(count, form="d"), Number(sizes[layer], form="d")) for layer, count in counts.items()]
-    title = f"{sum(counts.values())} {unit} of {plan.num_candidates} scored"
-    factor = "" if plan.alpha is None else f" by {plan.alpha}"
-    choice = f"control {plan.control} (seed {plan.seed})" if plan.control else f"contrast {plan.contrast}"
-    lines = [
-        f"{choice}, edit {plan.edit}{factor}",
-        *_gains_lines(plan),
-        *(f"warning: {warning}" for warning in plan.warnings),
-    ]
-    if left_out := plan.settings.get("left_out"):
-        lines.append(f"left out: {', '.join(left_out)}; name all layers to choose from (layers) to have it pruned too")
-    if plan.holds_weights and plan.edit == "zero" and plan.num_candidates:
-        zeros = Number(100 * plan.num_weights / plan.num_candidates, form=".1f")
-        lines.append(f"a pruned model keeps its size, with {zeros} % zeros among these weights")
-    lines += [f"plan: {path}", *([] if saved is None else [f"model: {saved}"])]
-    print_result(Table.of(("layer", unit, "of"), rows, title=title), *lines)
+    table, *lines = plan.blocks()
+    model = [] if saved is None else [f"model: {saved}"]
+    print_result(table, *(line.text for line in lines), f"plan: {path}", *model)

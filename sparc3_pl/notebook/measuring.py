@@ -1,0 +1,160 @@
+"""``evaluate`` and ``compare``: what the commands ``eval`` and ``compare`` do, on a model that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from sparc3_pl.data.evaluation_data import EvaluationData, Units, Windows, window_size
+from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
+from sparc3_pl.evaluation.completion_run import CompletionRun
+from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.generation import Generator, Sampling
+from sparc3_pl.evaluation.judges import Judge, chosen_judges
+from sparc3_pl.evaluation.measurement import chosen_measurements
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
+from sparc3_pl.evaluation.module import check_sizes
+from sparc3_pl.evaluation.perplexity_run import PerplexityRun
+from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.model.identity import describe, fingerprint
+from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, edits_in_force, encoder_of
+from sparc3_pl.statistics.paired import NUM_RESAMPLES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparc3_pl.evaluation.measurement import Measurement
+    from sparc3_pl.registry import Spec
+
+__all__ = ["compare", "evaluate"]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    judge: Judge | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    measurements: Sequence[Spec | Measurement] = (),
+    max_length: int | None = None,
+    stride: int | None = None,
+    windows: Windows = "sliding",
+    max_new_tokens: int = 50,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    generation_batch_size: int = 64,
+    window_batch_size: int = 1,
+    allow_overlap: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures a model as ``sparc3 eval`` does: perplexity of a text, judged completions of prompts, or both.
+
+    Inside an ``edited`` block the results name the plan, and prompts that the plan was made from are refused.
+
+    Args:
+        model: A causal language model of transformers, in eval mode, on any device. It is left as it was.
+        tokenizer: The model's. It is not changed, and needs no pad token.
+        text: For perplexity: one text, read verbatim, or documents, joined by an empty line.
+        prompts: To be completed.
+        judge: Scores completions in [0, 1]; None: Detoxify ``original``, or for the demo model the demo's own judge.
+        judges: Further judges of the same completions, by name.
+        measurements: Measurements of your own, or ``{"class_path": "pairs", "init_args": {...}}``.
+        max_length: Perplexity window in tokens; None: the model's context, at most 2048.
+        stride: Tokens from one window to the next; None: ``max_length``.
+        windows: ``sliding``, or ``published``: as SparseGPT and Wanda measure.
+        max_new_tokens: Length at which a completion is cut.
+        temperature: Sampling temperature; 0: greedy.
+        top_p: Nucleus sampling; 1: all tokens.
+        samples_per_prompt: Completions a prompt.
+        seed: Fixes, with the prompt and the number of the completion, every random choice.
+        batch_size: Prompts of one batch.
+        generation_batch_size: Completions made at once; changes no completion, only speed and memory.
+        window_batch_size: Windows of one batch.
+        allow_overlap: Evaluate also on prompts from which the plan was made; the results say so.
+        progress: Show a bar on stderr.
+
+    Raises:
+        InputError: if the model is quantised or in training mode, there is nothing to measure, prompts are not held
+            out, or an argument is wrong.
+    """
+    command = as_call(evaluate, locals())
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; give a list, such as [prompt]")
+    if text is None and prompts is None and not measurements:
+        raise InputError("there is nothing to evaluate; give text, prompts or measurements")
+    check_sizes(max_length, stride, windows, generation_batch_size)
+    sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
+    choices = chosen_measurements(measurements)
+    with borrowed(model) as source:
+        encoder = encoder_of(model, tokenizer, source)
+        options = {"seed": seed, "batch_size": batch_size, "window_batch_size": window_batch_size}
+        data = EvaluationData.of_lists(text, prompts, IN_MEMORY, **options)
+        data.read(encoder)
+        own = [choice.object for choice in choices]
+        units = [Units(one.name, list(one.units(encoder)), one.batch_size) for one in own]
+        window = None if text is None else window_size(encoder.context, max_length, stride, windows)
+        data.plan_batches(window, units)
+        plan = edits_in_force.get(model)
+        evaluated = EvaluatedModel(
+            describe(model, source, None if plan is None else plan.fingerprint),
+            fingerprint(model),
+            plan,
+            frozenset(() if plan is None else data.known_prompts(plan.behaviour_samples)),
+            0.0 if plan is None else data.known_text(set(plan.budget_samples)),
+        )
+        if not allow_overlap:
+            evaluated.require_held_out(data.prompt_ids)
+        runs: list[MeasurementRun] = [] if window is None else [PerplexityRun(model, window)]
+        if data.prompts:
+            generator = Generator(model, encoder.tokenizer, sampling, generation_batch_size)
+            main, further = chosen_judges(judge, judges, source.pretrained)
+            runs.append(CompletionRun(generator, main, input_device(model), further=further))
+        if choices:
+            runs.append(UnitRun(model, encoder, choices))
+        run = EvaluationRun(evaluated, runs)
+        with tqdm(data.test_dataloader(), desc="evaluating", unit=" batches", disable=not progress) as batches:
+            for batch in batches:
+                run.add(batch)
+                batches.set_postfix({name: f"{value:.4g}" for name, value in run.status().items()})
+        run.finish(data.describe())
+    assert run.evaluation is not None
+    return replace(run.evaluation, path=Path(IN_MEMORY)).sealed(command=command)
+
+
+def compare(
+    before: Evaluation | str | Path,
+    after: Evaluation | str | Path,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Comparison:
+    """Compares two evaluations of the same prompts and text, before and after an edit, as ``sparc3 compare`` does.
+
+    Args:
+        before: Of the model as it was; an evaluation, or the path of an evaluation folder.
+        after: Of the edited model.
+        seed: Seed of the resampling.
+        num_resamples: Resamples of every interval and test.
+
+    Raises:
+        InputError: if the two differ in prompts, text, settings or judge, or a folder is damaged.
+    """
+    sides = (_named(before, "before"), _named(after, "after"))
+    return compare_evaluations(*sides, seed=seed, num_resamples=num_resamples)
+
+
+def _named(side: Evaluation | str | Path, name: str) -> Evaluation:
+    """The evaluation; one in memory is called by its side."""
+    if not isinstance(side, Evaluation):
+        return Evaluation.open(side)
+    return replace(side, path=Path(name)) if side.path == Path(IN_MEMORY) else side

@@ -1,0 +1,120 @@
+"""A model that somebody else has loaded: checked, borrowed for a while, and given back as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparc3_pl import demo
+from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.provenance import redacted
+from sparc3_pl.model.checks import check_causal, check_finite, check_vocabulary
+from sparc3_pl.model.loading import ready_vocabulary
+from sparc3_pl.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparc3_pl.pruning.plan import PrunePlan
+
+__all__ = ["IN_MEMORY", "as_call", "borrowed", "edits_in_force", "encoder_of", "require_plain"]
+
+IN_MEMORY = "in memory"
+"""What messages, manifests and results call texts, prompts and scores that no file holds."""
+
+edits_in_force: weakref.WeakKeyDictionary[nn.Module, PrunePlan] = weakref.WeakKeyDictionary()
+"""The models that are inside an ``edited`` block, and their plans."""
+
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def _source_of(model: PreTrainedModel) -> ModelSource:
+    """Where a loaded model came from, as it says itself; the embedded demo is known by its folder."""
+    name = model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"
+    return ModelSource("demo" if Path(name).resolve() == demo.MODEL.resolve() else name)
+
+
+def encoder_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: ModelSource) -> Encoder:
+    """What turns texts into token ids, by a copy of the tokenizer: a missing pad token is added to the copy.
+
+    Raises:
+        InputError: if the tokenizer is not the model's.
+    """
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}; give the one of AutoTokenizer.from_pretrained")
+    check_vocabulary(model, tokenizer)
+    vocabulary = ready_vocabulary(copy.deepcopy(tokenizer), model.config.get_text_config(), source)
+    return Encoder(vocabulary.tokenizer, vocabulary.size, vocabulary.context)
+
+
+@contextmanager
+def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
+    """Inside the block no parameter asks for gradients; afterwards each does as it did, an exception included.
+
+    Yields:
+        Where the model came from.
+
+    Raises:
+        InputError: if ``model`` is no language model of transformers, keeps its weights packed, is in training mode,
+            looks ahead, or holds a value that is not finite.
+    """
+    require_plain(model)
+    if (name := next((name for name, module in model.named_modules() if module.training), None)) is not None:
+        what = f"its module {name} is" if name else "it is"
+        raise InputError(f"the model cannot be used as it is: {what} in training mode; call model.eval() first")
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode() is on, which forbids gradients; leave that block first")
+    source = _source_of(model)
+    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        check_finite(model, source)
+        check_causal(model, source)
+        yield source
+    finally:
+        for parameter, asked in asks.items():
+            parameter.requires_grad_(asked)
+
+
+def require_plain(model: Any) -> None:
+    """Refuses what is no loaded causal language model whose weights can be read and written one by one.
+
+    Raises:
+        InputError: naming what it is.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise InputError(
+            f"model is a {type(model).__name__}, not a loaded language model; give the one of "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(getattr(method, "quant_method", None), "value", None)
+    odd = next((n for n, p in model.named_parameters() if p.dtype not in _PLAIN), None)
+    if odd is not None or (getattr(model, "hf_quantizer", None) is not None and method != "gguf"):
+        reason = "" if odd is None else f": {odd} is {str(model.get_parameter(odd).dtype).removeprefix('torch.')}"
+        raise InputError(
+            f"the model is quantised ({method or 'weights are packed'}{reason}), so that no single weight can be read "
+            "or removed; load the unquantised checkpoint"
+        )
+
+
+def as_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """A call as a manifest records it: the arguments that are plain values and not the default, without secrets."""
+    given = {
+        name: arguments[name]
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and arguments[name] != parameter.default
+    }
+    plain = (f"{n}={v!r}" for n, v in given.items() if isinstance(v, str | int | float | dict) and n != "progress")
+    return redacted(f"sparc3_pl.{function.__name__}({', '.join(plain)})")
