@@ -7,7 +7,7 @@ are first asked for; for type checkers they stand in ``__init__.pyi``.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "Comparison": "evaluation.compare",

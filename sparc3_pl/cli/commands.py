@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparc3_pl.io.provenance import redacted
+from sparc3_pl.io.shipped import with_shipped_configs
 
 __all__ = ["COMMANDS", "PASSES", "Command", "execute"]
 
@@ -94,7 +95,7 @@ def execute(args: Sequence[str] | None = None) -> None:
         InputError: if what the user gave is wrong.
         SystemExit: if the words cannot be parsed, or ask for ``--help``.
     """
-    words = sys.argv[1:] if args is None else list(args)
+    words = with_shipped_configs(sys.argv[1:] if args is None else args)
     name = words[0] if words else None
     if name in ("-h", "--help"):
         print(overview())
