@@ -503,6 +503,13 @@ class EvaluationData(LightningDataModule):
             return published_windows(len(self.token_ids), self._window.max_length)
         return sliding_windows(len(self.token_ids), self._window.max_length, self._window.stride)
 
+    def shares(self) -> dict[str, int]:
+        """How many units of each kind are this rank's: ``windows``, ``prompts``, ``units of NAME``."""
+        rank, world_size = rank_of(self)
+        totals = {"windows": len(self.windows()), "prompts": len(self.prompts)}
+        totals |= {f"units of {one.measurement}": len(one.items) for one in self._units}
+        return {name: len(range(rank, total, world_size)) for name, total in totals.items()}
+
     def test_dataloader(self) -> DataLoader:
         """The share of this rank: batches of windows, of prompts, of other units; nothing is on two ranks."""
         rank, world_size = rank_of(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.processes import kept
+from sparc3_pl.runtime.progress import Done, RunningMean
 
 __all__ = ["CompletionRun"]
 
@@ -62,6 +64,7 @@ class CompletionRun(MeasurementRun):
         """One for each completion of this rank."""
         self._store: CompletionStore | None = None
         self._earlier: dict[str, list[CompletionRow]] = {}
+        self._means, self._num_prompts, self._num_tokens = RunningMean(), 0, 0
         self._count([])  # so that a rank without prompts takes part like the others
 
     def keep(self, output: str, about: Mapping[str, Any], rank: int) -> None:
@@ -94,6 +97,7 @@ class CompletionRun(MeasurementRun):
         rows = [row for i in finished for row in finished[i]]
         if todo:
             fresh = self._judged(self.generator(*zip(*todo, strict=True)))
+            self._num_tokens += sum(row.num_tokens or 0 for row in fresh)
             if self._store is not None:
                 self._store.add(fresh)
                 kept(self._store.folder)
@@ -138,6 +142,17 @@ class CompletionRun(MeasurementRun):
             _update(metric, rows, [row.judges.get(name, {}) for row in rows])
         self.repetition.update([row.tokens for row in rows if row.failed is None])
         self.rows += rows
+        label, by_prompt = main_label(self.toxicity.labels), {}
+        for row in rows:
+            by_prompt.setdefault(row.id, []).extend([row.scores[label]] if row.failed is None else [])
+        self._num_prompts += len(by_prompt)
+        for scores in filter(None, by_prompt.values()):  # completions of one prompt are not independent
+            self._means.add(sum(scores) / len(scores))
+
+    def done(self) -> Done:
+        """The mean of the headline label over prompts, and its standard error."""
+        label, mean = main_label(self.toxicity.labels), self._means.mean if self._means.count else math.nan
+        return Done("prompts", self._num_prompts, self._num_tokens, label, mean, self._means.standard_error)
 
     def status(self) -> dict[str, float]:
         """Figures of this rank so far; nothing before the first completion."""

@@ -15,6 +15,7 @@ from sparc3_pl.evaluation.measurement_run import MeasurementRun
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.runtime.collectives import is_rank_zero
+from sparc3_pl.runtime.progress import Done
 
 if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
@@ -105,13 +106,18 @@ class EvaluationRun:
         self.written_to: Path | None = None
 
     @torch.no_grad()
-    def add(self, batch: WindowBatch | PromptBatch | UnitBatch) -> None:
+    def add(self, batch: WindowBatch | PromptBatch | UnitBatch) -> Done:
         """Gives one batch to the measurement that it is for.
+
+        Returns:
+            What that measurement has done so far on this rank.
 
         Raises:
             InputError: if a judge or a measurement does not keep to its contract.
         """
-        next(one for one in self.measurements if isinstance(batch, one.takes)).add(batch)
+        measurement = next(one for one in self.measurements if isinstance(batch, one.takes))
+        measurement.add(batch)
+        return measurement.done()
 
     def status(self) -> dict[str, float]:
         """Figures of this rank so far; what has not begun is left out."""

@@ -14,6 +14,7 @@ from sparc3_pl.evaluation.measurement import Measured, Measurement, Row, checked
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.registry import Choice
 from sparc3_pl.runtime.collectives import gather_lists
+from sparc3_pl.runtime.progress import Done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,10 @@ class MeasurementRun(ABC):
             data: What was read, as ``EvaluationData.describe()`` says it.
         """
 
+    @abstractmethod
+    def done(self) -> Done:
+        """What this rank has done, after a batch."""
+
     def status(self) -> dict[str, float]:
         """Figures of this rank so far; nothing before it has begun."""
         return {}
@@ -90,6 +95,7 @@ class UnitRun(MeasurementRun):
         self.measurements = {choice.object.name: choice for choice in measurements}
         self.rows: dict[str, list[Row]] = {name: [] for name in self.measurements}
         """By measurement one for each unit of this rank."""
+        self._current = ""
 
     def add(self, batch: UnitBatch) -> None:
         """Measures one batch of units.
@@ -104,6 +110,10 @@ class UnitRun(MeasurementRun):
         of_batch.figures()  # what cannot be made of rows is said now, not hours later
         of_batch.settings()
         self.rows[batch.measurement] += rows
+        self._current = batch.measurement
+
+    def done(self) -> Done:
+        return Done(f"units of {self._current}", len(self.rows[self._current]))
 
     def finish(self, data: dict[str, Any]) -> Outcome:
         """Figures, settings and rows of all measurements."""

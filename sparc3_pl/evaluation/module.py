@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,7 +31,7 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero
-from sparc3_pl.runtime.progress import show_beside_bar
+from sparc3_pl.runtime.progress import Watch, show_progress
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
 from sparc3_pl.runtime.run_log import RunLog, run_folder
 from sparc3_pl.runtime.trainer import check_precision
@@ -239,6 +240,7 @@ class EvaluationModule(pl.LightningModule):
         if self.measurements:
             runs.append(UnitRun(self.model, self.encoder, self.measurements))
         self.run = EvaluationRun(evaluated, runs)
+        self._watch = Watch(self.data.shares())
 
     def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
         assert self.model is not None
@@ -277,10 +279,12 @@ class EvaluationModule(pl.LightningModule):
     def test_step(self, batch: WindowBatch | PromptBatch | UnitBatch, batch_idx: int) -> None:
         """Takes in one batch of windows, of prompts or of other units."""
         assert self.run is not None
-        self.run.add(batch)
-        status = self.run.status()
-        show_beside_bar(self.trainer, status)
-        self._log.scalars({f"eval/running_{name}": value for name, value in status.items()}, batch_idx)
+        start = time.perf_counter()
+        done = self.run.add(batch)
+        self._watch.took(done.unit, time.perf_counter() - start)
+        show_progress(self.trainer, "eval", self._watch, done)
+        running = {f"eval/running_{name}": value for name, value in self.run.status().items()}
+        self._log.scalars(running, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Gathers the ranks; rank 0 writes the results and logs them.

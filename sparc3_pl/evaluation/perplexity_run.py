@@ -14,6 +14,7 @@ from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
 from sparc3_pl.model.likelihood import WindowScorer
 from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
+from sparc3_pl.runtime.progress import Done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ class PerplexityRun(MeasurementRun):
         self.window = window
         self.rows: list[WindowRow] = []
         """One for each window of this rank."""
+        self._products = [0.0, 0.0, 0.0]
         self._device, self._scorer = input_device(model), WindowScorer(model)
         self.perplexity = Perplexity().to(device or self._device)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.perplexity.device)
@@ -48,7 +50,21 @@ class PerplexityRun(MeasurementRun):
         tensors = (t.to(self._device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
         nll, num_tokens = self._scorer(*tensors)
         self.perplexity.update(nll=nll, num_tokens=num_tokens)
-        self.rows += map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist())
+        rows = list(map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist()))
+        self.rows += rows
+        for row in rows:
+            products = (row.nll * row.nll, row.nll * row.num_tokens, row.num_tokens * row.num_tokens)
+            self._products = [old + new for old, new in zip(self._products, products, strict=True)]
+
+    def done(self) -> Done:
+        """The perplexity so far, and its standard error as that of a ratio of sums over independent windows."""
+        n, tokens, mean = len(self.rows), int(self.perplexity.num_tokens), self.status().get("perplexity", math.nan)
+        if n < 2 or not 0 < mean < math.inf:
+            return Done("windows", n, tokens, "perplexity", mean)
+        rate, (loss2, loss_count, count2) = math.log(mean), self._products
+        squares = max(0.0, loss2 - 2 * rate * loss_count + rate * rate * count2)  # of loss - rate * count
+        error = mean * math.sqrt(squares * n / (n - 1)) / tokens
+        return Done("windows", n, tokens, "perplexity", mean, error)
 
     def status(self) -> dict[str, float]:
         """The perplexity of this rank's windows so far."""

@@ -221,8 +221,8 @@ class _Experiment:
         """Does them in their order; refuses other settings than before first of all."""
         for stage in stages:
             self.stages.check_settings(stage)
-        for stage in stages:
-            self.stages.do(stage)
+        for number, stage in enumerate(stages, start=1):
+            self.stages.do(stage, f"stage {number} of {len(stages)}: ")
 
     def completion_stage(self, completions: Settings) -> Stage:
         """Completions of the model as it is, judged."""

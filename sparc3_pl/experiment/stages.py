@@ -89,14 +89,19 @@ class Stages:
                 "delete it"
             )
 
-    def do(self, stage: Stage) -> None:
-        """Makes the stage's result, unless it is there and made from what the stage reads now."""
+    def do(self, stage: Stage, place: str = "") -> None:
+        """Makes the stage's result, unless it is there and made from what the stage reads now.
+
+        Args:
+            stage: The stage.
+            place: Which of how many it is, for the log.
+        """
         inputs = stage.inputs()
         reason = self._reason(stage, inputs)
         if reason is None:
             kept(stage.output)  # from here on a stop can say that the same command resumes
             return
-        log.info("%s%s", stage.name, f" again: {reason}" if stage.output.exists() else "")
+        log.info("%s%s%s", place, stage.name, f" again: {reason}" if stage.output.exists() else "")
         self.record_file(stage.name).unlink(missing_ok=True)
         self.settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings)))

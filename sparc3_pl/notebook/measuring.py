@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, edits_in_force, encoder_of
+from sparc3_pl.runtime.progress import Watch
 from sparc3_pl.statistics.paired import NUM_RESAMPLES
 
 if TYPE_CHECKING:
@@ -122,10 +124,13 @@ def evaluate(
         if choices:
             runs.append(UnitRun(model, encoder, choices))
         run = EvaluationRun(evaluated, runs)
+        watch = Watch(data.shares())
         with tqdm(data.test_dataloader(), desc="evaluating", unit=" batches", disable=not progress) as batches:
             for batch in batches:
-                run.add(batch)
-                batches.set_postfix({name: f"{value:.4g}" for name, value in run.status().items()})
+                start = time.monotonic()
+                done = run.add(batch)
+                watch.took(done.unit, time.monotonic() - start)
+                batches.set_postfix_str(watch.text(done))
         run.finish(data.describe())
     assert run.evaluation is not None
     return replace(run.evaluation, path=Path(IN_MEMORY)).sealed(command=command)

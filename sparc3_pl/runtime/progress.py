@@ -1,17 +1,26 @@
-"""Progress of long passes on the terminal."""
+"""Progress of long passes: beside the bar on a terminal, else in a line a minute."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-__all__ = ["ProgressBar", "RunningMean", "show_beside_bar"]
+__all__ = ["Done", "ProgressBar", "RunningMean", "Watch", "show_progress"]
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 60.0
+"""Seconds between two lines where there is no terminal."""
 
 
 class RunningMean:
@@ -33,8 +42,79 @@ class RunningMean:
         return math.sqrt(self._squares / (self.count - 1) / self.count) if self.count > 1 else math.nan
 
 
+@dataclass(frozen=True)
+class Done:
+    """What one process has done of a pass, of one kind of unit.
+
+    Attributes:
+        unit: What is counted, in the plural: ``prompts``.
+        count: How many are done.
+        tokens: Tokens that were read or made for them.
+        figure: What is measured of them; empty where nothing is known before the end.
+        mean: Its mean so far.
+        error: The standard error of ``mean``; NaN where it is not known.
+    """
+
+    unit: str
+    count: int
+    tokens: int = 0
+    figure: str = ""
+    mean: float = math.nan
+    error: float = math.nan
+
+
+class Watch:
+    """Turns what is done, and how long it took, into what is shown.
+
+    Args:
+        totals: How many units there are for this process, by their word.
+        clock: Tells the time in seconds.
+    """
+
+    def __init__(self, totals: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._totals, self._clock = totals, clock
+        self._seconds: Counter[str] = Counter()
+        self._told = clock()
+
+    def took(self, unit: str, seconds: float) -> None:
+        """Work on units of this kind has taken so long."""
+        self._seconds[unit] += seconds
+
+    def text(self, done: Done) -> str:
+        """``12 of 240 prompts, 68 tokens/s, 12 min left, toxicity 0.31 ± 0.02``."""
+        total, seconds = self._totals.get(done.unit, 0), self._seconds[done.unit]
+        parts = [f"{done.count} of {total} {done.unit}" if total else f"{done.count} {done.unit}"]
+        if seconds and done.tokens:
+            parts.append(f"{done.tokens / seconds:.3g} tokens/s")
+        if seconds and 0 < done.count < total:
+            parts.append(f"{duration(seconds / done.count * (total - done.count))} left")
+        if done.figure and not math.isnan(done.mean):
+            error = "" if math.isnan(done.error) else f" ± {done.error:.2g}"
+            parts.append(f"{done.figure} {done.mean:.4g}{error}")
+        return ", ".join(parts)
+
+    def is_due(self) -> bool:
+        """Whether a line may be written: once in ``INTERVAL``."""
+        now = self._clock()
+        if now - self._told < INTERVAL:
+            return False
+        self._told = now
+        return True
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar on stderr, so that stdout holds results only."""
+    """Lightning's bar on stderr, so that stdout holds results only; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 0)
 
     def init_predict_tqdm(self) -> Tqdm:
         """The bar of a scoring pass."""
@@ -53,9 +133,22 @@ class ProgressBar(TQDMProgressBar):
                 bar.close()
 
 
-def show_beside_bar(trainer: pl.Trainer, figures: Mapping[str, float]) -> None:
-    """Running figures beside the bar of the pass that goes on, where there is one."""
+def show_progress(trainer: pl.Trainer, what: str, watch: Watch, done: Done) -> None:
+    """Shows on rank 0 what it has done: beside the bar of the pass that goes on, or in the log, at most once a minute.
+
+    Args:
+        trainer: Of the pass.
+        what: What the log calls the pass.
+        watch: Of the pass.
+        done: By rank 0.
+    """
+    if not trainer.is_global_zero:
+        return
+    text = watch.text(done)
+    if trainer.world_size > 1:
+        text += f" (process 1 of {trainer.world_size})"
     bar = trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar) and trainer.is_global_zero:
-        running = bar.predict_progress_bar if trainer.predicting else bar.test_progress_bar
-        running.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        (bar.predict_progress_bar if trainer.predicting else bar.test_progress_bar).set_postfix_str(text)
+    elif watch.is_due():
+        log.info("%s: %s", what, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from sparc3_pl.runtime.progress import RunningMean, show_beside_bar
+from sparc3_pl.runtime.progress import Done, RunningMean, Watch, show_progress
 from sparc3_pl.runtime.run_config import shown_settings
 from sparc3_pl.runtime.run_log import RunLog
 
@@ -32,8 +33,10 @@ class ScoringMonitor(Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._log = RunLog(trainer)  # on every rank
-        self._start, self._seen, self._tokens = time.perf_counter(), 0, 0
+        self._start, self._timed, self._seen, self._tokens = time.perf_counter(), 0.0, 0, 0
         self._relevance = RunningMean()
+        batches = trainer.predict_dataloaders.dataset[: trainer.num_predict_batches[0]]
+        self._watch = Watch({"samples": sum(map(len, batches))})
 
     def on_predict_batch_end(
         self,
@@ -51,7 +54,11 @@ class ScoringMonitor(Callback):
                 self._relevance.add(sample.relevance)
         self._seen = len(pl_module.samples)
         status = self._status()
-        show_beside_bar(trainer, status)
+        self._watch.took("samples", time.perf_counter() - self._start - self._timed)
+        self._timed = time.perf_counter() - self._start
+        mean = self._relevance.mean if self._relevance.count else math.nan
+        figures = {"figure": "total relevance", "mean": mean, "error": self._relevance.standard_error}
+        show_progress(trainer, "score", self._watch, Done("samples", self._seen, self._tokens, **figures))
         if batch_idx % trainer.log_every_n_steps == 0:
             self._log.scalars({f"score/{name}": value for name, value in status.items()}, self._seen)
 
