@@ -34,6 +34,8 @@ IN_MEMORY = "in memory"
 edits_in_force: weakref.WeakKeyDictionary[nn.Module, PrunePlan] = weakref.WeakKeyDictionary()
 """The models that are inside an ``edited`` block, and their plans."""
 
+_LONGEST = 80  # letters of an argument that a manifest records
+
 _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -110,11 +112,12 @@ def require_plain(model: Any) -> None:
 
 
 def as_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """A call as a manifest records it: the arguments that are plain values and not the default, without secrets."""
+    """A call as a manifest records it: the arguments that are short values and not the default, without secrets."""
     given = {
         name: arguments[name]
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and arguments[name] != parameter.default
     }
-    plain = (f"{n}={v!r}" for n, v in given.items() if isinstance(v, str | int | float | dict) and n != "progress")
-    return redacted(f"sparc3_pl.{function.__name__}({', '.join(plain)})")
+    plain = {name: repr(value) for name, value in given.items() if isinstance(value, str | int | float | dict)}
+    short = (f"{name}={text}" for name, text in plain.items() if len(text) <= _LONGEST and name != "progress")
+    return redacted(f"sparc3_pl.{function.__name__}({', '.join(short)})")

@@ -171,7 +171,8 @@ def test_an_evaluation_is_the_commands(loaded, scored, tmp_path, monkeypatch):
     assert rows[0] == rows[1] == [row.to_json() for row in sparc3_pl.Evaluation.open(after.save("python")).completions]
     assert after.windows == command.windows
     assert after.results["perplexity"]["value"] == command.results["perplexity"]["value"]
-    assert after.results["plan"]["sha256"] != ""
+    assert after.results["plan"]["num_neurons"] == 5
+    assert after.results["command"] == "sparc3_pl.evaluate(max_length=64, max_new_tokens=6)"
     before = sparc3_pl.evaluate(*loaded, **settings)
     assert before.results["plan"] is None
     comparison = sparc3_pl.compare(before, after)
