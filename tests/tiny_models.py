@@ -82,6 +82,18 @@ MORE_FAMILIES = tuple(_MORE)
 """Further families that the rules support."""
 CONFIGS = {**CONFIGS, **_MORE}
 
+_MIXTURE = {"num_experts_per_tok": 2, "intermediate_size": 12}
+MIXTURES: dict[str, dict] = {
+    "qwen3_moe": {**_LLAMA, **_MIXTURE, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 12},
+    "mixtral": {**_LLAMA, **_MIXTURE, "num_local_experts": 4},
+    "olmoe": {**_LLAMA, **_MIXTURE, "num_experts": 4, "norm_topk_prob": False},
+    "granitemoe": {
+        **{**_LLAMA, **_MIXTURE, "num_local_experts": 4},
+        **{"embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.5, "logits_scaling": 3.0},
+    },
+}
+"""Mixtures of experts: their experts lie in fused parameters."""
+
 EAGER_ONLY = ("gemma2", "vaultgemma")
 """Families whose soft-caps only eager attention computes."""
 
@@ -126,11 +138,13 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 def tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = SEED, **overrides: object) -> PreTrainedModel:
     """A random model of ``family`` (a transformers ``model_type``) in eval mode, the same for the same arguments."""
-    config = CONFIG_MAPPING[family](**{**(CONFIGS | WRAPPED).get(family, _LLAMA), **overrides})
+    config = CONFIG_MAPPING[family](**{**(CONFIGS | WRAPPED | MIXTURES).get(family, _LLAMA), **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto_class(config).from_config(config)
         randomise(model)
+    if family in MIXTURES and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product is for float32 and less
     return model.to(dtype).eval()
 
 

@@ -11,16 +11,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.attention import capped
-from sparc3_pl.attribution.rules import RuleSet, attn_lrp
+from sparc3_pl.attribution.rules import Missing, RuleSet, attn_lrp
 from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.experts import experts_modules, router_of
 from sparc3_pl.model.logits import OutputHead
 from sparc3_pl.model.structure import decoder, is_linear, output_head
 
@@ -48,6 +50,8 @@ class RelevanceAccount:
         linear_bias: Kept by the biases of linear layers.
         norm_bias: Kept by the biases of normalisation layers.
         softmax: Kept by the softmax of all attentions (0 under CP-LRP).
+        router: Kept by the routers of a mixture of experts: what reaches the routing weights, less what goes on to
+            the hidden states that the routers read (0 under CP-LRP).
     """
 
     target: int
@@ -57,6 +61,7 @@ class RelevanceAccount:
     linear_bias: float
     norm_bias: float
     softmax: float
+    router: float = 0.0
 
     @property
     def residual(self) -> float:
@@ -69,11 +74,16 @@ class RelevanceAccount:
         return abs(self.residual) / max(abs(self.logit), *map(abs, self._entries()))
 
     def _entries(self) -> tuple[float, ...]:
-        return self.input, self.position, self.linear_bias, self.norm_bias, self.softmax
+        return tuple(getattr(self, name) for name in _ENTRIES)
 
 
 def relevance_account(
-    model: nn.Module, input_ids: Tensor, *, rules: RuleSet = "attn", unlisted: bool = False
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    rules: RuleSet = "attn",
+    unlisted: bool = False,
+    missing: Missing = "refuse",
 ) -> RelevanceAccount:
     """Draw up the account of the predicted token's logit for one unpadded sample.
 
@@ -82,6 +92,7 @@ def relevance_account(
         input_ids: ``[1, T]``. Memory grows with T squared.
         rules: As in ``attn_lrp``.
         unlisted: As in ``attn_lrp``.
+        missing: As in ``attn_lrp``.
 
     Raises:
         InputError: as ``attn_lrp`` does, or if ``input_ids`` is not one sample.
@@ -90,7 +101,8 @@ def relevance_account(
         raise InputError(f"a relevance account is for one sample [1, T], got {tuple(input_ids.shape)}")
     kept: defaultdict[str, float] = defaultdict(float)
     leaves: list[Tensor] = []
-    with torch.enable_grad(), attn_lrp(model, rules=rules, unlisted=unlisted), _bookkeeping(model, kept, leaves, rules):
+    lrp = attn_lrp(model, rules=rules, unlisted=unlisted, missing=missing)
+    with torch.enable_grad(), lrp, _bookkeeping(model, kept, leaves, rules):
         logits = _logits(model, input_ids)[0, -1]
         target = int(logits.argmax())
         torch.autograd.grad(logits[target], leaves)  # the hooks do the sums; no parameter gets a .grad
@@ -131,7 +143,7 @@ def self_check(model: nn.Module, input_ids: Tensor, *, unlisted: bool = False, t
     return account.relative_residual
 
 
-_ENTRIES = ("input", "position", "linear_bias", "norm_bias", "softmax")
+_ENTRIES = ("input", "position", "linear_bias", "norm_bias", "softmax", "router")
 
 
 @contextmanager
@@ -144,6 +156,10 @@ def _bookkeeping(model: nn.Module, kept: dict[str, float], leaves: list[Tensor],
             watch = _watch(module, words, kept, leaves)
             if watch is not None:
                 undo.callback(module.register_forward_hook(watch).remove)
+        for name, experts in experts_modules(inside).items():
+            undo.callback(experts.register_forward_pre_hook(partial(_weights_read, kept)).remove)
+            if (router := router_of(inside, name)) is not None:
+                undo.callback(router.register_forward_pre_hook(partial(_router_read, kept)).remove)
         if rules == "attn":
             for module in attention_modules(inside).values():
                 undo.enter_context(wrapped_attention(module, lambda base: _softmax_watched(base, kept)))
@@ -176,6 +192,24 @@ def _bias_hook(entry: str, kept: dict[str, float]) -> Callable[..., None]:
         output.register_hook(lambda g: _add(kept, entry, bias, g))
 
     return hook
+
+
+def _router_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The router's own view of the hidden states: its gradient is the router's part alone."""
+    hidden = args[0].view_as(args[0])
+    if hidden.requires_grad:
+        value = hidden.detach()
+        hidden.register_hook(lambda g: _add(kept, "router", -value, g))
+    return hidden, *args[1:]
+
+
+def _weights_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """What reaches the routing weights, the third thing that experts read."""
+    hidden, chosen, weights = args[0], args[1], args[2].view_as(args[2])
+    if weights.requires_grad:
+        value = weights.detach()
+        weights.register_hook(lambda g: _add(kept, "router", value, g))
+    return hidden, chosen, weights
 
 
 def _add(kept: dict[str, float], entry: str, value: Tensor, gradient: Tensor) -> None:

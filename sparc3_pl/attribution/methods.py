@@ -30,7 +30,7 @@ from sparc3_pl.attribution.accumulators import (
     token_relevance,
 )
 from sparc3_pl.attribution.checkpointing import checkpointed
-from sparc3_pl.attribution.recording import LayerPass, inputs_shown, recording
+from sparc3_pl.attribution.recording import LayerPass, Places, inputs_shown, recording
 from sparc3_pl.attribution.rules import PreparedRules, RuleSet
 from sparc3_pl.attribution.sequential import Blocks, Sparsity
 from sparc3_pl.attribution.targets import Attributed, Target, attribute
@@ -58,7 +58,8 @@ __all__ = [
 
 Sums = dict[str, Tensor]
 """Tensors of one layer that simply add up. The keys ``squares`` (over samples, of a component's score), ``groups`` and
-``group_sizes`` (scores of groups of samples), ``nan`` and ``inf`` (counts) mean the same for every method."""
+``group_sizes`` (scores of groups of samples), ``nan`` and ``inf`` (counts), and ``tokens`` (that reached an expert)
+mean the same for every method."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Method(ABC):
     """Whether sums are complete only when one run has seen all samples: there are no parts, and nothing to take up."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The fields of a batch that the method cannot do without."""
+    reads_experts: ClassVar[bool] = False
+    """Whether layers that only some tokens reach (``Group.routed``) can be scored."""
 
     def heeds(self, component: Component) -> frozenset[str]:
         """The options that change what the method does for this kind of component; any other is refused."""
@@ -227,6 +230,7 @@ class Gradient(Method):
     """
 
     needs_target = True
+    reads_experts = True
 
     def heeds(self, component: Component) -> frozenset[str]:
         kinds = ("sums_on_host",) if component.dims == 2 else ("signed", "squares", "groups")
@@ -241,7 +245,7 @@ class Gradient(Method):
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
         device = weight_OI.device
-        sums = no_counts(device)
+        sums = no_counts(device) | _no_tokens(group, device)
         if group.axis == "both":
             sums["sum"] = (
                 torch.zeros_like(weight_OI, dtype=torch.float32)
@@ -268,11 +272,16 @@ class Gradient(Method):
             name, layer = layer.name, layer.first(num_samples)
             relevance[name] = self.add(layers[name].sums, sites[name], layer, groups_B, options)
             by_token[name] = token_relevance(layer, sites[name])
+            if layer.places is not None:
+                by_token[name] = layer.places.at_tokens(by_token[name])
+                layers[name].sums["tokens"] += layer.places.count(samples[1])
 
         modules = {name: model.get_submodule(group.layer) for name, group in sites.items()}
         checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
         with torch.enable_grad(), self.rules(model), checkpointing:
             attributed = self.passes(model, batch, target, modules, take)
+        for name in _unreached(layers, relevance):
+            relevance[name] = torch.zeros(num_samples, dtype=torch.float64, device=batch.input_ids.device)
         require_all(layers, relevance)
         require_finite(relevance)
         return BatchFigures(
@@ -301,7 +310,8 @@ class Gradient(Method):
         """
         with recording(modules, len(batch.input_ids), take):
             attributed = attribute(model, target, batch)
-            attributed.value_B.sum().backward()
+            if attributed.value_B.requires_grad:  # else no token reaches the experts that are scored
+                attributed.value_B.sum().backward()
         return attributed
 
     def add(self, sums: Sums, group: Group, layer: LayerPass, groups_B: Tensor | None, options: Options) -> Tensor:
@@ -366,6 +376,7 @@ class Wanda(Method):
     """
 
     needs_weights = True
+    reads_experts = True
 
     def __init__(self) -> None:
         self._blocks: Blocks | None = None
@@ -376,7 +387,7 @@ class Wanda(Method):
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
         norms = torch.zeros(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
-        return {**no_counts(weight_OI.device), "sum": norms}
+        return {**no_counts(weight_OI.device), **_no_tokens(group, weight_OI.device), "sum": norms}
 
     @torch.no_grad()
     def take_in(
@@ -396,7 +407,12 @@ class Wanda(Method):
                 sums[kind] += count
             energy[name] = squares_I.sum()
 
-        inputs_shown(model, batch, {name: layer.module for name, layer in layers.items()}, add)
+        def count(name: str, places: Places) -> None:
+            layers[name].sums["tokens"] += places.count(batch.attention_mask)
+
+        inputs_shown(model, batch, {name: layer.module for name, layer in layers.items()}, add, count)
+        for name in _unreached(layers, energy):
+            energy[name] = layers[name].sums["sum"].new_zeros(())
         require_all(layers, energy)
         require_finite(energy)
 
@@ -469,6 +485,7 @@ class Magnitude(Method):
 
     needs_samples = False
     needs_weights = True
+    reads_experts = True
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         return group.reduced(weight_OI.float().abs()).float()
@@ -478,6 +495,7 @@ class Random(Method):
     """Uniform numbers in [0, 1), a function of the seed and the layer's name alone."""
 
     needs_samples = False
+    reads_experts = True
 
     def heeds(self, component: Component) -> frozenset[str]:
         return frozenset(("seed",))
@@ -507,6 +525,15 @@ def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
     digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
+
+
+def _no_tokens(group: Group, device: torch.device) -> Sums:
+    return {"tokens": torch.zeros((), dtype=torch.int64, device=device)} if group.routed else {}
+
+
+def _unreached(layers: Mapping[str, Layer], seen: Mapping[str, object]) -> list[str]:
+    """The experts' layers that no token of a batch reached: the batch leaves their sums as they are."""
+    return [name for name, layer in layers.items() if layer.group.routed and name not in seen]
 
 
 def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor) -> Tensor | None:

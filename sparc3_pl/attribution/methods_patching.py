@@ -40,6 +40,7 @@ class AttributionPatching(Gradient):
 
     needs_values = True
     needs = (COUNTERFACTUAL,)
+    reads_experts = False  # the counterfactual's tokens may go to other experts
 
     def heeds(self, component: Component) -> frozenset[str]:
         return frozenset(("nonfinite", "gradient_checkpointing", "signed", "squares", "groups"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,63 @@ from torch import Tensor, nn
 
 from sparc3_pl.attribution.targets import as_forward, last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.model.experts import Routed, is_routed
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.structure import output_head, weight_matrix
 
-__all__ = ["LayerPass", "inputs_shown", "recording"]
+__all__ = ["LayerPass", "Places", "inputs_shown", "recording"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the N tokens of a batch that reach an expert stand.
+
+    Attributes:
+        sample_N: The sample of each, ascending.
+        token_N: Its position in the sample.
+        slot_N: Its place among those of its sample.
+        num_samples: Samples in the batch.
+        length: Tokens of a sample, padding included.
+    """
+
+    sample_N: Tensor
+    token_N: Tensor
+    slot_N: Tensor
+    num_samples: int
+    length: int
+
+    @classmethod
+    def of(cls, routed: Routed, num_samples: int) -> Places:
+        """The places of an expert's tokens in a batch of so many samples."""
+        length = routed.num_tokens // num_samples
+        sample_N, token_N = routed.tokens_N // length, routed.tokens_N % length
+        first_N = torch.searchsorted(sample_N, sample_N)
+        return cls(
+            sample_N, token_N, torch.arange(len(sample_N), device=sample_N.device) - first_N, num_samples, length
+        )
+
+    def by_sample(self, values_ND: Tensor) -> Tensor:
+        """``[B, T, D]`` with T the most tokens of a sample; what a sample has less is 0."""
+        most = int(self.slot_N.max()) + 1 if len(self.slot_N) else 1
+        result = values_ND.new_zeros(self.num_samples, most, values_ND.shape[-1])
+        result[self.sample_N, self.slot_N] = values_ND
+        return result
+
+    def at_tokens(self, values_BT: Tensor) -> Tensor:
+        """Values ``[B, T]`` of the expert's tokens at their positions in the samples: ``[B, length]``, 0 elsewhere."""
+        result = values_BT.new_zeros(self.num_samples, self.length)
+        result[self.sample_N, self.token_N] = values_BT[self.sample_N, self.slot_N]
+        return result
+
+    def first(self, num_samples: int) -> Places:
+        """Those of the first so many samples."""
+        own = self.sample_N < num_samples
+        return Places(self.sample_N[own], self.token_N[own], self.slot_N[own], num_samples, self.length)
+
+    def count(self, mask_BT: Tensor) -> Tensor:
+        """How many of the tokens are real by the attention mask, int64 scalar."""
+        mask_BT = mask_BT.to(self.sample_N.device)
+        return mask_BT[self.sample_N, self.token_N].sum()
 
 
 @dataclass(frozen=True)
@@ -30,6 +84,8 @@ class LayerPass:
     delta_BTO: Tensor
     """The gradient of the target at the layer's output."""
     weight_OI: Tensor
+    places: Places | None = None
+    """Of an expert, which tokens these T are; the rest of a sample's T is 0. None: they are the sample's own."""
 
     @property
     def units_BTO(self) -> Tensor:
@@ -39,7 +95,8 @@ class LayerPass:
     def first(self, num_samples: int) -> LayerPass:
         """The pass of the first so many samples of the batch: views."""
         x, z, delta = (None if t is None else t[:num_samples] for t in (self.x_BTI, self.z_BTO, self.delta_BTO))
-        return LayerPass(self.name, x, z, delta, self.weight_OI)
+        places = None if self.places is None else self.places.first(num_samples)
+        return LayerPass(self.name, x, z, delta, self.weight_OI, places)
 
     def transposed(self) -> LayerPass:
         """The pass with inputs and outputs exchanged: what holds of rows of W here, holds of its columns there.
@@ -47,7 +104,7 @@ class LayerPass:
         W^T reads delta, and x stands where the gradient did. The gradient of W^T is x^T delta = G^T, so row sums of
         W^T * G^T are column sums of W * G; and its units are delta W, the gradient at the layer's input.
         """
-        return LayerPass(self.name, self.delta_BTO, None, self.x_BTI, self.weight_OI.mT)
+        return LayerPass(self.name, self.delta_BTO, None, self.x_BTI, self.weight_OI.mT, self.places)
 
 
 class _Tap(torch.autograd.Function):
@@ -90,17 +147,28 @@ def recording(layers: Mapping[str, nn.Module], batch_size: int, sink: Callable[[
 
 @torch.no_grad()
 def inputs_shown(
-    model: nn.Module, batch: ReferenceBatch, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+    model: nn.Module,
+    batch: ReferenceBatch,
+    layers: Mapping[str, nn.Module],
+    see: Callable[[str, Tensor], None],
+    see_tokens: Callable[[str, Places], None] | None = None,
 ) -> None:
     """Runs the batch forward, and shows ``see`` the name and the input of every one of ``layers``.
 
     Inputs are ``[B, T, I]`` or ``[B*T, I]``. The output head's are the hidden states of all positions: it makes no
-    logits.
+    logits. An expert's are 0 where a token goes to others; ``see_tokens`` is told which tokens reach it.
     """
+
+    def show(name: str, module: nn.Module, x: Tensor) -> None:
+        routed = module.routed if is_routed(module) else None
+        if routed is not None and see_tokens is not None:
+            see_tokens(name, Places.of(routed, len(batch.input_ids)))
+        see(name, x if routed is None else routed.everywhere(x))
+
     _, head = output_head(model)
     with onednn_linears(model), ExitStack() as hooks:
         for name, module in layers.items():
-            handle = module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            handle = module.register_forward_pre_hook(lambda module, args, name=name: show(name, module, args[0]))
             hooks.callback(handle.remove)
         hidden_BTH = as_forward(last_hidden_state, model, batch.input_ids, batch.attention_mask)
     for name, module in layers.items():
@@ -110,10 +178,13 @@ def inputs_shown(
 
 def _tap_hook(name: str, batch_size: int, sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        places = Places.of(module.routed, batch_size) if is_routed(module) else None
+
         def show(x: Tensor, y: Tensor, delta: Tensor) -> None:
             bias = getattr(module, "bias", None)
             z = y if bias is None else y - bias
-            sink(LayerPass(name, *(_by_sample(t, batch_size) for t in (x, z, delta)), weight_matrix(module)))
+            by_sample = partial(_by_sample, batch_size=batch_size) if places is None else places.by_sample
+            sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_matrix(module), places))
 
         if not y.requires_grad:  # nothing below carries a gradient: the graph begins here
             y.requires_grad_()

@@ -10,6 +10,8 @@ gated product act(g) * u   gradient halved (uniform rule)
 attention                  gradient of q and k times 1/4, of v times 1/2 (uniform rule at
                            both products, softmax by its own derivative)
 soft-cap of attention      dy/dx := f(x)/x, as for any activation
+sum of a token's experts   gradient halved: a half to each expert, a half to its routing
+                           weight (uniform rule); the router by its own derivative
 =========================  ===========================================================
 
 Rules are put on one model's own modules, chosen by what a module computes and not by its class, and are taken off
@@ -19,7 +21,7 @@ again. Forward values do not change. The rules live in the graph: a backward pas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet
@@ -31,24 +33,31 @@ from sparc3_pl.attribution.attention import scale_gradient, scaled_qkv, soft_cap
 from sparc3_pl.attribution.norms import NormKind, forward_slot, norm_kind, std_constant_rule
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, has_soft_cap, wrapped_attention
+from sparc3_pl.model.experts import experts_modules, open_experts, router_of
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import decoder, is_linear, mlps, module_name, output_head
 
-__all__ = ["SUPPORTED", "PreparedRules", "RuleSet", "attn_lrp", "rule_table"]
+__all__ = ["NO_RULE", "REASONS", "SUPPORTED", "Missing", "PreparedRules", "RuleSet", "attn_lrp", "rule_table"]
 
 RuleSet = Literal["attn", "cp"]
 """``attn``: AttnLRP. ``cp``: CP-LRP (Ali et al., arXiv 2202.07304): attention weights are constants, all relevance
 goes through the values; the input's relevance is then the logit, up to biases."""
 
+Missing = Literal["refuse", "plain"]
+
+NO_RULE = "none: its plain gradient"
+"""What ``rule_table`` says of a module without a rule."""
+
 SUPPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "phi3"),
     *("cohere2", "gemma", "glm4", "granite", "olmo2", "olmo3", "phi", "smollm3", "stablelm", "starcoder2"),
     *("gemma2", "vaultgemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+    *("qwen3_moe", "mixtral", "olmoe", "granitemoe"),
 )
 """transformers ``model_type`` of the families whose relevance account is known to balance."""
 
 _NO_INTERFACE = "its attention does not go through transformers' attention interface"
-_REASONS = {
+REASONS = {
     "qwen2_moe": "the sigmoid gate of its shared expert has no rule",
     "gpt_oss": "its clamped expert gate and attention sinks have no rule",
     "llama4": "its sigmoid-weighted experts have no rule",
@@ -71,7 +80,12 @@ class _Rule:
 
 
 def attn_lrp(
-    model: nn.Module, *, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0
+    model: nn.Module,
+    *,
+    rules: RuleSet = "attn",
+    unlisted: bool = False,
+    softmax_temperature: float = 1.0,
+    missing: Missing = "refuse",
 ) -> AbstractContextManager[nn.Module]:
     """Backward passes of graphs built inside the block propagate relevance; forward values do not change.
 
@@ -82,13 +96,16 @@ def attn_lrp(
         rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
         unlisted: Try a family that is not in ``SUPPORTED``; run ``account.self_check`` on it before believing it.
         softmax_temperature: At which attention's softmax passes gradients on (``attention.softened``); 1: its own.
+        missing: What becomes of a module without a rule: ``refuse`` the model, or ``plain``, its plain gradient, which
+            is wrong and only good for measuring by how much.
 
     Raises:
         InputError: if the temperature is not positive, or changes nothing; if the model is training, of a family not
             known good, or holds a module without a rule.
         RuntimeError: if the rules already act on this model.
     """
-    return PreparedRules(rules=rules, unlisted=unlisted, softmax_temperature=softmax_temperature)(model)
+    prepared = PreparedRules(rules=rules, unlisted=unlisted, softmax_temperature=softmax_temperature, missing=missing)
+    return prepared(model)
 
 
 class PreparedRules:
@@ -100,12 +117,20 @@ class PreparedRules:
         rules: As in ``attn_lrp``.
         unlisted: As in ``attn_lrp``.
         softmax_temperature: As in ``attn_lrp``.
+        missing: As in ``attn_lrp``.
 
     Raises:
         InputError: if the temperature is not positive, or changes nothing.
     """
 
-    def __init__(self, *, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        rules: RuleSet = "attn",
+        unlisted: bool = False,
+        softmax_temperature: float = 1.0,
+        missing: Missing = "refuse",
+    ) -> None:
         if not 0 < softmax_temperature < float("inf"):
             raise InputError(f"softmax_temperature={softmax_temperature}; give a positive number such as 2")
         if rules == "cp" and softmax_temperature != 1:
@@ -114,6 +139,7 @@ class PreparedRules:
                 "constant; leave it out, or give rules=attn"
             )
         self._rules, self._unlisted, self._temperature = rules, unlisted, softmax_temperature
+        self._missing: Missing = missing
         self._known: tuple[nn.Module, dict[str, _Rule]] | None = None
 
     @contextmanager
@@ -123,8 +149,9 @@ class PreparedRules:
             raise RuntimeError(f"attn_lrp already acts on this {type(model).__name__}; leave the first block before")
         _check_eval(model)
         if self._known is None or self._known[0] is not model:
-            _check_family(model, self._unlisted)
-            self._known = model, _plan(model, self._rules, self._temperature)
+            if self._missing == "refuse":
+                _check_family(model, self._unlisted)
+            self._known = model, _plan(model, self._rules, self._temperature, self._missing)
         with _worn(model, self._known[1]):
             yield model
 
@@ -140,13 +167,18 @@ def _worn(model: nn.Module, plan: dict[str, _Rule]) -> Iterator[None]:
         yield
 
 
-def rule_table(model: nn.Module, rules: RuleSet = "attn") -> dict[str, str]:
+def rule_table(model: nn.Module, rules: RuleSet = "attn", missing: Missing = "refuse") -> dict[str, str]:
     """The rule that acts on each leaf module, attention and gated product of the model, by module name.
 
+    Args:
+        model: A causal language model of any family.
+        rules: As in ``attn_lrp``.
+        missing: With ``plain``, what has no rule is listed too, as ``NO_RULE``.
+
     Raises:
-        InputError: if a module has no rule.
+        InputError: if a module has no rule, unless ``missing`` is ``plain``.
     """
-    return {name: rule.name for name, rule in _plan(model, rules).items()}
+    return {name: rule.name for name, rule in _plan(model, rules, missing=missing).items()}
 
 
 def _check_eval(model: nn.Module) -> None:
@@ -156,31 +188,45 @@ def _check_eval(model: nn.Module) -> None:
 
 
 def _check_family(model: nn.Module, unlisted: bool) -> None:
+    """A family that was tried and is wrong is refused whoever asks."""
     family = decoder(model).config.model_type
-    if family not in SUPPORTED and not unlisted:
-        raise InputError(f"no LRP rules for model type {family!r}: {_REASONS.get(family, 'never checked')}; {_WAY_OUT}")
+    if family in REASONS or not (unlisted or family in SUPPORTED):
+        raise InputError(f"no LRP rules for model type {family!r}: {REASONS.get(family, 'never checked')}; {_WAY_OUT}")
 
 
-def _plan(model: nn.Module, rules: RuleSet, temperature: float = 1.0) -> dict[str, _Rule]:
+def _plan(model: nn.Module, rules: RuleSet, temperature: float = 1.0, missing: Missing = "refuse") -> dict[str, _Rule]:
     """The rule of every module, in order of appearance. Everything is checked here, before anything is changed."""
     inside = decoder(model)
     prefix = module_name(model, inside)
-    plan = {
-        **_leaf_rules(inside, prefix),
-        **_attention_rules(inside, prefix, rules, temperature),
-        **_product_rules(model),
-    }
+    with suppress(InputError):  # said by _product_rules and _experts_rules
+        open_experts(model)
+    parts: list[Callable[[], dict[str, _Rule]]] = [
+        lambda: _leaf_rules(inside, prefix, missing),
+        lambda: _attention_rules(inside, prefix, rules, temperature),
+        lambda: _product_rules(model),
+        lambda: _experts_rules(model, inside, prefix, rules),
+    ]
+    plan: dict[str, _Rule] = {}
+    for part in parts:
+        with nullcontext() if missing == "refuse" else suppress(InputError):
+            plan |= part()
     plan[output_head(model)[0]] = _Rule("linear: plain gradient")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(plan.items(), key=lambda item: order.get(item[0].partition(" ")[0], len(order))))
 
 
-def _leaf_rules(inside: nn.Module, prefix: str) -> dict[str, _Rule]:
-    leaves = [(f"{prefix}.{name}", module) for name, module in inside.named_modules() if not module._modules]
-    return {name: _leaf_rule(name, module) for name, module in leaves if not isinstance(module, nn.ModuleList)}
+def _leaf_rules(inside: nn.Module, prefix: str, missing: Missing) -> dict[str, _Rule]:
+    modules = [(f"{prefix}.{name}", module) for name, module in inside.named_modules()]
+    leaves = [(name, module) for name, module in modules if is_linear(module) or not module._modules]
+    routers = {id(router_of(inside, name)) for name in experts_modules(inside)}
+    return {
+        name: _Rule("router: plain gradient") if id(module) in routers else _leaf_rule(name, module, missing)
+        for name, module in leaves
+        if not isinstance(module, nn.ModuleList)
+    }
 
 
-def _leaf_rule(name: str, module: nn.Module) -> _Rule:
+def _leaf_rule(name: str, module: nn.Module, missing: Missing) -> _Rule:
     if is_linear(module):
         return _Rule("linear: plain gradient")
     if isinstance(module, nn.Embedding):
@@ -193,6 +239,8 @@ def _leaf_rule(name: str, module: nn.Module) -> _Rule:
         return _Rule(f"{norm.name}: standard deviation constant", lambda: _norm_rule(module, norm))
     if (act := activation_kind(module)) is not None:
         return _Rule(f"{act}: f(x)/x", lambda: _activation_rule(module, act))
+    if missing == "plain":
+        return _Rule(f"{NO_RULE} ({type(module).__name__})")
     raise InputError(f"no LRP rule for {name} ({type(module).__name__}); {_WAY_OUT}")
 
 
@@ -230,6 +278,19 @@ def _product_rules(model: nn.Module) -> dict[str, _Rule]:
     }
 
 
+def _experts_rules(model: nn.Module, inside: nn.Module, prefix: str, rules: RuleSet) -> dict[str, _Rule]:
+    """Of the product of an expert's output and its routing weight, at the experts' sum.
+
+    Under ``cp`` routing weights are constants, as attention weights are.
+    """
+    open_experts(model)
+    text = "sum of experts: gradient halved" if rules == "attn" else "sum of experts: routing weights constant"
+    return {
+        f"{prefix}.{name}": _Rule(text, _experts_rule(experts, rules))
+        for name, experts in experts_modules(inside).items()
+    }
+
+
 @contextmanager
 def _norm_rule(module: nn.Module, kind: NormKind) -> Iterator[None]:
     slot = forward_slot(module)
@@ -254,6 +315,25 @@ def _attention_rule(
         return scaled_qkv(base if temperature == 1 else softened(base, temperature), qk, v)
 
     return lambda: wrapped_attention(module, wrap)
+
+
+def _experts_rule(experts: nn.Module, rules: RuleSet) -> Callable[[], AbstractContextManager[None]]:
+    def halve(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return scale_gradient(output, 0.5)
+
+    def hold(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_NH, chosen_NK, weights_NK = args
+        return hidden_NH, chosen_NK, weights_NK.detach()
+
+    @contextmanager
+    def put_on() -> Iterator[None]:
+        handle = experts.register_forward_hook(halve) if rules == "attn" else experts.register_forward_pre_hook(hold)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return put_on
 
 
 def _product_rule(down: nn.Module) -> Callable[[], AbstractContextManager[None]]:

@@ -10,6 +10,7 @@ from sparc3_pl.attribution.targets import TARGETS, Predicted, Target
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS, Component, Group
+from sparc3_pl.model.experts import is_routed
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import is_sharded, whole
@@ -28,6 +29,7 @@ class LayerScores:
         groups: Mean scores of each group of samples, ``[G, n]`` float32, and the groups' sizes; likewise.
         nan: Number of NaNs that were counted as 0.
         inf: Number of infinities, likewise.
+        tokens: Number of real tokens that reached the layer of an expert; None for any other.
     """
 
     group: Group
@@ -36,6 +38,7 @@ class LayerScores:
     groups: tuple[Tensor, list[int]] | None = None
     nan: int = 0
     inf: int = 0
+    tokens: int | None = None
 
 
 class Scorer:
@@ -50,7 +53,8 @@ class Scorer:
         options: What else is asked of the method.
 
     Raises:
-        InputError: if the method ignores an option, a glob matches nothing, or two components share a layer.
+        InputError: if the method ignores an option, a glob matches nothing, two components share a layer, or the layer
+            is an expert's and the method cannot score that.
     """
 
     def __init__(
@@ -69,9 +73,27 @@ class Scorer:
             require_heeded(self.method, kind, self.target, self.options)
         self.layers: dict[str, Layer] = {}
         for group in groups_of(model, kinds, layers):
+            if group.routed:
+                self._check_expert(group)
             module = model.get_submodule(group.layer)
             sums = self.method.sums(group, weight_matrix(module), self.options)
             self.layers[group.layer] = Layer(group, module, sums)
+
+    def _check_expert(self, group: Group) -> None:
+        """Refuses what cannot be done with a layer that only some tokens reach."""
+        where = f"{group.layer} is an expert's, which only some tokens reach"
+        if not self.method.reads_experts:
+            raise InputError(
+                f"method {METHODS.name_of(self.method)} needs all tokens' values, but {where}; use lrp, gradient, "
+                "wanda, magnitude or random, or choose other layers by model.targets"
+            )
+        if self.options.sequential is not None:
+            raise InputError(f"model.sequential={self.options.sequential}: {where}; leave it out")
+        if self.is_sharded:
+            raise InputError(
+                f"{where}: experts cannot be scored where trainer.strategy=ModelParallelStrategy shares their weights "
+                "out; use model.device_map: auto"
+            )
 
     @property
     def sums(self) -> Mapping[str, Sums]:
@@ -124,7 +146,7 @@ def layer_scores(
         sizes_G = sums["group_sizes"]
         means_GN = (sums["groups"] / sizes_G.clamp(min=1)[:, None]).float()  # an empty group's mean is 0
         groups = means_GN, sizes_G.tolist()
-    counts = {key: int(sums[key]) for key in ("nan", "inf") if key in sums}
+    counts = {key: int(sums[key]) for key in ("nan", "inf", "tokens") if key in sums}
     return LayerScores(group, method.scores(sums, group, num_samples, weight_OI, options), squares, groups, **counts)
 
 
@@ -137,6 +159,7 @@ def groups_of(model: nn.Module, components: Sequence[Component], patterns: Seque
     groups: dict[str, Group] = {}
     for kind in components:
         for group in kind.groups(model, patterns):
+            group = replace(group, routed=is_routed(model.get_submodule(group.layer)))
             if group.layer in groups:
                 raise InputError(
                     f"model.granularity: two kinds of component are scored at layer {group.layer}; score them in two "

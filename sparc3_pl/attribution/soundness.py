@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.methods import Options
+from sparc3_pl.attribution.methods import Lrp, Options
 from sparc3_pl.attribution.rules import attn_lrp
 from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.targets import last_hidden_state, last_logits
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.model.experts import one_by_one
 from sparc3_pl.model.structure import output_head
 from sparc3_pl.statistics.agreement import jaccard, rank_correlation
 
@@ -75,13 +76,15 @@ def padded(samples: Sequence[Tensor], side: Literal["left", "right"] = "right") 
     return input_ids, mask
 
 
-def neuron_scores(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> NeuronScores:
-    """Unsigned AttnLRP scores of the up-projections' rows, the mean over one batch.
+def neuron_scores(
+    model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor, unlisted: bool = False
+) -> NeuronScores:
+    """Unsigned AttnLRP scores of the up-projections' rows, the mean over one batch; ``unlisted`` as in ``attn_lrp``.
 
     Raises:
         InputError: if the model has no MLPs, or a module without a rule.
     """
-    scorer = Scorer(model, "lrp", "neuron", options=Options(nonfinite="zero"))
+    scorer = Scorer(model, Lrp(unlisted=unlisted), "neuron", options=Options(nonfinite="zero"))
     scorer.update(ReferenceBatch(input_ids_BT, attention_mask_BT))
     layers = {name: scorer.scores(name, len(input_ids_BT)) for name in scorer.layers}
     counts = {name: layer.nan + layer.inf for name, layer in layers.items()}
@@ -90,7 +93,7 @@ def neuron_scores(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Ten
 
 
 @torch.no_grad()
-def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> float:
+def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor, unlisted: bool = False) -> float:
     """The largest change of a logit under the rules, relative to the largest logit; 0 if the rules are right."""
     device, (_, head) = model.get_input_embeddings().weight.device, output_head(model)
     input_ids_BT, attention_mask_BT = input_ids_BT.to(device), attention_mask_BT.to(device)
@@ -98,16 +101,20 @@ def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Te
     def logits() -> Tensor:
         return last_logits(last_hidden_state(model, input_ids_BT, attention_mask_BT), head, attention_mask_BT)
 
-    plain = logits()
-    with attn_lrp(model):
-        ruled = logits()
+    with one_by_one(model):
+        plain = logits()
+        with attn_lrp(model, unlisted=unlisted):
+            ruled = logits()
     return float((ruled - plain).abs().max() / plain.abs().max())
 
 
-def padding_error(model: nn.Module, samples: Sequence[Tensor], side: Literal["left", "right"]) -> float:
+def padding_error(
+    model: nn.Module, samples: Sequence[Tensor], side: Literal["left", "right"], unlisted: bool = False
+) -> float:
     """The largest difference between a padded batch's scores and single samples', relative to the largest score."""
-    single = sum(neuron_scores(model, *padded([sample])).flat.double() for sample in samples) / len(samples)
-    batch = neuron_scores(model, *padded(samples, side)).flat.double()
+    each = (neuron_scores(model, *padded([sample]), unlisted).flat.double() for sample in samples)
+    single = sum(each) / len(samples)
+    batch = neuron_scores(model, *padded(samples, side), unlisted).flat.double()
     return float((batch - single).abs().max() / single.abs().max())
 
 

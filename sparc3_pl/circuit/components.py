@@ -63,6 +63,11 @@ class Candidates:
         spans, start = [], 0
         for name, kind in kinds.items():
             for group in kind.groups(model, patterns):
+                if group.routed:
+                    raise InputError(
+                        f"model.targets: only some tokens reach {group.layer}, an expert's, so that no ablation is "
+                        "known for it; measure heads or channels, or layers that are no experts'"
+                    )
                 spans.append(Span(name, group, start))
                 start += group.count
         weights = [kind.dims == 2 for kind in kinds.values()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.attribution.account import TOLERANCE, RelevanceAccount, relevance_account
-from sparc3_pl.attribution.rules import attn_lrp, rule_table
+from sparc3_pl.attribution.rules import NO_RULE, attn_lrp, rule_table
 from sparc3_pl.attribution.soundness import (
     NeuronScores,
     PrecisionAgreement,
@@ -33,6 +33,7 @@ from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
+from sparc3_pl.model.structure import decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,22 +166,28 @@ def diagnose(
     """
     start = time.perf_counter() if start is None else start
     named = {"pretrained": pretrained, "architecture": type(model).__name__, "dtype": dtype}
+    device = model.get_input_embeddings().weight.device
     try:
         with attn_lrp(model):
-            rules = rule_table(model)
+            rules, unlisted = rule_table(model), False
     except InputError as error:
-        checks = (Check("rules", "fail", str(error)),)
-        return Diagnosis(**named, rules={}, checks=checks, seconds=time.perf_counter() - start)
-    device = model.get_input_embeddings().weight.device
-    accounts = tuple(relevance_account(model, sample[None].to(device)) for sample in samples)
+        rules, accounts, checks = _tried(model, [sample[None].to(device) for sample in samples], error)
+        unlisted = all(check.status != "fail" for check in checks)
+        if not unlisted:
+            return Diagnosis(
+                **named, rules=rules, accounts=accounts, checks=checks, seconds=time.perf_counter() - start
+            )
+    else:
+        accounts = tuple(relevance_account(model, sample[None].to(device)) for sample in samples)
+        checks = (_rules_check(rules), _account_check(accounts))
     batch = padded(samples)
-    exact = neuron_scores(model, *batch)
-    forward = forward_change(model, *batch)
-    padding = {side: padding_error(model, samples, side) for side in ("right", "left")}
+    exact = neuron_scores(model, *batch, unlisted)
+    forward = forward_change(model, *batch, unlisted)
+    padding = {side: padding_error(model, samples, side, unlisted) for side in ("right", "left")}
     with parameters_as(model, getattr(torch, dtype)):
-        rough = neuron_scores(model, *batch)
+        rough = neuron_scores(model, *batch, unlisted)
     precision = precision_agreement(exact.flat, rough.flat)
-    checks = _judge(rules, accounts, forward, {"float32": exact, dtype: rough}, precision, padding)
+    checks = (*checks, *_judge(accounts, forward, {"float32": exact, dtype: rough}, precision, padding))
     return Diagnosis(
         **named,
         rules=rules,
@@ -189,7 +196,7 @@ def diagnose(
         nonfinite={"float32": exact.nonfinite, dtype: rough.nonfinite},
         precision=precision,
         padding=padding,
-        checks=tuple(checks),
+        checks=checks,
         seconds=time.perf_counter() - start,
     )
 
@@ -219,24 +226,58 @@ def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check
     return Check(name, "pass", f"{reason}; {after}, which it puts after it, is left out" if after else reason)
 
 
+def _tried(
+    model: PreTrainedModel, samples: Sequence[Tensor], error: InputError
+) -> tuple[dict[str, str], tuple[RelevanceAccount, ...], tuple[Check, ...]]:
+    """What can be said of a model that ``lrp`` refuses: its rules as far as there are any, and by how much the account
+    of the samples ``[1, T]`` fails with the plain gradient in place of the rest.
+    """
+    try:
+        rules = rule_table(model, missing="plain")
+        accounts = tuple(relevance_account(model, ids, missing="plain") for ids in samples)
+    except (InputError, RuntimeError, TypeError, ValueError) as unknown:  # code of any family runs here
+        return {}, (), (Check("rules", "fail", f"{error} (and no account can be drawn up: {unknown})"),)
+    without = [name for name, rule in rules.items() if rule.startswith(NO_RULE)]
+    balance = _account_check(accounts)
+    if without:
+        names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        return rules, accounts, (Check("rules", "fail", f"{error}; {len(without)} modules have none: {names}"), balance)
+    try:
+        with attn_lrp(model, unlisted=True):
+            pass
+    except InputError:
+        return rules, accounts, (Check("rules", "fail", str(error)), balance)
+    family = decoder(model).config.model_type
+    advice = "score it with model.unlisted_family: true" if balance.status == "pass" else "another is missing or wrong"
+    reason = f"model type {family!r} is not listed, but each of {len(rules)} modules and products has one; {advice}"
+    return rules, accounts, (Check("rules", "warn" if balance.status == "pass" else "fail", reason), balance)
+
+
+def _rules_check(rules: dict[str, str]) -> Check:
+    return Check("rules", "pass", f"each of {len(rules)} modules and products has one")
+
+
+def _account_check(accounts: Sequence[RelevanceAccount]) -> Check:
+    name, limit = "balance sheet", TOLERANCE[torch.float32]
+    residual = max(accounts, key=lambda account: account.relative_residual).relative_residual
+    text = f"largest unexplained part {residual:.2g} of {len(accounts)} samples, allowed {limit:g}"
+    if residual <= limit:
+        return Check(name, "pass", text)
+    # also for NaN
+    return Check(name, "fail", f"{text}: an operation has no rule or a wrong one; use method gradient or wanda")
+
+
 def _judge(
-    rules: dict[str, str],
     accounts: Sequence[RelevanceAccount],
     forward: float,
     scores: dict[str, NeuronScores],
     precision: PrecisionAgreement,
     padding: dict[str, float],
 ) -> Iterator[Check]:
-    yield Check("rules", "pass", f"each of {len(rules)} modules and products has one")
-
-    name, limit = "balance sheet", TOLERANCE[torch.float32]
-    residual = max(accounts, key=lambda account: account.relative_residual).relative_residual
-    text = f"largest unexplained part {residual:.2g} of {len(accounts)} samples, allowed {limit:g}"
-    if residual <= limit:
-        yield Check(name, "pass", text)
-    else:  # also for NaN
-        reason = f"{text}: an operation has no rule or a wrong one; use method gradient or wanda"
-        yield Check(name, "fail", reason)
+    if any(account.router for account in accounts):
+        shares = [account.router / account.logit for account in accounts]
+        text = f"routers keep {min(shares):.1%} to {max(shares):.1%} of the logit, by the softmax over the experts"
+        yield Check("routers", "pass", text)
 
     unchanged = "bitwise equal with and without the rules"
     text = unchanged if forward == 0 else f"largest change {forward:.2g} of the largest logit"
@@ -290,25 +331,24 @@ def _rules(rules: dict[str, str]) -> Table:
 
 
 def _accounts(accounts: Sequence[RelevanceAccount]) -> Table:
+    entries = {
+        "input": "input",
+        "position": "positions",
+        "linear_bias": "linear biases",
+        "norm_bias": "norm biases",
+        "softmax": "softmax",
+    }
+    if any(account.router for account in accounts):
+        entries["router"] = "routers"
     rows = [
         (
             f"sample {place}",
-            *(number(value) for value in (a.logit, a.input, a.position, a.linear_bias, a.norm_bias, a.softmax)),
+            *(number(value) for value in (a.logit, *(getattr(a, e) for e in entries))),
             Number(a.residual, form=".1e"),
             percent(a.input / a.logit if a.logit else None, 0),
         )
         for place, a in enumerate(accounts, start=1)
     ]
-    columns = (
-        "",
-        "logit",
-        "input",
-        "positions",
-        "linear biases",
-        "norm biases",
-        "softmax",
-        "residual",
-        "input / logit",
-    )
+    columns = ("", "logit", *entries.values(), "residual", "input / logit")
     note = "The logit is the sum of all entries. AttnLRP leaves part with the softmax: the input has less than 100 %."
     return Table.of(columns, rows, note=note)

@@ -12,13 +12,16 @@ from torch import nn
 from sparc3_pl.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from sparc3_pl.model.identity import named_values
 from sparc3_pl.model.source import ModelSource
 
 __all__ = ["Vocabulary", "check_vocabulary"]
 
 log = logging.getLogger(__name__)
+
+_BITS = (("load_in_4bit", 4), ("load_in_8bit", 8))
+"""How bitsandbytes says how many bits a weight has; others have a key ``bits``."""
 
 TOKENIZER_HINT = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
 
@@ -62,6 +65,24 @@ def forget_gguf(model: PreTrainedModel) -> None:
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_unquantised(config: PretrainedConfig, source: ModelSource) -> None:
+    """Refuses a checkpoint whose config says that its weights are packed, before any of them is read."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        quantised = getattr(config.get_text_config(), "quantization_config", None)
+    if quantised is None:
+        return
+    about = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = str(getattr(about.get("quant_method"), "value", about.get("quant_method") or "an unnamed method"))
+    bits = next((bits for key, bits in _BITS if about.get(key) is True), about.get("bits"))
+    raise InputError(
+        f"model.pretrained={source.pretrained!r} holds {f'{bits}-bit ' if bits else ''}weights packed by {method}, of "
+        "which none can be read or removed alone; give the checkpoint that it was made from, or unpack it once where "
+        f"{method} is installed: AutoModelForCausalLM.from_pretrained({source.pretrained!r}).dequantize()"
+        ".save_pretrained(FOLDER)"
+    )
 
 
 def check_plain_weights(model: PreTrainedModel, source: ModelSource) -> None:

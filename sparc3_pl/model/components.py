@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
+from sparc3_pl.model.experts import is_routed
 from sparc3_pl.model.structure import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
@@ -27,6 +28,7 @@ __all__ = [
     "Neuron",
     "Part",
     "Weight",
+    "WholeExpert",
     "WholeMLP",
     "check_range",
     "linear_layer",
@@ -52,6 +54,7 @@ class Group:
         reader: Of components along ``out``, the linear layer that reads their values: ``reader_width`` consecutive
             inputs for each, the first component's first. None: no layer reads just these.
         reader_width: Inputs of ``reader`` for one component.
+        routed: Whether only some tokens reach the layer, as it belongs to an expert.
     """
 
     layer: str
@@ -63,6 +66,7 @@ class Group:
     component: str | None = None
     reader: str | None = None
     reader_width: int = 1
+    routed: bool = False
 
     @property
     def site(self) -> Group | None:
@@ -77,7 +81,9 @@ class Group:
             return self
         if self.reader is None:
             return None
-        return Group(self.reader, self.shape, "in", self.count, self.reader_width, self.first, self.component)
+        return Group(
+            self.reader, self.shape, "in", self.count, self.reader_width, self.first, self.component, routed=self.routed
+        )
 
     @property
     def own(self) -> slice:
@@ -233,11 +239,12 @@ class Neuron(Component):
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
         blocks, result = mlp_by_up(model), []
         for name, module in select_layers(model, patterns).items():
-            rows = features(module)[0]
+            rows, routed = features(module)[0], is_routed(module)
             if (mlp := blocks.get(name)) is None:
-                result.append(Group(name, (rows,), "out", rows))
+                result.append(Group(name, (rows,), "out", rows, routed=routed))
             else:
-                result.append(Group(name, (rows,), "out", mlp.width, first=mlp.up_rows.start, reader=mlp.down))
+                first, reader = mlp.up_rows.start, mlp.down
+                result.append(Group(name, (rows,), "out", mlp.width, first=first, reader=reader, routed=routed))
         return result
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
@@ -265,13 +272,20 @@ class WholeMLP(Component):
 
     unit = "MLPs"
 
+    def blocks(self, model: nn.Module) -> list[MLP]:
+        """The MLPs that are components."""
+        return mlps(model)
+
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
-        blocks = mlps(model)
+        blocks = self.blocks(model)
         for pattern in patterns or ():
             if not fnmatch.filter([mlp.down for mlp in blocks], pattern):
                 raise InputError(f"targets: {pattern!r} matches no down-projection; they are {blocks[0].down}, ...")
         chosen = [m for m in blocks if patterns is None or any(fnmatch.fnmatchcase(m.down, p) for p in patterns)]
-        return [Group(mlp.down, (1,), "in", 1, width=mlp.width) for mlp in chosen]
+        return [
+            Group(mlp.down, (1,), "in", 1, width=mlp.width, routed=is_routed(model.get_submodule(mlp.down)))
+            for mlp in chosen
+        ]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
         mlp = next((mlp for mlp in mlps(model) if mlp.down == layer), None)
@@ -284,6 +298,18 @@ class WholeMLP(Component):
         return [replace(part, owner=torch.zeros_like(part.owner)) for part in parts]
 
 
+class WholeExpert(WholeMLP):
+    """An expert of a mixture, whole: the MLP that only the tokens go through which its router sends there."""
+
+    unit = "experts"
+
+    def blocks(self, model: nn.Module) -> list[MLP]:
+        experts = [mlp for mlp in mlps(model) if is_routed(model.get_submodule(mlp.down))]
+        if not experts:
+            raise InputError(f"{type(model).__name__} is no mixture of experts; score whole MLPs (granularity mlp)")
+        return experts
+
+
 class Weight(Component):
     """One entry of a linear layer's matrix."""
 
@@ -292,7 +318,7 @@ class Weight(Component):
 
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
         return [
-            Group(name, features(module), "both", features(module)[0] * features(module)[1])
+            Group(name, features(module), "both", features(module)[0] * features(module)[1], routed=is_routed(module))
             for name, module in select_layers(model, patterns).items()
         ]
 
@@ -315,6 +341,7 @@ COMPONENTS: Registry[Component] = Registry(
         "neuron": "sparc3_pl.model.components.Neuron",
         "weight": "sparc3_pl.model.components.Weight",
         "mlp": "sparc3_pl.model.components.WholeMLP",
+        "expert": "sparc3_pl.model.components.WholeExpert",
         "head": "sparc3_pl.model.attention_components.Head",
         "channel": "sparc3_pl.model.attention_components.Channel",
         "output": "sparc3_pl.model.output_components.Output",

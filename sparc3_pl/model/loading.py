@@ -32,6 +32,7 @@ from sparc3_pl.model.checks import (
     check_finite,
     check_plain_weights,
     check_tokenizer,
+    check_unquantised,
     compare_vocabularies,
     ensure_pad_token,
     forget_gguf,
@@ -235,8 +236,10 @@ def _gguf_config(folder: Path, name: str, _modified: int) -> PretrainedConfig:
 
 
 def _causal_config(source: ModelSource, where: dict[str, Any]) -> PretrainedConfig:
-    """The model's config, if it is one of a causal language model as far as a config can tell."""
+    """The model's config, if it is one of a causal language model with plain weights, as far as a config can tell."""
     config = _config(where)
+    if "gguf_file" not in where:
+        check_unquantised(config, source)
     kind = f"model.pretrained={source.pretrained!r} is of type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind}, an encoder-decoder; give a decoder-only (causal) language model")

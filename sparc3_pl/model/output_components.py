@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.model.components import Component, Group, Part, check_range, linear_layer, rows_and_bias
+from sparc3_pl.model.experts import is_routed
 from sparc3_pl.model.structure import features, mlps, select_layers
 
 __all__ = ["Output"]
@@ -26,7 +27,8 @@ class Output(Component):
         if patterns is None:
             patterns = [name for mlp in mlps(model) for name in (mlp.gate, mlp.up, mlp.down) if name is not None]
         sizes = {name: features(module)[0] for name, module in select_layers(model, patterns).items()}
-        return [Group(name, (size,), "out", size) for name, size in sizes.items()]
+        routed = {name: is_routed(model.get_submodule(name)) for name in sizes}
+        return [Group(name, (size,), "out", size, routed=routed[name]) for name, size in sizes.items()]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
         module = linear_layer(model, layer)

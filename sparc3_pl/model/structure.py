@@ -7,6 +7,7 @@ layers around an activation module.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import fnmatch
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.experts import ExpertLayer, is_routed, open_experts
 from sparc3_pl.model.remembered import by_structure
 
 __all__ = [
@@ -184,7 +186,12 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of the decoder in order of appearance, then the output head, by ``named_modules()`` name."""
+    """Every linear layer of the decoder in order of appearance, then the output head, by ``named_modules()`` name.
+
+    Those of experts are views of fused parameters (``experts.py``).
+    """
+    with contextlib.suppress(InputError):  # experts that stay closed are no layers
+        open_experts(model)
     head_name, head = output_head(model)
     inside = {id(module) for module in decoder(model).modules()}
     layers = {n: m for n, m in model.named_modules() if is_linear(m) and id(m) in inside and m is not head}
@@ -196,18 +203,19 @@ def mlps(model: nn.Module) -> list[MLP]:
     """The MLPs of ``model`` in layer order.
 
     An MLP is a module that owns an activation and two linear layers (h to i, i to h; or fused, h to 2i, i to h) or
-    three (two h to i, one i to h).
+    three (two h to i, one i to h). An expert of a mixture is one too.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or the model has experts of an unknown kind.
     """
+    open_experts(model)
     inside = {id(module) for module in decoder(model).modules()}
     owners = [(name, module) for name, module in model.named_modules() if id(module) in inside]
     blocks = [mlp for name, owner in owners if (mlp := _as_mlp(name, owner)) is not None]
     if not blocks:
         raise InputError(
             f"no MLP found in {type(model).__name__}: no module owns an activation and linear layers h->i, i->h; "
-            "mixture-of-experts models are not supported, and other models need model.targets and granularity weight"
+            "name linear layers by model.targets, with granularity weight"
         )
     return blocks
 
@@ -237,6 +245,11 @@ def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> dict[str,
 
 def _as_mlp(name: str, owner: nn.Module) -> MLP | None:
     """Read ``owner`` as an MLP by its direct children, or None if it is none."""
+    if isinstance(owner, ExpertLayer) and len(owner._modules):
+        down = owner.get_submodule("down_proj")
+        return MLP(name, name, f"{name}.down_proj", f"{name}.gate_proj", fused=False, width=features(down)[1])
+    if any(map(is_routed, owner.children())):
+        return None
     linears = {n: m for n, m in owner.named_children() if is_linear(m)}
     acts = [m for m in owner.children() if is_activation(m)]
     if len(acts) != 1 or len(linears) not in (2, 3):

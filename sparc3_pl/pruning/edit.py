@@ -4,6 +4,7 @@ Which entries of which weights belong to a component is the component's business
 them the edit's (``edits.py``). Here the changes of a whole plan are put together, checked, written and taken back.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import Group, Part
+from sparc3_pl.model.experts import open_experts
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
 from sparc3_pl.model.structure import linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen
@@ -170,6 +172,8 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
     plan.check()
     if check_fingerprint:
         _check_fingerprint(model, plan)
+    with contextlib.suppress(InputError):  # a plan for layers that are no experts does not need them
+        open_experts(model)
     modules = dict(model.named_modules())
     for layer in plan.counts():
         if layer not in modules:

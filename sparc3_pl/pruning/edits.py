@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Part
+from sparc3_pl.model.experts import is_routed
 from sparc3_pl.model.structure import mlps
 from sparc3_pl.registry import Registry
 
@@ -187,9 +188,11 @@ def mean_activations(
         By up-projection: ``[neurons]`` float32, sums taken in float64.
 
     Raises:
-        InputError: if the batches hold no token.
+        InputError: if the batches hold no token, or a layer is an expert's.
     """
     chosen = [mlp for mlp in mlps(model) if layers is None or mlp.up in set(layers)]
+    if expert := next((mlp.up for mlp in chosen if is_routed(model.get_submodule(mlp.up))), None):
+        raise InputError(f"edit=mean: only some tokens reach {expert}, so there is no mean over all; use zero or scale")
     sums = {mlp.up: torch.zeros(mlp.width, dtype=torch.float64) for mlp in chosen}
     count, real = 0, torch.empty(0)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
 from sparc3_pl.model.components import Neuron
+from sparc3_pl.model.experts import is_routed
 from sparc3_pl.model.loading import auto_class
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import MLP, mlps, weight_matrix
@@ -136,6 +137,8 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
         InputError: if the plan does not fit the model, or the architecture does not permit it.
     """
     planned_changes(model, plan)
+    if expert := next((mlp.name for mlp in mlps(model) if is_routed(model.get_submodule(mlp.down))), None):
+        raise InputError(f"shrink: {expert} is an expert, and experts cannot be made smaller yet; save without shrink")
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
     key = _width_key(model.config.get_text_config(), width)

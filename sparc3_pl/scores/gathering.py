@@ -1,6 +1,7 @@
 """The layers of a score folder as they come in, and the manifest that they make; on the disk or not."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from sparc3_pl.scores.folder import BLOCK
 from sparc3_pl.scores.manifest import SCORES, About, LayerStats, Manifest, ScoredSample
 
 __all__ = ["Gathering", "samples_text", "told_of_layer", "told_of_samples"]
+
+log = logging.getLogger(__name__)
 
 
 class Gathering:
@@ -43,6 +46,7 @@ class Gathering:
         inf: int = 0,
         rows: slice | None = None,
         component: str | None = None,
+        tokens: int | None = None,
     ) -> Tensor:
         """Adds a layer; see ``ScoreWriter.add_layer``.
 
@@ -55,7 +59,7 @@ class Gathering:
         self.dims = scores.dim()
         scores = scores.detach().to("cpu", torch.float32).contiguous()
         file = SCORES if self.dims == 1 else f"{name}.safetensors"
-        self.layers[name] = replace(_statistics(scores, file, nan, inf, rows), component=component)
+        self.layers[name] = replace(_statistics(scores, file, nan, inf, rows), component=component, tokens=tokens)
         if squares is not None:
             self.squares[name] = squares.detach().to("cpu", torch.float32, copy=True).contiguous()
         if groups is not None:
@@ -104,9 +108,15 @@ class Gathering:
             samples_sha256=hashlib.sha256(samples_text(samples).encode()).hexdigest(),
             neuron_rows={name: layer.rows for name, layer in self.layers.items() if layer.rows is not None},
             hardware=provenance.hardware(),
+            unreached=[name for name, layer in self.layers.items() if layer.tokens == 0],
             shards=provenance.redacted(list(shards)),
         )
         manifest.check(where)
+        if manifest.unreached:
+            log.warning(
+                "no token of any sample reached %d layers of experts, whose scores are 0 because nothing is known of "
+                "them: %s", len(manifest.unreached), ", ".join(manifest.unreached),
+            )  # fmt: skip
         return manifest
 
 
@@ -119,6 +129,7 @@ def told_of_layer(layer: LayerScores) -> dict[str, Any]:
         "inf": layer.inf,
         "rows": None if layer.scores.dim() == 2 else layer.group.own,
         "component": layer.group.component,
+        "tokens": layer.tokens,
     }
 
 

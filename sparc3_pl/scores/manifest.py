@@ -141,6 +141,7 @@ class LayerStats:
         rows: First and last + 1 of the scores that ``sum``, ``negative`` and ``zero`` are of; null: all of them. The
             gates' rows of a fused map are no neurons, and count for nothing.
         component: Name of the layer's kind of component, where the folder has several kinds.
+        tokens: Of an expert's layer, the number of real tokens that reached it.
     """
 
     shape: list[int]
@@ -153,6 +154,7 @@ class LayerStats:
     sha256: str
     rows: list[int] | None = None
     component: str | None = None
+    tokens: Count | None = None
 
     @property
     def counted(self) -> slice:
@@ -199,6 +201,7 @@ class Manifest(About):
         neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
             of those that do.
         hardware: The machine that wrote the scores.
+        unreached: Layers of experts that no token of any sample reached: their scores are 0 because nothing is known.
         shards: Commands of the parts that were merged.
         extra: Any further top-level keys, kept as they were.
     """
@@ -217,6 +220,7 @@ class Manifest(About):
     samples_sha256: str | None = None
     neuron_rows: dict[str, list[int]] = field(default_factory=dict)
     hardware: str | None = None
+    unreached: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -234,7 +238,7 @@ class Manifest(About):
             if not data[name]:
                 del data[name]
         for layer in data["layers"].values():
-            for name in ("rows", "component"):
+            for name in ("rows", "component", "tokens"):
                 if layer[name] is None:
                     del layer[name]
         return FORMAT.seal(data | extra)
@@ -283,7 +287,7 @@ class Manifest(About):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
 
-_ONLY_WHERE_GIVEN = ("sequential", "method_args", "granularity_args", "target_args", "at_values", "shards")
+_ONLY_WHERE_GIVEN = ("sequential", "method_args", "granularity_args", "target_args", "at_values", "unreached", "shards")
 """Keys that most manifests do not have."""
 
 FORMAT = Format(

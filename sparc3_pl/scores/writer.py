@@ -78,6 +78,7 @@ class ScoreWriter:
         inf: int = 0,
         rows: slice | None = None,
         component: str | None = None,
+        tokens: int | None = None,
     ) -> None:
         """Adds a layer; the folder keeps the order of the calls.
 
@@ -90,8 +91,9 @@ class ScoreWriter:
             inf: Infinities, likewise.
             rows: The scores that belong to a component, if not all do: only they stand in sums, counts and shares.
             component: Name of the layer's kind of component, where the folder has several kinds.
+            tokens: Of an expert's layer, the real tokens that reached it.
         """
-        options = {"nan": nan, "inf": inf, "rows": rows, "component": component}
+        options = {"nan": nan, "inf": inf, "rows": rows, "component": component, "tokens": tokens}
         scores = self._gathering.add(name, scores, squares, groups, **options)
         if scores.dim() == 1:
             self._neurons[name] = scores.clone()

@@ -32,7 +32,14 @@ from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.partial import PartialSums
 from sparc3_pl.scores.parts import KIND as PART
 from sparc3_pl.scores.parts import parse_part
-from sparc3_pl.scoring.score_run import Destination, ScoreRequest, ScoreRun, check_samples, settings_of
+from sparc3_pl.scoring.score_run import (
+    Destination,
+    ScoreRequest,
+    ScoreRun,
+    as_unlisted,
+    check_samples,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     import transformers  # its classes are not loaded where a parser reads the types of this file
@@ -61,10 +68,12 @@ class ScoringModule(pl.LightningModule):
         method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude``, ``random``, ``activation``; ``expertise``
             for samples with labels; ``attribution_patching``, ``relevance_patching`` or ``integrated_gradients`` for
             samples with counterfactuals; or ``class_path`` and ``init_args`` of one of them or of a method of your own.
+        unlisted_family: Let ``lrp`` and ``relevance_patching`` try a model family that they do not list, as ``doctor``
+            may advise. It is scored if its relevance account balances.
         granularity: What is scored: ``neuron`` (row sums), ``weight``, ``head`` (query heads), ``channel`` (inputs of
-            attention's output projection), ``mlp`` (whole MLPs), ``output`` (outputs of single linear layers, by
-            default of the MLPs'), or a class of your own. A list scores several kinds in one pass, each at layers of
-            its own.
+            attention's output projection), ``mlp`` (whole MLPs), ``expert`` (whole experts of a mixture), ``output``
+            (outputs of single linear layers, by default of the MLPs'), or a class of your own. A list scores several
+            kinds in one pass, each at layers of its own.
         target: What is attributed: ``predicted`` (the largest logit after the sample), ``completion`` (log-likelihood
             of the sample's completion, times its weight), ``text`` (log-likelihood of its tokens), ``answer`` (logit of
             the answer minus that of the foil), or a class of your own.
@@ -104,6 +113,7 @@ class ScoringModule(pl.LightningModule):
         device_map: str | None = None,
         trust_remote_code: bool = False,
         method: Spec = "lrp",
+        unlisted_family: bool = False,
         granularity: Spec | list[Spec] = "neuron",
         target: Spec = "predicted",
         labels: Literal["data", "model"] = "data",
@@ -123,6 +133,7 @@ class ScoringModule(pl.LightningModule):
         sequential: str | float | None = None,
     ) -> None:
         super().__init__()
+        method = as_unlisted(method) if unlisted_family else method
         self.request = ScoreRequest.of(
             method, granularity, target, targets, labels, signed=signed, squares=squares, groups=groups,
             nonfinite=nonfinite, seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,

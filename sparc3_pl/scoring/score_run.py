@@ -29,7 +29,15 @@ from sparc3_pl.scores.parts import write_part
 from sparc3_pl.scores.sums import sums_of
 from sparc3_pl.scores.writer import write_scores
 
-__all__ = ["Destination", "ScoreRequest", "ScoreRun", "check_samples", "require_fields", "settings_of"]
+__all__ = [
+    "Destination",
+    "ScoreRequest",
+    "ScoreRun",
+    "as_unlisted",
+    "check_samples",
+    "require_fields",
+    "settings_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +128,20 @@ def _with_labels(target: Spec | Target, labels: str, seed: int) -> Spec:
     if not isinstance(spec, dict) or spec.get("class_path") != "text" or {"labels", "seed"} & arguments.keys():
         raise InputError(f"model.labels={labels} is for model.target: text, and given once; leave it out, or set that")
     return {"class_path": "text", "init_args": {**arguments, "labels": labels, "seed": seed}}
+
+
+def as_unlisted(method: Spec) -> Spec:
+    """The method, which tries a model family that it does not list.
+
+    Raises:
+        InputError: if it is a method of any model.
+    """
+    choice = METHODS.choose(method)
+    if choice.name not in ("lrp", "relevance_patching"):
+        raise InputError(
+            f"model.unlisted_family=true: method {choice.name} scores any family; leave it out, or use method lrp"
+        )
+    return {"class_path": choice.name, "init_args": {**choice.arguments, "unlisted": True}}
 
 
 def require_fields(request: ScoreRequest, given: Collection[str]) -> None:

@@ -213,7 +213,6 @@ REFUSED = {
     "gptj": ("attention interface", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
     "qwen2_moe": ("sigmoid gate", {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}),
     "gpt_oss": ("attention sinks", {"num_local_experts": 2, "head_dim": 8}),
-    "mixtral": ("never checked", {"num_local_experts": 2}),
 }
 
 

@@ -26,7 +26,7 @@ from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import load_model, load_tokenizer
+from sparc3_pl.model.loading import load_model, load_skeleton, load_tokenizer
 from sparc3_pl.model.source import ModelSource
 
 VOCAB = 320
@@ -388,3 +388,28 @@ def test_gguf_model_is_plain_and_can_be_saved(smollm2, tmp_path):
     assert torch.equal(model(ids).logits, again(ids).logits)
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
     assert fingerprint(again) == fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
+            "4-bit weights packed by bits",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit weights packed by bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "4-bit weights packed by gptq"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "4-bit weights packed by awq"),
+        ({"quant_method": "fp8"}, "holds weights packed by fp8"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_before_their_weights_are_read(tmp_path, about, said):
+    config = tiny("llama").config
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": about}))
+    for load in (load_model, load_skeleton):  # there are no weights in the folder
+        with pytest.raises(InputError, match=said) as refusal:
+            load(ModelSource(str(tmp_path)))
+        assert "dequantize().save_pretrained(FOLDER)" in str(refusal.value)
+        assert "\n" not in str(refusal.value)

@@ -368,3 +368,15 @@ def test_a_manifest_of_an_earlier_version(tmp_path):
     data["layers"][name]["rows"] = [5, 9]
     with pytest.raises(InputError, match=r"rows of layer .* are \[5, 9\]"):
         FORMAT.parse(data, "m")
+
+
+def test_an_unlisted_family_is_tried_on_request():
+    from sparc3_pl.scoring.score_run import as_unlisted
+
+    assert as_unlisted("lrp") == {"class_path": "lrp", "init_args": {"unlisted": True}}
+    spec = {"class_path": "relevance_patching", "init_args": {"rules": "attn"}}
+    assert as_unlisted(spec)["init_args"] == {"rules": "attn", "unlisted": True}
+    assert ScoringModule(unlisted_family=True).request.method.arguments == {"unlisted": True}
+    for method in ("wanda", {"class_path": "gradient"}):
+        with pytest.raises(InputError, match=r"unlisted_family=true: method (wanda|gradient) scores any"):
+            ScoringModule(method=method, unlisted_family=True)

@@ -1,0 +1,209 @@
+"""The experts of a mixture as linear layers of their own.
+
+transformers keeps all experts of a decoder layer in two parameters, ``gate_up_proj`` ``[E, 2 W, H]`` and ``down_proj``
+``[E, H, W]``: there is no module to watch, and no matrix to read or to edit. ``open_experts`` gives each expert three
+linear layers whose weights are views of these parameters:
+
+* ``experts.3``: the map into the expert's neurons (its up-projection), by which the neurons are known;
+* ``experts.3.gate_proj``: the map that feeds the activation;
+* ``experts.3.down_proj``: the map from the neurons back.
+
+They hold no parameter, so that the model's state dict, its fingerprint and what it saves stay as they are. They run
+only while someone watches one of them; otherwise the model computes its experts as it always does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.errors import InputError
+
+__all__ = ["ExpertLayer", "Routed", "experts_modules", "is_routed", "one_by_one", "open_experts", "router_of"]
+
+_NAME = "sparc3"  # in transformers' registry
+
+_BASE = "_sparc3_experts_base"  # on a module's copy of its config
+
+
+class Routed:
+    """The tokens that reach an expert in one pass.
+
+    Args:
+        tokens_N: Their positions in the flattened batch ``[B * T]``, ascending, int64.
+        num_tokens: B * T.
+    """
+
+    def __init__(self, tokens_N: Tensor, num_tokens: int) -> None:
+        self.tokens_N, self.num_tokens = tokens_N, num_tokens
+
+    def everywhere(self, x_ND: Tensor) -> Tensor:
+        """``[B * T, D]``: 0 at the tokens that go elsewhere."""
+        return x_ND.new_zeros(self.num_tokens, x_ND.shape[-1]).index_copy(0, self.tokens_N, x_ND)
+
+
+class ExpertLayer(nn.Linear):
+    """One linear map of one expert: rows of a fused parameter.
+
+    Args:
+        experts: The module that holds the parameter.
+        parameter: Its name.
+        number: The expert.
+        rows: The map's rows of the expert's matrix.
+    """
+
+    def __init__(self, experts: nn.Module, parameter: str, number: int, rows: slice) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["_experts"] = experts  # past nn.Module, to which it would be a child of its own child
+        self._parameter, self._number, self._rows = parameter, number, rows
+        self.out_features, self.in_features = self.weight.shape
+        self.bias = None
+        self.routed: Routed | None = None
+        """Which tokens it is reading; None while it does not run."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A view ``[out, in]`` of the fused parameter: writing to it writes the parameter."""
+        return getattr(self._experts, self._parameter)[self._number, self._rows]
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether only some tokens reach a layer: those that a router sends to its expert."""
+    return isinstance(module, ExpertLayer)
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` that hold all experts of a decoder layer in one parameter, by name."""
+    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+
+
+def router_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that says which experts of ``experts_modules(model)[name]`` a token goes to; None if it is unknown.
+
+    It stands beside them, and its weight has a row for each.
+    """
+    owner, _, own = name.rpartition(".")
+    number = experts_modules(model)[name].down_proj.shape[0]
+    beside = (module for child, module in model.get_submodule(owner).named_children() if child != own)
+    return next((m for m in beside if getattr(m._parameters.get("weight"), "shape", (0,))[0] == number), None)
+
+
+def open_experts(model: nn.Module) -> None:
+    """Gives every expert of ``model`` layers of its own; nothing happens the second time.
+
+    Raises:
+        InputError: if a model has experts that compute something unknown here, saying what.
+    """
+    for name, experts in experts_modules(model).items():
+        if not is_open(experts):
+            if reason := _reason_against(experts):
+                raise InputError(
+                    f"the experts of {name} {reason}, so that nothing is known of their neurons; choose other "
+                    "layers by model.targets with granularity weight, or score heads or channels"
+                )
+            _open(experts)
+
+
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Inside the block open experts run by their own layers, as if someone watched them: their products round otherwise
+    than those of all experts at once.
+    """
+    with ExitStack() as undo:
+        for experts in filter(is_open, experts_modules(model).values()):
+            undo.callback(experts.get_submodule("0").register_forward_pre_hook(lambda module, args: None).remove)
+        yield
+
+
+def is_open(experts: nn.Module) -> bool:
+    """Whether the experts have layers of their own."""
+    return "0" in experts._modules
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    down = module._parameters.get("down_proj")
+    return down is not None and down.dim() == 3
+
+
+def _reason_against(experts: nn.Module) -> str | None:
+    """What is unlike ``down(act(gate(x)) * up(x))``, weighted and summed over a token's experts."""
+    from transformers.integrations import moe
+
+    if not hasattr(experts, "is_concatenated") or not hasattr(experts, "config"):
+        return "do not go through transformers' interface for experts"
+    if type(experts)._apply_gate is not moe._default_apply_gate:
+        return "have a gate of their own kind"
+    if not experts.has_gate or "gate_up_proj" not in experts._parameters:
+        return "have no gate"
+    for attribute, reason in (("has_bias", "have biases"), ("has_post_expert_norm", "are normalised one by one")):
+        if getattr(experts, attribute, False):
+            return reason
+    return "keep their weights transposed" if experts.is_transposed or not experts.is_concatenated else None
+
+
+def _open(experts: nn.Module) -> None:
+    _register()
+    number, _, width = experts.down_proj.shape
+    for e in range(number):
+        expert = ExpertLayer(experts, "gate_up_proj", e, slice(width, 2 * width))
+        expert.gate_proj = ExpertLayer(experts, "gate_up_proj", e, slice(0, width))
+        expert.down_proj = ExpertLayer(experts, "down_proj", e, slice(None))
+        experts.add_module(str(e), expert.train(experts.training))
+    config = copy.copy(experts.config)
+    setattr(config, _BASE, config._experts_implementation)
+    config._experts_implementation_internal = _NAME  # the public setter would also write to shared sub-configs
+    experts.config = config
+
+
+@functools.cache
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    type(ALL_EXPERTS_FUNCTIONS).register(_NAME, _run)
+
+
+def _run(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in experts.modules() if is_routed(layer)):
+        return _one_by_one(experts, hidden_NH, chosen_NK, weights_NK)
+    return _base(experts)(experts, hidden_NH, chosen_NK, weights_NK)
+
+
+def _base(experts: nn.Module) -> Callable[..., Any]:
+    """What would run the experts if they were not open."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS.get_interface(getattr(experts.config, _BASE), inspect.unwrap(type(experts).forward))
+
+
+def _one_by_one(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Each expert's own layers, on the tokens that reach it: ``[N, H]``, N the tokens of the batch.
+
+    Args:
+        experts: Open.
+        hidden_NH: What the experts read.
+        chosen_NK: The experts of each token.
+        weights_NK: By how much each counts.
+    """
+    total_NH = torch.zeros_like(hidden_NH)
+    for number in chosen_NK.unique().tolist():
+        tokens_M, place_M = torch.where(chosen_NK == number)
+        expert = experts.get_submodule(str(number))
+        layers = expert, expert.gate_proj, expert.down_proj
+        try:
+            for layer in layers:
+                layer.routed = Routed(tokens_M, len(hidden_NH))
+            x_MH = hidden_NH[tokens_M]
+            y_MH = expert.down_proj(experts.act_fn(expert.gate_proj(x_MH)) * expert(x_MH))
+        finally:
+            for layer in layers:
+                layer.routed = None
+        y_MH = y_MH * weights_NK[tokens_M, place_M, None]
+        total_NH = total_NH.index_add(0, tokens_M, y_MH.to(total_NH.dtype))
+    return total_NH
