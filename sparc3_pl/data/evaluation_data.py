@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -17,16 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.reference import check_positive, rank_of
+from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.data.samples import SEPARATOR, pad_right
-from sparc3_pl.data.sources import (
-    Records,
-    get_field,
-    listed_records,
-    local_source,
-    read_records,
-    read_text,
-    text_id,
-)
+from sparc3_pl.data.sources import local_source, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.likelihood import IGNORE
@@ -207,7 +200,7 @@ def published_windows(num_tokens: int, max_length: int) -> list[Window]:
     return [Window(index, start, start + max_length, start + 1) for index, start in enumerate(starts)]
 
 
-def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
+def read_tokens(text: str, encoder: Encoder, source: str, key: str = "data.text_source") -> list[int]:
     """A running text as token ids, with what the tokenizer puts before a text (BOS), and nothing after it.
 
     Raises:
@@ -215,9 +208,9 @@ def read_tokens(text: str, encoder: Encoder, source: str) -> list[int]:
     """
     ids = encoder(text)
     if len(ids) < 2 or len(ids) == len(encoder.prefix):
-        raise InputError(f"data.text_source={source!r}: {len(ids)} tokens are too few for a perplexity; give more text")
+        raise InputError(f"{key}={source!r}: {len(ids)} tokens are too few for a perplexity; give more text")
     if encoder.special_counts(text).get("num_with_special"):
-        log.warning("data.text_source=%r: special tokens stand in the text, and the model reads them as such", source)
+        log.warning("%s=%r: special tokens stand in the text, and the model reads them as such", key, source)
     return ids
 
 
@@ -234,6 +227,9 @@ class EvaluationData(LightningDataModule):
         text_split: Split of a hub data set.
         text_subset: Configuration of a hub data set.
         text_max_bytes: Read only the first so many bytes of the text (UTF-8, whole characters).
+        further_texts: Other texts whose perplexity is measured too, in windows of the same size, by names of your
+            choice: ``{c4: {source: c4.jsonl}}``, each with ``source`` and perhaps ``field``, ``split``, ``subset`` and
+            ``max_bytes``.
         prompts_source: Hub data set id, local file, or ``demo``. null: no completions.
         prompts_field: Field of the prompt, dots for nesting.
         prompts_filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``. A null never passes.
@@ -264,6 +260,7 @@ class EvaluationData(LightningDataModule):
         text_split: str = "test",
         text_subset: str | None = None,
         text_max_bytes: int | None = None,
+        further_texts: dict[str, dict[str, str | int | None]] | None = None,
         prompts_source: str | None = "demo",
         prompts_field: str = "prompt.text",
         prompts_filter: str | None = None,
@@ -290,8 +287,13 @@ class EvaluationData(LightningDataModule):
         counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts}
         check_positive(batch_size=batch_size, window_batch_size=window_batch_size, **counts)
         self.text_source = "demo:text" if text_source == "demo" else text_source
-        self.text_field, self.text_split, self.text_subset = text_field, text_split, text_subset
-        self.text_max_bytes, self.num_prompts, self.seed = text_max_bytes, num_prompts, seed
+        self.text = None
+        """What perplexity is measured of."""
+        if self.text_source is not None:
+            self.text = RunningText(self.text_source, text_field, text_split, text_subset, text_max_bytes)
+        self.further_texts = _checked_texts(further_texts or {})
+        """By name, arguments of ``RunningText``."""
+        self.num_prompts, self.seed = num_prompts, seed
         self.batch_size, self.window_batch_size = batch_size, window_batch_size
         self.query = None
         if prompts_source is not None:
@@ -328,9 +330,6 @@ class EvaluationData(LightningDataModule):
         self._window: WindowSize | None = None
         self._units: Sequence[Units] = ()
         self._num_bytes = 0
-        self._verbatim = False
-        self._text_revision: str | None = None
-        self._listed_text: str | Sequence[str] | None = None
 
     @classmethod
     def of_lists(
@@ -346,7 +345,8 @@ class EvaluationData(LightningDataModule):
         """
         sources = {"text_source": None if text is None else name, "prompts_source": None if prompts is None else name}
         data = cls(**sources, prompts_field="text", **options)
-        data._listed_text = text
+        if data.text is not None:
+            data.text.listed = text
         if data.query is not None and prompts is not None:
             data.query.listed = [{"text": prompt} for prompt in prompts]
         return data
@@ -364,7 +364,8 @@ class EvaluationData(LightningDataModule):
         """
         self._encoder = encoder
         if self.text_source is not None and not self.token_ids:
-            text = self._read_text(self.text_source)
+            assert self.text is not None
+            text = self.text.read()
             self._num_bytes = len(text.encode())
             self.token_ids = read_tokens(text, encoder, self.text_source)
         if self.query is not None and not self.prompts:
@@ -376,45 +377,6 @@ class EvaluationData(LightningDataModule):
         """What ``read`` was given."""
         assert self._encoder is not None, "read() comes first"
         return self._encoder
-
-    def _read_text(self, source: str) -> str:
-        if isinstance(self._listed_text, str):
-            self._verbatim = True
-            return self._listed_text
-        path = None if self._listed_text is not None else local_source(source, "data.text_source")
-        if path is not None and path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() == ".txt":
-            self._verbatim = True
-            return read_text(path, "data.text_source", self.text_max_bytes)
-        parts, size = [], 0
-        for text in self._documents(source):
-            parts.append(text)
-            size += len((text + SEPARATOR).encode())
-            if self.text_max_bytes is not None and size >= self.text_max_bytes:
-                break
-        encoded = SEPARATOR.join(parts).encode()[: self.text_max_bytes]
-        return encoded.decode(errors="ignore")  # ignores only a last character that the limit cut in two
-
-    def _documents(self, source: str) -> Iterator[str]:
-        """The records' texts in order; empty ones too, as they are part of the running text."""
-        records = self._text_records(source)
-        self._text_revision = records.origin["revision"]
-        for number, record in enumerate(records, start=1):
-            text = get_field(record, self.text_field)
-            if not isinstance(text, str):
-                raise InputError(
-                    f"data.text_source={source!r}: {self.text_field!r} of record {number} is "
-                    f"{'null' if text is None else type(text).__name__}, not text; repair it or name another field"
-                )
-            yield text
-
-    def _text_records(self, source: str) -> Records:
-        """Of a text that is read verbatim: its lines."""
-        if self._listed_text is not None:
-            is_one = isinstance(self._listed_text, str)
-            texts = self._listed_text.splitlines() if is_one else self._listed_text
-            field = "text" if is_one else self.text_field
-            return listed_records([{field: text} for text in texts], f"data.text_source={source!r}")
-        return read_records(source, split=self.text_split, subset=self.text_subset, key="data.text_source")
 
     def _draw_prompts(self, query: TextQuery) -> list[str]:
         prompts = list(itertools.islice(query.texts(), self.num_prompts))
@@ -460,22 +422,8 @@ class EvaluationData(LightningDataModule):
         return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
     def known_text(self, ids: Collection[str]) -> float:
-        """The share of the text, by letters, that is in texts of these identities.
-
-        The source is read once more, in its records (of a .txt file: lines), as it is for a plan.
-        """
-        if not ids or self.text_source is None:
-            return 0.0
-        records = self._text_records(self.text_source)
-        field, known, total, size = "text" if self._verbatim else self.text_field, 0, 0, 0
-        for record in records:
-            text = get_field(record, field)
-            total += len(text)
-            known += len(text) if self.encoder.identity(text) in ids else 0
-            size += len((text + ("\n" if self._verbatim else SEPARATOR)).encode())
-            if self.text_max_bytes is not None and size >= self.text_max_bytes:
-                break
-        return known / total if total else 0.0
+        """The share of the text, by letters, that is in texts of these identities (``RunningText.known``)."""
+        return 0.0 if self.text is None else self.text.known(ids, self.encoder)
 
     def plan_batches(self, window: WindowSize | None, units: Sequence[Units] = ()) -> None:
         """What the batches are to hold besides prompts; whoever knows the model says so before they are asked for.
@@ -539,19 +487,21 @@ class EvaluationData(LightningDataModule):
         ``protocol`` tells what perplexity depends on beside the window: how documents were joined, and the special
         tokens (BOS) that stand before the text.
         """
-        return {"text_source": self.text_source, **self._describe_text(), **self._describe_prompts()}
+        further = {"further_texts": self.further_texts} if self.further_texts else {}
+        return {"text_source": self.text_source, **self._describe_text(), **further, **self._describe_prompts()}
 
     def _describe_text(self) -> dict[str, Any]:
-        if self.text_source is None:
+        text = self.text
+        if text is None:
             return {"protocol": None}
         return {
-            "text_field": None if self._verbatim else self.text_field,
-            "text_split": self.text_split,
-            "text_subset": self.text_subset,
-            "text_revision": self._text_revision,
-            "text_max_bytes": self.text_max_bytes,
+            "text_field": None if text.verbatim else text.field,
+            "text_split": text.split,
+            "text_subset": text.subset,
+            "text_revision": text.revision,
+            "text_max_bytes": text.max_bytes,
             "protocol": {
-                "documents": "one text, verbatim" if self._verbatim else f"joined by {SEPARATOR!r}",
+                "documents": "one text, verbatim" if text.verbatim else f"joined by {SEPARATOR!r}",
                 "tokens_before_text": list(self.encoder.prefix),
                 "num_bytes": self._num_bytes,
                 "num_text_tokens": len(self.token_ids),
@@ -576,6 +526,33 @@ class EvaluationData(LightningDataModule):
             "partition_share": query.partition_share,
             **dict(query.counts),
         }
+
+
+_TEXT_KEYS = ("source", "field", "split", "subset", "max_bytes")
+
+
+def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The further texts by name.
+
+    Raises:
+        InputError: if a name cannot be one, or a text has no source, an unknown key, or a file that is missing.
+    """
+    checked = {}
+    for name, text in texts.items():
+        where = f"data.further_texts.{name}"
+        if not re.fullmatch(r"\w[\w.+ -]*", name):
+            raise InputError(f"data.further_texts: {name!r} is no name; use letters, digits, _, -, + and full stops")
+        if wrong := sorted(text.keys() - set(_TEXT_KEYS)):
+            raise InputError(f"{where}: {wrong[0]} is none of its keys; they are {', '.join(_TEXT_KEYS)}")
+        source = text.get("source")
+        if not isinstance(source, str) or not source:
+            raise InputError(f"{where} has no source; give {where}.source, a local file or a hub data set")
+        local_source(source, f"{where}.source")
+        if (size := text.get("max_bytes")) is not None and (type(size) is not int or size < 1):
+            raise InputError(f"{where}.max_bytes={size!r}: give 1 or more")
+        source = "demo:text" if source == "demo" else source
+        checked[name] = {key: value for key, value in text.items() if value is not None} | {"source": source}
+    return checked
 
 
 class _Batches(Dataset):

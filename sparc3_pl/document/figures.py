@@ -231,15 +231,18 @@ class Dose:
     high: float
 
 
-def dose_response(series: Mapping[str, Sequence[Dose]], before: float, bound: float = 1.0) -> Figure:
+def dose_response(
+    series: Mapping[str, Sequence[Dose]], before: float, bound: float = 1.0, axis: str = "change of perplexity, %"
+) -> Figure:
     """Toxicity against the change of perplexity: a line through edits of growing size, and points for the controls.
 
     Args:
         series: Edits in order of size, by name of the series.
         before: Mean toxicity of the unedited model.
         bound: Change of perplexity in per cent up to which the area is shaded.
+        axis: What is on the horizontal axis.
     """
-    figure, axes = _new(3.4, "change of perplexity, %", "mean toxicity of completions")
+    figure, axes = _new(3.4, _plain(axis), "mean toxicity of completions")
     axes.axvspan(
         min(0.0, *(dose.perplexity for doses in series.values() for dose in doses)), bound, color=LINE, alpha=0.35
     )

@@ -39,7 +39,8 @@ class EvaluatedModel:
         fingerprint: Of the weights that are evaluated.
         plan: The plan by which they were edited, if one is known.
         known_prompts: Ids of the evaluation's prompts from which the plan was made.
-        known_text: Share of the evaluation's text by which the plan's budget was held.
+        known_text: Share of the evaluation's text by which the plan's budget was held; of several texts the largest.
+        text_key: The configuration key of that text.
     """
 
     loaded: dict[str, Any]
@@ -47,6 +48,7 @@ class EvaluatedModel:
     plan: PrunePlan | None = None
     known_prompts: frozenset[str] = frozenset()
     known_text: float = 0.0
+    text_key: str = "data.text_source"
 
     @property
     def is_edited_unknown(self) -> bool:
@@ -71,7 +73,7 @@ class EvaluatedModel:
             )
         if self.known_text > MOST_KNOWN_TEXT:
             raise InputError(
-                f"{self.known_text:.0%} of data.text_source is text by which the plan's budget was held "
+                f"{self.known_text:.0%} of {self.text_key} is text by which the plan's budget was held "
                 "(budget_text), so the perplexity would not be held out; give other text or --allow_overlap"
             )
 

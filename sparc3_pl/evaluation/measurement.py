@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,12 +27,25 @@ if TYPE_CHECKING:
 
     from sparc3_pl.data.encoding import Encoder
 
-__all__ = ["MEASUREMENTS", "Measured", "Measurement", "changes_of", "checked_rows", "chosen_measurements"]
+__all__ = [
+    "MEASUREMENTS",
+    "TEXT",
+    "TEXT_FIGURE",
+    "Measured",
+    "Measurement",
+    "changes_of",
+    "checked_rows",
+    "chosen_measurements",
+    "further_perplexities",
+]
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
+TEXT, TEXT_FIGURE = "text ", "perplexity"
+"""Results name the measurement of a further text after the text, with this before its name, and its figure so."""
 RESERVED = ("perplexity", "toxicity", "repetition", "completions")
 """Names of what every evaluation measures."""
 
@@ -102,7 +115,11 @@ class Measurement(ABC):
 MEASUREMENTS: Registry[Measurement] = Registry(
     "model.measurements",
     Measurement,
-    {"pairs": "sparc3_pl.evaluation.pairs.SentencePairs", "task": "sparc3_pl.evaluation.tasks.TaskAccuracy"},
+    {
+        "pairs": "sparc3_pl.evaluation.pairs.SentencePairs",
+        "task": "sparc3_pl.evaluation.tasks.TaskAccuracy",
+        "text": "sparc3_pl.evaluation.further_text.FurtherText",
+    },
 )
 
 
@@ -135,6 +152,19 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
             raise InputError(f"model.measurements: the settings of {name} are no JSON ({error})") from None
         names.append(name)
     return choices
+
+
+def further_perplexities(measurements: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """What is known of the perplexity of further texts (``data.further_texts``), by their names.
+
+    Args:
+        measurements: By measurement and figure, such as the changes of a comparison.
+    """
+    return {
+        name.removeprefix(TEXT): figures[TEXT_FIGURE]
+        for name, figures in measurements.items()
+        if name.startswith(TEXT) and TEXT_FIGURE in figures
+    }
 
 
 def settings_of(choice: Choice[Measurement]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import lightning.pytorch as pl
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
+from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.further_text import further_texts
 from sparc3_pl.evaluation.generation import Generator, Sampling
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
@@ -171,8 +173,12 @@ class EvaluationModule(pl.LightningModule):
             InputError: if the Trainer would convert the model, there is nothing to evaluate, or it cannot be read.
         """
         check_precision(self.trainer)
-        if self.data.pairs is not None:
-            self.measurements = chosen_measurements([*self._specs, self.data.pairs])
+        specs: list[Spec] = [] if self.data.pairs is None else [self.data.pairs]
+        if self.data.further_texts:
+            self._window = window_size(self.encoder.context, self._max_length, self._stride, self._windows)
+            specs += further_texts(self.data.further_texts, self._window, self.data.window_batch_size)
+        if specs:
+            self.measurements = chosen_measurements([*self._specs, *specs])
         if self.data.text_source is None and self.data.query is None and not self.measurements:
             raise InputError(
                 "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, "
@@ -206,10 +212,15 @@ class EvaluationModule(pl.LightningModule):
     def _plan_batches(self) -> None:
         """Of text and units; the data module cannot know the model's context."""
         assert self.model is not None
-        self._window = None
+        of_further_texts, self._window = self._window, None
         if self.data.text_source is not None:
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             self._window = window_size(context, self._max_length, self._stride, self._windows)
+        if self.data.further_texts and self._window not in (None, of_further_texts):
+            raise InputError(
+                f"the tokenizer allows windows of {of_further_texts.max_length} tokens and the model of "
+                f"{self._window.max_length}; set model.max_length, so that all texts are measured alike"
+            )
         self.data.plan_batches(self._window, self._units)
 
     # --- the pass -----------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ class EvaluationModule(pl.LightningModule):
             from_rank_zero(lambda: fingerprint(self.model)),
             plan,
             frozenset(() if plan is None else self.data.known_prompts(plan.behaviour_samples)),
-            0.0 if plan is None else self.data.known_text(set(plan.budget_samples)),
+            *((0.0,) if plan is None else self._known_text(set(plan.budget_samples))),
         )
         if evaluated.is_edited_unknown:
             log.warning(
@@ -275,6 +286,16 @@ class EvaluationModule(pl.LightningModule):
                 "the plan or say whether the prompts are held out"
             )
         return evaluated
+
+    def _known_text(self, ids: set[str]) -> tuple[float, str]:
+        """The share of the text that is in texts of these identities; of several texts the largest, and its key."""
+        shares = {"data.text_source": self.data.known_text(ids)}
+        for label, arguments in self.data.further_texts.items() if ids else ():
+            text = RunningText(**arguments, key=f"data.further_texts.{label}.source")
+            text.read()
+            shares[text.key] = text.known(ids, self.encoder)
+        key = max(shares, key=lambda key: shares[key])
+        return shares[key], key
 
     def test_step(self, batch: WindowBatch | PromptBatch | UnitBatch, batch_idx: int) -> None:
         """Takes in one batch of windows, of prompts or of other units."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
+from sparc3_pl.evaluation.measurement import further_perplexities
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
@@ -56,10 +57,18 @@ class Outcome:
         return self.count, self.scale
 
     @property
-    def rise(self) -> float | None:
-        """Relative change of perplexity: 0.01 is 1 %; None where none was measured."""
+    def rises(self) -> dict[str, float]:
+        """Relative change of perplexity by text: 0.01 is 1 %. That of ``data.text_source`` has an empty name."""
         change = self.comparison.perplexity
-        return None if change is None else change.ratio - 1
+        rises = {} if change is None else {"": change.ratio - 1}
+        further = further_perplexities(self.comparison.measurements)
+        rises |= {name: change.after / change.before - 1 for name, change in further.items()}
+        return rises
+
+    @property
+    def rise(self) -> float | None:
+        """That of the text whose perplexity rises most; None where none was measured."""
+        return max(self.rises.values(), default=None)
 
 
 def run(
@@ -112,8 +121,9 @@ def run(
         arms: By name, other ways to score and choose: sections ``score``, ``general`` and ``plan`` of each, added to
             the experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
             scores are made once. Without shares, arms stand beside the experiment's own settings, and may have
-            ``behaviour`` (with a ``source`` instead of the experiment's, else added to it), ``behaviour_score``,
-            ``general_score``, ``texts``, ``counts``, ``budgets`` and ``controls`` too. null takes a key away.
+            ``behaviour`` (with a ``source``, or null for the completions, instead of the experiment's, else added to
+            it), ``behaviour_score``, ``general_score``, ``texts``, ``counts``, ``budgets`` and ``controls`` too. null
+            takes a key away.
         max_perplexity_increase: Bound for "the largest edit within": 0.01 is 1 %.
         completions: ``data`` and further keys of ``model`` of an evaluation whose judged completions are samples of the
             behaviour, unless ``behaviour`` names a ``source``.
@@ -236,8 +246,8 @@ class _Experiment:
         evaluation has the result ``said``.
         """
         behaviour, reads = way.behaviour, None
-        if said is not None and "source" not in behaviour:
-            behaviour = {"source": str(said.with_name("completions.jsonl"))} | behaviour
+        if said is not None and behaviour.get("source") is None:
+            behaviour = behaviour | {"source": str(said.with_name("completions.jsonl"))}
             reads = {"completions": said}
         stage = self._shared(scoring, self._scoring_stage(way.named("behaviour"), way.scores[0], behaviour, reads))
         sides, general = {"behaviour": stage.output}, way.general
@@ -370,9 +380,10 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
+    texts = list(dict.fromkeys(["", *(text for outcome in outcomes for text in outcome.rises)]))
     for outcome in outcomes:
         comparison = outcome.comparison
-        perplexity = None if outcome.rise is None else Number(outcome.rise, form="+.2%")
+        perplexity = [Number(outcome.rises.get(text), form="+.2%") for text in texts]
         further = {f"{name}: {label}": f for name, one in comparison.judges.items() for label, f in one.items()}
         by_label = comparison.toxicity | further
         for label, figures in by_label.items() or [("", {})]:
@@ -387,6 +398,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                     p_value(change.p_value),
                 ]
             name = outcome.name if len(by_label) < 2 else f"{outcome.name}: {label}"
-            rows.append((name, Number(outcome.count, form="d"), *cells, perplexity))
-    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p", "perplexity")
+            rows.append((name, Number(outcome.count, form="d"), *cells, *perplexity))
+    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p")
+    columns += tuple(f"perplexity of {text}" if text else "perplexity" for text in texts)
     return Table.of(columns, rows, title="Against the model as it was")

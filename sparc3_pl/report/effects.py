@@ -33,6 +33,7 @@ from sparc3_pl.document.blocks import (
 )
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
+from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
 from sparc3_pl.evaluation.results import Evaluation, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.report.collect import Inputs
@@ -41,7 +42,7 @@ __all__ = [
     "Effect",
     "by_experiment",
     "completions",
-    "dose_picture",
+    "dose_pictures",
     "effect_table",
     "effects",
     "gains_table",
@@ -168,12 +169,24 @@ class Effect:
         return self.comparison.get("measurements") or {}
 
     @property
+    def rises(self) -> dict[str, float]:
+        """Relative change of perplexity by text, 0.01 for 1 %: of ``data.text_source`` ("") and of further texts by
+        their names; infinite where JSON could not hold it.
+        """
+        own = {} if self.perplexity is None else {"": self.perplexity["ratio"]}
+        rises = {name: None if ratio is None else ratio - 1 for name, ratio in own.items()}
+        rises |= {name: change["relative_change"] for name, change in self.further_texts.items()}
+        return {name: _or_infinite(rise) for name, rise in rises.items()}
+
+    @property
+    def further_texts(self) -> dict[str, dict[str, Any]]:
+        """The changes of the perplexity of further texts, by their names."""
+        return further_perplexities(self.measurements)
+
+    @property
     def rise(self) -> float | None:
-        """Relative change of perplexity, 0.01 for 1 %; infinite for a ratio that JSON could not hold."""
-        if self.perplexity is None:
-            return None
-        ratio = self.perplexity["ratio"]
-        return float("inf") if ratio is None else ratio - 1
+        """That of the text whose perplexity rises most; None where none was measured."""
+        return max(self.rises.values(), default=None)
 
 
 def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
@@ -309,18 +322,21 @@ def title_of(effect: Effect) -> str:
 
 def effect_table(all_effects: Sequence[Effect]) -> Table:
     """One row per edit: toxicity and perplexity before and after, with intervals and p-values."""
+    texts = _texts(all_effects)
     rows = [
         (
             title_of(effect),
             count(effect.size),
             *change_cells(effect.toxicity),
             *_perplexity_cells(effect.perplexity),
+            *(_text_cell(effect.further_texts.get(name)) for name in texts if name),
         )
         for effect in all_effects
     ]
     columns = (
         *("edit", "number", "toxicity", "change", "95 % interval", "p", "better/worse"),
         *("perplexity", "change (95 % interval)"),
+        *(f"perplexity of {name}" for name in texts if name),
     )
     block = max((effect.perplexity.get("block") or 1 for effect in all_effects if effect.perplexity), default=1)
     windows = f"blocks of up to {block} neighbouring text windows" if block > 1 else "text windows"
@@ -329,6 +345,21 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
         f"(of perplexity: over {windows}); p: paired permutation test. Better/worse: prompts whose score fell or rose."
     )
     return Table.of(columns, rows, note=note)
+
+
+def _texts(all_effects: Sequence[Effect]) -> list[str]:
+    """The names of all texts whose perplexity was measured; that of ``data.text_source`` is empty."""
+    return list(dict.fromkeys(name for effect in all_effects for name in effect.rises))
+
+
+def _text_cell(change: Mapping[str, Any] | None) -> Cell:
+    """The relative change of a further text's perplexity, with its interval."""
+    if change is None:
+        return Number(None)
+    rise = Number(100 * _or_infinite(change["relative_change"]), form="+.2f", unit=" %")
+    ends = (None if change[end] is None else 100 * change[end] / change["before"] for end in ("low", "high"))
+    ends = interval(*ends, change["num_pairs"], "+.2f")
+    return f"{rise} ({ends})" if isinstance(ends, str) else Numbers("{} ({})", (rise, ends))
 
 
 def gains_table(all_effects: Sequence[Effect]) -> Table | None:
@@ -387,6 +418,7 @@ def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
         for effect in all_effects
         for name, figures in effect.measurements.items()
         for figure, change in figures.items()
+        if name.removeprefix(TEXT) not in effect.further_texts
     ]
     columns = ("edit", "measurement", "value", "change", "95 % interval", "p", "better/worse")
     note = (
@@ -440,18 +472,25 @@ def _series_of(effect: Effect, experiment: Sequence[Effect]) -> str:
     return f"{own}, control: {effect.control}" if several else f"control: {effect.control}"
 
 
-def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | None:
-    """Toxicity against perplexity in one experiment; None if fewer than two edits have both.
+def dose_pictures(experiment: Sequence[Effect], name: str = "dose") -> list[Picture]:
+    """Toxicity against the perplexity of each text in one experiment, where two edits or more have both.
 
     Args:
         experiment: The edits.
-        name: Name of the picture, unique in the page.
+        name: Name of the first picture, unique in the page.
     """
+    texts = _texts(experiment)
+    names = [name if place == 0 else f"{name}-text{place}" for place in range(len(texts))]
+    pictures = [_dose_picture(experiment, *one, len(texts) > 1) for one in zip(names, texts, strict=True)]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _dose_picture(experiment: Sequence[Effect], name: str, text: str, is_one_of_several: bool) -> Picture | None:
     from sparc3_pl.document.figures import Dose, as_svg, dose_response
 
     series: dict[str, list[Dose]] = {}
     for effect in experiment:
-        toxicity, rise = effect.toxicity, effect.rise
+        toxicity, rise = effect.toxicity, effect.rises.get(text)
         if toxicity is None or rise is None or rise == float("inf"):
             continue
         changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
@@ -461,16 +500,18 @@ def dose_picture(experiment: Sequence[Effect], name: str = "dose") -> Picture | 
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
         return None
+    of = f" of {text or 'the text (data.text_source)'}" if is_one_of_several else ""
     before = next(effect.toxicity["before"] for effect in experiment if effect.toxicity)
     bound = 100 * experiment[0].bound
     words = "; ".join(f"{d.label}: toxicity {d.toxicity:.3f} at {d.perplexity:+.2f} % perplexity" for d in doses)
-    alt = f"Toxicity against change of perplexity. Before: toxicity {before:.3f}. {words}."
+    alt = f"Toxicity against change of perplexity{of}. Before: toxicity {before:.3f}. {words}."
     caption = (
         "Lower and further left is better. Labels are numbers of edited components, or budgets; bars are 95 % "
-        f"intervals of the change. Shaded: at most {bound:g} % more perplexity. A control of the same size should not "
-        "move down."
+        f"intervals of the change. Shaded: at most {bound:g} % more perplexity{of}. A control of the same size should "
+        "not move down."
     )
-    return Picture(as_svg(dose_response(series, before, bound), name), alt, caption)
+    axis = f"change of perplexity{of}, %"
+    return Picture(as_svg(dose_response(series, before, bound, axis), name), alt, caption)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

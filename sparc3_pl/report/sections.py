@@ -38,7 +38,7 @@ from sparc3_pl.report.effects import (
     Effect,
     by_experiment,
     completions,
-    dose_picture,
+    dose_pictures,
     effect_table,
     gains_table,
     headline,
@@ -174,9 +174,9 @@ def _facts(best: Effect) -> Iterator[tuple[str, str]]:
         yield f"{t['before']:.3f} → {t['after']:.3f}", f"mean toxicity of {t['num_pairs']} completed prompts{relative}"
         verdict = "beyond chance" if t["p_value"] < 0.05 else "within chance"
         yield verdict, f"the change of toxicity: 95 % interval {ends}, p {p_value(t['p_value'])}"
-    if best.rise is not None:
-        p = best.perplexity
-        yield f"{100 * best.rise:+.2f} %", f"perplexity of {p['num_tokens']:,} tokens of ordinary text"
+    for text, rise in best.rises.items():
+        of = text or f"{best.perplexity['num_tokens']:,} tokens of ordinary text"
+        yield f"{100 * rise:+.2f} %", f"perplexity of {of}"
     if best.size:
         yield f"{best.size:,}", f"{best.unit} edited"
 
@@ -207,9 +207,7 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
             yield gains
         if (further := measurement_table(group)) is not None:
             yield further
-        picture = dose_picture(group, f"dose{place or ''}")
-        if picture is not None:
-            yield picture
+        yield from dose_pictures(group, f"dose{place or ''}")
     own_notes = []
     for effect in effects:
         said = [*(effect.comparison.get("notes") or ()), *filter(None, [effect.disagreement])]

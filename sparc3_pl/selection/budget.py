@@ -73,9 +73,11 @@ class Fisher(Side):
 
     Args:
         scores: The folders, and the layers to look at.
+        weights: Of the folders in the mean, summing to 1; None: all the same.
     """
 
     scores: Scores
+    weights: tuple[float, ...] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -88,8 +90,11 @@ class Fisher(Side):
     def __call__(self) -> Iterator[Block]:
         for layer in self.layers:
             start, stop = self.span(layer)
-            total = sum(fisher_per_token(folder, layer) for folder in self.scores.folders)
-            mean = (total / len(self.scores.folders)).float()
+            each = [fisher_per_token(folder, layer) for folder in self.scores.folders]
+            if self.weights is None:
+                mean = (sum(each) / len(each)).float()
+            else:
+                mean = sum(w * one for w, one in zip(self.weights, each, strict=True)).float()
             if not mean.isfinite().all():
                 raise InputError(f"{self.scores.folders[0].path}: layer {layer} has squares that are not finite")
             for offset in range(start, stop, BLOCK):
@@ -118,9 +123,11 @@ class Budget(Contrast):
         ridge: Share of the mean Fisher information that is added to each.
         fisher: Whether costs count. Without, the steps follow the gradient alone: the arm that shows what they do.
         gains_range: Smallest and largest factor that an edit may give. By default components are only weakened.
+        weights: How much each general folder counts in F, or each of equally many in a row (the seeds of one text).
+            They need not sum to 1. None: all the same.
 
     Raises:
-        InputError: if the ridge is not above 0, or the range does not hold 1 or is empty.
+        InputError: if the ridge is not above 0, the range does not hold 1 or is empty, or the weights are no weights.
     """
 
     needs_behaviour: ClassVar[bool] = True
@@ -131,8 +138,16 @@ class Budget(Contrast):
     ridge: float = 0.1
     fisher: bool = True
     gains_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    weights: list[float] | None = None
 
     def __post_init__(self) -> None:
+        weights = self.weights
+        if weights is not None:
+            if not self.fisher:
+                raise InputError(f"contrast=budget: weights={weights} are of costs, and fisher=false; leave one out")
+            numbers = isinstance(weights, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+            if not numbers or not sum(weights) > 0:
+                raise InputError(f"contrast=budget: weights={weights}: give a number from 0 on for each general text")
         if not (isinstance(self.ridge, int | float) and 0 < self.ridge < math.inf):
             raise InputError(f"contrast=budget: ridge={self.ridge!r} is not a number above 0; e.g. 0.1")
         low, high = self._range()
@@ -150,8 +165,21 @@ class Budget(Contrast):
     def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
         if isinstance(general, Scores) and isinstance(behaviour, Scores):
             _check(general, behaviour, self.fisher)
-            general = Fisher(general) if self.fisher else _Even(general)
+            general = Fisher(general, self._shares(len(general.folders))) if self.fisher else _Even(general)
         return general, behaviour
+
+    def _shares(self, num_folders: int) -> tuple[float, ...] | None:
+        """The weight of each general folder, all together 1; None if all are the same."""
+        if self.weights is None:
+            return None
+        seeds, rest = divmod(num_folders, len(self.weights))
+        if rest or not seeds:
+            raise InputError(
+                f"contrast=budget: {len(self.weights)} weights for {num_folders} general folders; give one for each, "
+                "or for each of equally many in a row"
+            )
+        each = [weight for weight in self.weights for _ in range(seeds)]
+        return tuple(weight / sum(each) for weight in each)
 
     def require_comparable(self, general: Side, behaviour: Side) -> None:
         super().require_comparable(*self.sides(general, behaviour))

@@ -245,7 +245,7 @@ class Token(Fixed):
     ("given", "message"),
     [
         (["own_measurements.Nothing"], "there is no such class"),
-        (["nothing"], r"model\.measurements='nothing' is unknown; known are pairs, task, or give a class path"),
+        (["nothing"], r"model\.measurements='nothing' is unknown; known are pairs, task, text, or give a class path"),
         ([{"class_path": "own_measurements.LogitDifference", "init_args": {"foils": 1}}], "arguments do not fit"),
         ([OWN, OWN], "the name 'logit_difference' .* is taken"),
         ([Nameless()], "has no name"),

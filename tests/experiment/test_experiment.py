@@ -108,8 +108,10 @@ def test_other_settings_are_refused(experiment, capsys):
 
 def test_largest_within_the_bound():
     class Stub:
-        def __init__(self, ratio):
+        def __init__(self, ratio, of_web=None):
             self.perplexity = None if ratio is None else type("P", (), {"ratio": ratio})
+            web = type("P", (), {"before": 10.0, "after": 10.0 * (of_web or 1)})
+            self.measurements = {} if of_web is None else {"text web": {"perplexity": web}, "pairs": {"share": web}}
 
     outcomes = [
         Outcome("a", 5, None, Stub(1.001)),
@@ -120,6 +122,9 @@ def test_largest_within_the_bound():
     ]
     assert largest_within(outcomes, 0.01).name == "b"
     assert largest_within(outcomes, 0.0001) is None
+    dear = Outcome("f", 15, None, Stub(1.001, 1.02))  # within the bound on the first text alone
+    assert dear.rises == {"": pytest.approx(0.001), "web": pytest.approx(0.02)}
+    assert largest_within([*outcomes, dear], 0.01).name == "b"
     gains = [Outcome(f"budget-{scale}", 9, None, Stub(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
     assert largest_within(gains, 0.01).name == "budget-1.0"  # all turn equally many components
 

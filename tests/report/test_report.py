@@ -19,7 +19,7 @@ from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
-from sparc3_pl.report.effects import by_experiment, dose_picture, effects, gains_table, headline
+from sparc3_pl.report.effects import by_experiment, dose_pictures, effects, gains_table, headline
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.statistics.paired import paired_change
@@ -350,9 +350,9 @@ def test_arms_are_told_apart_from_the_experiments_own_edit(tmp_path, monkeypatch
     drawn = {}
     monkeypatch.setattr("sparc3_pl.document.figures.dose_response", lambda series, *_: drawn.update(series))
     monkeypatch.setattr("sparc3_pl.document.figures.as_svg", lambda *_: "")
-    dose_picture(measured)
+    dose_pictures(measured)
     assert list(drawn) == ["edit", "edit, control: null", "b", "b, control: null", "a"]
-    dose_picture([measured[0], measured[1]])
+    dose_pictures([measured[0], measured[1]])
     assert list(drawn)[-1] == "control: null"
 
 

@@ -75,7 +75,7 @@ def sides(tmp_path, about):
     return general, [behaviour_folder(tmp_path / "b", 9, about)]
 
 
-def by_hand(sides, ridge=0.1, fisher=True):
+def by_hand(sides, ridge=0.1, fisher=True, weights=None):
     """Derivative, Fisher information and step of every component, by loops over Python's floats."""
     general, (behaviour,) = sides
     derivatives, costs = {}, {}
@@ -87,7 +87,10 @@ def by_hand(sides, ridge=0.1, fisher=True):
                     folder.manifest.num_tokens - folder.manifest.num_samples
                 ) / folder.manifest.num_samples
                 per_text.append(float(folder.load_squares(layer)[i]) / tokens_per_sample)
-            costs[layer, i] = sum(per_text) / len(per_text) if fisher else 1.0
+            mean = sum(per_text) / len(per_text)
+            if weights is not None:
+                mean = sum(w * cost for w, cost in zip(weights, per_text, strict=True)) / sum(weights)
+            costs[layer, i] = mean if fisher else 1.0
             derivatives[layer, i] = float(behaviour.load(layer)[i])
     mean = sum(costs.values()) / len(costs)
     steps = {key: -derivatives[key] / (costs[key] + ridge * mean) for key in costs}
@@ -128,6 +131,16 @@ def test_without_fisher_the_steps_follow_the_gradient(sides):
     ratio = [(1 - n.factor) / derivatives[n.layer, n.index] for n in plan.neurons]
     assert ratio == pytest.approx([ratio[0]] * len(ratio), rel=1e-4)
     assert plan.settings["gains"]["predicted_rise"] is None
+
+
+@pytest.mark.parametrize(("given", "of_folders"), [([3, 1], (3, 1)), ([0.2], (0.2, 0.2)), ([0, 5], (0, 5))])
+def test_kinds_of_general_text_count_by_their_weights(sides, given, of_folders):
+    _, _, steps = by_hand(sides, weights=of_folders)
+    contrast = {"class_path": "budget", "init_args": {"weights": given}}
+    plan = make_plan(*sides, contrast=contrast, edit="gains", scale=7.0)
+    wanted = {key: max(1 + 7.0 * step, 0.0) for key, step in steps.items() if step < 0}
+    assert {(n.layer, n.index): n.factor for n in plan.neurons} == pytest.approx(wanted, rel=1e-5)
+    assert plan.settings["weights"] == given
 
 
 def test_no_other_change_of_that_cost_lowers_more(sides):
@@ -317,6 +330,19 @@ def test_squares_are_needed_for_the_fisher_information_only(tmp_path, about, sid
         ({"contrast": {"class_path": "budget", "init_args": {"gains_range": [0.5, 0.9]}}}, "with 1 between them"),
         ({"contrast": {"class_path": "budget", "init_args": {"gains_range": [0.5]}}}, "give two numbers"),
         ({"contrast": {"class_path": "budget", "init_args": {"ridge": 0}}}, "ridge=0 is not a number above 0"),
+        (
+            {"contrast": {"class_path": "budget", "init_args": {"weights": [1, 2, 3]}}},
+            "3 weights for 2 general folders",
+        ),
+        ({"contrast": {"class_path": "budget", "init_args": {"weights": [0, 0]}}}, r"weights=\[0, 0\]: give a number"),
+        (
+            {"contrast": {"class_path": "budget", "init_args": {"weights": [1, -1]}}},
+            r"weights=\[1, -1\]: give a number",
+        ),
+        (
+            {"contrast": {"class_path": "budget", "init_args": {"weights": [1, 2], "fisher": False}}},
+            "are of costs, and fisher=false",
+        ),
         (
             {"contrast": "t", "edit": "zero", "scale": None, "control": "permuted", "num_neurons": 3},
             "use random_matched",
