@@ -249,7 +249,7 @@ class EvaluationData(LightningDataModule):
         partition: ``evaluation`` or ``attribution``: only prompts of that half, told apart by content. ``all``: both.
         partition_seed: Decides the halves; use the same one everywhere.
         partition_share: Share of the prompts that are in the attribution half.
-        batch_size: Prompts of one batch.
+        batch_size: The most prompts of one batch; null: as many as are completed at once.
         window_batch_size: Windows of one batch.
     """
 
@@ -278,14 +278,14 @@ class EvaluationData(LightningDataModule):
         partition: PartitionChoice = "all",
         partition_seed: int = 0,
         partition_share: float = 0.5,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         window_batch_size: int = 1,
     ) -> None:
         super().__init__()
         # A rank may have nothing to do: three windows on four ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts}
-        check_positive(batch_size=batch_size, window_batch_size=window_batch_size, **counts)
+        counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts, "batch_size": batch_size}
+        check_positive(window_batch_size=window_batch_size, **counts)
         self.text_source = "demo:text" if text_source == "demo" else text_source
         self.text = None
         """What perplexity is measured of."""
@@ -329,6 +329,7 @@ class EvaluationData(LightningDataModule):
         self.token_ids: list[int] = []
         self._window: WindowSize | None = None
         self._units: Sequence[Units] = ()
+        self._prompts_at_once = 1
         self._num_bytes = 0
 
     @classmethod
@@ -425,12 +426,20 @@ class EvaluationData(LightningDataModule):
         """The share of the text, by letters, that is in texts of these identities (``RunningText.known``)."""
         return 0.0 if self.text is None else self.text.known(ids, self.encoder)
 
-    def plan_batches(self, window: WindowSize | None, units: Sequence[Units] = ()) -> None:
-        """What the batches are to hold besides prompts; whoever knows the model says so before they are asked for.
+    @property
+    def prompts_per_batch(self) -> int:
+        """The most prompts of one batch."""
+        return self._prompts_at_once if self.batch_size is None else self.batch_size
+
+    def plan_batches(
+        self, window: WindowSize | None, units: Sequence[Units] = (), prompts_at_once: int | None = None
+    ) -> None:
+        """What the batches are to hold; whoever knows the model says so before they are asked for.
 
         Args:
             window: Of the text; None if there is no text.
             units: Of measurements of the user's own.
+            prompts_at_once: How many prompts are completed at once; None: all.
 
         Raises:
             InputError: If the tokenizer says that the model cannot read a whole window.
@@ -441,6 +450,7 @@ class EvaluationData(LightningDataModule):
                 f"model.max_length={window.max_length} is longer than the model's context of {context} tokens; lower it"
             )
         self._window, self._units = window, units
+        self._prompts_at_once = prompts_at_once or max(1, len(self.prompts))
 
     def windows(self) -> list[Window]:
         """All windows of the text over all ranks."""
@@ -561,7 +571,7 @@ class _Batches(Dataset):
     def __init__(self, data: EvaluationData, windows: list[Window], prompts: list[str], units: list[UnitBatch]) -> None:
         self.data, self.units = data, units
         self.windows = _chunks(windows, data.window_batch_size)
-        self.prompts = _chunks(prompts, data.batch_size)
+        self.prompts = _chunks(prompts, data.prompts_per_batch)
 
     def __len__(self) -> int:
         return len(self.windows) + len(self.prompts) + len(self.units)

@@ -62,6 +62,8 @@ class CompletionRun(MeasurementRun):
         self.repetition = Repetition().to(device)
         self.rows: list[CompletionRow] = []
         """One for each completion of this rank."""
+        self._known: dict[str | None, dict[str, dict[str, float]]] = {name: {} for name in (None, *self.further)}
+        """By judge (None: ``judge``) the scores of the completions that it has read."""
         self._store: CompletionStore | None = None
         self._earlier: dict[str, list[CompletionRow]] = {}
         self._means, self._num_prompts, self._num_tokens = RunningMean(), 0, 0
@@ -113,16 +115,13 @@ class CompletionRun(MeasurementRun):
     def _judged(self, completions: Sequence[Completion]) -> list[CompletionRow]:
         """The completions with the scores of all judges."""
         texts = [c.text for c in completions if c.text is not None]
-        scores = iter(_scores(self.judge, texts, self.toxicity.labels))
-        further = {
-            name: iter(_scores(judge, texts, self.further_toxicity[name].labels))
-            for name, judge in self.further.items()
-        }
+        scores = iter(self._scores(None, texts))
+        further = {name: iter(self._scores(name, texts)) for name in self.further}
         prefixes = self._judged_prefixes(completions) if self.prefixes else [None] * len(completions)
         return [
             _row(c, {}, {})
             if c.text is None
-            else _row(c, next(scores), {name: next(others) for name, others in further.items()}, so_far)
+            else _row(c, dict(next(scores)), {name: dict(next(others)) for name, others in further.items()}, so_far)
             for c, so_far in zip(completions, prefixes, strict=True)
         ]
 
@@ -133,8 +132,38 @@ class CompletionRun(MeasurementRun):
             for c in completions
         ]
         distinct = sorted({text for own in texts for text in own}, key=lambda text: (len(text), text))
-        scores = dict(zip(distinct, _scores(self.judge, distinct, self.toxicity.labels), strict=True))
+        scores = dict(zip(distinct, self._scores(None, distinct, remember=False), strict=True))
         return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in texts]
+
+    def _scores(self, name: str | None, texts: Sequence[str], remember: bool = True) -> list[Mapping[str, float]]:
+        """Each text's scores by label, to 6 decimals: what a batch's padding adds in the last bits is dropped.
+
+        A text is judged once, also in later batches if it is to be remembered.
+
+        Args:
+            name: Of the judge; None: ``judge``.
+            texts: To be judged.
+            remember: Keep the scores.
+
+        Raises:
+            InputError: if the judge has other labels than before.
+        """
+        judge, metric = (
+            (self.judge, self.toxicity) if name is None else (self.further[name], self.further_toxicity[name])
+        )
+        known = self._known[name]
+        fresh = [text for text in dict.fromkeys(texts) if text not in known]
+        columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
+        if tuple(columns) != tuple(metric.labels):
+            raise InputError(
+                f"judge {type(judge).__name__}: labels {list(columns)} were {list(metric.labels)} before; "
+                "keep to one set"
+            )
+        rows = [{label: round(float(column[i]), 6) for label, column in columns.items()} for i in range(len(fresh))]
+        scores = dict(zip(fresh, rows, strict=True))
+        if remember:
+            known |= scores
+        return [known[text] if text in known else scores[text] for text in texts]
 
     def _count(self, rows: list[CompletionRow]) -> None:
         _update(self.toxicity, rows, [row.scores for row in rows])
@@ -190,22 +219,6 @@ class CompletionRun(MeasurementRun):
 
 def _metric(judge: Judge, device: torch.device) -> CompletionToxicity:
     return CompletionToxicity(tuple(judged(judge, ["This is a sentence."]))).to(device)
-
-
-def _scores(judge: Judge, texts: Sequence[str], labels: Sequence[str]) -> list[dict[str, float]]:
-    """Each text's scores by label, to 6 decimals: what a batch's padding adds in the last bits is dropped.
-
-    Raises:
-        InputError: if the judge has other labels than before.
-    """
-    if not texts:
-        return []
-    scores = judged(judge, texts)
-    if tuple(scores) != tuple(labels):
-        raise InputError(
-            f"judge {type(judge).__name__}: labels {list(scores)} were {list(labels)} before; keep to one set"
-        )
-    return [{label: round(float(column[i]), 6) for label, column in scores.items()} for i in range(len(texts))]
 
 
 def _update(metric: CompletionToxicity, rows: Sequence[CompletionRow], scores: Sequence[Mapping[str, float]]) -> None:

@@ -24,11 +24,14 @@ from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.runtime.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "uniforms"]
+    from sparc3_pl.evaluation.decoding import Decoder
+
+__all__ = ["Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "prompts_at_once", "uniforms"]
 
 log = logging.getLogger(__name__)
 
@@ -115,29 +118,72 @@ def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top
     """
     if temperature == 0:
         return logits_RV.argmax(-1)
+    if logits_RV.device.type == "cpu" and len(logits_RV) > _ROWS_IN_CACHE:
+        parts = zip(logits_RV.split(_ROWS_IN_CACHE), uniforms_R.split(_ROWS_IN_CACHE), strict=True)
+        return torch.cat([choose_tokens(*part, temperature, top_p) for part in parts])
     probs_RV = (logits_RV.float() / temperature).softmax(-1)
-    cdf_RV = _nucleus(probs_RV, top_p).cumsum(-1, dtype=torch.float64)
-    want_R1 = uniforms_R[:, None] * cdf_RV[:, -1:]
-    return torch.searchsorted(cdf_RV, want_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[-1] - 1)
+    return _inverse_cdf(probs_RV, uniforms_R) if top_p >= 1 else _from_nucleus(probs_RV, uniforms_R, top_p)
 
 
-def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:
-    """``probs_RV`` with 0 outside the smallest set of likeliest tokens that reaches ``top_p`` (Holtzman et al. 2020).
+_ROWS_IN_CACHE = 8
+"""So many rows of a large vocabulary, and what is made of them, stay in a processor's cache."""
+
+
+def _inverse_cdf(weights_RW: Tensor, uniforms_R: Tensor) -> Tensor:
+    """The first place at which the sum of weights exceeds the uniform number's share of their total, ``[R]``."""
+    cdf_RW = weights_RW.cumsum(-1, dtype=torch.float64)
+    total_R1 = cdf_RW[:, -1:]
+    # A number just below 1 may round to the whole sum, which no place exceeds.
+    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
+    return torch.searchsorted(cdf_RW, torch.minimum(uniforms_R[:, None] * total_R1, below_R1), right=True)[:, 0]
+
+
+def _from_nucleus(probs_RV: Tensor, uniforms_R: Tensor, top_p: float, width: int = 64) -> Tensor:
+    """Tokens from the smallest set of likeliest ones that reaches ``top_p`` (Holtzman et al. 2020), ``[R]``.
 
     Tokens as likely as the last one of the set stay too. Sorting a whole vocabulary costs more than a small model's
-    forward pass, so the head of the order is looked at first and widened only if it does not reach.
+    forward pass, so only the ``width`` likeliest are looked at, and more of those rows whose set may go beyond them.
     """
-    if top_p >= 1:
-        return probs_RV
-    vocabulary, width = probs_RV.shape[-1], 64
-    while True:
-        top_RW = probs_RV.topk(min(width, vocabulary)).values
-        mass_RW = top_RW.cumsum(-1, dtype=torch.float64)
-        if width >= vocabulary or bool((mass_RW[:, -1] >= top_p).all()):
-            break
-        width *= 8
+    vocabulary = probs_RV.shape[-1]
+    top_RW, tokens_RW = _largest(probs_RV, min(width, vocabulary))
+    mass_RW = top_RW.cumsum(-1, dtype=torch.float64)
     last_R1 = (mass_RW < top_p).sum(-1, keepdim=True).clamp_(max=top_RW.shape[-1] - 1)
-    return probs_RV.where(probs_RV >= top_RW.gather(-1, last_R1), 0)
+    border_R1 = top_RW.gather(-1, last_R1)
+    tokens_RW, order_RW = tokens_RW.sort(-1)  # the inverse CDF goes through them in the order of the vocabulary
+    kept_RW = top_RW.where(top_RW >= border_R1, 0).gather(-1, order_RW)
+    picked_R = tokens_RW.gather(1, _inverse_cdf(kept_RW, uniforms_R)[:, None])[:, 0]
+    if width < vocabulary:
+        beyond_R = (mass_RW[:, -1] < top_p) | (top_RW[:, -1] == border_R1[:, 0])
+        if bool(beyond_R.any()):
+            picked_R[beyond_R] = _from_nucleus(probs_RV[beyond_R], uniforms_R[beyond_R], top_p, 8 * width)
+    return picked_R
+
+
+def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest values of each row in falling order, and their places, ``[R, count]`` each.
+
+    They lie in the ``count`` columns with the largest maxima of the row folded into 64 lines: finding those and looking
+    through them takes half of the time of torch's ``topk`` of a whole vocabulary on the CPU.
+    """
+    num_rows, vocabulary = values_RV.shape
+    lines, columns = 64, vocabulary // 64
+    if columns < 2 * count:
+        return values_RV.topk(count)
+    folded = values_RV[:, : lines * columns].unflatten(1, (lines, columns))
+    picked_RC = folded.amax(1).topk(count).indices
+    inside = folded.gather(2, picked_RC[:, None].expand(-1, lines, -1)).flatten(1)
+    place_of_line = torch.arange(0, lines * columns, columns, device=values_RV.device)
+    places = (picked_RC[:, None] + place_of_line[:, None]).flatten(1)
+    rest = torch.arange(lines * columns, vocabulary, device=values_RV.device).expand(num_rows, -1)
+    largest, at = torch.cat([inside, values_RV[:, lines * columns :]], 1).topk(count)
+    return largest, torch.cat([places, rest], 1).gather(1, at)
+
+
+def _chosen(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token of each row, and whether the row's logits were finite; of those that were not, any token."""
+    finite_R = logits_RV.amax(-1).isfinite()  # NaN and +inf reach the maximum; all -inf is it
+    logits_RV = logits_RV if bool(finite_R.all()) else logits_RV.where(finite_R[:, None], 0.0)
+    return choose_tokens(logits_RV, uniforms_R, sampling.temperature, sampling.top_p), finite_R
 
 
 class _Picker:
@@ -152,10 +198,8 @@ class _Picker:
         self.broken_at = torch.full((len(uniforms_RS),), -1, device=uniforms_RS.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        finite_R = scores.amax(-1).isfinite()  # NaN and +inf reach the maximum; all -inf is it
+        picked_R, finite_R = _chosen(scores, self.uniforms_RS[:, self.step], self.sampling)
         self.broken_at = self.broken_at.where(finite_R | (self.broken_at >= 0), self.step)
-        logits = scores.where(finite_R[:, None], 0.0)
-        picked_R = choose_tokens(logits, self.uniforms_RS[:, self.step], self.sampling.temperature, self.sampling.top_p)
         self.step += 1
         return torch.full_like(scores, -math.inf).scatter_(1, picked_R[:, None], 0.0)
 
@@ -171,8 +215,15 @@ class _Row:
     ids: tuple[int, ...]
 
 
+MOST_ROWS = 256
+"""Completions made at once where nothing else bounds them: more make a step no faster a row."""
+
+GENERAL_ROWS = 64
+"""The same for models that go through ``generate``, whose cache is not known."""
+
+
 class Generator:
-    """Draws completions in batches, padded on the left, with the KV cache.
+    """Draws completions in batches, with the KV cache.
 
     A model's own generation settings (sampling, repetition penalty, forced tokens, ...) are not used: what
     ``sampling`` says is all there is. Its end tokens are.
@@ -182,7 +233,8 @@ class Generator:
         tokenizer: Its tokenizer; the special tokens that it puts before a text (BOS) are kept, those after it (EOS)
             are not: the completion comes after the text.
         sampling: How to draw.
-        rows_per_batch: Completions made at once. When they do not fit into the GPU's memory, half as many are tried.
+        rows_per_batch: The most completions made at once; None: as many as are of use and fit into the memory that is
+            free. When they do not fit into the GPU's memory after all, half as many are tried.
     """
 
     def __init__(
@@ -190,12 +242,14 @@ class Generator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
-        rows_per_batch: int = 64,
+        rows_per_batch: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.rows_per_batch = model, tokenizer, sampling, rows_per_batch
         self.encoder = Encoder(tokenizer)
         self.end_tokens = _end_tokens(model, tokenizer)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._decoder: Decoder | None = None
+        self._tried = False
 
     def describe(self) -> dict[str, Any]:
         """The settings, for the record of a result."""
@@ -237,38 +291,76 @@ class Generator:
         return None
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Longest first, so that little is padded and the largest batch is met at once."""
+        """Longest first, so that those of a length stand together and the largest batch is met at once."""
         rows = sorted(rows, key=lambda r: (-len(r.ids), r.id, r.k))
-        for start in range(0, len(rows), self.rows_per_batch):
-            yield rows[start : start + self.rows_per_batch]
+        start = 0
+        while start < len(rows):
+            size = self._most_rows(rows[start].ids)
+            yield rows[start : start + size]
+            start += size
+
+    def _most_rows(self, longest: tuple[int, ...]) -> int:
+        """Rows as long as this prompt and its completion that are made at once."""
+        length = len(longest) + self.sampling.max_new_tokens
+        decoder = self._decoder_for(longest, length)
+        if decoder is None:
+            return self.rows_per_batch or GENERAL_ROWS
+        # Keys and values, once more while prompts are read or rows leave; logits and what is made of them to choose.
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        row_bytes = 2 * length * decoder.token_bytes + 24 * vocabulary
+        fitting = max(1, int(free_memory(self.model.device) * 0.5) // row_bytes)
+        return min(self.rows_per_batch or MOST_ROWS, fitting)
+
+    def _decoder_for(self, prompt: tuple[int, ...], length: int) -> Decoder | None:
+        """What draws rows of this length; None: transformers' ``generate`` must."""
+        if not self._tried:
+            from sparc3_pl.evaluation.decoding import prepare
+
+            self._decoder, self._tried = prepare(self.model, prompt), True
+        decoder = self._decoder
+        return decoder if decoder is not None and length <= (decoder.longest or length) else None
 
     def _complete(self, rows: list[_Row]) -> list[Completion]:
         try:
-            new_RS, broken_at = self._generate(rows)
+            new_RS, broken_at = self._draw(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
             half = len(rows) // 2
             log.warning("%d completions at once do not fit into memory: trying %d", len(rows), half)
-            self.rows_per_batch = max(1, min(self.rows_per_batch, half))
+            self.rows_per_batch = max(1, min(self.rows_per_batch or half, half))
         else:
             return [self._finish(*item) for item in zip(rows, new_RS, broken_at, strict=True)]
         torch.cuda.empty_cache()
         return self._complete(rows[:half]) + self._complete(rows[half:])
 
     @torch.inference_mode()
-    def _generate(self, rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
-        """New token ids of every row (padded after its end), and the step at which its logits broke, or -1."""
-        from transformers import LogitsProcessorList
-
+    def _draw(self, rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
+        """New token ids of every row (whatever comes after its end), and the step at which its logits broke, or -1."""
         device = self.model.get_input_embeddings().weight.device
         device = self.model.device if device.type == "meta" else device
-        length = max(len(r.ids) for r in rows)
+        numbers = np.stack([uniforms(r.seed, self.sampling.max_new_tokens) for r in rows])
+        uniforms_RS = torch.from_numpy(numbers).to(device)
+        decoder = self._decoder_for(rows[0].ids, max(len(r.ids) for r in rows) + self.sampling.max_new_tokens)
+        if decoder is None:
+            return self._generate(rows, uniforms_RS)
+
+        def choose(logits: Tensor, step: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+            return _chosen(logits, uniforms_RS[rows_R.to(device), step], self.sampling)
+
+        with onednn_linears(self.model):
+            draws = decoder([r.ids for r in rows], self.sampling.max_new_tokens, choose, self.end_tokens)
+        return [d.tokens for d in draws], [d.broken_at for d in draws]
+
+    def _generate(self, rows: list[_Row], uniforms_RS: Tensor) -> tuple[list[list[int]], list[int]]:
+        """The general way, for any model: padded on the left, by transformers' ``generate``."""
+        from transformers import LogitsProcessorList
+
+        length, device = max(len(r.ids) for r in rows), uniforms_RS.device
         pad = self.tokenizer.pad_token_id or 0
         input_ids = torch.tensor([[pad] * (length - len(r.ids)) + list(r.ids) for r in rows], device=device)
         mask = torch.tensor([[0] * (length - len(r.ids)) + [1] * len(r.ids) for r in rows], device=device)
-        numbers = np.stack([uniforms(r.seed, self.sampling.max_new_tokens) for r in rows])
-        picker = _Picker(torch.from_numpy(numbers).to(device), self.sampling)
+        picker = _Picker(uniforms_RS, self.sampling)
         config = self._config(pad)
         # Settings left unset would be taken from the model's own.
         with swapped(self.model, "generation_config", config), onednn_linears(self.model):
@@ -294,12 +386,17 @@ class Generator:
 
     def _finish(self, row: _Row, new: list[int], broken_at: int) -> Completion:
         end = next((n for n, token in enumerate(new) if token in self.end_tokens), len(new))
-        if 0 <= broken_at <= min(end, len(new) - 1):
+        if 0 <= broken_at <= end:
             reason = f"the model's logits are not finite at new token {broken_at}"
             return Completion(row.id, row.prompt, row.k, row.seed, None, failed=reason)
         tokens = tuple(new[:end])
         text = self.text(tokens)
         return Completion(row.id, row.prompt, row.k, row.seed, text, tokens, new[end] if end < len(new) else None)
+
+
+def prompts_at_once(rows_per_batch: int | None, samples_per_prompt: int) -> int:
+    """How many prompts are completed at once, all completions of each together, at most."""
+    return max(1, (rows_per_batch or MOST_ROWS) // samples_per_prompt)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -108,13 +108,16 @@ def describe_judge(judge: Judge) -> dict[str, Any]:
     """
     name = f"{type(judge).__module__}.{type(judge).__qualname__}"
     if isinstance(judge, SequenceJudge):
-        return {"class": name, **redacted(judge.describe())}
+        precision = {} if judge.dtype == torch.float32 else {"dtype": str(judge.dtype).removeprefix("torch.")}
+        return {"class": name, **redacted(judge.describe()), **precision}
     plain = {k: v for k, v in getattr(judge, "__dict__", {}).items() if isinstance(v, str | int | float | bool | None)}
     return {"class": name, **redacted({k: v for k, v in plain.items() if not k.startswith("_")})}
 
 
 class SequenceJudge(ABC):
-    """A transformers sequence classifier as a judge: loaded at its first use, batched by length, in float32.
+    """A transformers sequence classifier as a judge: loaded at its first use, batched by length.
+
+    It computes in float32 on a CPU, in float16 on a GPU; texts whose logits overflow there are read again in float32.
 
     Args:
         batch_size: Texts scored at once.
@@ -144,7 +147,12 @@ class SequenceJudge(ABC):
         if self.device is None:
             self.device = str(device)
             if self._loaded is not None:
-                self._loaded[0].to(self.device)
+                self._loaded[0].to(self.device, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the classifier computes in."""
+        return torch.float16 if torch.device(self.device or "cpu").type == "cuda" else torch.float32
 
     def score(self, texts: list[str]) -> dict[str, Tensor]:
         """Scores in [0, 1] by label, ``[N]`` float32 on the CPU, in the order of ``texts``; N may be 0 or 1.
@@ -167,13 +175,17 @@ class SequenceJudge(ABC):
             model, tokenizer = self._load()
             _check_reads_words(tokenizer, type(self).__name__)
             tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(model))
-            self._loaded = model.float().eval().requires_grad_(False).to(self.device or "cpu"), tokenizer
+            self._loaded = model.eval().requires_grad_(False).to(self.device or "cpu", self.dtype), tokenizer
         return self._loaded
 
     @torch.inference_mode()
     def _logits(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
         inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.device or "cpu")
-        return model(**inputs).logits.float().cpu()
+        logits = model(**inputs).logits
+        if self.dtype != torch.float32 and not bool(logits.isfinite().all()):
+            logits = model.float()(**inputs).logits
+            model.to(self.dtype)
+        return logits.float().cpu()
 
 
 class DetoxifyJudge(SequenceJudge):

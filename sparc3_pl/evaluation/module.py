@@ -17,7 +17,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.further_text import further_texts
-from sparc3_pl.evaluation.generation import Generator, Sampling
+from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
@@ -69,7 +69,8 @@ class EvaluationModule(pl.LightningModule):
         top_p: Nucleus sampling: the likeliest tokens that together reach this probability; 1: all tokens.
         samples_per_prompt: Completions a prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
-        generation_batch_size: Completions made at once; changes no completion, only speed and memory.
+        generation_batch_size: The most completions made at once; null: as many as are of use and fit into memory.
+            Changes no completion, only speed and memory.
         judge: What scores completions; unset: the first of ``judges``, or else Detoxify ``original``, or the demo's own
             judge for the demo model.
         judges: Further judges of the same completions, by names of your choice, each as ``judge`` is set.
@@ -103,7 +104,7 @@ class EvaluationModule(pl.LightningModule):
         top_p: float = 0.9,
         samples_per_prompt: int = 1,
         seed: int = 0,
-        generation_batch_size: int = 64,
+        generation_batch_size: int | None = None,
         judge: SequenceJudge | WordsJudge | Judge | None = None,
         judges: dict[str, SequenceJudge | WordsJudge | Judge] | None = None,
         judge_prefixes: bool = False,
@@ -221,7 +222,8 @@ class EvaluationModule(pl.LightningModule):
                 f"the tokenizer allows windows of {of_further_texts.max_length} tokens and the model of "
                 f"{self._window.max_length}; set model.max_length, so that all texts are measured alike"
             )
-        self.data.plan_batches(self._window, self._units)
+        at_once = prompts_at_once(self.generation_batch_size, self.sampling.samples_per_prompt)
+        self.data.plan_batches(self._window, self._units, at_once)
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
@@ -340,7 +342,9 @@ def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
     return callbacks[0] if callbacks else None
 
 
-def check_sizes(max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int) -> None:
+def check_sizes(
+    max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int | None
+) -> None:
     """Refuses windows and batches that no model can be measured with.
 
     Raises:
@@ -358,5 +362,5 @@ def check_sizes(max_length: int | None, stride: int | None, windows: Windows, ge
         raise InputError(
             f"model.stride={stride}: published windows do not overlap; leave it out, or set model.windows: sliding"
         )
-    if generation_batch_size < 1:
+    if generation_batch_size is not None and generation_batch_size < 1:
         raise InputError(f"model.generation_batch_size={generation_batch_size}; give at least 1")

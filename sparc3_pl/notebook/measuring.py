@@ -15,7 +15,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
 from sparc3_pl.evaluation.completion_run import CompletionRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
-from sparc3_pl.evaluation.generation import Generator, Sampling
+from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
@@ -53,8 +53,8 @@ def evaluate(
     top_p: float = 0.9,
     samples_per_prompt: int = 1,
     seed: int = 0,
-    batch_size: int = 8,
-    generation_batch_size: int = 64,
+    batch_size: int | None = None,
+    generation_batch_size: int | None = None,
     window_batch_size: int = 1,
     allow_overlap: bool = False,
     progress: bool = True,
@@ -79,8 +79,9 @@ def evaluate(
         top_p: Nucleus sampling; 1: all tokens.
         samples_per_prompt: Completions a prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
-        batch_size: Prompts of one batch.
-        generation_batch_size: Completions made at once; changes no completion, only speed and memory.
+        batch_size: The most prompts of one batch; None: as many as are completed at once.
+        generation_batch_size: The most completions made at once; None: as many as are of use and fit into memory.
+            Changes no completion, only speed and memory.
         window_batch_size: Windows of one batch.
         allow_overlap: Evaluate also on prompts from which the plan was made; the results say so.
         progress: Show a bar on stderr.
@@ -105,7 +106,7 @@ def evaluate(
         own = [choice.object for choice in choices]
         units = [Units(one.name, list(one.units(encoder)), one.batch_size) for one in own]
         window = None if text is None else window_size(encoder.context, max_length, stride, windows)
-        data.plan_batches(window, units)
+        data.plan_batches(window, units, prompts_at_once(generation_batch_size, samples_per_prompt))
         plan = edits_in_force.get(model)
         evaluated = EvaluatedModel(
             describe(model, source, None if plan is None else plan.fingerprint),

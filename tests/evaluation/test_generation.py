@@ -12,7 +12,8 @@ from transformers import GenerationConfig, TopPLogitsWarper
 from word_tokenizer import word_tokenizer
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.generation import Generator, Sampling, choose_tokens, completion_seed, uniforms
+from sparc3_pl.evaluation.decoding import _chunks
+from sparc3_pl.evaluation.generation import Generator, Sampling, _largest, choose_tokens, completion_seed, uniforms
 
 PROMPTS = ["w4 w5 w6", "w7", "w8 w9 w10 w11 w12 w13", "w14 w15", "w16 w17 w18 w19", "w20 w21 w22"]
 IDS = [f"p{i}" for i in range(len(PROMPTS))]
@@ -144,33 +145,143 @@ def test_a_prompt_without_tokens_fails_where_there_is_no_bos(tiny_llama):
 
 
 def test_broken_logits_fail_one_completion_only(tiny_llama):
+    want = Generator(tiny_llama, word_tokenizer(), Sampling(6))(["a", "b"], ["w4 w5 w6", "w4"])
     inner = tiny_llama.forward
 
-    def forward(*args, **kwargs):
-        out = inner(*args, **kwargs)
-        out.logits[1, -1, 7] = math.nan
+    def forward(input_ids, **kwargs):
+        out = inner(input_ids=input_ids, **kwargs)
+        if input_ids.shape == (1, 1) and "position_ids" not in kwargs:  # the prompt of one token
+            out.logits[0, -1, 7] = math.nan
         return out
 
-    want = Generator(tiny_llama, word_tokenizer(), Sampling(6))(["a", "b"], ["w4 w5 w6", "w4"])
+    generator = Generator(tiny_llama, word_tokenizer(), Sampling(6))
+    assert generator(["a"], ["w4 w5 w6"]) == want[:1]  # so that the model has been tried
     tiny_llama.forward = forward
-    found = Generator(tiny_llama, word_tokenizer(), Sampling(6))(["a", "b"], ["w4 w5 w6", "w4"])
+    found = generator(["a", "b"], ["w4 w5 w6", "w4"])
     assert found[0] == want[0]
     assert (found[1].text, found[1].failed) == (None, "the model's logits are not finite at new token 0")
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny_llama):
-    want = Generator(tiny_llama, word_tokenizer(), SAMPLING)(IDS, PROMPTS)
-    inner = tiny_llama.generate
+def test_logits_that_break_later_fail_the_completion_from_there_on(tiny_llama):
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    want = generator(IDS, PROMPTS)
+    inner = tiny_llama.forward
 
-    def generate(input_ids, **kwargs):
+    def forward(position_ids=None, **kwargs):
+        out = inner(position_ids=position_ids, **kwargs)
+        if position_ids is not None:
+            out.logits[position_ids[:, 0] == 6] = math.inf
+        return out
+
+    tiny_llama.forward = forward
+    for before, after in zip(want, generator(IDS, PROMPTS), strict=True):
+        step = 7 - len(before.prompt.split())  # the position that breaks is read for this new token
+        if len(before.drawn) > step:
+            assert after.failed == f"the model's logits are not finite at new token {step}"
+        else:
+            assert after == before
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_llama):
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    want = generator(IDS, PROMPTS)
+    inner = tiny_llama.forward
+
+    def forward(input_ids, **kwargs):
         if len(input_ids) > 4:
             raise torch.OutOfMemoryError
-        return inner(input_ids, **kwargs)
+        return inner(input_ids=input_ids, **kwargs)
 
-    tiny_llama.generate = generate
-    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    tiny_llama.forward = forward
     assert generator(IDS, PROMPTS) == want
     assert generator.rows_per_batch <= 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "phi3", "mamba"])
+def test_the_fast_and_the_general_way_draw_the_same(family):
+    """``gpt2``: no groups of heads; ``mistral`` and ``gemma2``: windows, here of 6; ``mamba``: no attention at all."""
+    window = {"sliding_window": 6} if family in ("mistral", "gemma2") else {}
+    heads = {"head_dim": 8, "query_pre_attn_scalar": 8} if family == "gemma2" else {}
+    state = {"intermediate_size": 64} if family == "mamba" else {}
+    generator = Generator(tiny(family, **window, **heads, **state), word_tokenizer(), SAMPLING)
+    prompts = ["w9 w5", *PROMPTS]
+    found = generator(["x", *IDS], prompts)
+    assert (generator._decoder is None) == (family == "mamba")
+    assert family != "mistral" or generator._decoder.longest == 6
+    generator._decoder = None
+    assert found == generator(["x", *IDS], prompts)
+
+
+def test_a_window_longer_than_all_rows_is_no_window():
+    model = tiny("mistral", sliding_window=18)  # the longest prompt has 6 tokens, 12 are new
+    generator = Generator(model, word_tokenizer(), SAMPLING)
+    model.generate = None
+    for c in generator(IDS, PROMPTS):
+        ids = [int(w[1:]) for w in c.prompt.split()]
+        assert list(c.tokens) == slow_completion(model, ids, c.seed, SAMPLING)
+    assert generator._decoder_for((1,), 19) is None
+
+
+def test_a_model_whose_cache_misleads_goes_the_general_way(tiny_llama):
+    inner = tiny_llama.forward
+
+    def forward(position_ids=None, **kwargs):
+        return inner(**kwargs)  # positions by the number of slots in the cache, wrong for the shorter row
+
+    tiny_llama.forward = forward
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    assert generator._decoder_for((4, 5, 6), 10) is None
+
+
+def test_a_prompt_is_read_once_and_rows_that_have_ended_leave(tiny_llama):
+    generator = Generator(tiny_llama, word_tokenizer(), Sampling(12, 0.8, 0.9, 8, seed=5))
+    found = generator(IDS, PROMPTS)  # tried
+    shapes = []
+    inner = tiny_llama.forward
+
+    def forward(input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return inner(input_ids=input_ids, **kwargs)
+
+    tiny_llama.forward = forward
+    assert generator(IDS, PROMPTS) == found
+    steps = [rows for rows, width in shapes if width == 1][1:]  # but for the prompt of one token
+    assert sorted(shapes[: len(shapes) - len(steps)]) == [
+        (1, 1),
+        (1, 2),
+        (1, 4),
+        (1, 6),
+        (2, 3),
+    ]  # all too short to pad
+    alive = [sum(len(c.drawn) > step for c in found) for step in range(1, 12)]
+    assert alive[-1] < len(found)  # some must end for this to bite
+    assert all(rows < 8 / 7 * a + 1 for rows, a in zip(steps, alive, strict=True))
+
+
+def test_prompts_of_about_one_length_are_read_together(tiny_llama):
+    prompts = [" ".join(f"w{3 + (7 * i + n) % 47}" for i in range(n)) for n in (24, 23, 21, 20, 5)]
+    ids = [f"p{n}" for n in range(5)]
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    found = generator(ids, prompts)
+    for c in found:
+        tokens = [int(w[1:]) for w in c.prompt.split()]
+        assert list(c.tokens) == slow_completion(tiny_llama, tokens, c.seed, SAMPLING)
+    a, b, c, d, e = ((0,) * n for n in (24, 23, 21, 20, 5))
+    assert _chunks([a, a, b, b, c, d, e]) == [(0, 5), (5, 6), (6, 7)]
+    assert _chunks([(1,) * 3000, (2,) * 3000, (3,) * 1, (3,) * 1]) == [(0, 1), (1, 2), (2, 4)]
+    assert _chunks([(1, 2), (1, 2, 3)]) == [(0, 1), (1, 2)]
+
+
+def test_few_rows_where_little_memory_is_free(tiny_llama, monkeypatch):
+    want = Generator(tiny_llama, word_tokenizer(), SAMPLING)(IDS, PROMPTS)
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING)
+    # Two layers, two heads for keys and two for values of 8 numbers of 4 bytes.
+    row_bytes = 2 * 18 * (2 * 2 * 2 * 8 * 4) + 24 * VOCAB
+    monkeypatch.setattr("sparc3_pl.evaluation.generation.free_memory", lambda _: 2 * 3.5 * row_bytes)
+    assert generator._most_rows((1,) * 6) == 3
+    assert generator(IDS, PROMPTS) == want
+    monkeypatch.setattr("sparc3_pl.evaluation.generation.free_memory", lambda _: 0)
+    assert generator._most_rows((1,) * 6) == 1
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
@@ -205,6 +316,37 @@ def test_large_vocabulary_with_a_flat_distribution():
     assert (
         choose_tokens(logits, torch.tensor([0.0, 0.5], dtype=torch.float64), 1.0, 0.9) == torch.tensor([0, 2500])
     ).all()
+
+
+def test_a_number_just_below_one_picks_a_token_of_the_nucleus():
+    logits = torch.tensor([[0.1, 3.0, 2.9, 0.2, 2.8, -1.0]])
+    u = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert choose_tokens(logits, u, 1.0, 0.8).item() == 4
+    assert choose_tokens(logits, u, 1.0, 1.0).item() == 5
+
+
+@pytest.mark.parametrize("vocabulary", [50, 8192, 8192 + 37, 20_000])
+def test_the_largest_by_columns_are_those_of_topk(vocabulary):
+    values = torch.randn(5, vocabulary).round(decimals=2)  # many are equal
+    for count in (1, 64, 500):
+        largest, places = _largest(values, min(count, vocabulary))
+        torch.testing.assert_close(largest, values.topk(min(count, vocabulary)).values, rtol=0, atol=0)
+        torch.testing.assert_close(values.gather(1, places), largest, rtol=0, atol=0)
+        assert all(len(set(row)) == len(row) for row in places.tolist())
+
+
+def test_tokens_as_likely_as_the_last_of_the_nucleus_stay_also_beyond_the_head():
+    logits = torch.full((1, 20_000), -20.0)
+    logits[0, 7] = 10.0
+    logits[0, 1000:1300] = 5.0  # 300 alike, of which the nucleus needs 12
+    top_p = 0.35 + 1e-3
+    probs = logits.double().softmax(-1)[0]
+    first, rest = float(probs[7]), float(probs[1000])
+    assert first < top_p < first + 64 * rest
+    for u in (0.0, 0.4, 0.7, 0.999):
+        total = first + 300 * rest
+        want = 7 if u * total < first else 1000 + int((u * total - first) / rest)
+        assert choose_tokens(logits, torch.tensor([u], dtype=torch.float64), 1.0, top_p).item() == want
 
 
 def test_gemma_2_with_sliding_cache():

@@ -11,7 +11,7 @@ import torch
 from judge_folder import judge_folder, save
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.judges import ClassifierJudge, DetoxifyJudge, describe_judge, judged
+from sparc3_pl.evaluation.judges import ClassifierJudge, DetoxifyJudge, SequenceJudge, describe_judge, judged
 
 TEXTS = ["you are a bad idiot", "nice day", "", "this is the house that we hate and hate and hate", "a"]
 
@@ -43,6 +43,30 @@ def test_order_and_batch_size_change_nothing(folder, batch_size):
     found = judge_of(folder, batch_size=batch_size).score(TEXTS[::-1])
     for label in want:
         torch.testing.assert_close(found[label].flip(0), want[label], atol=1e-6, rtol=0)
+
+
+def test_half_precision_is_near_and_overflow_is_read_again(folder, monkeypatch):
+    """As on a GPU, which is not here."""
+    want = judge_of(folder).score(TEXTS)["toxicity"]
+    assert "dtype" not in describe_judge(judge_of(folder))
+    assert judge_of(folder, device="cuda:1").dtype == torch.float16
+    monkeypatch.setattr(SequenceJudge, "dtype", torch.float16)
+    judge = judge_of(folder)
+    found = judge.score(TEXTS)["toxicity"]
+    assert next(judge._loaded[0].parameters()).dtype == torch.float16
+    assert 0 < float((found - want).abs().max()) < 0.01
+    assert describe_judge(judge)["dtype"] == "float16"
+    model = judge._loaded[0]
+    inner = model.forward
+
+    def overflowing(**inputs):
+        out = inner(**inputs)
+        if model.dtype == torch.float16:
+            out.logits[0] = float("inf")
+        return out
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    torch.testing.assert_close(judge.score(TEXTS)["toxicity"], want, atol=0.01, rtol=0)
 
 
 def test_no_text_one_text_and_a_text_too_long(folder):

@@ -221,6 +221,25 @@ def test_judge_and_metrics_stay_out_of_the_state_dict(files):
     assert module.model is before
 
 
+def test_a_text_is_judged_once(files):
+    judge = CountingJudge()
+    found = run(files, module_of(files, judge=judge, temperature=0, samples_per_prompt=3))
+    texts = {row.completion for row in found.completions}
+    assert len(found.completions) == 3 * len(PROMPTS) > len(texts)
+    assert sorted(judge.seen) == sorted(["This is a sentence.", *texts])
+    assert found.completions[0].scores == found.completions[1].scores
+
+
+def test_prompts_that_are_completed_at_once_come_in_one_batch(files, monkeypatch):
+    sizes = []
+    inner = Generator.__call__
+    monkeypatch.setattr(Generator, "__call__", lambda self, ids, p: sizes.append(len(p)) or inner(self, ids, p))
+    run(files, module_of(files, generation_batch_size=8), data_of(files, batch_size=None))
+    run(files, module_of(files, "other"), data_of(files, batch_size=None))
+    run(files, module_of(files, "third"), data_of(files, batch_size=5))
+    assert sizes == [4, 3, 7, 5, 2]
+
+
 def test_an_interrupted_run_goes_on(files, monkeypatch):
     want = run(files, module_of(files, "whole"))
     calls = []
