@@ -26,7 +26,16 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 
-__all__ = ["ExpertLayer", "Routed", "experts_modules", "is_routed", "one_by_one", "open_experts", "router_of"]
+__all__ = [
+    "ExpertLayer",
+    "Routed",
+    "experts_modules",
+    "is_routed",
+    "keep_neurons",
+    "one_by_one",
+    "open_experts",
+    "router_of",
+]
 
 _NAME = "sparc3"  # in transformers' registry
 
@@ -120,6 +129,28 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
         for experts in filter(is_open, experts_modules(model).values()):
             undo.callback(experts.get_submodule("0").register_forward_pre_hook(lambda module, args: None).remove)
         yield
+
+
+def keep_neurons(experts: nn.Module, kept_EW: Tensor) -> None:
+    """Leaves only some neurons of each expert: their rows of ``gate_up_proj`` and columns of ``down_proj``.
+
+    Args:
+        experts: Open; its parameters are replaced by smaller ones.
+        kept_EW: Of each expert, the neurons that stay; as many of each.
+    """
+    fused, down = experts.gate_up_proj, experts.down_proj
+    number, _, width = down.shape
+    kept_EW = kept_EW.to(down.device)
+    expert = torch.arange(number, device=down.device)[:, None]
+    gate, up = fused.detach()[:, :width][expert, kept_EW], fused.detach()[:, width:][expert, kept_EW]
+    back = down.detach().mT[expert, kept_EW].mT.contiguous()
+    experts.gate_up_proj = nn.Parameter(torch.cat([gate, up], 1), fused.requires_grad)
+    experts.down_proj = nn.Parameter(back, down.requires_grad)
+    experts.intermediate_dim = kept_EW.shape[1]
+    for e in range(number):
+        del experts._modules[str(e)]
+    experts.config._experts_implementation_internal = getattr(experts.config, _BASE)
+    _open(experts)
 
 
 def is_open(experts: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
 from sparc3_pl.model.components import Neuron
-from sparc3_pl.model.experts import is_routed
+from sparc3_pl.model.experts import experts_modules, is_routed, keep_neurons
 from sparc3_pl.model.loading import auto_class
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import MLP, mlps, weight_matrix
@@ -137,15 +138,22 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
         InputError: if the plan does not fit the model, or the architecture does not permit it.
     """
     planned_changes(model, plan)
-    if expert := next((mlp.name for mlp in mlps(model) if is_routed(model.get_submodule(mlp.down))), None):
-        raise InputError(f"shrink: {expert} is an expert, and experts cannot be made smaller yet; save without shrink")
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
-    key = _width_key(model.config.get_text_config(), width)
+    routed = {is_routed(model.get_submodule(mlp.down)) for mlp in mlps(model)}
+    if len(routed) > 1:
+        raise InputError("shrink: some MLPs of this model are experts and some are not; save without shrink")
+    if routed == {True}:
+        _check_experts_width(model, width - len(next(iter(removed.values()))))
+    config_keys = ("moe_intermediate_size", *_WIDTH_KEYS) if routed == {True} else _WIDTH_KEYS
+    key = _width_key(model.config.get_text_config(), width, config_keys)
     with pruned(model, plan, check_fingerprint=False):  # a mean that is folded into a bias stays
         smaller = copy.deepcopy(model)
     width_left = width - len(next(iter(removed.values())))
-    for mlp in mlps(smaller):
+    for name, experts in experts_modules(smaller).items():
+        gone = [removed[f"{name}.{e}"] for e in range(experts.down_proj.shape[0])]
+        keep_neurons(experts, torch.tensor([[i for i in range(width) if i not in one] for one in gone]))
+    for mlp in mlps(smaller) if routed == {False} else ():
         _cut(smaller, mlp, removed[mlp.up])
     setattr(smaller.config.get_text_config(), key, width_left)
     return smaller
@@ -180,14 +188,24 @@ def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     return removed
 
 
-def _width_key(config: "PretrainedConfig", width: int) -> str:
+def _check_experts_width(model: nn.Module, width: int) -> None:
+    """The product of all experts at once wants rows of whole 16 bytes."""
+    step = 16 // next(iter(experts_modules(model).values())).down_proj.element_size()
+    if width % step:
+        raise InputError(
+            f"shrink would leave {width} neurons in each expert, but their number must be a multiple of {step} for "
+            "the experts to be computed together; change num_neurons"
+        )
+
+
+def _width_key(config: "PretrainedConfig", width: int, keys: Sequence[str] = _WIDTH_KEYS) -> str:
     """The key of the configuration that holds the MLPs' width (GPT-2: ``n_inner``, None for 4 * hidden size)."""
-    for key in _WIDTH_KEYS:
+    for key in keys:
         if key in config.to_dict() and getattr(config, key) in (width, None):
             return key
     raise InputError(
         f"shrink: no key of the {config.model_type} configuration holds the width {width} (looked for "
-        f"{', '.join(_WIDTH_KEYS)}), so the architecture does not permit it; save without shrink"
+        f"{', '.join(keys)}), so the architecture does not permit it; save without shrink"
     )
 
 

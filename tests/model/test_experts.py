@@ -116,10 +116,32 @@ def test_saved_models_load_plainly_with_equal_logits(family, tmp_path):
     assert same_bits(state(model), before)
 
 
-def test_shrinking_is_refused(tmp_path):
+@pytest.mark.parametrize("family", MIXTURES)
+def test_shrunk_experts_have_fewer_neurons(family, tmp_path):
+    model = tiny(family)
+    before, plan = state(model), plan_for(model, per_layer=4)
+    with pruned(model, plan):
+        expected = logits(model)
+    result = save_shrunk(model, None, plan, tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert result.parameters[0] - result.parameters[1] == 8 * 4 * 3 * 32  # 8 experts, 4 neurons, 3 vectors of 32
+    for name, experts in experts_modules(loaded).items():
+        assert experts.down_proj.shape == (4, 32, 8)
+        index = plan.entries[f"{name}.3"].index.tolist()
+        kept = [i for i in range(12) if i not in index]
+        assert torch.equal(experts.gate_up_proj[3], before[f"{name}.gate_up_proj"][3][kept + [12 + i for i in kept]])
+        assert torch.equal(experts.down_proj[3], before[f"{name}.down_proj"][3][:, kept])
+    assert same_bits(state(model), before)
+
+
+def test_shrinking_needs_the_same_number_of_each_expert(tmp_path):
     model = tiny("mixtral")
-    with pytest.raises(InputError, match="experts cannot be made smaller yet"):
-        save_shrunk(model, None, plan_for(model), tmp_path / "m")
+    open_experts(model)
+    with pytest.raises(InputError, match="multiple of 4 for the experts"):
+        save_shrunk(model, None, plan_for(model, per_layer=2), tmp_path / "m")
+    with pytest.raises(InputError, match="the same number of neurons gone from each layer"):
+        save_shrunk(model, None, plan_for(model, [("model.layers.0.mlp.experts.1", 3)]), tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
