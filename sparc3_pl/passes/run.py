@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,6 +30,7 @@ from sparc3_pl.runtime.run_config import RunConfig
 from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.monitor import ScoringMonitor
+from sparc3_pl.scoring.needs import free_memory, needs_of, refuse_what_cannot_fit, table_of
 
 __all__ = ["PASSES", "Pass", "PassCLI", "make_pass", "run_pass"]
 
@@ -44,6 +46,19 @@ class Pass:
     """Arguments of the module that may also be given without the ``model.`` prefix."""
     takes_plan: bool = False
     """Whether ``--plan`` prunes the model for the length of the pass."""
+    dry_run: Callable[[Any, Any, torch.device], None] | None = None
+    """Says what module and data would take on a device, in place of the pass."""
+
+
+DRY_RUN = "Say what would be loaded and how much memory it takes, and refuse what cannot fit; load and run nothing."
+
+
+def _dry_score(module: ScoringModule, data: ReferenceData, device: torch.device) -> None:
+    needs = needs_of(module.request, module.source, data.batch_size, data.seq_len or data.max_tokens)
+    free = free_memory(device, module.output or ".")
+    print_result(table_of(needs, free))
+    if module.source.device_map is None:
+        refuse_what_cannot_fit(needs, free)
 
 
 PASSES = {
@@ -52,6 +67,7 @@ PASSES = {
         ReferenceData,
         (ScoringMonitor,),
         ("output", "overwrite", "checkpoint_every", "part", "shard"),
+        dry_run=_dry_score,
     ),
     "eval": Pass(EvaluationModule, EvaluationData, (), ("output", "overwrite", "allow_overlap"), takes_plan=True),
 }
@@ -103,6 +119,8 @@ class PassCLI(LightningCLI):
             flag = FLAG if hints[name] is bool else {}
             parser.add_argument(f"--{name}", type=hints[name], default=default, help=texts[name], **flag)
             parser.link_arguments(name, f"model.{name}")
+        if self.kind.dry_run is not None:
+            parser.add_argument("--dry_run", type=bool, default=False, help=DRY_RUN, **FLAG)
         if self.kind.takes_plan:
             parser.add_argument("--plan", type=str | None, default=None, help="Plan to apply before measuring.")
 
@@ -174,6 +192,10 @@ def run_pass(name: str, words: Sequence[str]) -> None:
     """
     cli = make_pass(name, words)
     module = cli.model
+    if cli.kind.dry_run is not None and cli.config.dry_run:
+        if cli.trainer.is_global_zero:
+            cli.kind.dry_run(module, cli.datamodule, cli.trainer.strategy.root_device)
+        return
     getattr(cli.trainer, name)(module, cli.datamodule)
     if isinstance(module, ScoringModule):
         if module.manifest is not None:
