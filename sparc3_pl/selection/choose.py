@@ -1,6 +1,6 @@
 """From score folders to a plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def _plan(
         shapes={layer: list(candidates.folders[0].shape(layer)) for layer in entries},
         scores={"general": _provenance(general), "behaviour": _provenance(behaviour)},
         behaviour_samples=_behaviour_ids(behaviour),
-        warnings=_sample_warnings(general, behaviour),
+        warnings=_sample_warnings(general, behaviour) + _unreached_warnings(entries, general, behaviour),
     )
 
 
@@ -385,6 +385,22 @@ def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
             warnings.append(f"{name} folders share samples, so they are not independent; score them with unequal seeds")
     if set(_sample_ids(general)) & set(_sample_ids(used)):
         warnings.append("general and behaviour folders share samples; score general text on other data")
+    return warnings
+
+
+def _unreached_warnings(
+    chosen: Iterable[str], general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
+) -> list[str]:
+    """Of experts in the plan that no token of one side's samples reached."""
+    warnings, chosen = [], set(chosen)
+    for name, folders in (("general", general), ("behaviour", used)):
+        every = [set(folder.manifest.unreached) for folder in folders]
+        layers = sorted(set.intersection(*every) & chosen) if every else []
+        if layers:
+            warnings.append(
+                f"no token of the {name} samples reached {len(layers)} of the chosen layers (first: {layers[0]}), so "
+                "that their scores are 0 because nothing is known of them; score more samples"
+            )
     return warnings
 
 

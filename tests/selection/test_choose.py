@@ -1,6 +1,7 @@
 """From folders to plans: what is chosen, the controls, the warnings, the refusals."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,15 @@ def test_chooses_the_lowest_of_all_layers(general, behaviour):
     assert [side["name"] for side in plan.scores["general"]] == ["g1", "g2"]
     assert sum(plan.counts().values()) == 10
     plan.check()
+
+
+def test_experts_that_no_sample_reached_are_named(general, behaviour):
+    for folder in general:
+        folder.manifest = replace(folder.manifest, unreached=[LAYERS[0], "not chosen"])
+    (warning,) = [text for text in make_plan(general, behaviour, num_neurons=WIDTH).warnings if "no token" in text]
+    assert f"no token of the general samples reached 1 of the chosen layers (first: {LAYERS[0]})" in warning
+    general[1].manifest = replace(general[1].manifest, unreached=[])  # one of the folders knows it
+    assert not any("no token" in text for text in make_plan(general, behaviour, num_neurons=WIDTH).warnings)
 
 
 def test_texts_that_the_samples_were_made_from_are_the_behaviours(tmp_path, general):
