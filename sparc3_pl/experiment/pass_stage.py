@@ -60,7 +60,18 @@ def pass_stage(
             if code := run_child([sys.executable, "-m", "sparc3_pl.cli", command, *arguments]):
                 raise SystemExit(code)  # it has said why
 
-    return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make)
+    def check() -> None:
+        from sparc3_pl.passes.run import check_pass
+
+        handle, name = tempfile.mkstemp(suffix=".yaml", prefix=f"{stage}-")  # for its owner's eyes only
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(dump_yaml(settings))
+            check_pass(command, ["--config", name])
+        finally:
+            Path(name).unlink()
+
+    return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make, check)
 
 
 def typed(*words: str) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
 from sparc3_pl.experiment.correction import CorrectionArm, correction_arms
 from sparc3_pl.experiment.pass_stage import pass_stage, typed
 from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder, write_json
-from sparc3_pl.io.files import check_output
+from sparc3_pl.io.files import check_output, json_digest
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import largest_within, scale_of
@@ -228,9 +228,13 @@ class _Experiment:
     trainer: Settings
 
     def do(self, stages: Sequence[Stage]) -> None:
-        """Does them in their order; refuses other settings than before first of all."""
+        """Does them in their order; refuses wrong settings, or others than before, first of all."""
+        distinct: dict[str, Stage] = {}
         for stage in stages:
             self.stages.check_settings(stage)
+            distinct.setdefault(json_digest([stage.name.partition("-")[0], stage.settings]), stage)
+        for stage in distinct.values():  # the last one comes hours after the first
+            stage.check()
         for number, stage in enumerate(stages, start=1):
             self.stages.do(stage, f"stage {number} of {len(stages)}: ")
 

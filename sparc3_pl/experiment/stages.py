@@ -41,6 +41,7 @@ class Stage:
         result: The file that stands for the output: in a folder the one that names the digests of the others.
         reads: Results of earlier stages, by what they are to this one.
         make: Makes the output; is told whether to replace an earlier one.
+        check: Refuses settings that the step would not take; reads and writes no results.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     result: Path
     reads: Mapping[str, Path]
     make: Callable[[bool], None]
+    check: Callable[[], None] = lambda: None
 
     def inputs(self) -> dict[str, str]:
         """Digests of all files that the stage reads, by the key that names them or by what they are."""

@@ -32,7 +32,7 @@ from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.monitor import ScoringMonitor
 from sparc3_pl.scoring.needs import free_memory, needs_of, refuse_what_cannot_fit, table_of
 
-__all__ = ["PASSES", "Pass", "PassCLI", "make_pass", "run_pass"]
+__all__ = ["PASSES", "Pass", "PassCLI", "check_pass", "make_pass", "run_pass"]
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,29 @@ def make_pass(name: str, words: Sequence[str]) -> PassCLI:
     if is_supervised():  # by the command line; Lightning has made itself heard again when it was imported
         quiet()
     return PassCLI(name, words)
+
+
+class _Unmade(PassCLI):
+    """Reads the options, and makes nothing of them."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def check_pass(name: str, words: Sequence[str]) -> None:
+    """Refuses options that ``score`` or ``eval`` would not take: unknown keys, and values of another type.
+
+    Args:
+        name: Of the pass.
+        words: Its options, as on a command line.
+
+    Raises:
+        SystemExit: if the options cannot be parsed.
+    """
+    _Unmade(name, words)
 
 
 def run_pass(name: str, words: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
 from sparc3_pl.experiment.run import Outcome, largest_within
 from sparc3_pl.experiment.run import run as run_experiment
+from sparc3_pl.passes import run as passes_module
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
 
@@ -176,6 +177,8 @@ class Passes:
 def passes(monkeypatch):
     stub = Passes()
     monkeypatch.setattr("sparc3_pl.passes.run.run_pass", stub)
+    stub.check_pass = passes_module.check_pass  # a parser takes half a second to build: one test asks for it
+    monkeypatch.setattr("sparc3_pl.passes.run.check_pass", lambda *_: None)
     monkeypatch.setattr("sparc3_pl.report.command.report", lambda *_, **__: None)
     return stub
 
@@ -292,8 +295,18 @@ def test_a_stage_that_failed_is_done_again_and_no_other(small, passes, tmp_path)
     assert passes.done == [SCORES[0], *EDITED]
 
 
+class KeyedJudge:
+    """A judge that asks for a secret."""
+
+    def __init__(self, api_key: str) -> None:
+        self.api_key = api_key
+
+    def score(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        return {"toxicity": torch.zeros(len(texts))}
+
+
 def test_secrets_stay_out_of_the_stages(small, passes, tmp_path):
-    judge = {"class_path": "my.Judge", "init_args": {"api_key": "abcdef123456"}}
+    judge = {"class_path": f"{__name__}.KeyedJudge", "init_args": {"api_key": "abcdef123456"}}
     shutil.rmtree(tmp_path / "out" / "evaluations")
     run_experiment(**small | {"eval_model": {"judge": judge}})
     assert passes.configs[-1]["model"]["judge"] == judge  # the pass itself is told
@@ -474,6 +487,28 @@ def test_what_an_arm_takes_over(name):
 def test_arms_that_are_refused(arm, match):
     with pytest.raises(InputError, match=match):
         correction_arms({"a": arm}, SECTIONS, **LISTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_model": {"max_new_tokns": 5}}, "model.max_new_tokns"),
+        ({"eval_model": {"judge": {"class_path": "no.such.Judge"}}}, "model.judge"),
+        ({"score": {"method": "lrp", "signed": "perhaps"}}, "model.signed"),
+        ({"general": {"source": "demo", "num_samples": "many"}}, "data.num_samples"),
+    ],
+)
+def test_settings_of_every_pass_are_read_before_the_first_is_done(
+    small, passes, changes, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sparc3_pl.passes.run.check_pass", passes.check_pass)
+    changes = changes | {"output": str(tmp_path / "new")}
+    passes.done.clear()
+    with pytest.raises(SystemExit) as stop:
+        run_experiment(**(small | changes))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert passes.done == []
 
 
 @pytest.mark.parametrize(
