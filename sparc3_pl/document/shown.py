@@ -19,6 +19,9 @@ __all__ = ["Shown", "data_frame"]
 class Shown(ABC):
     """Something that is shown as blocks of a document."""
 
+    def __init_subclass__(cls) -> None:
+        cls._repr_pretty_ = Shown._repr_pretty_  # IPython takes a class's own ``__repr__``, as dataclasses have, first
+
     @abstractmethod
     def blocks(self) -> Sequence[Block]:
         """What is shown: the tables that the command prints, and notes."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from IPython.lib.pretty import pretty
 from ranks import environment
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -344,6 +345,7 @@ def test_results_show_themselves(loaded, scored):
         assert html.count("<table>") == 1
         assert html.count("<div") == html.count("</div>")
         assert "<table>" not in str(shown)
+        assert pretty(shown) == str(shown)
         svg = shown.plot()._repr_html_()
         assert "<svg" in svg
         assert "var(--muted)" in svg
