@@ -180,7 +180,8 @@ def run(
     best = {arm: largest_within(own, max_perplexity_increase) for arm, own in by_arm.items()}
     lines = []
     for arm, own in by_arm.items():
-        verdict = f"none of {len(own)}" if best[arm] is None else f"{best[arm].name} ({best[arm].count})"
+        num_edits = sum(outcome.control is None for outcome in own)
+        verdict = f"none of {num_edits}" if best[arm] is None else f"{best[arm].name} ({best[arm].count})"
         if all(outcome.rise is None for outcome in own):
             verdict = "not known, no perplexity was measured"
         which = "" if arm is None else f" of arm {arm}"
