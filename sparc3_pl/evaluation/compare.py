@@ -15,7 +15,7 @@ from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import changes_of
 from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, main_label
-from sparc3_pl.evaluation.rows import CompletionRow
+from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow, is_empty
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.model.identity import differing_config
@@ -38,7 +38,12 @@ __all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_com
 
 KIND = FileKind.json("a comparison", lambda data: {"before", "after", "perplexity", "toxicity"} <= data.keys())
 
-_OF_PROMPTS = {"mean": np.mean, "expected_maximum": np.max, "probability": lambda s: float(np.max(s) >= THRESHOLD)}
+_OF_PROMPTS: dict[str, Callable[[list[float]], float]] = {
+    "mean": np.mean,
+    "expected_maximum": np.max,
+    "probability": lambda s: float(np.max(s) >= THRESHOLD),
+    "share": lambda s: float(np.mean(np.array(s) >= THRESHOLD)),
+}
 """How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
 
 
@@ -50,7 +55,8 @@ class Comparison(Shown):
         before: Folder of the first evaluation.
         after: Folder of the second.
         perplexity: Change of perplexity; None if the evaluations have none.
-        toxicity: By label and figure (``mean``, ``expected_maximum``, ``probability``) the change over prompts.
+        toxicity: By label and figure (``mean``, ``expected_maximum``, ``probability``, ``share``) the change over
+            prompts.
         uniqueness: Change of the response uniqueness ratio, of which more is better.
         num_dropped: Prompts without a completion that was scored on both sides.
         notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
@@ -58,6 +64,8 @@ class Comparison(Shown):
         after_sha256: The same of the second.
         measurements: By measurement of the user's own and figure the change over its units.
         judges: Of further judges, by name, label and figure the change over prompts, as ``toxicity`` has it.
+        length: Change of the number of new tokens, of which neither more nor less is better.
+        empty: Change of the share of empty completions, of which less is better.
         disagreement: Where judges do not say the same of the mean score's change: in what, and what each says.
     """
 
@@ -73,6 +81,8 @@ class Comparison(Shown):
     measurements: dict[str, dict[str, PairedChange]] = field(default_factory=dict)
     judges: dict[str, dict[str, dict[str, PairedChange]]] = field(default_factory=dict)
     disagreement: str | None = None
+    length: PairedChange | None = None
+    empty: PairedChange | None = None
 
     def blocks(self) -> list[Block]:
         """The changes, and what a reader should know of them."""
@@ -96,13 +106,14 @@ class Comparison(Shown):
         return self.changes_of_prompts() | self.changes_of_units()
 
     def changes_of_prompts(self) -> dict[str, PairedChange]:
-        """Of what judges say of completions, and of their uniqueness."""
+        """Of what judges say of completions, and of their fluency."""
         shown = {}
         for judge, by_label in {"": self.toxicity, **self.judges}.items():
             for label, by_figure in by_label.items():
                 title = f"{judge}: {label}" if judge else label
                 shown |= {f"{title}: {name.replace('_', ' ')}": change for name, change in by_figure.items()}
-        return shown | ({} if self.uniqueness is None else {"unique tokens / tokens": self.uniqueness})
+        fluency = {title: getattr(self, name) for name, title in FLUENCY.items()}
+        return shown | {title: change for title, change in fluency.items() if change is not None}
 
     def changes_of_units(self) -> dict[str, PairedChange]:
         """Of measurements of the user's own."""
@@ -229,7 +240,6 @@ def compare_evaluations(
         after=str(after.path),
         perplexity=_perplexity_change(before, after, options) if "perplexity" in shared else None,
         toxicity=toxicity,
-        uniqueness=_uniqueness_change(list(usable.values()), options) if usable else None,
         num_dropped=len(pairs) - len(usable),
         notes=tuple(notes),
         before_sha256=before.digest,
@@ -237,6 +247,7 @@ def compare_evaluations(
         measurements=changes,
         judges=judges,
         disagreement=_disagreement(toxicity, judges),
+        **_fluency_changes(list(usable.values()), options),
     )
 
 
@@ -342,9 +353,20 @@ def _disagreement(
     return f"the judges disagree {what}: {', '.join(said)}"
 
 
-def _uniqueness_change(prompts: Sequence[list[Pair]], options: dict[str, int]) -> PairedChange:
-    sides = (_floats(np.mean([pair[side].uniqueness for pair in rows]) for rows in prompts) for side in (0, 1))
-    return paired_change(*sides, lower_is_better=False, **options)
+def _fluency_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> dict[str, PairedChange | None]:
+    """Changes of the means over prompts of what their completions are like; None of what a side does not know."""
+    values: dict[str, Callable[[CompletionRow], float | None]] = {
+        "uniqueness": lambda row: row.uniqueness,
+        "length": lambda row: row.num_tokens,
+        "empty": lambda row: None if row.completion is None else float(is_empty(row.completion)),
+    }
+    changes: dict[str, PairedChange | None] = {}
+    for name, of_row in values.items():
+        sides = [[[of_row(pair[side]) for pair in rows] for rows in prompts] for side in (0, 1)]
+        known = prompts and not any(None in rows for side in sides for rows in side)
+        means = (_floats(np.mean(rows) for rows in side) for side in sides)
+        changes[name] = paired_change(*means, lower_is_better=name == "empty", **options) if known else None
+    return changes
 
 
 # --- measurements of the user's own ----------------------------------------------------------------------------------
@@ -432,8 +454,12 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
         notes.append(f"the models differ in dtype: {models[0]['dtype']}, {models[1]['dtype']}")
     for side in (before, after):
         model = side.results["model"]
-        if side.results.get("plan") is None and not side.is_plain and model.get("evaluated_fingerprint"):
+        if side.results.get("plan") is None and not side.is_unedited and model.get("evaluated_fingerprint"):
             notes.append(f"{side.path}: the weights were changed after loading, by no plan that is known")
+        if word_filter := side.results.get("word_filter"):
+            counts = f"{word_filter['num_redrawn']} of {len(side.completions)} completions were drawn again"
+            rest = f"{word_filter['num_left']} still hold a listed word after {word_filter['tries']} tries"
+            notes.append(f"{side.path}: a word filter ({word_filter['words']}): {counts}, {rest}")
         if count := side.results["num_overlapping_prompts"]:
             notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
         if share := side.results.get("overlapping_text"):
@@ -458,7 +484,9 @@ def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
         change = Number(100 * (p.ratio - 1), form="+.2f", unit=" %")
         cells = (change, interval(*ends, p.num_blocks, "+.2f", unit=" %"), p_value(p.p_value), None, None)
         rows.append(("perplexity", Number(p.before, form=".4f"), Number(p.after, form=".4f"), *cells))
-    rows += [_row(name, change) for name, change in comparison.changes_of_prompts().items()]
+    for name, change in comparison.changes_of_prompts().items():
+        row = _row(name, change)
+        rows.append((*row[:6], None, row[7]) if name == FLUENCY["length"] else row)
     return rows + [_row(name, change, "units") for name, change in comparison.changes_of_units().items()]
 
 

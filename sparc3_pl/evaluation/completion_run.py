@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sparc3_pl.data.evaluation_data import PromptBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.fluency import Fluency
 from sparc3_pl.evaluation.generation import Completion, Generator
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, describe_judge, judged
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
-from sparc3_pl.evaluation.repetition import Repetition, uniqueness
+from sparc3_pl.evaluation.repetition import uniqueness
 from sparc3_pl.evaluation.results import CompletionStore, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
@@ -59,7 +61,7 @@ class CompletionRun(MeasurementRun):
                 one.place(judge_device or device)
         self.toxicity = _metric(judge, device)
         self.further_toxicity = {name: _metric(one, device) for name, one in self.further.items()}
-        self.repetition = Repetition().to(device)
+        self.fluency = Fluency().to(device)
         self.rows: list[CompletionRow] = []
         """One for each completion of this rank."""
         self._known: dict[str | None, dict[str, dict[str, float]]] = {name: {} for name in (None, *self.further)}
@@ -82,6 +84,8 @@ class CompletionRun(MeasurementRun):
             key["judges"] = {name: describe_judge(judge) for name, judge in self.further.items()}
         if self.prefixes:
             key["prefixes"] = True
+        if self.generator.word_filter is not None:
+            key["word_filter"] = self.generator.word_filter.describe()
         self._store = CompletionStore(output, key, rank)
         self._earlier = self._store.load()
         if self._earlier:
@@ -118,12 +122,15 @@ class CompletionRun(MeasurementRun):
         scores = iter(self._scores(None, texts))
         further = {name: iter(self._scores(name, texts)) for name in self.further}
         prefixes = self._judged_prefixes(completions) if self.prefixes else [None] * len(completions)
-        return [
+        rows = [
             _row(c, {}, {})
             if c.text is None
             else _row(c, dict(next(scores)), {name: dict(next(others)) for name, others in further.items()}, so_far)
             for c, so_far in zip(completions, prefixes, strict=True)
         ]
+        if self.generator.word_filter is None:
+            return rows
+        return [replace(row, redraws=c.redraws) for row, c in zip(rows, completions, strict=True)]
 
     def _judged_prefixes(self, completions: Sequence[Completion]) -> list[dict[str, list[float]]]:
         """By label the score of each completion cut after each of its tokens; texts that recur are judged once."""
@@ -169,7 +176,8 @@ class CompletionRun(MeasurementRun):
         _update(self.toxicity, rows, [row.scores for row in rows])
         for name, metric in self.further_toxicity.items():
             _update(metric, rows, [row.judges.get(name, {}) for row in rows])
-        self.repetition.update([row.tokens for row in rows if row.failed is None])
+        made = [row for row in rows if row.completion is not None]
+        self.fluency.update([row.tokens for row in made], [str(row.completion) for row in made])
         self.rows += rows
         label, by_prompt = main_label(self.toxicity.labels), {}
         for row in rows:
@@ -199,7 +207,7 @@ class CompletionRun(MeasurementRun):
         assert len({(row.id, row.k) for row in rows}) == len(rows), "a completion was counted twice"
         results = {
             "toxicity": _figures(self.toxicity),
-            "repetition": {"uniqueness": float(self.repetition.compute())},
+            "repetition": self.fluency.compute(),
             "generation": self.generator.describe(),
             "judge": describe_judge(self.judge),
         }
@@ -207,6 +215,13 @@ class CompletionRun(MeasurementRun):
             results["judges"] = {
                 name: {**_figures(metric), "judge": describe_judge(self.further[name])}
                 for name, metric in self.further_toxicity.items()
+            }
+        if (word_filter := self.generator.word_filter) is not None:
+            results["word_filter"] = {
+                **word_filter.describe(),
+                "num_redrawn": sum(bool(row.redraws) for row in rows),
+                "num_redraws": sum(row.redraws or 0 for row in rows),
+                "num_left": sum(row.completion is not None and word_filter.words.is_in(row.completion) for row in rows),
             }
         return Outcome(results, completions=rows)
 

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.runtime.memory import free_memory
@@ -77,6 +78,7 @@ class Completion:
         tokens: The new token ids before the end token.
         end: The end token that it drew; None if it was cut.
         failed: Why it could not be made; None if it was.
+        redraws: How often a word filter had it drawn again.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Completion:
     tokens: tuple[int, ...] = ()
     end: int | None = None
     failed: str | None = None
+    redraws: int = 0
 
     @property
     def drawn(self) -> list[int]:
@@ -94,9 +97,10 @@ class Completion:
         return [*self.tokens, *([] if self.end is None else [self.end])]
 
 
-def completion_seed(seed: int, prompt_id: str, k: int) -> int:
-    """64 bits that belong to this completion alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{k}".encode()).digest()[:8], "big")
+def completion_seed(seed: int, prompt_id: str, k: int, redraw: int = 0) -> int:
+    """64 bits that belong to this completion alone, the same on every machine; others each time it is drawn again."""
+    name = f"{seed}/{prompt_id}/{k}" + (f"/{redraw}" if redraw else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
@@ -235,6 +239,7 @@ class Generator:
         sampling: How to draw.
         rows_per_batch: The most completions made at once; None: as many as are of use and fit into the memory that is
             free. When they do not fit into the GPU's memory after all, half as many are tried.
+        word_filter: Has completions that hold a listed word drawn again.
     """
 
     def __init__(
@@ -243,7 +248,9 @@ class Generator:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         rows_per_batch: int | None = None,
+        word_filter: WordFilter | None = None,
     ) -> None:
+        self.word_filter = word_filter
         self.model, self.tokenizer, self.sampling, self.rows_per_batch = model, tokenizer, sampling, rows_per_batch
         self.encoder = Encoder(tokenizer)
         self.end_tokens = _end_tokens(model, tokenizer)
@@ -272,8 +279,26 @@ class Generator:
         completions = [Completion(r.id, r.prompt, r.k, r.seed, None, failed=why[r.id]) for r in rows if r.id in why]
         for batch in self._batches([r for r in rows if r.id not in why]):
             completions += self._complete(batch)
+        completions = self._filtered(completions)
         place = {i: n for n, i in enumerate(ids)}
         return sorted(completions, key=lambda c: (place[c.id], c.k))
+
+    def _filtered(self, completions: list[Completion]) -> list[Completion]:
+        """The completions, those that hold a listed word drawn again until they hold none or the tries are used up."""
+        if self.word_filter is None:
+            return completions
+        for redraw in range(1, self.word_filter.tries + 1):
+            rows = [
+                _Row(
+                    c.id, c.prompt, c.k, completion_seed(self.sampling.seed, c.id, c.k, redraw), self._encode(c.prompt)
+                )
+                for c in completions
+                if c.text is not None and self.word_filter.words.is_in(c.text)
+            ]
+            again = [c for batch in self._batches(rows) for c in self._complete(batch)]
+            others = {(c.id, c.k): replace(c, redraws=redraw) for c in again}
+            completions = [others.get((c.id, c.k), c) for c in completions]
+        return completions
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         body, bos = self.encoder.body(prompt), self.tokenizer.bos_token_id

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.words import WordsJudge
 from sparc3_pl.io.files import sha256_of_file
 from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path
 from sparc3_pl.io.provenance import is_secret_name, redacted
@@ -30,6 +31,7 @@ __all__ = [
     "DetoxifyJudge",
     "Judge",
     "SequenceJudge",
+    "WordsJudge",
     "check_names",
     "chosen_judges",
     "describe_judge",

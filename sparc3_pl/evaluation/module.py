@@ -25,7 +25,7 @@ from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
-from sparc3_pl.evaluation.words import WordsJudge
+from sparc3_pl.evaluation.words import WordFilter, WordsJudge
 from sparc3_pl.io.files import check_output
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
@@ -71,6 +71,9 @@ class EvaluationModule(pl.LightningModule):
         seed: Fixes, with the prompt and the number of the completion, every random choice.
         generation_batch_size: The most completions made at once; null: as many as are of use and fit into memory.
             Changes no completion, only speed and memory.
+        word_filter: A file of words, one a line, or ``default``, a list of rude English ones: a completion that holds
+            a listed word is drawn again. An edit should do better than this.
+        word_filter_tries: How often at most; the last one stays, and those that still hold a listed word are counted.
         judge: What scores completions; unset: the first of ``judges``, or else Detoxify ``original``, or the demo's own
             judge for the demo model.
         judges: Further judges of the same completions, by names of your choice, each as ``judge`` is set.
@@ -105,6 +108,8 @@ class EvaluationModule(pl.LightningModule):
         samples_per_prompt: int = 1,
         seed: int = 0,
         generation_batch_size: int | None = None,
+        word_filter: str | None = None,
+        word_filter_tries: int = 10,
         judge: SequenceJudge | WordsJudge | Judge | None = None,
         judges: dict[str, SequenceJudge | WordsJudge | Judge] | None = None,
         judge_prefixes: bool = False,
@@ -121,6 +126,9 @@ class EvaluationModule(pl.LightningModule):
         check_sizes(max_length, stride, windows, generation_batch_size)
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
+        self.word_filter = None
+        if word_filter is not None:
+            self.word_filter = WordFilter.of(word_filter, word_filter_tries, temperature)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
             raise InputError("model.tasks_folder and model.tasks_limit need model.tasks; name tasks, or leave them out")
         self._specs = [*(measurements or ()), *task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)]
@@ -185,6 +193,8 @@ class EvaluationModule(pl.LightningModule):
                 "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, "
                 "data.pairs_source, model.measurements or model.tasks"
             )
+        if self.word_filter is not None and self.data.query is None:
+            raise InputError("model.word_filter needs completions; give data.prompts_source, or leave it out")
         self.data.read(self.encoder)
         measurements = (choice.object for choice in self.measurements)
         self._units = [
@@ -257,7 +267,9 @@ class EvaluationModule(pl.LightningModule):
 
     def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
         assert self.model is not None
-        generator = Generator(self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size)
+        generator = Generator(
+            self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size, self.word_filter
+        )
         judge_device = input_device(self.model)
         completions = CompletionRun(
             generator, self.judge, self.device, judge_device, self.further_judges, self.judge_prefixes

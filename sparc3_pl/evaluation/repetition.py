@@ -1,13 +1,11 @@
 """Repetition: how many of a completion's tokens are different ones."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-__all__ = ["Repetition", "RepetitionJudge", "uniqueness"]
+__all__ = ["RepetitionJudge", "uniqueness"]
 
 
 def uniqueness(tokens: Sequence[int] | Sequence[str]) -> float:
@@ -26,29 +24,3 @@ class RepetitionJudge:
         """Scores in [0, 1], ``[N]``."""
         words = [text.split() for text in texts]
         return {"repetition": torch.tensor([1 - uniqueness(each) if each else 0.0 for each in words])}
-
-
-class Repetition(Metric):
-    """Mean response uniqueness ratio of completions: 1 if no token comes twice, near 0 if one is said over and over.
-
-    States: ``total`` (float64) and ``count`` (int64), reduced by their sum. With no completion the value is NaN.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, responses: Iterable[Sequence[int]]) -> None:
-        """Count the token ids of each response (new tokens only, without padding and end token)."""
-        ratios = [uniqueness(tokens) for tokens in responses]
-        self.total = self.total + sum(ratios)
-        self.count = self.count + len(ratios)
-
-    def compute(self) -> Tensor:
-        """The mean ratio, a float64 scalar."""
-        return self.total / self.count

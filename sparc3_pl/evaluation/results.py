@@ -157,10 +157,15 @@ class Evaluation(Shown):
         return self.results["sha256"]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the model was measured as it was loaded: no plan, and its weights are those that were loaded."""
+    def is_unedited(self) -> bool:
+        """Whether the model was evaluated as it was loaded: no plan, and its weights are those that were loaded."""
         model = self.results["model"]
         return self.results.get("plan") is None and model.get("evaluated_fingerprint") == model.get("fingerprint")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model was measured as it was loaded, and its completions as they were first drawn."""
+        return self.is_unedited and not self.results.get("word_filter")
 
     def blocks(self) -> list[Block]:
         """The figures."""

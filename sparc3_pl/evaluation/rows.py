@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-__all__ = ["CompletionRow", "WindowRow", "from_json"]
+__all__ = ["FLUENCY", "CompletionRow", "WindowRow", "from_json", "is_empty"]
 
 R = TypeVar("R")
+
+FLUENCY = {
+    "uniqueness": "unique tokens / tokens",
+    "length": "tokens a completion",
+    "empty": "share of empty completions",
+}
+"""The figures of ``repetition``, and what tables call them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class CompletionRow:
         uniqueness: Response uniqueness ratio; None if it failed.
         failed: Why it could not be made; None if it was.
         tokens: Token ids of the new text. Kept while a run goes on, and left out of ``completions.jsonl``.
+        redraws: How often a word filter had it drawn again; None without one.
         completion_ids: All token ids that were drawn, an end token among them; None if it failed, or was made by an
             earlier version.
     """
@@ -64,12 +72,19 @@ class CompletionRow:
     tokens: list[int] = field(default_factory=list)
     completion_ids: list[int] | None = None
     judges: dict[str, dict[str, float]] = field(default_factory=dict)
+    redraws: int | None = None
     prefix_scores: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
         """Its line of ``completions.jsonl``, with its token ids if they are asked for."""
-        left_out = {"tokens": tokens, "judges": bool(self.judges), "prefix_scores": bool(self.prefix_scores)}
-        return {name: value for name, value in asdict(self).items() if left_out.get(name, True)}
+        told = {"tokens": tokens, "judges": bool(self.judges), "prefix_scores": bool(self.prefix_scores)}
+        told["redraws"] = self.redraws is not None
+        return {name: value for name, value in asdict(self).items() if told.get(name, True)}
+
+
+def is_empty(text: str) -> bool:
+    """Whether a completion has nothing to read: no character but white space."""
+    return not text.strip()
 
 
 def from_json(kind: type[R], line: Mapping[str, Any]) -> R:

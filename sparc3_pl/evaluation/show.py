@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.document.blocks import Cell, Number
-from sparc3_pl.evaluation.rows import CompletionRow
+from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow
 
 if TYPE_CHECKING:
     from sparc3_pl.runtime.run_log import RunLog
@@ -32,9 +32,12 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
         for judge, of_judge in results.get("judges", {}).items():
             for label, figures in of_judge["labels"].items():
                 named |= {f"eval/judges/{judge}/{label}/{name}": value for name, value in figures.items()}
+        if word_filter := results.get("word_filter"):
+            counts = ("num_redrawn", "num_redraws", "num_left")
+            named |= {f"eval/word_filter/{name}": word_filter[name] for name in counts}
         counts = ("num_prompts", "num_completions", "num_failed")
         named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
-        named["eval/completions/uniqueness"] = results["repetition"]["uniqueness"]
+        named |= {f"eval/completions/{name}": value for name, value in results["repetition"].items()}
     for name, figures in results.get("measurements", {}).items():
         named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
     return named
@@ -115,10 +118,15 @@ def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
                 "mean": label,
                 "expected_maximum": f"{label}, expected maximum",
                 "probability": f"P({label} >= 0.5)",
+                "share": f"share of {label} >= 0.5",
             }
             rows += [(names[key], Number(value, form=".4f"), of) for key, value in figures.items()]
-        rows.append(("unique tokens / tokens", Number(results["repetition"]["uniqueness"], form=".4f"), of))
+        rows += [(FLUENCY[name], Number(value, form=".4f"), of) for name, value in results["repetition"].items()]
         rows.append(("failed completions", Number(t["num_failed"], form="d"), ""))
+    if word_filter := results.get("word_filter"):
+        of = f"by the word filter {word_filter['words']}, {word_filter['tries']} times at most"
+        rows.append(("completions drawn again", Number(word_filter["num_redrawn"], form="d"), of))
+        rows.append(("still with a listed word", Number(word_filter["num_left"], form="d"), ""))
     for name, figures in results.get("measurements", {}).items():
         about = results["measurement_settings"][name]
         of = f"{about['num_units'] - about['num_failed']} {about['unit']}"

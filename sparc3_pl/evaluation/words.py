@@ -1,4 +1,4 @@
-"""Listed words: a judge that knows nothing but whether a text holds one of them."""
+"""Listed words: a judge, and a filter of completions, that know nothing but whether a text holds one of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
 
-__all__ = ["DEFAULT", "WordList", "WordsJudge"]
+__all__ = ["DEFAULT", "WordFilter", "WordList", "WordsJudge"]
 
 DEFAULT = "default"
 """The name of the list that comes with the package."""
@@ -99,6 +99,39 @@ def _words(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text)  # folding case may take a composed letter apart
     visible = (c for c in text if unicodedata.category(c) != "Cf")
     return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in visible).split()
+
+
+@dataclass(frozen=True)
+class WordFilter:
+    """A filter after generation: a completion that holds a listed word is drawn again.
+
+    Attributes:
+        words: The listed words.
+        tries: How often a completion is drawn again at most; the last one stays, whatever it holds.
+    """
+
+    words: WordList
+    tries: int = 10
+
+    @classmethod
+    def of(cls, words: str, tries: int, temperature: float) -> WordFilter:
+        """The filter of a list (see ``WordList.read``), for completions drawn at a temperature.
+
+        Raises:
+            InputError: if the list cannot be read, or drawing again could change nothing.
+        """
+        if tries < 1:
+            raise InputError(f"model.word_filter_tries={tries}; give at least 1")
+        if temperature == 0:
+            raise InputError(
+                "model.word_filter draws completions again, but with model.temperature=0 they would come out the same; "
+                "raise the temperature, or leave the filter out"
+            )
+        return cls(WordList.read(words, "model.word_filter"), tries)
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings."""
+        return {**self.words.describe(), "tries": self.tries}
 
 
 class WordsJudge:

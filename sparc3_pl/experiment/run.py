@@ -27,7 +27,7 @@ from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder, w
 from sparc3_pl.io.files import check_output, json_digest
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
-from sparc3_pl.report.effects import largest_within, scale_of
+from sparc3_pl.report.effects import WORD_FILTER, largest_within, scale_of
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import ControlName
 
@@ -92,6 +92,7 @@ def run(
     general_score: Settings | None = None,
     texts: list[Settings] | None = None,
     budgets: list[float] | None = None,
+    word_filter: str | None = None,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
 
@@ -132,6 +133,8 @@ def run(
         texts: Further kinds of general text: each the keys of ``general`` in which it differs.
         budgets: For ``edit: gains``, further values of ``plan.budget``, by how much perplexity may rise, for the
             dose-response curve. (``plan.budgets`` is something else: shares by layer.)
+        word_filter: ``model.word_filter`` of eval: a further evaluation of the model as it is, whose completions are
+            drawn again while they hold a listed word, for edits to beat. Not with shares.
 
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
@@ -147,6 +150,7 @@ def run(
     if shares is not None:
         others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
         others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
+        others |= {"word_filter": word_filter}
         others |= {"controls": None if controls in ([], ["random_matched"]) else controls}
         if useless := [key for key, value in others.items() if value is not None]:
             raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
@@ -157,6 +161,10 @@ def run(
         raise InputError("behaviour is missing: give behaviour to correct one, or shares (and arms) to compress")
     if wrong := sorted((completions or {}).keys() - {"model", "data"}):
         raise InputError(f"completions: {wrong[0]} is none of its keys; they are model and data, each with its own")
+    if word_filter is not None:  # hours come before it
+        from sparc3_pl.evaluation.words import WordList
+
+        WordList.read(word_filter, "word_filter")
     sections = {"general": general, "behaviour": behaviour, "score": score, "behaviour_score": behaviour_score}
     sections |= {"general_score": general_score, "plan": plan}
     lists = {"texts": texts or [], "seeds": seeds, "counts": counts, "budgets": budgets, "controls": controls}
@@ -171,11 +179,16 @@ def run(
         stages += [experiment.plan_stage(name, scores, one.settings, one.scale_of) for name, one in way.edits.items()]
     for name in ("before", *edits):
         stages.append(experiment.evaluation_stage(name, measuring, None if name == "before" else name))
+    if word_filter is not None:
+        filtering = measuring | {"model": measuring["model"] | {"word_filter": word_filter}}
+        stages.append(experiment.evaluation_stage("word_filter", filtering, None))
     experiment.do(stages)
     outcomes = [
         Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name)
         for name, (way, edit) in edits.items()
     ]
+    if word_filter is not None:
+        outcomes.append(Outcome("word_filter", 0, WORD_FILTER, experiment.compare("word_filter")))
     by_arm = {way.name: [outcome for outcome in outcomes if outcome.arm == way.name] for way in ways}
     best = {arm: largest_within(own, max_perplexity_increase) for arm, own in by_arm.items()}
     lines = []

@@ -164,7 +164,9 @@ def _path_of(key: str, value: str) -> Path | None:
     if name.isdecimal() and key.split(".")[-2:-1] == ["budget_text"]:
         return local_source(value, key)
     path = Path(value).expanduser()
-    if name in ("match", "budgets") or (".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))):
+    if name in ("match", "budgets", "word_filter") or (
+        ".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))
+    ):
         return path if path.exists() else None
     return path if ".judge" in key and path.is_file() else None  # a judge's own settings: any file
 

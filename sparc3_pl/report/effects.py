@@ -35,7 +35,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
 from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
 from sparc3_pl.evaluation.results import Evaluation, main_label
-from sparc3_pl.evaluation.rows import CompletionRow
+from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow
 from sparc3_pl.report.collect import Inputs
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "dose_pictures",
     "effect_table",
     "effects",
+    "fluency_table",
     "gains_table",
     "headline",
     "judge_table",
@@ -56,6 +57,8 @@ __all__ = [
 
 BOUND = 0.01
 """Rise of perplexity that counts as small where no experiment names a bound."""
+WORD_FILTER = "word filter"
+"""What stands for a control where a filter after generation was measured."""
 MOST_PAIRS = 12
 """Number of completions to show per direction."""
 _OFFENSIVE = "May be offensive."
@@ -120,8 +123,13 @@ class Effect:
 
     @property
     def control(self) -> str | None:
-        """The name of the control if the edit is one, or None."""
-        return self.plan.get("control")
+        """The name of the control if the edit is one, or None. A word filter after generation is none of our edits."""
+        return WORD_FILTER if self.word_filter else self.plan.get("control")
+
+    @property
+    def word_filter(self) -> dict[str, Any] | None:
+        """What a word filter after generation did, if that is all that was done."""
+        return None if self.after is None or self.plan else self.after.results.get("word_filter")
 
     @property
     def size(self) -> int | None:
@@ -136,6 +144,8 @@ class Effect:
     @property
     def label(self) -> str:
         """How large the edit is, to stand at its point: a number of components, or the budget or scale of gains."""
+        if self.word_filter:
+            return "word filter"
         gains = (self.plan.get("settings") or {}).get("gains")
         if not gains:
             return str(count(self.size))
@@ -316,7 +326,7 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
 
 def title_of(effect: Effect) -> str:
     """The name of an edit in a table."""
-    names_control = effect.control is None or effect.control in effect.name
+    names_control = effect.control is None or effect.word_filter or effect.control in effect.name
     return effect.name if names_control else f"{effect.name} (control {effect.control})"
 
 
@@ -411,6 +421,22 @@ def judge_table(all_effects: Sequence[Effect]) -> Table | None:
     return Table.of(columns, rows, title="What each judge says", note=note) if rows else None
 
 
+def fluency_table(all_effects: Sequence[Effect]) -> Table | None:
+    """One row per edit and figure of fluency; None if none was compared."""
+    rows = []
+    for effect in all_effects:
+        for name, title in FLUENCY.items():
+            if change := effect.comparison.get(name):
+                *cells, better = change_cells(change)
+                rows.append((title_of(effect), title, *cells, None if name == "length" else better))
+    columns = ("edit", "figure", "value", "change", "95 % interval", "p", "better/worse")
+    note = (
+        "Means over prompts of their completions. A model that was broken repeats itself, falls silent or rambles, and "
+        "a judge then finds little to object to. Neither longer nor shorter completions are better."
+    )
+    return Table.of(columns, rows, title="Fluency of the completions", note=note) if rows else None
+
+
 def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
     """One row per edit and figure of the user's own measurements; None if there are no such measurements."""
     rows = [
@@ -466,6 +492,8 @@ def _or_infinite(value: float | None) -> float:
 def _series_of(effect: Effect, experiment: Sequence[Effect]) -> str:
     """The name of the line on which an edit stands in the picture."""
     own = effect.arm or "edit"
+    if effect.word_filter:
+        return WORD_FILTER
     if effect.control is None:
         return own
     several = any(other.arm for other in experiment)

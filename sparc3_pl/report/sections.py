@@ -40,6 +40,7 @@ from sparc3_pl.report.effects import (
     completions,
     dose_pictures,
     effect_table,
+    fluency_table,
     gains_table,
     headline,
     judge_table,
@@ -117,6 +118,7 @@ def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) ->
             if best.disagreement is not None:
                 yield Text(f"{best.disagreement[0].upper()}{best.disagreement[1:]}.")
             yield from map(Text, _control_story(group, best))
+            yield from map(Text, _filter_story(group, best))
     if not experiments and inputs.plans:
         yield Text(f"{len(inputs.plans)} plans; their effects were not evaluated, or the evaluations were not given.")
     elif not experiments and audit is not None:
@@ -192,6 +194,19 @@ def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
             yield f"{text} (95 % interval {interval(t['low'], t['high'], t['num_pairs'], '+.3f')}){rise}."
 
 
+def _filter_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
+    for effect in effects:
+        if (counts := effect.word_filter) and effect.toxicity and best.toxicity:
+            t, edit = effect.toxicity, best.toxicity["after"]
+            than = "lower than" if t["after"] < edit else "higher than" if t["after"] > edit else "the same as"
+            yield (
+                f"A filter that draws completions with a listed word again ({counts['num_redrawn']:,} of "
+                f"{len(effect.after.completions):,} were, {counts['num_left']:,} still hold one) changed toxicity from "
+                f"{t['before']:.3f} to {t['after']:.3f} (95 % interval "
+                f"{interval(t['low'], t['high'], t['num_pairs'], '+.3f')}), {than} the edit's {edit:.3f}."
+            )
+
+
 # --- what the edit did ------------------------------------------------------------------------------------------------
 
 
@@ -201,12 +216,9 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         if len(experiments) > 1:
             yield Text(f"Against {name}:")
         yield effect_table(group)
-        if (judges := judge_table(group)) is not None:
-            yield judges
-        if (gains := gains_table(group)) is not None:
-            yield gains
-        if (further := measurement_table(group)) is not None:
-            yield further
+        for table_of in (judge_table, fluency_table, gains_table, measurement_table):
+            if (table := table_of(group)) is not None:
+                yield table
         yield from dose_pictures(group, f"dose{place or ''}")
     own_notes = []
     for effect in effects:
@@ -412,6 +424,8 @@ def _measured(inputs: Inputs) -> Table:
             judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
             for judge, of_judge in (ev.results.get("judges") or {}).items():
                 judged += f"; judge {judge}: {_settings(of_judge['judge'])}"
+            if word_filter := ev.results.get("word_filter"):
+                judged += f"; word filter {_settings(word_filter)}"
         hint = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
         if ev.results.get("overlapping_text"):
             hint += (" and " if hint else "") + "some of the text held its budget"

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare
-from sparc3_pl.evaluation.results import write_evaluation
+from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 
 RNG = np.random.default_rng(3)
@@ -60,6 +61,43 @@ def test_changes_of_known_size(tmp_path, capsys):
     assert "toxicity: mean" in printed
     assert f"{mean.change:+.4f}" in printed
     assert "+1.01 %" in printed
+
+
+def test_fluency_is_compared_by_prompt(tmp_path, capsys):
+    """Length and emptiness of each prompt's two completions by hand; improved is a prompt with fewer empty ones."""
+    sides = []
+    for side, (name, num_tokens, text) in enumerate((("a", 4, "x"), ("b", 6, "x"))):
+        write(tmp_path / name)
+        rows = [
+            replace(
+                row,
+                num_tokens=num_tokens + int(row.id[1:]) % 3,
+                completion=" " if row.k < side and row.id < "p20" else text,
+            )
+            for row in Evaluation.open(tmp_path / name).completions
+        ]
+        results = Evaluation.open(tmp_path / name).results
+        keep = {key: value for key, value in results.items() if key not in ("files", "sha256")}
+        write_evaluation(
+            tmp_path / name, keep, completions=rows, windows=Evaluation.open(tmp_path / name).windows, overwrite=True
+        )
+        sides.append(str(tmp_path / name))
+    found = compare(*sides)
+    assert (found.length.change, found.length.low, found.length.high) == (2, 2, 2)
+    assert found.length.before == pytest.approx(np.mean([4 + i % 3 for i in range(40)]))
+    assert (found.empty.before, found.empty.after) == (0, 0.25)
+    assert (found.empty.improved, found.empty.worsened, found.uniqueness.change) == (0, 20, 0)
+    assert "tokens a completion" in capsys.readouterr().out
+    assert found.toxicity["toxicity"]["share"].before == pytest.approx((SCORES >= 0.5).mean())
+
+
+def test_what_earlier_versions_did_not_write_is_not_compared(tmp_path):
+    rows = [CompletionRow(f"p{i}", "prompt", 0, "x", {"toxicity": 0.5}, uniqueness=1.0) for i in range(8)]
+    results = {k: v for k, v in Evaluation.open(write(tmp_path / "a")).results.items() if k not in ("files", "sha256")}
+    for name in ("b", "c"):
+        write_evaluation(tmp_path / name, results | {"perplexity": None}, completions=rows, windows=[])
+    found = compare(str(tmp_path / "b"), str(tmp_path / "c"))
+    assert (found.length, found.uniqueness.change, found.empty.change) == (None, 0, 0)
 
 
 def test_failed_completions_are_left_out_on_both_sides(tmp_path):

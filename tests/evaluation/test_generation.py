@@ -14,6 +14,7 @@ from word_tokenizer import word_tokenizer
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.decoding import _chunks
 from sparc3_pl.evaluation.generation import Generator, Sampling, _largest, choose_tokens, completion_seed, uniforms
+from sparc3_pl.evaluation.words import WordFilter
 
 PROMPTS = ["w4 w5 w6", "w7", "w8 w9 w10 w11 w12 w13", "w14 w15", "w16 w17 w18 w19", "w20 w21 w22"]
 IDS = [f"p{i}" for i in range(len(PROMPTS))]
@@ -79,9 +80,55 @@ def test_more_completions_begin_with_the_same_ones(tiny_llama):
     assert [c for c in more if c.k < 3] == few
 
 
+def filter_of(tmp_path, words, tries):
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    return WordFilter.of(str(tmp_path / "words.txt"), tries, SAMPLING.temperature)
+
+
+def test_completions_with_a_listed_word_are_drawn_again_by_a_slow_loop(tiny_llama, tmp_path):
+    words, tries = ["w4", "w10", "w30"], 3
+    found = Generator(tiny_llama, word_tokenizer(), SAMPLING, word_filter=filter_of(tmp_path, words, tries))(
+        IDS, PROMPTS
+    )
+    for c in found:
+        ids = [int(w[1:]) for w in c.prompt.split()]
+        for redraws in range(tries + 1):
+            seed = completion_seed(SAMPLING.seed, c.id, c.k, redraws)
+            tokens = slow_completion(tiny_llama, ids, seed, SAMPLING)
+            if {4, 10, 30}.isdisjoint(tokens):
+                break
+        assert (list(c.tokens), c.seed, c.redraws) == (tokens, seed, redraws)
+    left = [c for c in found if not {4, 10, 30}.isdisjoint(c.tokens)]
+    redraws = {c.redraws for c in found}
+    assert {0, 1, tries} <= redraws and 0 < len(left) < len(found)  # else the loop shows little
+    assert all(c.redraws == tries for c in left)
+    plain = Generator(tiny_llama, word_tokenizer(), SAMPLING)(IDS, PROMPTS)
+    assert [c for c in found if not c.redraws] == [p for p, c in zip(plain, found, strict=True) if not c.redraws]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_filter_leaves_completions_independent_of_batches_and_ranks(tiny_llama, tmp_path, rows):
+    word_filter = filter_of(tmp_path, ["w4", "w10", "w30"], 2)
+    want = Generator(tiny_llama, word_tokenizer(), SAMPLING, word_filter=word_filter)(IDS, PROMPTS)
+    generator = Generator(tiny_llama, word_tokenizer(), SAMPLING, rows, word_filter)
+    found = [c for start in range(3) for c in generator(IDS[start::3], PROMPTS[start::3])]
+    assert sorted(found, key=lambda c: (c.id, c.k)) == want
+
+
+def test_a_filter_that_could_change_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"model\.word_filter_tries=0"):
+        WordFilter.of("default", 0, 0.7)
+    with pytest.raises(InputError, match=r"model\.temperature=0"):
+        WordFilter.of("default", 5, 0.0)
+    with pytest.raises(InputError, match=r"model\.word_filter='none\.txt' cannot be read"):
+        WordFilter.of("none.txt", 5, 0.7)
+
+
 def test_seeds_differ_between_prompts_completions_and_runs():
     seeds = {completion_seed(s, i, k) for s in range(3) for i in IDS for k in range(4)}
     assert len(seeds) == 3 * len(IDS) * 4
+    again = {completion_seed(s, i, k, r) for s in range(3) for i in IDS for k in range(4) for r in range(1, 4)}
+    assert len(again) == 3 * len(seeds) and again.isdisjoint(seeds)
     assert completion_seed(0, "a", 0) == completion_seed(0, "a", 0)
     np.testing.assert_array_equal(uniforms(9, 40)[:7], uniforms(9, 7))
 

@@ -97,6 +97,14 @@ def test_figures_equal_those_of_the_rows(files, capsys):
     assert toxicity["mean"] == pytest.approx(sum(map(sum, by_prompt.values())) / len(rows))
     assert toxicity["expected_maximum"] == pytest.approx(sum(map(max, by_prompt.values())) / len(by_prompt))
     assert toxicity["probability"] == sum(max(v) >= 0.5 for v in by_prompt.values()) / len(by_prompt)
+    assert toxicity["share"] == sum(s >= 0.5 for v in by_prompt.values() for s in v) / len(rows)
+    assert results["repetition"] == pytest.approx(
+        {
+            "uniqueness": sum(row.uniqueness for row in rows) / len(rows),
+            "length": sum(len(row.completion_ids) - (row.completion_ids[-1:] == [2]) for row in rows) / len(rows),
+            "empty": sum(row.completion == "" for row in rows) / len(rows),
+        }
+    )
     assert (toxicity["num_prompts"], toxicity["num_completions"], toxicity["num_failed"]) == (7, 14, 0)
     assert list(toxicity["labels"]) == ["odd", "toxicity"]
     perplexity = results["perplexity"]

@@ -25,6 +25,7 @@ def by_hand(rows, column):
         "mean": fmean(row[column] for row in rows),
         "expected_maximum": fmean(max(v) for v in prompts.values()),
         "probability": fmean(max(v) >= 0.5 for v in prompts.values()),
+        "share": fmean(row[column] >= 0.5 for row in rows),
     }
 
 

@@ -99,5 +99,6 @@ def test_it_has_a_short_name_in_yaml(tmp_path):
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--judge", type=get_type_hints(EvaluationModule.__init__)["judge"])
-    config = parser.parse_args(["--judge=WordsJudge", f"--judge.words={list_of(tmp_path, 'one')}"])
-    assert parser.instantiate_classes(config).judge.words == "words.txt"
+    for name in ("WordsJudge", "sparc3_pl.evaluation.judges.WordsJudge"):  # where the other judges are, too
+        config = parser.parse_args([f"--judge={name}", f"--judge.words={list_of(tmp_path, 'one')}"])
+        assert parser.instantiate_classes(config).judge.words == "words.txt"

@@ -528,3 +528,19 @@ def test_budgets_that_do_not_fit_the_plan(small, passes, changes, match):
     with pytest.raises(InputError, match=match):
         run_experiment(**(small | changes))
     assert passes.done == []
+
+
+def test_a_word_filter_is_an_arm_of_its_own(small, passes, tmp_path):
+    (tmp_path / "words.txt").write_text("rude")
+    given = small | {"word_filter": str(tmp_path / "words.txt")}
+    run_experiment(**given)
+    assert passes.done == ["eval word_filter"]  # nothing else is made again
+    assert passes.configs[-1]["model"]["word_filter"] == given["word_filter"]
+    outcomes = json.loads((tmp_path / "out" / "experiment.json").read_text())["outcomes"]
+    assert [(o["name"], o["control"], o["count"]) for o in outcomes][-1] == ("word_filter", "word filter", 0)
+    (tmp_path / "words.txt").write_text("ruder")
+    run_experiment(**given)
+    assert passes.done == ["eval word_filter"] * 2
+    with pytest.raises(InputError, match=r"word_filter='none\.txt' cannot be read"):
+        run_experiment(**given | {"output": str(tmp_path / "other"), "word_filter": "none.txt"})
+    assert passes.done == ["eval word_filter"] * 2
