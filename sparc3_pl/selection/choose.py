@@ -235,11 +235,14 @@ def _general_side(
     """The folders on the general side. The behaviour's list the components of a contrast that reads no others.
 
     Raises:
-        InputError: if such a contrast is given general scores, or something that goes by them.
+        InputError: if such a contrast is given general scores, or something that goes by them; if any other is given
+            none.
     """
-    if kind.needs_general:
-        return general
     name = CONTRASTS.name_of(kind)
+    if kind.needs_general:
+        if not general:
+            raise InputError(f"contrast={name}: no score folder was given as general; give --general DIR")
+        return general
     if general:
         raise InputError(f"contrast={name} reads the behaviour's scores alone; leave out general")
     if not behaviour:
