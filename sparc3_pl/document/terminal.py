@@ -45,7 +45,7 @@ def print_result(*parts: str | Table) -> None:
 def text_of(blocks: Sequence[Block]) -> str:
     """Blocks as text, as wide as the terminal, without its colours."""
     text = io.StringIO()
-    console = _Console(file=text, width=_console().width)
+    console = _Console(file=text, width=_console().width, force_jupyter=False)  # in a notebook it would show, not write
     for block in blocks:
         _print_block(console, block)
     return text.getvalue().strip("\n")
