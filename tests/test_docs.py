@@ -33,7 +33,8 @@ NEEDS = ("hub", "network", "cluster", "gpus", "real model", "time", "browser")
 SET_UP = (("python3", "-m", "venv"), (".venv/bin/pip",), (".venv/bin/pytest",), ("source", ".venv/bin/activate"))
 """The README's set-up, which CI runs in a fresh environment."""
 HARMLESS = ("cat", "cp", "head", "ls", "mkdir")
-ELSEWHERE = ("export", "hf", "pip", "python", "rsync", "tensorboard", "unset", *HARMLESS)
+SERVERS = ("curl", "llama-perplexity", "llama-quantize", "llama-server", "lm-eval", "vllm")
+ELSEWHERE = ("export", "hf", "pip", "python", "rsync", "tensorboard", "unset", *SERVERS, *HARMLESS)
 """Programs that a marked block may call besides our own and ``sbatch``; they are not run."""
 
 ONE_PROCESS = [

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparc3_pl.data.encoding import Encoder
+    from sparc3_pl.pruning.push import HubPlace
     from sparc3_pl.pruning.save import SavedModel
 
 __all__ = ["PruneResult", "prune"]
@@ -34,6 +35,8 @@ class PruneResult:
     plan: PrunePlan
     path: Path
     saved: "SavedModel | None" = None
+    pushed_to: str | None = None
+    """Where on the hub the model is now."""
 
 
 def prune(
@@ -64,6 +67,7 @@ def prune(
     gains_range: list[float] = [0.0, 1.0],  # noqa: B006 (never changed; shown by --help)
     scale: float | None = None,
     save_model: str | None = None,
+    push_to_hub: str | None = None,
     shrink: bool = False,
     keep_values: bool = False,
     pretrained: str | None = None,
@@ -125,6 +129,8 @@ def prune(
         scale: For edit=gains: how far to go along the steps, in place of a search (as for a control of a plan whose
             scale is known).
         save_model: Folder to write the pruned model to, for transformers' from_pretrained.
+        push_to_hub: ORG/NAME on the hub to upload the folder of save_model to, model card included; a new repository is
+            private. Needs a token that may write: HF_TOKEN, `hf auth login`, or asked for on a terminal.
         shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
         keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.
         pretrained: The model (hub id, folder, FILE.gguf). Default: the one that was scored.
@@ -148,6 +154,7 @@ def prune(
     edit = EDITS.name_of(change)  # however it was given
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
     _check_budget(edit, budget, budget_text, scale)
+    place = _hub_place(push_to_hub, save_model, overwrite)
     if shrink and budget_text:
         raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
     check_windows(budget_text or (), budget_windows, budget_length)
@@ -186,8 +193,9 @@ def prune(
     path = plan.save(output, overwrite)
     for warning in plan.warnings:
         log.warning("%s", warning)
-    _print(plan, path, saved)
-    return PruneResult(plan, path, saved)
+    pushed_to = None if place is None or saved is None else place.push(saved.folder)
+    _print(plan, path, saved, pushed_to)
+    return PruneResult(plan, path, saved, pushed_to)
 
 
 def _with(spec: Spec, name: str, arguments: dict[str, Any]) -> Spec:
@@ -226,6 +234,17 @@ def _check_places(
         raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
     if edit == "mean" and mean_source is None:
         raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
+
+
+def _hub_place(name: str | None, save_model: str | None, overwrite: bool) -> "HubPlace | None":
+    """Where to upload to, once it is sure that this is allowed."""
+    if name is None:
+        return None
+    from sparc3_pl.pruning.push import HubPlace
+
+    if save_model is None:
+        raise InputError(f"push_to_hub={name!r} needs the saved model; give --save_model DIR")
+    return HubPlace.open(name, overwrite)
 
 
 def _check_budget(edit: Spec, budget: float | None, budget_text: list[str] | None, scale: float | None) -> None:
@@ -333,10 +352,11 @@ def _save_model(
     return (save_shrunk if shrink else save_pruned)(model, tokenizer, plan, folder, overwrite)
 
 
-def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None") -> None:
+def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None", pushed_to: str | None) -> None:
     """The result, on stdout."""
     from sparc3_pl.document.terminal import print_result
 
     table, *lines = plan.blocks()
     model = [] if saved is None else [f"model: {saved}"]
+    model += [] if pushed_to is None else [f"on the hub: {pushed_to}"]
     print_result(table, *(line.text for line in lines), f"plan: {path}", *model)
