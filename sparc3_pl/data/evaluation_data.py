@@ -242,6 +242,8 @@ class EvaluationData(LightningDataModule):
             pairs in which it is the likelier one for better.
         pairs_second_field: Field of its second.
         pairs_filter: Condition on a record's fields, as ``bias_type == "gender"``. A null never passes.
+        pairs_partition: ``attribution`` or ``evaluation``: only pairs of that half, which is that of the first sentence
+            (``partition_field`` of score); by ``partition_seed`` and ``partition_share``. ``all``: both.
         pairs_split: Split of a hub data set.
         pairs_subset: Configuration of a hub data set.
         num_pairs: How many pairs, drawn by ``seed``; null: all.
@@ -271,6 +273,7 @@ class EvaluationData(LightningDataModule):
         pairs_first_field: str = "more",
         pairs_second_field: str = "less",
         pairs_filter: str | None = None,
+        pairs_partition: PartitionChoice = "all",
         pairs_split: str = "train",
         pairs_subset: str | None = None,
         num_pairs: int | None = None,
@@ -316,7 +319,11 @@ class EvaluationData(LightningDataModule):
             fields = {"first_field": pairs_first_field, "second_field": pairs_second_field, "filter": pairs_filter}
             where = {"source": pairs_source, "split": pairs_split, "subset": pairs_subset}
             number = {} if num_pairs is None else {"num_pairs": num_pairs, "seed": seed}
-            self.pairs = {"class_path": "pairs", "init_args": {**where, **fields, **number}}
+            half: dict[str, Any] = {}
+            if pairs_partition != "all":
+                half = {"partition": pairs_partition, "partition_seed": partition_seed}
+                half["partition_share"] = partition_share
+            self.pairs = {"class_path": "pairs", "init_args": {**where, **fields, **number, **half}}
         else:
             unused = {"pairs_filter": pairs_filter, "pairs_subset": pairs_subset, "num_pairs": num_pairs}
             for name, value in unused.items():

@@ -70,10 +70,14 @@ class Values:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """A text, or the token ids of one, and what its record holds beside it."""
+    """A text, or the token ids of one, and what its record holds beside it.
+
+    ``half_of``: what decides the half of the record, if it is not the text.
+    """
 
     text: str | list[int]
     values: Values
+    half_of: str | list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ class ReferenceData(LightningDataModule):
         partition: ``attribution`` or ``evaluation``: only texts of that half, told apart by content. ``all``: both.
         partition_seed: Decides the halves; use the same one everywhere.
         partition_share: Share of the texts that are in the attribution half.
+        partition_field: Field whose text decides the half of a record, where texts of one record belong together, as
+            the two sentences of a pair; null: the text itself.
         match: Score folder or data file whose samples' token lengths and endings (mid-sentence or full stop) the
             samples get, so that a contrast between the two compares contents, not formats. ``seq_len`` is not used.
         match_field: Field of the text if ``match`` is a data file; null: as ``text_field``.
@@ -220,6 +222,7 @@ class ReferenceData(LightningDataModule):
         partition: PartitionChoice = "all",
         partition_seed: int = 0,
         partition_share: float = 0.5,
+        partition_field: str | None = None,
         match: str | None = None,
         match_field: str | None = None,
         match_filter: str | None = None,
@@ -250,7 +253,14 @@ class ReferenceData(LightningDataModule):
         _check_fields(fields, weight_baseline, gae_lambda, match, max_tokens)
         check_unequal(unequal)
         if source in PAIR_TASKS:
-            unused = {"filter": filter, "match": match, "max_tokens": max_tokens, "subset": subset, **fields.given}
+            unused = {
+                "filter": filter,
+                "partition_field": partition_field,
+                "match": match,
+                "max_tokens": max_tokens,
+                "subset": subset,
+                **fields.given,
+            }
             _check_made(source, {name: value for name, value in unused.items() if value is not None})
         elif counterfactual is not None:
             raise InputError(
@@ -262,8 +272,9 @@ class ReferenceData(LightningDataModule):
             other = f"source={source}" if source in PAIR_TASKS else other
             raise InputError(f"data.windows=random: with data.{other} no windows are cut; leave out one of the two")
         self.query = TextQuery(
-            source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share, fields=fields
-        )
+            source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share,
+            partition_field, fields=fields,
+        )  # fmt: skip
         self.pair_query = (
             PairQuery(source, num_samples, partition, seed, counterfactual, partition_seed, partition_share, unequal)
             if source in PAIR_TASKS
@@ -429,6 +440,7 @@ class ReferenceData(LightningDataModule):
             "partition": query.half,
             "partition_seed": query.partition_seed,
             "partition_share": query.partition_share,
+            **({} if query.partition_field is None else {"partition_field": query.partition_field}),
             "match": self.match,
             "match_filter": self.match_query.filter if self.match_query else None,
             "match_revision": self.match_query.origin["revision"] if self.match_query else None,

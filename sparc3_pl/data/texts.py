@@ -40,6 +40,7 @@ class TextQuery:
         half: Texts of one half only, or ``all``.
         partition_seed: Seed by which texts are assigned to the two halves.
         partition_share: Share of the attribution half.
+        partition_field: Field whose text decides the half of a record; None: the text itself.
         prefix: What the configuration keys of this query start with, for messages (``data.``, ``data.prompts_``).
         source_key: The configuration key of ``source`` if it is not ``prefix`` + ``source``.
         token_ids: Whether lists of token ids may stand where texts do.
@@ -61,6 +62,7 @@ class TextQuery:
     half: PartitionChoice = "all"
     partition_seed: int = 0
     partition_share: float = 0.5
+    partition_field: str | None = None
     prefix: str = "data."
     source_key: str | None = None
     token_ids: bool = True
@@ -114,7 +116,7 @@ class TextQuery:
         """As ``texts``, each text with the values of ``fields``.
 
         Equal records count once, but for those with a completion: a model that says the same twice has said it twice,
-        and a mean over its completions knows that. The half is that of the text.
+        and a mean over its completions knows that. The half is that of the text, or of ``partition_field``.
 
         Raises:
             InputError: As ``texts``, and if a value is not of the kind that belongs there.
@@ -134,7 +136,8 @@ class TextQuery:
                     self.counts["num_duplicates"] += 1
                     continue
                 seen.add(identity)
-            if self.half in ("all", partition(text_id(record.text), self.partition_seed, self.partition_share)):
+            decisive = text_id(record.text if record.half_of is None else record.half_of)
+            if self.half in ("all", partition(decisive, self.partition_seed, self.partition_share)):
                 yield record
 
     def _passing(self, records: Records) -> Iterator[TextRecord]:
@@ -170,6 +173,10 @@ class TextQuery:
         passes = True if self._filter is None else self._filter.passes(record)
         text = get_field(record, self.text_field, self._field_key)
         values = self.fields.values(record) if passes else None
+        half_of = None
+        if self.partition_field is not None:
+            half_of = get_field(record, self.partition_field, "data.partition_field")
+            text = None if half_of is None else text
         if passes is None or text is None or (passes and values is None):
             self.counts["num_null"] += 1
             return None
@@ -184,7 +191,9 @@ class TextQuery:
             return None
         if isinstance(record.get("text_ids"), list):
             self.made_from[text_id(text)] = [str(name) for name in record["text_ids"]]
-        return TextRecord(text, values) if values is not None else None
+        if half_of is not None:
+            half_of = checked_text(half_of, f"data.partition_field: {self.partition_field!r}")
+        return TextRecord(text, values, half_of) if values is not None else None
 
     def seen(self) -> str:
         """What has been read so far, in words, for messages."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.samples import pad_right
-from sparc3_pl.data.sources import get_field, local_source, parse_filter, read_records, text_id
+from sparc3_pl.data.sources import get_field, local_source, parse_filter, partition, read_records, text_id
+from sparc3_pl.data.texts import PartitionChoice
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
 from sparc3_pl.evaluation.measurement_run import input_device
@@ -64,6 +65,9 @@ class SentencePairs(Measurement):
         split: Split of a hub data set.
         subset: Configuration of a hub data set.
         batch_size: Pairs that are read at once.
+        partition: ``attribution`` or ``evaluation``: only pairs of that half, which is that of the first sentence.
+        partition_seed: Decides the halves.
+        partition_share: Share of the attribution half.
 
     Raises:
         InputError: If the source is written like a path and is not there, or the filter cannot be read.
@@ -78,6 +82,9 @@ class SentencePairs(Measurement):
     split: str = "train"
     subset: str | None = None
     batch_size: int = field(default=8)
+    partition: PartitionChoice = "all"
+    partition_seed: int = 0
+    partition_share: float = 0.5
 
     name = "pairs"
     unit = "pairs"
@@ -90,6 +97,14 @@ class SentencePairs(Measurement):
             parse_filter(self.filter, f"{_KEY}.filter")
         if self.num_pairs is not None and self.num_pairs < 1:
             raise InputError(f"{_KEY}.num_pairs={self.num_pairs} is too small; give 1 or more")
+        if self.partition not in get_args(PartitionChoice):
+            raise InputError(f"{_KEY}.partition={self.partition!r} is not known; use all, attribution or evaluation")
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings; nothing of halves where there are none, so that earlier evaluations compare."""
+        settings = asdict(self)
+        halves = ("partition", "partition_seed", "partition_share") if self.partition == "all" else ()
+        return {name: value for name, value in settings.items() if name not in halves}
 
     def units(self, encoder: Encoder) -> list[SentencePair]:
         """The pairs, each once, in the order in which they are drawn.
@@ -113,7 +128,7 @@ class SentencePairs(Measurement):
                 ]
                 if passes is None or None in sentences:
                     counts["null"] += 1
-                elif passes:
+                elif passes and self._is_of_half(sentences[0]):
                     pair = self._pair(sentences, encoder, before)
                     if min(map(len, pair.ids)) == pair.num_before:  # nothing is the likeliest of all sentences
                         counts["with a sentence that gives no token"] += 1
@@ -130,6 +145,10 @@ class SentencePairs(Measurement):
                 "the filter or give more"
             )
         return list(pairs.values())
+
+    def _is_of_half(self, first: object) -> bool:
+        half = partition(text_id(str(first)), self.partition_seed, self.partition_share)
+        return self.partition in ("all", half)
 
     def _pair(self, sentences: Sequence[object], encoder: Encoder, before: list[int]) -> SentencePair:
         for name, sentence in zip((self.first_field, self.second_field), sentences, strict=True):

@@ -394,16 +394,27 @@ def _options(arguments: Settings) -> Iterator[str]:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line an edit, label and judge: before and after, with interval and p-value, and the change of perplexity."""
+    """A line an edit, label and judge: before and after, with interval and p-value, and the change of perplexity.
+
+    Where no completions were judged, the lines are those of the figures of measurements.
+    """
     from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
     texts = list(dict.fromkeys(["", *(text for outcome in outcomes for text in outcome.rises)]))
+    labels: set[str] = set()
     for outcome in outcomes:
         comparison = outcome.comparison
         perplexity = [Number(outcome.rises.get(text), form="+.2%") for text in texts]
         further = {f"{name}: {label}": f for name, one in comparison.judges.items() for label, f in one.items()}
         by_label = comparison.toxicity | further
+        if not by_label:
+            by_label = {
+                f"{measurement}: {figure}": {"mean": change}
+                for measurement, changes in comparison.measurements.items()
+                for figure, change in changes.items()
+            }
+        labels.update(by_label)
         for label, figures in by_label.items() or [("", {})]:
             change = figures.get("mean")
             cells = [None, None, None, None]
@@ -417,6 +428,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                 ]
             name = outcome.name if len(by_label) < 2 else f"{outcome.name}: {label}"
             rows.append((name, Number(outcome.count, form="d"), *cells, *perplexity))
-    columns = ("edit", "number", "toxicity", "change", "95 % interval", "p")
+    figure = next(iter(labels)) if len(labels) == 1 else "toxicity" if "toxicity" in labels else "figure"
+    columns = ("edit", "number", figure, "change", "95 % interval", "p")
     columns += tuple(f"perplexity of {text}" if text else "perplexity" for text in texts)
     return Table.of(columns, rows, title="Against the model as it was")

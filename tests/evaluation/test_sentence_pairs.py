@@ -7,11 +7,16 @@ from tiny_models import tiny
 from word_tokenizer import word_tokenizer
 
 from sparc3_pl.cli import main
-from sparc3_pl.data.encoding import Encoder
+from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.data.sources import text_id
+from sparc3_pl.data.texts import TextQuery
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.measurement import MEASUREMENTS, Measured, checked_rows, chosen_measurements
 from sparc3_pl.evaluation.pairs import SentencePairs
+from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.source import ModelSource
+from sparc3_pl.scores.folder import ScoreFolder
 
 PAIRS = [
     ("w4 w5 w6", "w4 w7 w6", "a"),
@@ -151,3 +156,71 @@ def test_it_is_built_in_by_name(source):
     assert settings["paired"] == ["prefers_first", "difference"]
     assert settings["settings"]["source"] == source
     assert "batch_size" not in settings["settings"]
+
+
+# --- halves, and scores of the same pairs -----------------------------------------------------------------------------
+
+
+def test_a_pair_is_in_the_half_of_its_first_sentence(tmp_path):
+    """In score, by ``partition_field``, both fields give the same pairs; in eval the other half is measured."""
+    records = [{"more": f"w{i} w4", "less": f"w{i} w5"} for i in range(3, 23)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    number = {}
+    for half in ("attribution", "evaluation"):
+        queries = [TextQuery(str(path), field, half=half, partition_field="more") for field in ("more", "less")]
+        more, less = (list(query.texts()) for query in queries)
+        assert [text.split()[0] for text in more] == [text.split()[0] for text in less]
+        assert set(more) == set(TextQuery(str(path), "more", half=half).texts())
+        units = SentencePairs(str(path), partition=half).units(Encoder(word_tokenizer()))
+        assert {unit.id for unit in units} == {text_id("\n".join(pair)) for pair in zip(more, less, strict=True)}
+        number[half] = len(units)
+    assert sum(number.values()) == 20 and min(number.values()) >= 5
+    with pytest.raises(InputError, match="partition='eval' is not known"):
+        SentencePairs(str(path), partition="eval")
+
+
+def test_evaluations_of_all_pairs_say_nothing_of_halves(source):
+    assert not [name for name in SentencePairs(source).describe() if name.startswith("partition")]
+    assert SentencePairs(source, partition="evaluation", partition_seed=3).describe()["partition_seed"] == 3
+
+
+def test_scores_of_both_sides_are_the_derivative_of_the_measured_difference(tmp_path):
+    """Signed scores of target ``text``, `more` less `less`, against finite differences of the measurement itself."""
+    pairs = [("The old woman told the children a story.", "The old farmer told the children a story.")]
+    pairs += [("He polished the drum again.", "He polished the cart again."), ("The wind blew.", "The fox blew.")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"more": more, "less": less}) + "\n" for more, less in pairs))
+    sides = []
+    for field in ("more", "less"):
+        options = ["--model.method", "gradient", "--model.target", "text", "--model.signed", "true"]
+        options += ["--model.granularity", "neuron", "--data.source", str(path), "--data.text_field", field]
+        options += ["--data.seq_len", "null", "--output", str(tmp_path / field)]
+        trainer = [
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.logger",
+            "false",
+            "--trainer.enable_progress_bar",
+            "false",
+        ]
+        assert main(["score", *options, *trainer]) == 0
+        folder = ScoreFolder.open(tmp_path / field)
+        sides.append({name: folder.load(name) for name in folder.layers})
+    derivative = {layer: (sides[0][layer] - sides[1][layer]).double() for layer in sides[0]}
+    layer = max(derivative, key=lambda name: float(derivative[name].abs().max()))
+    neuron = int(derivative[layer].abs().argmax())
+    source = ModelSource("demo", dtype="float32")
+    encoder, model = load_encoder(source), load_model(source).double().eval()
+    column = model.get_submodule(layer.replace("up_proj", "down_proj")).weight
+    before = column[:, neuron].clone()
+
+    def difference(gain: float) -> float:
+        with torch.no_grad():
+            column[:, neuron] = before * gain
+        measurement = SentencePairs(str(path))
+        return measurement.figures(list(measured(measurement, model, encoder).values()))["difference"]
+
+    slope = (difference(1 + 1e-3) - difference(1 - 1e-3)) / 2e-3
+    assert abs(slope) > 1e-3
+    assert float(derivative[layer][neuron]) == pytest.approx(slope, rel=1e-3)

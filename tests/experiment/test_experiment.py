@@ -5,7 +5,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,11 +18,12 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
-from sparc3_pl.experiment.run import Outcome, largest_within
+from sparc3_pl.experiment.run import Outcome, largest_within, outcome_table
 from sparc3_pl.experiment.run import run as run_experiment
 from sparc3_pl.passes import run as passes_module
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.statistics.paired import paired_change
 
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "demo.yaml"
 SMALL = {
@@ -544,3 +547,23 @@ def test_a_word_filter_is_an_arm_of_its_own(small, passes, tmp_path):
     with pytest.raises(InputError, match=r"word_filter='none\.txt' cannot be read"):
         run_experiment(**given | {"output": str(tmp_path / "other"), "word_filter": "none.txt"})
     assert passes.done == ["eval word_filter"] * 2
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_of_what_was_measured():
+    """Named by the judge's only label; without completions, the figures of measurements stand there."""
+    change = paired_change(np.array([0.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0]), lower_is_better=True)
+
+    def table(**figures):
+        given = {"perplexity": None, "toxicity": {}, "judges": {}, "measurements": {}} | figures
+        return outcome_table([Outcome("prune-4", 4, None, SimpleNamespace(**given))])
+
+    judged = table(toxicity={"repetition": {"mean": change}})
+    assert judged.columns[2] == "repetition"
+    assert judged.texts[0][:3] == ("prune-4", "4", "0.667 to 0.333")
+    measured = table(measurements={"pairs": {"prefers_first": change, "difference": change}})
+    assert [row[0] for row in measured.texts] == ["prune-4: pairs: prefers_first", "prune-4: pairs: difference"]
+    assert measured.columns[2] == "figure"
+    assert table().texts[0][:3] == ("prune-4", "4", "")
