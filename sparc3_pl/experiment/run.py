@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
-from sparc3_pl.evaluation.measurement import further_perplexities
+from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
@@ -412,6 +412,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
             by_label = {
                 f"{measurement}: {figure}": {"mean": change}
                 for measurement, changes in comparison.measurements.items()
+                if not measurement.startswith(TEXT)  # perplexities have columns of their own
                 for figure, change in changes.items()
             }
         labels.update(by_label)
