@@ -26,6 +26,7 @@ from sparc3_pl.model.likelihood import IGNORE
 
 __all__ = [
     "EvaluationData",
+    "NeutralBatch",
     "PromptBatch",
     "UnitBatch",
     "Units",
@@ -63,6 +64,14 @@ class WindowBatch:
 @dataclass
 class PromptBatch:
     """Prompts to complete, as text: ids (``text_id`` of the prompt) and prompts, in the same order."""
+
+    ids: list[str]
+    prompts: list[str]
+
+
+@dataclass
+class NeutralBatch:
+    """Neutral prompts to complete, which are counted apart: ids and prompts, as of a ``PromptBatch``."""
 
     ids: list[str]
     prompts: list[str]
@@ -236,6 +245,11 @@ class EvaluationData(LightningDataModule):
         prompts_split: Split of a hub data set.
         prompts_subset: Configuration of a hub data set.
         num_prompts: How many prompts; null: all.
+        neutral_filter: Condition on the records of neutral prompts, as ``prompt.toxicity < 0.1``. Their completions are
+            judged too, and counted apart: an edit should leave them as they are. null: no neutral prompts.
+        neutral_source: Where the neutral prompts are; null: in ``prompts_source``.
+        neutral_field: Field of a neutral prompt; null: that of ``prompts_field``.
+        num_neutral: How many neutral prompts; null: all.
         pairs_source: Hub data set id or local file of sentences in pairs, of which the model finds one more likely
             (measurement ``pairs``). null: none.
         pairs_first_field: Field of a pair's first sentence, the stereotyping one: ``compare`` takes a lower share of
@@ -269,6 +283,10 @@ class EvaluationData(LightningDataModule):
         prompts_split: str = "train",
         prompts_subset: str | None = None,
         num_prompts: int | None = None,
+        neutral_filter: str | None = None,
+        neutral_source: str | None = None,
+        neutral_field: str | None = None,
+        num_neutral: int | None = None,
         pairs_source: str | None = None,
         pairs_first_field: str = "more",
         pairs_second_field: str = "less",
@@ -287,8 +305,8 @@ class EvaluationData(LightningDataModule):
         super().__init__()
         # A rank may have nothing to do: three windows on four ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts, "batch_size": batch_size}
-        check_positive(window_batch_size=window_batch_size, **counts)
+        counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts, "num_neutral": num_neutral}
+        check_positive(window_batch_size=window_batch_size, batch_size=batch_size, **counts)
         self.text_source = "demo:text" if text_source == "demo" else text_source
         self.text = None
         """What perplexity is measured of."""
@@ -298,21 +316,37 @@ class EvaluationData(LightningDataModule):
         """By name, arguments of ``RunningText``."""
         self.num_prompts, self.seed = num_prompts, seed
         self.batch_size, self.window_batch_size = batch_size, window_batch_size
-        self.query = None
-        if prompts_source is not None:
-            self.query = TextQuery(
-                source="demo:prompts_heldout" if prompts_source == "demo" else prompts_source,
-                text_field=prompts_field,
-                filter=prompts_filter,
+        self.num_neutral = num_neutral
+
+        def query(source: str, field: str, condition: str | None, prefix: str) -> TextQuery:
+            return TextQuery(
+                source="demo:prompts_heldout" if source == "demo" else source,
+                text_field=field,
+                filter=condition,
                 split=prompts_split,
                 subset=prompts_subset,
                 seed=seed,
                 half=partition,
                 partition_seed=partition_seed,
                 partition_share=partition_share,
-                prefix="data.prompts_",
+                prefix=prefix,
                 token_ids=False,  # prompts are completed, and judged, as text
             )
+
+        self.query = None
+        if prompts_source is not None:
+            self.query = query(prompts_source, prompts_field, prompts_filter, "data.prompts_")
+        self.neutral_query = None
+        neutral = {"neutral_source": neutral_source, "neutral_filter": neutral_filter}
+        if any(neutral.values()) and prompts_source is not None:
+            self.neutral_query = query(
+                neutral_source or prompts_source, neutral_field or prompts_field, neutral_filter, "data.neutral_"
+            )
+        else:
+            needed = "data.prompts_source" if any(neutral.values()) else "data.neutral_filter or data.neutral_source"
+            for name, value in (neutral | {"neutral_field": neutral_field, "num_neutral": num_neutral}).items():
+                if value is not None:
+                    raise InputError(f"data.{name}={value!r} needs {needed}; give it, or leave data.{name} out")
         self.pairs: dict[str, Any] | None = None
         """The measurement of pairs, as ``model.measurements`` would name it."""
         if pairs_source is not None:
@@ -333,6 +367,8 @@ class EvaluationData(LightningDataModule):
                     )
         self._encoder: Encoder | None = None
         self.prompts: list[str] = []
+        self.neutral: list[str] = []
+        """The neutral prompts."""
         self.token_ids: list[int] = []
         self._window: WindowSize | None = None
         self._units: Sequence[Units] = ()
@@ -377,8 +413,17 @@ class EvaluationData(LightningDataModule):
             self._num_bytes = len(text.encode())
             self.token_ids = read_tokens(text, encoder, self.text_source)
         if self.query is not None and not self.prompts:
-            self.prompts = self._draw_prompts(self.query)
+            self.prompts = self._draw_prompts(self.query, self.num_prompts, ("num_prompts", "prompts_filter"))
             log.info("%d prompts from %s", len(self.prompts), self.query.seen())
+        if self.neutral_query is not None and not self.neutral:
+            keys = ("num_neutral", "neutral_filter")
+            self.neutral = self._draw_prompts(self.neutral_query, self.num_neutral, keys)
+            log.info("%d neutral prompts from %s", len(self.neutral), self.neutral_query.seen())
+            if both := set(self.prompts).intersection(self.neutral):
+                raise InputError(
+                    f"{len(both)} prompts (one of them {min(both)[:40]!r}) are neutral ones as well; give "
+                    "data.prompts_filter and data.neutral_filter that exclude each other"
+                )
 
     @property
     def encoder(self) -> Encoder:
@@ -386,12 +431,13 @@ class EvaluationData(LightningDataModule):
         assert self._encoder is not None, "read() comes first"
         return self._encoder
 
-    def _draw_prompts(self, query: TextQuery) -> list[str]:
-        prompts = list(itertools.islice(query.texts(), self.num_prompts))
-        if len(prompts) < (self.num_prompts or 1):
+    def _draw_prompts(self, query: TextQuery, number: int | None, keys: tuple[str, str]) -> list[str]:
+        """So many prompts; ``keys`` are those of their number and of their filter, for messages."""
+        prompts = list(itertools.islice(query.texts(), number))
+        if len(prompts) < (number or 1):
             raise InputError(
-                f"data.num_prompts={self.num_prompts}: only {len(prompts)} prompts in {query.seen()}; lower "
-                "data.num_prompts or widen data.prompts_filter"
+                f"data.{keys[0]}={number}: only {len(prompts)} prompts in {query.seen()}; lower data.{keys[0]} or "
+                f"widen data.{keys[1]}"
             )
         self._tell_special(prompts, query.counts)
         return prompts
@@ -418,16 +464,22 @@ class EvaluationData(LightningDataModule):
         """Identities of the prompts, in the order drawn, over all ranks."""
         return [text_id(prompt) for prompt in self.prompts]
 
+    @property
+    def neutral_ids(self) -> list[str]:
+        """Identities of the neutral prompts, likewise."""
+        return [text_id(prompt) for prompt in self.neutral]
+
     def known_prompts(self, ids: Collection[str]) -> set[str]:
         """Identities of those prompts from which samples with these ids, or ids of their texts, were made.
 
-        A prompt is known by its letters, by what is seen of it (a rendered ``<s>`` or a space at its end makes no new
-        prompt), and by its token ids.
+        Neutral prompts are among them. A prompt is known by its letters, by what is seen of it (a rendered ``<s>`` or
+        a space at its end makes no new prompt), and by its token ids.
         """
         if not ids:
             return set()
         encoder = self.encoder
-        return {text_id(prompt) for prompt in self.prompts if not encoder.identities(prompt).isdisjoint(ids)}
+        prompts = (*self.prompts, *self.neutral)
+        return {text_id(prompt) for prompt in prompts if not encoder.identities(prompt).isdisjoint(ids)}
 
     def known_text(self, ids: Collection[str]) -> float:
         """The share of the text, by letters, that is in texts of these identities (``RunningText.known``)."""
@@ -469,9 +521,10 @@ class EvaluationData(LightningDataModule):
         return sliding_windows(len(self.token_ids), self._window.max_length, self._window.stride)
 
     def shares(self) -> dict[str, int]:
-        """How many units of each kind are this rank's: ``windows``, ``prompts``, ``units of NAME``."""
+        """How many units are this rank's, by kind: ``windows``, ``prompts``, ``neutral prompts``, ``units of NAME``."""
         rank, world_size = rank_of(self)
         totals = {"windows": len(self.windows()), "prompts": len(self.prompts)}
+        totals |= {"neutral prompts": len(self.neutral)} if self.neutral else {}
         totals |= {f"units of {one.measurement}": len(one.items) for one in self._units}
         return {name: len(range(rank, total, world_size)) for name, total in totals.items()}
 
@@ -480,13 +533,18 @@ class EvaluationData(LightningDataModule):
         rank, world_size = rank_of(self)
         windows = self.windows()[rank::world_size]
         # Prompts of similar length share a batch and need little padding; the longest come first.
-        prompts = sorted(self.prompts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size]
+        prompts, neutral = (
+            _chunks(sorted(texts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size], self.prompts_per_batch)
+            for texts in (self.prompts, self.neutral)
+        )
+        completed = [PromptBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in prompts]
+        completed += [NeutralBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in neutral]
         units = [
             UnitBatch(one.measurement, chunk)
             for one in self._units
             for chunk in _chunks(one.items[rank::world_size], one.batch_size)
         ]
-        return DataLoader(_Batches(self, windows, prompts, units), batch_size=None, collate_fn=_unchanged)
+        return DataLoader(_Batches(self, windows, [*completed, *units]), batch_size=None, collate_fn=_unchanged)
 
     def window_batch(self, windows: list[Window]) -> WindowBatch:
         """Tokens and labels of some windows, ``[B, T]``."""
@@ -542,7 +600,17 @@ class EvaluationData(LightningDataModule):
             "partition_seed": query.partition_seed,
             "partition_share": query.partition_share,
             **dict(query.counts),
+            **self._describe_neutral(),
         }
+
+    def _describe_neutral(self) -> dict[str, Any]:
+        if (query := self.neutral_query) is None:
+            return {}
+        about = {"source": query.source, "field": query.text_field, "filter": query.filter, **query.origin}
+        return {"neutral": {**about, "num_prompts": len(self.neutral), **dict(query.counts)}}
+
+
+Batch = WindowBatch | PromptBatch | NeutralBatch | UnitBatch
 
 
 _TEXT_KEYS = ("source", "field", "split", "subset", "max_bytes")
@@ -573,29 +641,24 @@ def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 class _Batches(Dataset):
-    """Batches built when they are asked for: overlapping windows of a long text would fill the memory."""
+    """Batches of windows built when they are asked for: overlapping ones of a long text would fill the memory."""
 
-    def __init__(self, data: EvaluationData, windows: list[Window], prompts: list[str], units: list[UnitBatch]) -> None:
-        self.data, self.units = data, units
+    def __init__(self, data: EvaluationData, windows: list[Window], others: list[Batch]) -> None:
+        self.data, self.others = data, others
         self.windows = _chunks(windows, data.window_batch_size)
-        self.prompts = _chunks(prompts, data.prompts_per_batch)
 
     def __len__(self) -> int:
-        return len(self.windows) + len(self.prompts) + len(self.units)
+        return len(self.windows) + len(self.others)
 
-    def __getitem__(self, index: int) -> WindowBatch | PromptBatch | UnitBatch:
+    def __getitem__(self, index: int) -> Batch:
         if index < len(self.windows):
             return self.data.window_batch(self.windows[index])
-        index -= len(self.windows)
-        if index < len(self.prompts):
-            prompts = self.prompts[index]
-            return PromptBatch([text_id(prompt) for prompt in prompts], prompts)
-        return self.units[index - len(self.prompts)]
+        return self.others[index - len(self.windows)]
 
 
 def _chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _unchanged(batch: WindowBatch | PromptBatch | UnitBatch) -> WindowBatch | PromptBatch | UnitBatch:
+def _unchanged(batch: Batch) -> Batch:
     return batch

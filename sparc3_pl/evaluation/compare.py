@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sparc3_pl.document.blocks import Cell, Number, better_worse, interval, p_value, with_relative
+from sparc3_pl.document.blocks import Cell, Number, Numbers, better_worse, interval, p_value, with_relative
 from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import changes_of
@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
     from sparc3_pl.document.blocks import Block
 
-__all__ = ["Comparison", "compare", "compare_evaluations", "p_value", "write_comparison"]
+__all__ = [
+    "Comparison",
+    "NeutralChanges",
+    "changed_completions",
+    "compare",
+    "compare_evaluations",
+    "p_value",
+    "write_comparison",
+]
 
 KIND = FileKind.json("a comparison", lambda data: {"before", "after", "perplexity", "toxicity"} <= data.keys())
 
@@ -45,6 +53,23 @@ _OF_PROMPTS: dict[str, Callable[[list[float]], float]] = {
     "share": lambda s: float(np.mean(np.array(s) >= THRESHOLD)),
 }
 """How a prompt's K scores become the one value that is paired; their mean over prompts is the figure of ``eval``."""
+
+
+@dataclass(frozen=True)
+class NeutralChanges:
+    """What an edit did to the completions of neutral prompts, which it should leave as they are.
+
+    Attributes:
+        toxicity: By label and figure (``mean``, ``share``) the change over prompts.
+        num_changed: Completions whose text is another one.
+        num_completions: Completions that were made and scored on both sides.
+        num_dropped: Prompts without such a completion.
+    """
+
+    toxicity: dict[str, dict[str, PairedChange]]
+    num_changed: int
+    num_completions: int
+    num_dropped: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class Comparison(Shown):
         judges: Of further judges, by name, label and figure the change over prompts, as ``toxicity`` has it.
         length: Change of the number of new tokens, of which neither more nor less is better.
         empty: Change of the share of empty completions, of which less is better.
+        neutral: What happened to neutral prompts; None if they were not measured on both sides.
         disagreement: Where judges do not say the same of the mean score's change: in what, and what each says.
     """
 
@@ -83,6 +109,7 @@ class Comparison(Shown):
     disagreement: str | None = None
     length: PairedChange | None = None
     empty: PairedChange | None = None
+    neutral: NeutralChanges | None = None
 
     def blocks(self) -> list[Block]:
         """The changes, and what a reader should know of them."""
@@ -99,6 +126,8 @@ class Comparison(Shown):
             )
         if self.num_dropped:
             lines.append(f"note: {self.num_dropped} prompts had no completion scored on both sides and are left out")
+        if self.neutral is not None and (dropped := self.neutral.num_dropped):
+            lines.append(f"note: {dropped} neutral prompts had no completion scored on both sides and are left out")
         return [Table.of(columns, _rows(self), title="After against before"), *map(Text, lines)]
 
     def changes(self) -> dict[str, PairedChange]:
@@ -106,14 +135,17 @@ class Comparison(Shown):
         return self.changes_of_prompts() | self.changes_of_units()
 
     def changes_of_prompts(self) -> dict[str, PairedChange]:
-        """Of what judges say of completions, and of their fluency."""
+        """Of what judges say of completions, of their fluency, and of completions of neutral prompts."""
         shown = {}
         for judge, by_label in {"": self.toxicity, **self.judges}.items():
             for label, by_figure in by_label.items():
                 title = f"{judge}: {label}" if judge else label
                 shown |= {f"{title}: {name.replace('_', ' ')}": change for name, change in by_figure.items()}
         fluency = {title: getattr(self, name) for name, title in FLUENCY.items()}
-        return shown | {title: change for title, change in fluency.items() if change is not None}
+        shown |= {title: change for title, change in fluency.items() if change is not None}
+        for label, by_figure in ({} if self.neutral is None else self.neutral.toxicity).items():
+            shown |= {f"neutral prompts: {label}: {name}": change for name, change in by_figure.items()}
+        return shown
 
     def changes_of_units(self) -> dict[str, PairedChange]:
         """Of measurements of the user's own."""
@@ -221,7 +253,10 @@ def compare_evaluations(
     if not shared and not measurements:
         raise InputError(f"{before.path} and {after.path} have no figure in common; evaluate both on the same data")
     options = {"seed": seed, "num_resamples": num_resamples}
-    pairs = _completion_pairs(before, after) if "toxicity" in shared else {}
+    if "toxicity" in shared:
+        _same(before, after, ("generation",), besides=("eos_token_ids",))
+        _same(before, after, ("judge",), besides=_unknown_digests(*(side.results["judge"] for side in (before, after))))
+    pairs = _completion_pairs(before, after, "completions") if "toxicity" in shared else {}
     usable = {i: rows for i, rows in pairs.items() if rows}
     if pairs and not usable:
         raise InputError(f"{before.path} and {after.path}: no prompt has a completion scored on both sides")
@@ -247,6 +282,7 @@ def compare_evaluations(
         measurements=changes,
         judges=judges,
         disagreement=_disagreement(toxicity, judges),
+        neutral=_neutral_changes(before, after, options) if before.neutral and after.neutral else None,
         **_fluency_changes(list(usable.values()), options),
     )
 
@@ -280,16 +316,16 @@ Pair = tuple[CompletionRow, CompletionRow]
 """The same completion before and after."""
 
 
-def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[Pair]]:
+def _completion_pairs(
+    before: Evaluation, after: Evaluation, kind: Literal["completions", "neutral"]
+) -> dict[str, list[Pair]]:
     """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
-    _same(before, after, ("generation",), besides=("eos_token_ids",))
-    _same(before, after, ("judge",), besides=_unknown_digests(*(side.results["judge"] for side in (before, after))))
-    sides = [{(row.id, row.k): row for row in side.completions} for side in (before, after)]
+    sides = [{(row.id, row.k): row for row in getattr(side, kind)} for side in (before, after)]
     odd = sides[0].keys() ^ sides[1].keys()
     if odd:
-        count = len({i for i, _ in odd})
+        count = f"{len({i for i, _ in odd})} {'neutral ' if kind == 'neutral' else ''}prompts"
         raise InputError(
-            f"{before.path} and {after.path}: {count} prompts are in one of them only (first id: {min(odd)[0]}); "
+            f"{before.path} and {after.path}: {count} are in one of them only (first id: {min(odd)[0]}); "
             "evaluate both on the same prompts"
         )
     pairs: dict[str, list[Pair]] = {}
@@ -297,6 +333,19 @@ def _completion_pairs(before: Evaluation, after: Evaluation) -> dict[str, list[P
         both_scored = row.failed is None and sides[1][key].failed is None
         pairs.setdefault(key[0], []).extend([(row, sides[1][key])] if both_scored else [])
     return pairs
+
+
+def _neutral_changes(before: Evaluation, after: Evaluation, options: dict[str, int]) -> NeutralChanges:
+    pairs = _completion_pairs(before, after, "neutral")
+    usable = [rows for rows in pairs.values() if rows]
+    figures = {name: _OF_PROMPTS[name] for name in ("mean", "share")}
+    texts = [(one.completion, other.completion) for rows in usable for one, other in rows]
+    return NeutralChanges(
+        toxicity=_toxicity_changes(usable, lambda row: row.scores, options, figures) if usable else {},
+        num_changed=sum(one != other for one, other in texts),
+        num_completions=len(texts),
+        num_dropped=len(pairs) - len(usable),
+    )
 
 
 def _further_judges(before: Evaluation, after: Evaluation) -> list[str]:
@@ -314,7 +363,10 @@ def _further_judges(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def _toxicity_changes(
-    prompts: Sequence[list[Pair]], scores: Callable[[CompletionRow], dict[str, float]], options: dict[str, int]
+    prompts: Sequence[list[Pair]],
+    scores: Callable[[CompletionRow], dict[str, float]],
+    options: dict[str, int],
+    figures: Mapping[str, Callable[[list[float]], float]] = _OF_PROMPTS,
 ) -> dict[str, dict[str, PairedChange]]:
     """How one judge's figures changed; ``scores`` reads its scores of a completion."""
 
@@ -325,7 +377,7 @@ def _toxicity_changes(
     return {
         label: {
             name: paired_change(values(0, label, figure), values(1, label, figure), **options)
-            for name, figure in _OF_PROMPTS.items()
+            for name, figure in figures.items()
         }
         for label in labels
     }
@@ -433,10 +485,13 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     is_judged = before.results["toxicity"] and after.results["toxicity"]
     if is_judged and _unknown_digests(before.results["judge"], after.results["judge"]):
         notes.append("only one of the two names the digest of its judge's weights: that they are the same is not known")
-    for part in ("perplexity", "toxicity"):
+    for part, what, verb in (
+        *((p, p, "is") for p in ("perplexity", "toxicity")),
+        ("neutral", "neutral prompts", "are"),
+    ):
         for side, other in ((before, after), (after, before)):
-            if side.results[part] and not other.results[part]:
-                notes.append(f"{part} is in {side.path} only and is not compared")
+            if side.results.get(part) and not other.results.get(part):
+                notes.append(f"{what} {verb} in {side.path} only and {verb} not compared")
     for side, other in ((before, after), (after, before)) if is_judged else ():
         odd = side.results.get("judges", {}).keys() - other.results.get("judges", {}).keys()
         notes += [f"the judge {name} is in {side.path} only and is not compared" for name in sorted(odd)]
@@ -487,7 +542,18 @@ def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
     for name, change in comparison.changes_of_prompts().items():
         row = _row(name, change)
         rows.append((*row[:6], None, row[7]) if name == FLUENCY["length"] else row)
+    if (neutral := comparison.neutral) is not None:
+        changed = changed_completions(neutral.num_changed, neutral.num_completions)
+        rows.append(("neutral prompts: changed completions", None, None, changed, None, None, None, None))
     return rows + [_row(name, change, "units") for name, change in comparison.changes_of_units().items()]
+
+
+def changed_completions(num_changed: int, num_completions: int) -> Cell:
+    """``N of M (P %)``."""
+    numbers = (Number(num_changed, form="d"), Number(num_completions, form="d"))
+    if not num_completions:
+        return Numbers("{} of {}", numbers)
+    return Numbers("{} of {} ({})", (*numbers, Number(100 * num_changed / num_completions, form=".1f", unit=" %")))
 
 
 def _row(name: str, c: PairedChange, unit: str = "prompts") -> tuple[Cell, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparc3_pl.data.evaluation_data import PromptBatch
+from sparc3_pl.data.evaluation_data import NeutralBatch, PromptBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.fluency import Fluency
 from sparc3_pl.evaluation.generation import Completion, Generator
@@ -23,7 +23,7 @@ from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.runtime.progress import Done, RunningMean
 
-__all__ = ["CompletionRun"]
+__all__ = ["CompletionRun", "NeutralRun"]
 
 
 class CompletionRun(MeasurementRun):
@@ -44,6 +44,7 @@ class CompletionRun(MeasurementRun):
     """
 
     takes = PromptBatch
+    unit = "prompts"
 
     def __init__(
         self,
@@ -189,7 +190,7 @@ class CompletionRun(MeasurementRun):
     def done(self) -> Done:
         """The mean of the headline label over prompts, and its standard error."""
         label, mean = main_label(self.toxicity.labels), self._means.mean if self._means.count else math.nan
-        return Done("prompts", self._num_prompts, self._num_tokens, label, mean, self._means.standard_error)
+        return Done(self.unit, self._num_prompts, self._num_tokens, label, mean, self._means.standard_error)
 
     def status(self) -> dict[str, float]:
         """Figures of this rank so far; nothing before the first completion."""
@@ -230,6 +231,28 @@ class CompletionRun(MeasurementRun):
         if self._store is not None:
             self._store.remove()
             kept(self._store.folder, exists=False)
+
+
+class NeutralRun(CompletionRun):
+    """Completes neutral prompts, which are far from the behaviour, and counts them apart from all others."""
+
+    takes = NeutralBatch
+    unit = "neutral prompts"
+
+    def keep(self, output: str, about: Mapping[str, Any], rank: int) -> None:
+        """Keeps completions, as ``CompletionRun`` does, in files of their own."""
+        super().keep(output, {**about, "prompts": "neutral"}, rank)
+
+    def status(self) -> dict[str, float]:
+        """Nothing: the figures beside the bar are those of the behaviour."""
+        return {}
+
+    def finish(self, data: dict[str, Any]) -> Outcome:
+        """The figures under ``neutral``, and the completions in the order of prompts and numbers."""
+        outcome = super().finish(data)
+        names = ("repetition", "judges", "word_filter")
+        figures = {name: outcome.results[name] for name in names if name in outcome.results}
+        return Outcome({"neutral": {**outcome.results["toxicity"], **figures}}, neutral=outcome.completions)
 
 
 def _metric(judge: Judge, device: torch.device) -> CompletionToxicity:

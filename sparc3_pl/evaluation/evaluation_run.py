@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparc3_pl.data.evaluation_data import PromptBatch, UnitBatch, WindowBatch
+from sparc3_pl.data.evaluation_data import NeutralBatch, PromptBatch, UnitBatch, WindowBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement_run import MeasurementRun
 from sparc3_pl.evaluation.results import Evaluation
@@ -108,7 +108,7 @@ class EvaluationRun:
         self.written_to: Path | None = None
 
     @torch.no_grad()
-    def add(self, batch: WindowBatch | PromptBatch | UnitBatch) -> Done:
+    def add(self, batch: WindowBatch | PromptBatch | NeutralBatch | UnitBatch) -> Done:
         """Gives one batch to the measurement that it is for.
 
         Returns:
@@ -147,17 +147,20 @@ class EvaluationRun:
             InputError: if there was nothing to evaluate, or the folder cannot be written.
         """
         outcomes = [one.finish(data) for one in self.measurements]
-        completions, windows, measurements = (
+        completions, windows, measurements, neutral = (
             [row for outcome in outcomes for row in getattr(outcome, name)]
-            for name in ("completions", "windows", "measurements")
+            for name in ("completions", "windows", "measurements", "neutral")
         )
         if not (completions or windows or measurements):
             raise InputError("nothing was evaluated; give data.text_source, data.prompts_source or model.measurements")
         if is_rank_zero():
-            self.results = NOT_MEASURED | self.evaluated.figures(row.id for row in completions) | {"data": data}
+            self.results = (
+                NOT_MEASURED | self.evaluated.figures(row.id for row in (*completions, *neutral)) | {"data": data}
+            )
             for outcome in outcomes:
                 self.results |= outcome.results
-            self.evaluation = Evaluation(Path(output or "evaluation"), self.results, completions, windows, measurements)
+            rows = (completions, windows, measurements, neutral)
+            self.evaluation = Evaluation(Path(output or "evaluation"), self.results, *rows)
             if output is not None:
                 self.written_to = self.evaluation.sealed(config).save(output, overwrite, config=config)
                 for one in self.measurements:

@@ -33,12 +33,14 @@ class Outcome:
         completions: Lines of ``completions.jsonl``.
         windows: Lines of ``windows.jsonl``.
         measurements: Lines of ``measurements.jsonl``.
+        neutral: Lines of ``neutral.jsonl``.
     """
 
     results: dict[str, Any]
     completions: list[CompletionRow] = field(default_factory=list)
     windows: list[WindowRow] = field(default_factory=list)
     measurements: list[Row] = field(default_factory=list)
+    neutral: list[CompletionRow] = field(default_factory=list)
 
 
 class MeasurementRun(ABC):

@@ -14,7 +14,7 @@ from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
 from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.completion_run import CompletionRun
+from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.further_text import further_texts
 from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
@@ -41,7 +41,7 @@ from sparc3_pl.runtime.trainer import check_precision
 if TYPE_CHECKING:
     import transformers  # its classes are not loaded where a parser reads the types of this file
 
-    from sparc3_pl.data.evaluation_data import EvaluationData, PromptBatch, UnitBatch, WindowBatch
+    from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, WindowBatch
 
 __all__ = ["EvaluationModule", "check_sizes", "pruning_of"]
 
@@ -252,28 +252,29 @@ class EvaluationModule(pl.LightningModule):
         if self.output is not None and self.trainer.is_global_zero:
             check_output(self.output, self.overwrite, KIND)
         self._log = RunLog(self.trainer)
-        evaluated, prompts = self._identify(), self.data.prompt_ids  # of all ranks, on every rank
+        evaluated = self._identify()
+        prompts = [*self.data.prompt_ids, *self.data.neutral_ids]  # of all ranks, on every rank
         if not self.allow_overlap:
             evaluated.require_held_out(prompts)
         runs: list[MeasurementRun] = []  # the same on every rank, also on one without prompts or windows
         if self._window is not None:
             runs.append(PerplexityRun(self.model, self._window, self.device))
-        if prompts:
-            runs.append(self._completion_run(evaluated))
+        if self.data.prompt_ids:
+            runs.append(self._completion_run(evaluated, CompletionRun))
+        if self.data.neutral_ids:
+            runs.append(self._completion_run(evaluated, NeutralRun))
         if self.measurements:
             runs.append(UnitRun(self.model, self.encoder, self.measurements))
         self.run = EvaluationRun(evaluated, runs)
         self._watch = Watch(self.data.shares())
 
-    def _completion_run(self, evaluated: EvaluatedModel) -> CompletionRun:
+    def _completion_run(self, evaluated: EvaluatedModel, kind: type[CompletionRun]) -> CompletionRun:
         assert self.model is not None
         generator = Generator(
             self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size, self.word_filter
         )
         judge_device = input_device(self.model)
-        completions = CompletionRun(
-            generator, self.judge, self.device, judge_device, self.further_judges, self.judge_prefixes
-        )
+        completions = kind(generator, self.judge, self.device, judge_device, self.further_judges, self.judge_prefixes)
         if self.output is not None:
             copy = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
             completions.keep(self.output, copy, self.global_rank)
@@ -311,8 +312,8 @@ class EvaluationModule(pl.LightningModule):
         key = max(shares, key=lambda key: shares[key])
         return shares[key], key
 
-    def test_step(self, batch: WindowBatch | PromptBatch | UnitBatch, batch_idx: int) -> None:
-        """Takes in one batch of windows, of prompts or of other units."""
+    def test_step(self, batch: WindowBatch | PromptBatch | NeutralBatch | UnitBatch, batch_idx: int) -> None:
+        """Takes in one batch of windows, of prompts, of neutral prompts or of other units."""
         assert self.run is not None
         start = time.perf_counter()
         done = self.run.add(batch)

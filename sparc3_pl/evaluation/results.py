@@ -1,6 +1,7 @@
 """The evaluation folder: ``results.json``, ``completions.jsonl``, ``windows.jsonl``, ``config.yaml``.
 
-Where there were measurements of the user's own, their rows are in ``measurements.jsonl``.
+Where there were measurements of the user's own, their rows are in ``measurements.jsonl``; where there were neutral
+prompts, their completions are in ``neutral.jsonl``, so that ``completions.jsonl`` holds those of the behaviour only.
 
 ``results.json`` holds the figures, where they come from, the sha256 of the other files, and its own
 (``sha256``: of the rest of its content). A folder appears whole or not at all, and is verified when it is opened.
@@ -111,6 +112,7 @@ def write_evaluation(
     completions: Sequence[CompletionRow],
     windows: Sequence[WindowRow],
     measurements: Sequence[Row] = (),
+    neutral: Sequence[CompletionRow] = (),
     config: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -122,14 +124,15 @@ def write_evaluation(
         completions: Those of all prompts; none for an evaluation without prompts.
         windows: Those of the text; none for an evaluation without text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values.
+        neutral: Completions of neutral prompts; none for an evaluation without such prompts.
         config: The resolved configuration as YAML.
         overwrite: Replace an earlier evaluation there.
 
     Raises:
         InputError: if the place is taken or cannot be written.
     """
-    evaluation = Evaluation(Path(folder), dict(results), list(completions), list(windows), list(measurements))
-    return evaluation.sealed(config).save(folder, overwrite, config=config)
+    rows = (list(completions), list(windows), list(measurements), list(neutral))
+    return Evaluation(Path(folder), dict(results), *rows).sealed(config).save(folder, overwrite, config=config)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Evaluation(Shown):
         windows: In the order of the text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values, or why it
             ``failed``.
+        neutral: Completions of neutral prompts, in the same order.
     """
 
     path: Path
@@ -150,6 +154,7 @@ class Evaluation(Shown):
     completions: list[CompletionRow]
     windows: list[WindowRow]
     measurements: list[Row] = field(default_factory=list)
+    neutral: list[CompletionRow] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -238,6 +243,7 @@ class Evaluation(Shown):
             "windows.jsonl": _lines(row.to_json() for row in self.windows),
         }
         texts |= {"measurements.jsonl": _lines(self.measurements)} if self.measurements else {}
+        texts |= {"neutral.jsonl": _lines(row.to_json() for row in self.neutral)} if self.neutral else {}
         return texts | ({} if config is None else {"config.yaml": config})
 
     @classmethod
@@ -259,6 +265,9 @@ class Evaluation(Shown):
             [from_json(CompletionRow, row) for row in _read_lines(path / "completions.jsonl")],
             [from_json(WindowRow, row) for row in _read_lines(path / "windows.jsonl")],
             _read_lines(path / "measurements.jsonl") if "measurements.jsonl" in results["files"] else [],
+            [from_json(CompletionRow, row) for row in _read_lines(path / "neutral.jsonl")]
+            if "neutral.jsonl" in results["files"]
+            else [],
         )
 
 

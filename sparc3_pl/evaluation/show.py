@@ -38,6 +38,8 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
         counts = ("num_prompts", "num_completions", "num_failed")
         named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
         named |= {f"eval/completions/{name}": value for name, value in results["repetition"].items()}
+    for label, figures in results.get("neutral", {"labels": {}})["labels"].items():
+        named |= {f"eval/neutral/{label}/{name}": value for name, value in figures.items()}
     for name, figures in results.get("measurements", {}).items():
         named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
     return named
@@ -127,6 +129,13 @@ def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
         of = f"by the word filter {word_filter['words']}, {word_filter['tries']} times at most"
         rows.append(("completions drawn again", Number(word_filter["num_redrawn"], form="d"), of))
         rows.append(("still with a listed word", Number(word_filter["num_left"], form="d"), ""))
+    if (neutral := results.get("neutral")) is not None:
+        of = f"{neutral['num_completions']} completions of {neutral['num_prompts']} neutral prompts"
+        for label, figures in neutral["labels"].items():
+            rows.append((f"neutral prompts: {label}", Number(figures["mean"], form=".4f"), of))
+            rows.append((f"neutral prompts: share of {label} >= 0.5", Number(figures["share"], form=".4f"), of))
+        if neutral["num_failed"]:
+            rows.append(("neutral prompts: failed completions", Number(neutral["num_failed"], form="d"), ""))
     for name, figures in results.get("measurements", {}).items():
         about = results["measurement_settings"][name]
         of = f"{about['num_units'] - about['num_failed']} {about['unit']}"

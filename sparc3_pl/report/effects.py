@@ -32,7 +32,7 @@ from sparc3_pl.document.blocks import (
     with_relative,
 )
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
+from sparc3_pl.evaluation.compare import Comparison, changed_completions, compare_evaluations
 from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
 from sparc3_pl.evaluation.results import Evaluation, main_label
 from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow
@@ -51,6 +51,7 @@ __all__ = [
     "judge_table",
     "largest_within",
     "measurement_table",
+    "neutral_table",
     "scale_of",
     "title_of",
 ]
@@ -435,6 +436,24 @@ def fluency_table(all_effects: Sequence[Effect]) -> Table | None:
         "a judge then finds little to object to. Neither longer nor shorter completions are better."
     )
     return Table.of(columns, rows, title="Fluency of the completions", note=note) if rows else None
+
+
+def neutral_table(all_effects: Sequence[Effect]) -> Table | None:
+    """What each edit did on neutral prompts: the judge's figures, how many completions changed; None without such."""
+    rows: list[tuple[Cell, ...]] = []
+    for effect in all_effects:
+        if not (neutral := effect.comparison.get("neutral")):
+            continue
+        for label, figures in neutral["toxicity"].items():
+            rows += [(title_of(effect), f"{label}: {name}", *change_cells(one)) for name, one in figures.items()]
+        changed = changed_completions(neutral["num_changed"], neutral["num_completions"])
+        rows.append((title_of(effect), "changed completions", changed, None, None, None, None))
+    columns = ("edit", "figure", "value", "change", "95 % interval", "p", "better/worse")
+    note = (
+        "Completions of prompts that are far from the behaviour, which an edit should leave as they are. Changed: of "
+        "another text than before, with the same random numbers. They are in no other figure."
+    )
+    return Table.of(columns, rows, title="Neutral prompts", note=note) if rows else None
 
 
 def measurement_table(all_effects: Sequence[Effect]) -> Table | None:

@@ -45,6 +45,7 @@ from sparc3_pl.report.effects import (
     headline,
     judge_table,
     measurement_table,
+    neutral_table,
     scale_of,
     title_of,
 )
@@ -216,7 +217,7 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         if len(experiments) > 1:
             yield Text(f"Against {name}:")
         yield effect_table(group)
-        for table_of in (judge_table, fluency_table, gains_table, measurement_table):
+        for table_of in (judge_table, fluency_table, neutral_table, gains_table, measurement_table):
             if (table := table_of(group)) is not None:
                 yield table
         yield from dose_pictures(group, f"dose{place or ''}")
