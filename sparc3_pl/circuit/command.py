@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,9 +37,12 @@ from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Choice, Spec
+from sparc3_pl.runtime.timing import measuring, table_text, timed, timing
 from sparc3_pl.scoring.score_run import require_fields
 
 __all__ = ["circuit"]
+
+log = logging.getLogger(__name__)
 
 
 def circuit(
@@ -93,10 +97,13 @@ def circuit(
     )  # fmt: skip
     if any(c.object.dims == 2 for c in arms[0].request.components) and not kind.object.of_weights:
         raise InputError(f"ablation={kind.name}: single weights are ablated by zero only; give ablation: zero")
-    with sole_run(output):
+    with sole_run(output), measuring():
         run = _Run(model, data, kind, arms, sizes, save_fraction)
         results = run.measure(resamples, permutations)
-        run.write(Path(output), overwrite, results, settings, save_fraction, tensorboard)
+        with timed("writing"):
+            run.write(Path(output), overwrite, results, settings, save_fraction, tensorboard)
+        if (times := timing()) is not None:
+            log.info(table_text(times, "Time of circuit"))
     print_sections(circuit_sections(results))
     print_result(f"circuit: {output}")
     return results
@@ -122,7 +129,8 @@ class _Run:
         source = ModelSource(model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code)
         encoder = load_encoder(source)
         needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
-        self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
+        with timed("reading"):
+            self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
         for arm in arms:
             require_fields(arm.request, self.pairs.tests[0].fields.keys())
         self.model = load_model(source)
@@ -197,6 +205,7 @@ class _Run:
             model=self.description,
             overlaps=overlaps,
             seconds=self.seconds,
+            timing=timing() or {},
             versions=versions(),
             hardware=hardware(),
             command=command_line(),

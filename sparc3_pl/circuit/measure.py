@@ -19,6 +19,8 @@ from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.logits import OutputHead
+from sparc3_pl.model.size import decoder_flops, head_flops
+from sparc3_pl.runtime.timing import timed
 
 __all__ = ["Outcome", "measure", "outcome_of_batch"]
 
@@ -68,8 +70,15 @@ def measure(
     """
     parts: dict[K, list[tuple[Tensor, Tensor]]] = {key: [] for key in kept}
 
+    body, head = decoder_flops(model), head_flops(model)
+
     def run(key: K, batch: ReferenceBatch) -> None:
-        parts[key].append(outcome_of_batch(model, batch))
+        with timed("ablated passes") as now:
+            parts[key].append(outcome_of_batch(model, batch))
+            tokens, size = int(batch.attention_mask.sum()), len(batch.input_ids)
+            now.like = model.get_input_embeddings().weight
+            flops = body * tokens + head * size
+            now.did(samples=size, tokens=tokens, padded=batch.attention_mask.numel() - tokens, flops=flops, passes=1)
         progress(len(batch.input_ids))
 
     def in_force(kept_N: Tensor) -> AbstractContextManager[None]:

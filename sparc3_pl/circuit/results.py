@@ -154,6 +154,7 @@ class CircuitResults:
         overlaps: Of every two arms' circuits, at each fraction.
         files: sha256 of the other files, by name.
         seconds: How long the parts of the run took.
+        timing: Where the time went until it was written, by what was done (``runtime.timing``).
     """
 
     arms: dict[str, ArmResult]
@@ -168,6 +169,7 @@ class CircuitResults:
     overlaps: list[Overlap] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str | None = None
     command: str | None = None

@@ -22,6 +22,7 @@ from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.runtime.progress import Done, RunningMean
+from sparc3_pl.runtime.timing import timed
 
 __all__ = ["CompletionRun", "NeutralRun"]
 
@@ -103,13 +104,18 @@ class CompletionRun(MeasurementRun):
         todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
         rows = [row for i in finished for row in finished[i]]
         if todo:
-            fresh = self._judged(self.generator(*zip(*todo, strict=True)))
+            fresh = self._judged(self._completed(todo))
             self._num_tokens += sum(row.num_tokens or 0 for row in fresh)
             if self._store is not None:
                 self._store.add(fresh)
                 kept(self._store.folder)
             rows += fresh
         self._count(rows)
+
+    def _completed(self, prompts: Sequence[tuple[str, str]]) -> list[Completion]:
+        """Completions of (id, prompt)."""
+        with timed("completions"):
+            return self.generator(*zip(*prompts, strict=True))
 
     def _finished(self, prompt_id: str) -> list[CompletionRow] | None:
         """The prompt's completions, if an interrupted run has left all of them."""
@@ -161,7 +167,9 @@ class CompletionRun(MeasurementRun):
         )
         known = self._known[name]
         fresh = [text for text in dict.fromkeys(texts) if text not in known]
-        columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
+        with timed("judge") as now:
+            columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
+            now.did(samples=len(fresh))
         if tuple(columns) != tuple(metric.labels):
             raise InputError(
                 f"judge {type(judge).__name__}: labels {list(columns)} were {list(metric.labels)} before; "

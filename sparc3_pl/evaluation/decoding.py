@@ -14,13 +14,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from sparc3_pl.model.size import decoder_flops
+from sparc3_pl.runtime.timing import current, measuring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +87,13 @@ class Decoder:
         model: In eval mode.
         longest: Tokens, prompt and completion together, up to which every layer sees all earlier ones; None: any.
         token_bytes: Of the keys and values of one token.
+        flops: Operations a token, of the decoder layers and of the output head.
     """
 
     model: PreTrainedModel
     longest: int | None
     token_bytes: int
+    flops: tuple[float, float]
 
     @torch.inference_mode()
     def __call__(
@@ -102,6 +107,9 @@ class Decoder:
             choose: Picks the next token of each row.
             ends: Token ids after which a row ends.
         """
+        now = current()
+        now.like = self.model.get_input_embeddings().weight
+        now.did(samples=len(prompts))
         logits, cache, mask = self._prefill(prompts, steps)
         device = logits.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -124,6 +132,7 @@ class Decoder:
                 keep = goes_on.nonzero()[:, 0]
                 rows, picked, mask, goes_on = rows[keep], picked[keep], mask[keep], goes_on[keep]
                 cache.batch_select_indices(keep)
+            now.did(tokens=staying, padded=len(rows) - staying, flops=sum(self.flops) * staying, passes=1)
             logits = self._step(picked, lengths[rows] + step, mask[..., : longest + step + 1], cache)
         return [
             _until_end(tokens, broken, set(ends))
@@ -171,6 +180,9 @@ class Decoder:
         longest, kept = max(sizes), max(sizes) - min(sizes) + 1
         ids = torch.tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts], device=device)
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=kept, past_key_values=cache)
+        body, head = self.flops
+        flops = body * sum(sizes) + head * len(sizes)
+        current().did(tokens=sum(sizes), padded=ids.numel() - sum(sizes), flops=flops, passes=1)
         last = torch.tensor(sizes, device=out.logits.device) - longest - 1
         return out.logits[torch.arange(len(prompts), device=last.device), last]
 
@@ -207,12 +219,13 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
         return picked, torch.ones_like(rows_R, dtype=torch.bool)
 
     try:
-        decoder = Decoder(model, _longest(model), 0)
+        flops = decoder_flops(model), 2.0 * model.get_output_embeddings().weight.numel()
+        decoder = Decoder(model, _longest(model), 0, flops)
         ids = ids if decoder.longest is None else ids[: max(2, decoder.longest - 2)]
         rows = [ids, ids[:-1], ids[: len(ids) // 2]]  # the first two are read together
-        decoder(rows, 3, choose, [])
         cache = DynamicCache()
-        with torch.inference_mode():
+        with measuring(), torch.inference_mode():  # a clock of its own: the trial is no work that was asked for
+            decoder(rows, 3, choose, [])
             device = seen[0].device
             decoder._read([ids], cache, device)
             plain = [
@@ -231,7 +244,7 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
         log.info("completions are drawn by transformers' generate (in a trial the logits differed by %.1e)", gap)
         return None
     token_bytes = sum((x.keys.numel() + x.values.numel()) * x.keys.element_size() for x in cache.layers) // len(ids)
-    return Decoder(model, decoder.longest, token_bytes)
+    return replace(decoder, token_bytes=token_bytes)
 
 
 def _longest(model: PreTrainedModel) -> int | None:

@@ -16,6 +16,7 @@ from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.runtime.collectives import is_rank_zero
 from sparc3_pl.runtime.progress import Done
+from sparc3_pl.runtime.timing import timed, timing
 
 if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
@@ -159,10 +160,13 @@ class EvaluationRun:
             )
             for outcome in outcomes:
                 self.results |= outcome.results
+            if (times := timing()) is not None:
+                self.results["timing"] = times
             rows = (completions, windows, measurements, neutral)
             self.evaluation = Evaluation(Path(output or "evaluation"), self.results, *rows)
             if output is not None:
-                self.written_to = self.evaluation.sealed(config).save(output, overwrite, config=config)
+                with timed("writing"):
+                    self.written_to = self.evaluation.sealed(config).save(output, overwrite, config=config)
                 for one in self.measurements:
                     one.remove_kept()
         return completions

@@ -25,7 +25,9 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.size import decoder_flops
 from sparc3_pl.runtime.memory import free_memory
+from sparc3_pl.runtime.timing import current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -370,8 +372,11 @@ class Generator:
         if decoder is None:
             return self._generate(rows, uniforms_RS)
 
+        now = current()
+
         def choose(logits: Tensor, step: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-            return _chosen(logits, uniforms_RS[rows_R.to(device), step], self.sampling)
+            with now.choosing():
+                return _chosen(logits, uniforms_RS[rows_R.to(device), step], self.sampling)
 
         with onednn_linears(self.model):
             draws = decoder([r.ids for r in rows], self.sampling.max_new_tokens, choose, self.end_tokens)
@@ -392,7 +397,18 @@ class Generator:
             out = self.model.generate(
                 input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([picker])
             )
-        return out[:, length:].tolist(), picker.broken_at.tolist()
+        new = out[:, length:].tolist()
+        read = sum(len(r.ids) for r in rows)
+        drawn = sum(next((n + 1 for n, token in enumerate(row) if token in self.end_tokens), len(row)) for row in new)
+        places = out.numel()
+        weight, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        now = current()
+        now.like = weight
+        flops = decoder_flops(self.model) * (read + drawn) + 2.0 * head.numel() * drawn
+        now.did(
+            samples=len(rows), tokens=read + drawn, padded=places - read - drawn, flops=flops, passes=1 + len(new[0])
+        )
+        return new, picker.broken_at.tolist()
 
     def _config(self, pad: int) -> Any:
         from transformers import GenerationConfig

@@ -15,6 +15,7 @@ from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.registry import Choice
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.progress import Done
+from sparc3_pl.runtime.timing import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,7 +107,9 @@ class UnitRun(MeasurementRun):
             InputError: if the measurement does not keep to its contract.
         """
         choice = self.measurements[batch.measurement]
-        rows = choice.object.measure(self.model, self.encoder, batch.items)
+        with timed(batch.measurement) as now:
+            rows = choice.object.measure(self.model, self.encoder, batch.items)
+            now.did(samples=len(batch.items))
         rows = checked_rows(choice.object, rows, len(batch.items))
         of_batch = Measured.of(choice, rows)
         of_batch.figures()  # what cannot be made of rows is said now, not hours later

@@ -36,6 +36,7 @@ from sparc3_pl.runtime.collectives import from_rank_zero
 from sparc3_pl.runtime.progress import Watch, show_progress
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
 from sparc3_pl.runtime.run_log import RunLog, run_folder
+from sparc3_pl.runtime.timing import timed
 from sparc3_pl.runtime.trainer import check_precision
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ class EvaluationModule(pl.LightningModule):
             )
         if self.word_filter is not None and self.data.query is None:
             raise InputError("model.word_filter needs completions; give data.prompts_source, or leave it out")
-        self.data.read(self.encoder)
+        with timed("reading"):
+            self.data.read(self.encoder)
         measurements = (choice.object for choice in self.measurements)
         self._units = [
             Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)

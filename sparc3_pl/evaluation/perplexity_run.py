@@ -13,8 +13,10 @@ from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_
 from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
 from sparc3_pl.model.likelihood import WindowScorer
+from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
 from sparc3_pl.runtime.progress import Done
+from sparc3_pl.runtime.timing import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,16 +43,24 @@ class PerplexityRun(MeasurementRun):
         """One for each window of this rank."""
         self._products = [0.0, 0.0, 0.0]
         self._device, self._scorer = input_device(model), WindowScorer(model)
+        self._flops, self._weight = (decoder_flops(model), head_flops(model)), model.get_input_embeddings().weight
         self.perplexity = Perplexity().to(device or self._device)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.perplexity.device)
         self.perplexity.update(nll=nothing, num_tokens=nothing)  # a rank without windows takes part like the others
 
     def add(self, batch: WindowBatch) -> None:
         """Scores one batch of windows."""
-        tensors = (t.to(self._device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
-        nll, num_tokens = self._scorer(*tensors)
-        self.perplexity.update(nll=nll, num_tokens=num_tokens)
-        rows = list(map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist()))
+        with timed("perplexity") as now:
+            tensors = (t.to(self._device) for t in (batch.input_ids, batch.attention_mask, batch.labels))
+            nll, num_tokens = self._scorer(*tensors)
+            self.perplexity.update(nll=nll, num_tokens=num_tokens)
+            rows = list(map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist()))
+            tokens, scored = int(batch.attention_mask.sum()), sum(row.num_tokens for row in rows)
+            flops = self._flops[0] * tokens + self._flops[1] * scored
+            now.like = self._weight
+            now.did(
+                samples=len(rows), tokens=tokens, padded=batch.attention_mask.numel() - tokens, flops=flops, passes=1
+            )
         self.rows += rows
         for row in rows:
             products = (row.nll * row.nll, row.nll * row.num_tokens, row.num_tokens * row.num_tokens)

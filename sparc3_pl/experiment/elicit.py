@@ -95,8 +95,11 @@ def elicit(
     )
     for stage in (completions, samples):
         stages.check_settings(stage)
-    for stage in (completions, samples):
-        stages.do(stage)
+    from sparc3_pl.model.loading import models_kept  # torch
+
+    with models_kept():  # the texts' cuts are told by the same model
+        for stage in (completions, samples):
+            stages.do(stage)
     print_result(*_summary(folder))
 
 

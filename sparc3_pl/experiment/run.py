@@ -10,6 +10,7 @@ changed since is done again.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparc3_pl.io.files import check_output, json_digest
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import WORD_FILTER, largest_within, scale_of
+from sparc3_pl.runtime.timing import table_text
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import ControlName
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from sparc3_pl.document.blocks import Table
 
 __all__ = ["Outcome", "largest_within", "run"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def run(
     if word_filter is not None:
         filtering = measuring | {"model": measuring["model"] | {"word_filter": word_filter}}
         stages.append(experiment.evaluation_stage("word_filter", filtering, None))
-    experiment.do(stages)
+    times = experiment.do(stages)
     outcomes = [
         Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name)
         for name, (way, edit) in edits.items()
@@ -199,7 +203,7 @@ def run(
             verdict = "not known, no perplexity was measured"
         which = "" if arm is None else f" of arm {arm}"
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
-    more = {"largest_within": best[None] and best[None].name}
+    more = {"largest_within": best[None] and best[None].name, "timing": times}
     experiment.conclude(outcomes, max_perplexity_increase, stages, more)
     print_result(outcome_table(outcomes), *lines)
 
@@ -219,7 +223,7 @@ def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings,
         ]
     stages = [*scoring.values(), *plans, experiment.evaluation_stage("before", measuring, None)]
     stages += [experiment.evaluation_stage(cut.name, measuring, cut.name) for cut in cuts]
-    experiment.do(stages)
+    times = experiment.do(stages)
     comparisons = [(cut, experiment.compare(cut.name)) for cut in cuts]
     counts = [sum(PrunePlan.load(stage.output).counts().values()) for stage in plans]
     outcomes = [
@@ -228,7 +232,8 @@ def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings,
     curves = curves_of(comparisons)
     large = {stage.output for stage in (*scoring.values(), *plans)}  # gigabytes, which a report would read again
     small = [stage for stage in stages if stage.output not in large]
-    experiment.conclude(outcomes, bound, small, {"curves": [curve.to_json() for curve in curves]})
+    more = {"curves": [curve.to_json() for curve in curves], "timing": times}
+    experiment.conclude(outcomes, bound, small, more)
     print_result(*map(curve_table, curves))
 
 
@@ -241,16 +246,28 @@ class _Experiment:
     model: Settings
     trainer: Settings
 
-    def do(self, stages: Sequence[Stage]) -> None:
-        """Does them in their order; refuses wrong settings, or others than before, first of all."""
+    def do(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Does them in their order; refuses wrong settings, or others than before, first of all.
+
+        Stages that run in this process share one loaded model.
+
+        Returns:
+            Where the time went: rows of ``runtime.timing``.
+        """
+        from sparc3_pl.model.loading import models_kept  # torch
+
         distinct: dict[str, Stage] = {}
         for stage in stages:
             self.stages.check_settings(stage)
             distinct.setdefault(json_digest([stage.name.partition("-")[0], stage.settings]), stage)
         for stage in distinct.values():  # the last one comes hours after the first
             stage.check()
-        for number, stage in enumerate(stages, start=1):
-            self.stages.do(stage, f"stage {number} of {len(stages)}: ")
+        with models_kept():
+            for number, stage in enumerate(stages, start=1):
+                self.stages.do(stage, f"stage {number} of {len(stages)}: ")
+        times = self.stages.times(stages)
+        log.info(table_text({"matrix_flops": None, "stages": times}, "Time of run, stages done earlier included"))
+        return times
 
     def completion_stage(self, completions: Settings) -> Stage:
         """Completions of the model as it is, judged."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sparc3_pl.io.provenance import now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.processes import kept
+from sparc3_pl.runtime.timing import rows_of_results
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 
 __all__ = ["Settings", "Stage", "Stages", "check_folder", "write_json"]
@@ -107,9 +109,22 @@ class Stages:
         self.record_file(stage.name).unlink(missing_ok=True)
         self.settings_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.settings_file(stage.name), dump_yaml(redacted(stage.settings)))
+        start = time.perf_counter()
         stage.make(stage.output.exists())
+        seconds = round(time.perf_counter() - start, 3)
         record = {"inputs": inputs, "result": sha256_of_file(stage.result), "versions": versions(), "created": now()}
+        record["seconds"] = seconds
         write_json(self.record_file(stage.name), record)
+
+    def times(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Where the time of these stages went (rows of ``runtime.timing``), also of those that were done before."""
+        rows: list[dict[str, Any]] = []
+        for stage in stages:
+            record = read_json(self.record_file(stage.name))
+            is_folder = stage.result != stage.output
+            parts = rows_of_results({stage.name: read_json(stage.result).get("timing") if is_folder else None})
+            rows += parts or [{"stage": stage.name, "seconds": record.get("seconds", 0.0)}]
+        return rows
 
     def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
         """Why the stage must be done; None if it is done already. Writes nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import logging
 import sys
@@ -39,8 +40,11 @@ from sparc3_pl.model.checks import (
     has_tokenizer_files,
 )
 from sparc3_pl.model.source import ModelSource
+from sparc3_pl.runtime.timing import timed
 
-__all__ = ["auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "ready_vocabulary"]
+__all__ = [
+    "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "models_kept", "ready_vocabulary",
+]  # fmt: skip
 
 
 log = logging.getLogger(__name__)
@@ -69,6 +73,70 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         InputError: If nothing is there, the hub cannot be reached, the model is not a causal language model, the
             checkpoint lacks weights, or a weight is not finite.
     """
+    with timed("loading"):
+        return _load(source) if _kept is None else _kept.model(source)
+
+
+@contextlib.contextmanager
+def models_kept() -> Iterator[None]:
+    """Inside the block a model that is asked for again is the one that was loaded before, if nothing of it has changed.
+
+    Every bit of its weights and buffers, its configuration, and that no hook was left on it are checked; otherwise it
+    is loaded again. One model is kept at a time, none that is spread over devices.
+    """
+    global _kept
+    before, _kept = _kept, _KeptModel()
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+class _KeptModel:
+    """The model that was loaded last, and what it was like then."""
+
+    def __init__(self) -> None:
+        self._source: ModelSource | None = None
+        self._files: tuple[Any, ...] = ()
+        self._model: PreTrainedModel | None = None
+        self._digest = ""
+
+    def model(self, source: ModelSource) -> PreTrainedModel:
+        files = _files_of(source)
+        if self._model is not None and (source, files) == (self._source, self._files):
+            if _digest_of(self._model) == self._digest:
+                return self._model
+            log.info("%s has changed since it was loaded: it is loaded again", source.pretrained)
+        self._model = None  # so that there is room for the next one
+        model = _load(source)
+        if source.device_map is None:
+            self._source, self._files, self._model, self._digest = source, files, model, _digest_of(model)
+        return model
+
+
+_kept: _KeptModel | None = None
+
+
+def _files_of(source: ModelSource) -> tuple[Any, ...]:
+    """What tells whether the files have changed; nothing of a hub model."""
+    path = source.path
+    files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def _digest_of(model: PreTrainedModel) -> str:
+    """Of every bit of the weights and buffers, the configuration, and what may have been hung on the modules."""
+    digest = hashlib.sha256(f"{model.config}{getattr(model, 'generation_config', None)}".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    for name, module in model.named_modules():
+        hooks = [len(hung) for key, hung in vars(module).items() if key.endswith("hooks") and hung]
+        digest.update(f"{name} {type(module)} {module.training} {'forward' in vars(module)} {hooks}".encode())
+    return digest.hexdigest()
+
+
+def _load(source: ModelSource) -> PreTrainedModel:
     where = _locate(source)
     with _quiet_stdout(), _network(where), _as_input_error(source, where):
         config = _causal_config(source, where)
@@ -133,6 +201,11 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
     Raises:
         InputError: If the tokenizer cannot be loaded, or has more tokens than the model has embeddings.
     """
+    with timed("loading"):
+        return _load_vocabulary(source)
+
+
+def _load_vocabulary(source: ModelSource) -> Vocabulary:
     from transformers import AutoTokenizer
 
     where = _locate(source)

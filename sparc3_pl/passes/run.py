@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,13 @@ from sparc3_pl.runtime.noise import quiet
 from sparc3_pl.runtime.processes import is_supervised
 from sparc3_pl.runtime.progress import ProgressBar
 from sparc3_pl.runtime.run_config import RunConfig
+from sparc3_pl.runtime.timing import measuring, table_text, timing
 from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.monitor import ScoringMonitor
 from sparc3_pl.scoring.needs import free_memory, needs_of, refuse_what_cannot_fit, table_of
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PASSES", "Pass", "PassCLI", "check_pass", "make_pass", "run_pass"]
 
@@ -213,13 +217,16 @@ def run_pass(name: str, words: Sequence[str]) -> None:
         InputError: if what the user gave is wrong.
         SystemExit: if the options cannot be parsed, or ask for ``--help`` or ``--print_config``.
     """
-    cli = make_pass(name, words)
-    module = cli.model
-    if cli.kind.dry_run is not None and cli.config.dry_run:
-        if cli.trainer.is_global_zero:
-            cli.kind.dry_run(module, cli.datamodule, cli.trainer.strategy.root_device)
-        return
-    getattr(cli.trainer, name)(module, cli.datamodule)
+    with measuring():
+        cli = make_pass(name, words)
+        module = cli.model
+        if cli.kind.dry_run is not None and cli.config.dry_run:
+            if cli.trainer.is_global_zero:
+                cli.kind.dry_run(module, cli.datamodule, cli.trainer.strategy.root_device)
+            return
+        getattr(cli.trainer, name)(module, cli.datamodule)
+        if cli.trainer.is_global_zero and (times := timing()) is not None:
+            log.info(table_text(times, f"Time of {name}"))
     if isinstance(module, ScoringModule):
         if module.manifest is not None:
             print_summary(module.manifest, Path(module.output))

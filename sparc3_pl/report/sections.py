@@ -49,6 +49,7 @@ from sparc3_pl.report.effects import (
     scale_of,
     title_of,
 )
+from sparc3_pl.runtime.timing import COLUMNS, rows_of_results, table_rows
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
 from sparc3_pl.selection.lowest import sample
@@ -380,6 +381,8 @@ def _provenance(inputs: Inputs) -> Iterator[Block]:
     if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in inputs.evaluations.values()):
         yield _measured(inputs)
     yield _versions(inputs)
+    if (times := _times(inputs)) is not None:
+        yield times
     commands = dict.fromkeys(redacted(text) for text in _commands(inputs) if text)
     if commands:
         yield Code("\n".join(commands), "Commands")
@@ -433,6 +436,16 @@ def _measured(inputs: Inputs) -> Table:
         held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {hint or 'prompts were used to make the plan'}")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
+
+
+def _times(inputs: Inputs) -> Table | None:
+    """Where the time went; None if no result says."""
+    results = {name: folder.manifest.timing for name, folder in inputs.scores.items()}
+    results |= {name: ev.results.get("timing") for name, ev in inputs.evaluations.items()}
+    results |= {name: circuit.timing for name, circuit in inputs.circuits.items()}
+    rows = table_rows(rows_of_results(results))
+    note = "The share is that of the best matrix product measured on the machine in the same run; times of one process."
+    return Table.of(COLUMNS, rows, title="Where the time went", note=note) if rows else None
 
 
 def _settings(values: Mapping[str, Any] | None) -> str:

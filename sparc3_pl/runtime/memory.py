@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["free_memory"]
+__all__ = ["free_memory", "peak_memory"]
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on ``device``; of the host 4 GB where the system does not say."""
     if device.type == "cuda":
+        import torch
+
         held_and_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held_and_unused
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 4 * 10**9)
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """The most bytes that this process has held so far: on ``device`` if it is a GPU, else of the host."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

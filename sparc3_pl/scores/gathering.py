@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Gathering:
         created: str | None = None,
         shards: Sequence[str] = (),
         signed: bool = False,
+        timing: Mapping[str, Any] | None = None,
         **about: Any,
     ) -> Manifest:
         """The manifest of all layers; see ``ScoreWriter.finish``.
@@ -110,6 +111,7 @@ class Gathering:
             hardware=provenance.hardware(),
             unreached=[name for name, layer in self.layers.items() if layer.tokens == 0],
             shards=provenance.redacted(list(shards)),
+            timing=dict(timing or {}),
         )
         manifest.check(where)
         if manifest.unreached:

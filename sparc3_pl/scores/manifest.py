@@ -203,6 +203,7 @@ class Manifest(About):
         hardware: The machine that wrote the scores.
         unreached: Layers of experts that no token of any sample reached: their scores are 0 because nothing is known.
         shards: Commands of the parts that were merged.
+        timing: Where the time went until they were written, by stage (``runtime.timing``).
         extra: Any further top-level keys, kept as they were.
     """
 
@@ -222,6 +223,7 @@ class Manifest(About):
     hardware: str | None = None
     unreached: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
+    timing: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -287,7 +289,9 @@ class Manifest(About):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
 
-_ONLY_WHERE_GIVEN = ("sequential", "method_args", "granularity_args", "target_args", "at_values", "unreached", "shards")
+_ONLY_WHERE_GIVEN = (
+    "sequential", "method_args", "granularity_args", "target_args", "at_values", "unreached", "shards", "timing",
+)  # fmt: skip
 """Keys that most manifests do not have."""
 
 FORMAT = Format(

@@ -1,6 +1,6 @@
 """Writes a score folder, whole or not at all."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -117,6 +117,7 @@ class ScoreWriter:
         created: str | None = None,
         shards: Sequence[str] = (),
         signed: bool = False,
+        timing: Mapping[str, Any] | None = None,
         **about: Any,
     ) -> Manifest:
         """Writes manifest and samples; the folder takes its name when the ``with`` block ends.
@@ -132,13 +133,14 @@ class ScoreWriter:
             created: See ``versions``.
             shards: Commands of the parts that were merged.
             signed: Whether scores keep their sign.
+            timing: Where the time went so far.
             about: The other fields of ``About``.
         """
         samples, gathering = list(samples), self._gathering
         manifest = gathering.manifest(
             self.folder, num_samples=num_samples, num_tokens=num_tokens, samples=samples, granularity=granularity,
             total_relevance=total_relevance, versions=versions, command=command, created=created, shards=shards,
-            signed=signed, **about,
+            signed=signed, timing=timing, **about,
         )  # fmt: skip
         for file, tensors in ((SCORES, self._neurons), (SQUARES, gathering.squares), (GROUPS, gathering.groups)):
             if tensors:
@@ -160,6 +162,7 @@ def write_scores(
     shards: Sequence[str] = (),
     command: str | None = None,
     created: str | None = None,
+    timing: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes the scores of a whole run, in one process or merged, as a score folder.
 
@@ -173,6 +176,7 @@ def write_scores(
         shards: Commands of the parts that were merged.
         command: What made the scores; None: this process's command line.
         created: When; None: now.
+        timing: Where the time went so far.
 
     Raises:
         InputError: if the place is taken, cannot be written, or the disk is full.
@@ -184,4 +188,4 @@ def write_scores(
         if config is not None:
             writer.add_text("config.yaml", config)
         told = told_of_samples(about, samples)
-        return writer.finish(**told, samples=samples, shards=shards, command=command, created=created)
+        return writer.finish(**told, samples=samples, shards=shards, command=command, created=created, timing=timing)

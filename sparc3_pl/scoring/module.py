@@ -26,6 +26,7 @@ from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config
 from sparc3_pl.runtime.run_log import run_folder
+from sparc3_pl.runtime.timing import timed
 from sparc3_pl.runtime.trainer import check_precision
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
@@ -211,7 +212,8 @@ class ScoringModule(pl.LightningModule):
                 f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} would count from where a run "
                 "resumes (checkpoint_every); give data.num_samples instead"
             )
-        self.data.read(self.encoder)
+        with timed("reading"):
+            self.data.read(self.encoder)
         check_samples(self.request, self.data.samples)
         if self.part is not None:
             number, count = self.part

@@ -19,9 +19,11 @@ from sparc3_pl.data.fields import FIELD_KEYS
 from sparc3_pl.data.samples import Sample
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS, Component, Group
+from sparc3_pl.model.size import decoder_flops
 from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import after_rank_zero, gather_lists, is_rank_zero, sum_over_ranks
 from sparc3_pl.runtime.processes import kept
+from sparc3_pl.runtime.timing import timed, timing
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.memory import ScoresInMemory
 from sparc3_pl.scores.partial import PartialSums
@@ -251,7 +253,18 @@ class ScoreRun:
     def add(self, batch: ReferenceBatch) -> None:
         """Takes in one batch; ``samples`` grows by its samples (a stand-in has none)."""
         num_tokens = batch.attention_mask.sum(1)[: len(batch.ids)].tolist()
-        figures = self.scorer.update(batch)
+        with timed("scoring") as now:
+            figures = self.scorer.update(batch)
+            # Forward, and backward to what the layers read: gradients of weights are not counted.
+            passes = (2 if self.scorer.method.needs_target else 1) * getattr(self.scorer.method, "steps", 1)
+            tokens, now.like = sum(num_tokens), self.scorer.model.get_input_embeddings().weight
+            now.did(
+                samples=len(batch.ids),
+                tokens=tokens,
+                padded=batch.attention_mask.numel() - tokens,
+                flops=passes * tokens * decoder_flops(self.scorer.model),
+                passes=1,
+            )
         rows = figures.rows() if figures else [{} for _ in batch.ids]
         text_ids = batch.text_ids or [()] * len(batch.ids)
         columns = zip(batch.ids, num_tokens, batch.endings, text_ids, rows, strict=True)
@@ -277,7 +290,12 @@ class ScoreRun:
         Raises:
             InputError: if no sample was scored, or the folder cannot be written.
         """
-        self.scorer.finish()
+        with timed("scoring"):
+            self.scorer.finish()
+        with timed("writing"):
+            self._finish()
+
+    def _finish(self) -> None:
         samples = gather_lists(self.samples)
         for sums in self.scorer.sums.values():
             for tensor in sums.values():
@@ -343,7 +361,7 @@ class ScoreRun:
             scored_samples = self._in_the_mean(samples)
             layers = self._layer_scores(len(scored_samples))
             self.manifest = write_scores(
-                where.folder, where.overwrite, layers, self.about, scored_samples, config=where.config
+                where.folder, where.overwrite, layers, self.about, scored_samples, config=where.config, timing=timing()
             )
         if self._partial is not None:
             self._partial.remove()

@@ -14,12 +14,15 @@ import yaml
 from score_folders import LAYERS, write
 
 from sparc3_pl.cli import main
+from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
 from sparc3_pl.experiment.run import Outcome, largest_within, outcome_table
 from sparc3_pl.experiment.run import run as run_experiment
+from sparc3_pl.model import loading
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.passes import run as passes_module
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
@@ -52,7 +55,11 @@ def experiment(tmp_path_factory):
     (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
     config["eval_data"].pop("num_prompts")
     (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
-    assert run(folder) == 0
+    inner, loads = loading._load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_load", lambda source: loads.append(source) or inner(source))
+        assert run(folder) == 0
+    assert len(loads) == 1  # all stages share it
     return folder
 
 
@@ -64,6 +71,22 @@ def test_everything_is_there(experiment):
     assert {path.name for path in (out / "evaluations").iterdir()} == {"before", *edits}
     summary = json.loads((out / "experiment.json").read_text())
     assert {outcome["name"] for outcome in summary["outcomes"]} == edits
+
+
+def test_it_says_where_the_time_went(experiment):
+    rows = {row["stage"]: row for row in json.loads((experiment / "out" / "experiment.json").read_text())["timing"]}
+    ev = Evaluation.open(experiment / "out" / "evaluations" / "prune-5")
+    completions, encoder = ev.completions, load_encoder(ModelSource("demo"))
+    read = sum(len(encoder(prompt)) for prompt in {row.prompt for row in completions})
+    assert rows["eval-prune-5: completions"]["samples"] == len(completions)
+    # The last token of a completion is drawn, and not read.
+    assert rows["eval-prune-5: completions"]["tokens"] == read + sum(len(row.completion_ids) - 1 for row in completions)
+    scores = ScoreFolder.open(experiment / "out" / "scores" / "general-1").manifest
+    assert rows["score-general-1: scoring"]["tokens"] == scores.num_tokens
+    assert 0 < rows["score-general-1: scoring"]["share"] < 2
+    assert {row["stage"] for row in scores.timing["stages"]} >= {"loading", "reading", "scoring", "other"}
+    assert rows["eval-before: perplexity"]["peak_bytes"] > 1e8
+    assert rows["plan-prune-5"]["seconds"] > 0
 
 
 def test_plans_of_growing_size_are_nested(experiment):

@@ -26,7 +26,7 @@ from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import load_model, load_skeleton, load_tokenizer
+from sparc3_pl.model.loading import load_model, load_skeleton, load_tokenizer, models_kept
 from sparc3_pl.model.source import ModelSource
 
 VOCAB = 320
@@ -413,3 +413,47 @@ def test_quantised_checkpoints_are_refused_before_their_weights_are_read(tmp_pat
             load(ModelSource(str(tmp_path)))
         assert "dequantize().save_pretrained(FOLDER)" in str(refusal.value)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_is_kept_is_loaded_once(folder):
+    assert load_model(source(folder)) is not load_model(source(folder))
+    with models_kept():
+        first = load_model(source(folder))
+        assert load_model(source(folder)) is first
+        weight = first.get_output_embeddings().weight
+        before = weight.detach().clone()
+        weight.data[3, 4] += 1
+        weight.data.copy_(before)
+        assert load_model(source(folder)) is first  # what was undone
+        weight.data[3, 4] = weight.data[3, 4].nextafter(torch.tensor(9.0))  # one bit
+        second = load_model(source(folder))
+        assert second is not first
+        assert torch.equal(second.get_output_embeddings().weight, before)
+        assert load_model(source(folder, dtype="bfloat16")) is not second
+    assert load_model(source(folder)) is not second
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.layers[0].register_forward_hook(lambda *_: None),
+        lambda model: setattr(model.model.layers[0].mlp, "forward", model.model.layers[0].mlp.forward),
+        lambda model: setattr(model.config, "rms_norm_eps", 0.5),
+        lambda model: model.model.layers[1].train(),
+        lambda model: model.requires_grad_(True),
+    ],
+)
+def test_a_model_on_which_something_was_left_is_loaded_again(folder, change):
+    with models_kept():
+        first = load_model(source(folder))
+        change(first)
+        assert load_model(source(folder)) is not first
+
+
+def test_a_model_whose_files_have_changed_is_loaded_again(folder):
+    with models_kept():
+        first = load_model(source(folder))
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: 2 * value for name, value in weights.items()}, folder / "new", {"format": "pt"})
+        (folder / "new").replace(folder / "model.safetensors")  # written over, the old one would change in memory
+        assert not torch.equal(load_model(source(folder)).lm_head.weight, first.lm_head.weight)
