@@ -43,7 +43,8 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.timing import timed
 
 __all__ = [
-    "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "models_kept", "ready_vocabulary",
+    "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "models_are_kept", "models_kept",
+    "ready_vocabulary",
 ]  # fmt: skip
 
 
@@ -90,6 +91,11 @@ def models_kept() -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+def models_are_kept() -> bool:
+    """Whether ``models_kept`` is in force, so that it is of use to put a model back as it was."""
+    return _kept is not None
 
 
 class _KeptModel:

@@ -21,6 +21,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.model.loading import models_are_kept
 from sparc3_pl.passes.parser import FLAG, OneLineErrors, argument_texts, secrets_left_out
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.plan import PrunePlan
@@ -133,7 +134,9 @@ class PassCLI(LightningCLI):
         callbacks = [ProgressBar()] if self.config.trainer.enable_progress_bar else []
         callbacks += [callback() for callback in self.kind.callbacks]
         if (path := self.config.get("plan")) is not None:
-            callbacks.append(PruningCallback(PrunePlan.load(path)))
+            plan = PrunePlan.load(path)
+            # A later stage of the experiment takes the model as it was; many single weights are not kept for that.
+            callbacks.append(PruningCallback(plan, revert=models_are_kept() and not plan.num_weights))
         callbacks.append(RunConfig(self.resolved_config()))
         self.trainer_defaults = {"callbacks": callbacks}
 
