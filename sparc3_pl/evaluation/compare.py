@@ -519,6 +519,8 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
             notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
         if share := side.results.get("overlapping_text"):
             notes.append(f"{side.path}: {share:.0%} of the text held the plan's budget, so perplexity is not held out")
+        if pairs := side.results.get("num_overlapping_pairs"):
+            notes.append(f"{side.path}: {pairs} pairs were used to make the plan, so their figures are not held out")
     return notes
 
 

@@ -42,6 +42,7 @@ class EvaluatedModel:
         known_prompts: Ids of the evaluation's prompts from which the plan was made.
         known_text: Share of the evaluation's text by which the plan's budget was held; of several texts the largest.
         text_key: The configuration key of that text.
+        known_pairs: How many pairs of sentences hold one from which the plan was made.
     """
 
     loaded: dict[str, Any]
@@ -50,6 +51,7 @@ class EvaluatedModel:
     known_prompts: frozenset[str] = frozenset()
     known_text: float = 0.0
     text_key: str = "data.text_source"
+    known_pairs: int = 0
 
     @property
     def is_edited_unknown(self) -> bool:
@@ -61,7 +63,7 @@ class EvaluatedModel:
         return set(self.known_prompts.intersection(prompt_ids))
 
     def require_held_out(self, prompt_ids: Sequence[str]) -> None:
-        """Refuses prompts that the plan was made from, and text by which its budget was held.
+        """Refuses prompts and pairs that the plan was made from, and text by which its budget was held.
 
         Raises:
             InputError: for the first of them.
@@ -78,15 +80,23 @@ class EvaluatedModel:
                 "(budget_text), so the perplexity would not be held out; give other text or --allow_overlap"
             )
 
+        if self.known_pairs:
+            raise InputError(
+                f"{self.known_pairs} pairs hold a sentence from which the plan was made, so the figures of pairs would "
+                "not be held out; measure the other half (data.pairs_partition: evaluation) or give --allow_overlap"
+            )
+
     def figures(self, prompt_ids: Iterable[str]) -> dict[str, Any]:
         """What ``results.json`` says of it. ``overlap`` is ``unknown`` where nobody knows of an edit's prompts."""
         overlap = self.prompts_of_plan(prompt_ids)
         unknown = self.is_edited_unknown
         text = {"overlapping_text": self.known_text} if self.known_text > MOST_KNOWN_TEXT else {}
+        pairs = {"num_overlapping_pairs": self.known_pairs} if self.known_pairs else {}
         return {
-            "overlap": "unknown" if unknown else "allowed" if overlap or text else "none",
+            "overlap": "unknown" if unknown else "allowed" if overlap or text or pairs else "none",
             "num_overlapping_prompts": None if unknown else len(overlap),
             **text,
+            **pairs,
             "model": self.loaded | {"evaluated_fingerprint": self.fingerprint},
             "plan": None if self.plan is None else self.plan.summary(),
         }

@@ -21,6 +21,7 @@ from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
+from sparc3_pl.evaluation.pairs import SentencePair
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
@@ -87,8 +88,8 @@ class EvaluationModule(pl.LightningModule):
             without a hub.
         tasks_limit: Only the first so many items of each task; null: all.
         tasks_batch_size: Sequences (a context with one of its choices) in one forward pass.
-        allow_overlap: Evaluate also on prompts from which the plan was made, and on text by which its budget was held;
-            the results say so.
+        allow_overlap: Evaluate also on prompts and pairs from which the plan was made, and on text by which its budget
+            was held; the results say so.
         output: Where the results go; by default ``evaluation`` in the run's log folder.
         overwrite: Replace an earlier evaluation in ``output``.
     """
@@ -295,7 +296,8 @@ class EvaluationModule(pl.LightningModule):
             from_rank_zero(lambda: fingerprint(self.model)),
             plan,
             frozenset(() if plan is None else self.data.known_prompts(plan.behaviour_samples)),
-            *((0.0,) if plan is None else self._known_text(set(plan.budget_samples))),
+            *((0.0, "data.text_source") if plan is None else self._known_text(set(plan.budget_samples))),
+            0 if plan is None else self._known_pairs(set(plan.behaviour_samples)),
         )
         if evaluated.is_edited_unknown:
             log.warning(
@@ -303,6 +305,11 @@ class EvaluationModule(pl.LightningModule):
                 "the plan or say whether the prompts are held out"
             )
         return evaluated
+
+    def _known_pairs(self, ids: set[str]) -> int:
+        """How many pairs of sentences hold a text with one of these ids."""
+        pairs = (unit for units in self._units for unit in units.items if isinstance(unit, SentencePair))
+        return sum(not ids.isdisjoint(pair.text_ids) for pair in pairs)
 
     def _known_text(self, ids: set[str]) -> tuple[float, str]:
         """The share of the text that is in texts of these identities; of several texts the largest, and its key."""

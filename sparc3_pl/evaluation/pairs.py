@@ -35,11 +35,13 @@ class SentencePair:
         id: Identity by content, of both.
         ids: Token ids of the first and of the second, with what stands before them.
         num_before: How many tokens stand before each sentence: they are read but not scored.
+        text_ids: Identities of both sentences, by which a plan knows those that it was made from.
     """
 
     id: str
     ids: tuple[list[int], list[int]]
     num_before: int
+    text_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class SentencePairs(Measurement):
         texts = map(str, sentences)
         first, second = ([] if encoder.is_only_special(text) else encoder.body(text) for text in texts)
         identity = text_id("\n".join(map(str, sentences)))
-        return SentencePair(identity, ([*before, *first], [*before, *second]), len(before))
+        text_ids = tuple(encoder.identity(str(sentence)) for sentence in sentences)
+        return SentencePair(identity, ([*before, *first], [*before, *second]), len(before), text_ids)
 
     def measure(self, model: PreTrainedModel, encoder: Encoder, units: Sequence[SentencePair]) -> list[Row]:
         """Both sentences of every pair in one padded batch."""

@@ -150,6 +150,8 @@ def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
         rows.append(
             ("not held out", Number(results["num_overlapping_prompts"], form="d"), "prompts were used to make the plan")
         )
+    if pairs := results.get("num_overlapping_pairs"):
+        rows.append(("not held out", Number(pairs, form="d"), "pairs hold a sentence that was used to make the plan"))
     if results["overlap"] == "unknown":
         rows.append(("held out", "unknown", "the model was edited by no plan that is known"))
     return rows

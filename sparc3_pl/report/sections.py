@@ -433,6 +433,8 @@ def _measured(inputs: Inputs) -> Table:
         hint = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
         if ev.results.get("overlapping_text"):
             hint += (" and " if hint else "") + "some of the text held its budget"
+        if ev.results.get("num_overlapping_pairs"):
+            hint += (" and " if hint else "") + "some pairs were used to make it"
         held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {hint or 'prompts were used to make the plan'}")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare
 from sparc3_pl.evaluation.measurement import MEASUREMENTS, Measured, checked_rows, chosen_measurements
 from sparc3_pl.evaluation.pairs import SentencePairs
+from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.command import prune
 
 PAIRS = [
     ("w4 w5 w6", "w4 w7 w6", "a"),
@@ -185,28 +188,31 @@ def test_evaluations_of_all_pairs_say_nothing_of_halves(source):
     assert SentencePairs(source, partition="evaluation", partition_seed=3).describe()["partition_seed"] == 3
 
 
-def test_scores_of_both_sides_are_the_derivative_of_the_measured_difference(tmp_path):
-    """Signed scores of target ``text``, `more` less `less`, against finite differences of the measurement itself."""
-    pairs = [("The old woman told the children a story.", "The old farmer told the children a story.")]
-    pairs += [("He polished the drum again.", "He polished the cart again."), ("The wind blew.", "The fox blew.")]
-    path = tmp_path / "pairs.jsonl"
+@pytest.fixture(scope="module")
+def scored_pairs(tmp_path_factory) -> tuple[Path, dict[str, ScoreFolder]]:
+    """Pairs of sentences that the demo can read, and its signed scores of the attribution half, by side."""
+    folder = tmp_path_factory.mktemp("scored")
+    path = folder / "pairs.jsonl"
+    names = [("woman", "farmer"), ("drum", "cart"), ("wind", "fox"), ("children", "birds"), ("road", "river")]
+    pairs = [(f"The old {one} was there.", f"The old {other} was there.") for one, other in names]
+    pairs += [(f"He told the {one} a story.", f"He told the {other} a story.") for one, other in names]
     path.write_text("".join(json.dumps({"more": more, "less": less}) + "\n" for more, less in pairs))
-    sides = []
     for field in ("more", "less"):
         options = ["--model.method", "gradient", "--model.target", "text", "--model.signed", "true"]
         options += ["--model.granularity", "neuron", "--data.source", str(path), "--data.text_field", field]
-        options += ["--data.seq_len", "null", "--output", str(tmp_path / field)]
-        trainer = [
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.logger",
-            "false",
-            "--trainer.enable_progress_bar",
-            "false",
-        ]
-        assert main(["score", *options, *trainer]) == 0
-        folder = ScoreFolder.open(tmp_path / field)
-        sides.append({name: folder.load(name) for name in folder.layers})
+        options += ["--data.partition", "attribution", "--data.partition_field", "more"]
+        options += ["--data.seq_len", "null", "--output", str(folder / field)]
+        assert main(["score", *options, *QUIET]) == 0
+    return path, {field: ScoreFolder.open(folder / field) for field in ("more", "less")}
+
+
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+
+
+def test_scores_of_both_sides_are_the_derivative_of_the_measured_difference(scored_pairs):
+    """Signed scores of target ``text``, `more` less `less`, against finite differences of the measurement itself."""
+    path, folders = scored_pairs
+    sides = [{name: folder.load(name) for name in folder.layers} for folder in folders.values()]
     derivative = {layer: (sides[0][layer] - sides[1][layer]).double() for layer in sides[0]}
     layer = max(derivative, key=lambda name: float(derivative[name].abs().max()))
     neuron = int(derivative[layer].abs().argmax())
@@ -218,9 +224,26 @@ def test_scores_of_both_sides_are_the_derivative_of_the_measured_difference(tmp_
     def difference(gain: float) -> float:
         with torch.no_grad():
             column[:, neuron] = before * gain
-        measurement = SentencePairs(str(path))
+        measurement = SentencePairs(str(path), partition="attribution")
         return measurement.figures(list(measured(measurement, model, encoder).values()))["difference"]
 
-    slope = (difference(1 + 1e-3) - difference(1 - 1e-3)) / 2e-3
+    slope = (difference(1 + 1e-2) - difference(1 - 1e-2)) / 2e-2  # log-likelihoods are float32: a smaller step drowns
     assert abs(slope) > 1e-3
     assert float(derivative[layer][neuron]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_an_edit_is_not_measured_on_the_pairs_it_was_made_from(scored_pairs, tmp_path, capsys):
+    path, folders = scored_pairs
+    plan = str(tmp_path / "plan.json")
+    prune([str(folders["less"].path)], [str(folders["more"].path)], plan, num_neurons=5)
+    words = ["eval", "--plan", plan, "--data.text_source", "null", "--data.prompts_source", "null", *QUIET]
+    words += ["--data.pairs_source", str(path)]
+    number = len(SentencePairs(str(path), partition="attribution").units(load_encoder(ModelSource("demo"))))
+    assert main([*words, "--output", str(tmp_path / "all")]) == 2
+    assert f"{number} pairs hold a sentence from which the plan was made" in capsys.readouterr().err
+    assert main([*words, "--data.pairs_partition", "evaluation", "--output", str(tmp_path / "half")]) == 0
+    assert main([*words, "--allow_overlap", "--output", str(tmp_path / "allowed")]) == 0
+    half, allowed = (Evaluation.open(tmp_path / name).results for name in ("half", "allowed"))
+    assert (half["overlap"], half["measurement_settings"]["pairs"]["num_units"]) == ("none", 10 - number)
+    assert (allowed["overlap"], allowed["num_overlapping_pairs"]) == ("allowed", number)
+    assert "not held out" in capsys.readouterr().out
