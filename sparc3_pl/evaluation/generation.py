@@ -161,7 +161,8 @@ def _from_nucleus(probs_RV: Tensor, uniforms_R: Tensor, top_p: float, width: int
     if width < vocabulary:
         beyond_R = (mass_RW[:, -1] < top_p) | (top_RW[:, -1] == border_R1[:, 0])
         if bool(beyond_R.any()):
-            picked_R[beyond_R] = _from_nucleus(probs_RV[beyond_R], uniforms_R[beyond_R], top_p, 8 * width)
+            wider = 8 * width if width < 4096 else vocabulary  # by then sorting it all costs no more
+            picked_R[beyond_R] = _from_nucleus(probs_RV[beyond_R], uniforms_R[beyond_R], top_p, wider)
     return picked_R
 
 
