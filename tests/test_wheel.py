@@ -51,7 +51,7 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sparc3_pl").rglob("*") if path.is_file()}
     own = {name for name in own if "__pycache__" not in name}
-    configs = {f"sparc3_pl/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {f"sparc3_pl/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
     assert len(configs) > 30
     assert names == own | configs
     assert wheel.name == f"sparc3_pl-{__version__}-py3-none-any.whl"

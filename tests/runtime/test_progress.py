@@ -70,7 +70,7 @@ def test_running_mean_is_over_prompts():
             return {"x": torch.tensor([float(t) if t[0].isdigit() else 0.0 for t in texts])}
 
     class Scripted:
-        sampling = Sampling(samples_per_prompt=2)
+        sampling, word_filter = Sampling(samples_per_prompt=2), None
 
         def __call__(self, ids, prompts):
             return [Completion(i, i, k, 0, str(value), (1, 2, 3)) for i in ids for k, value in enumerate(scores[i])]
