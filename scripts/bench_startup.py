@@ -47,11 +47,22 @@ def processor_seconds(words: list[str]) -> float:
 
 
 def measure(command: list[str], yardstick: str, bound: float, repeats: int) -> Startup:
-    """Runs both ``repeats`` times in turns, once more before that to fill the disk's cache."""
+    """Runs both ``repeats`` times in turns, once more before that to fill the disk's cache.
+
+    Other work on the machine only adds, so the fastest runs count; a ratio above its bound is measured on, up to three
+    times as often, since a slow spell of the machine can be longer than all runs of one command.
+    """
     runs = (["-m", "sparc3_pl.cli", *command, "--help"], ["-c", yardstick])
-    seconds = [[processor_seconds(words) for words in runs] for _ in range(repeats + 1)][1:]
-    ours, theirs = (min(column) for column in zip(*seconds, strict=True))  # other work on the machine only adds
-    return Startup(" ".join([*command, "--help"]), yardstick, ours, theirs, bound)
+    for words in runs:
+        processor_seconds(words)
+    seconds: list[list[float]] = []
+    for _ in range(3):
+        seconds += [[processor_seconds(words) for words in runs] for _ in range(repeats)]
+        ours, theirs = (min(column) for column in zip(*seconds, strict=True))
+        row = Startup(" ".join([*command, "--help"]), yardstick, ours, theirs, bound)
+        if row.ratio <= bound:
+            break
+    return row
 
 
 def main(words: list[str] | None = None) -> int:
