@@ -49,7 +49,7 @@ def run_side(args: argparse.Namespace) -> None:
     if is_judged:
         judged(judge, [completion.text for completion in completions])
     end = time.perf_counter()
-    tokens = [completion.drawn for completion in completions]
+    tokens = [list(completion.tokens) for completion in completions]  # earlier commits have no other name
     figures = {
         "prompts": len(texts),
         "seconds": end - start,
