@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from sparc3_pl.data.local_files import Cell
 from sparc3_pl.data.sources import get_field, text_id
 from sparc3_pl.errors import InputError
+from sparc3_pl.statistics.advantages import others_mean
 
 __all__ = [
     "FIELD_KEYS",
@@ -198,10 +201,8 @@ def less_baseline(weights: Sequence[float], prompts: Sequence[str], baseline: Ba
         mean = math.fsum(weights) / max(1, len(weights))
         return [weight - mean for weight in weights]
     counts = Counter(prompts)
-    sums = dict.fromkeys(counts, 0.0)
-    for prompt, weight in zip(prompts, weights, strict=True):
-        sums[prompt] += weight
+    others = others_mean(np.asarray(weights, dtype=np.float64), prompts).tolist() if weights else []
     return [
-        weight - (sums[prompt] - weight) / (counts[prompt] - 1) if counts[prompt] > 1 else None
-        for prompt, weight in zip(prompts, weights, strict=True)
+        weight - other if counts[prompt] > 1 else None
+        for weight, other, prompt in zip(weights, others, prompts, strict=True)
     ]

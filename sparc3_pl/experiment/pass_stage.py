@@ -63,13 +63,8 @@ def pass_stage(
     def check() -> None:
         from sparc3_pl.passes.run import check_pass
 
-        handle, name = tempfile.mkstemp(suffix=".yaml", prefix=f"{stage}-")  # for its owner's eyes only
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(dump_yaml(settings))
-            check_pass(command, ["--config", name])
-        finally:
-            Path(name).unlink()
+        with _temporary(settings, f"{stage}-") as config:
+            check_pass(command, ["--config", str(config)])
 
     return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make, check)
 
@@ -85,7 +80,14 @@ def settings_in_file(settings: Settings, kept: Path) -> Iterator[Path]:
     if redacted(settings) == settings:
         yield kept
         return
-    handle, name = tempfile.mkstemp(suffix=".yaml")  # for its owner's eyes only
+    with _temporary(settings) as path:
+        yield path
+
+
+@contextmanager
+def _temporary(settings: Settings, prefix: str | None = None) -> Iterator[Path]:
+    """A file with the settings, for its owner's eyes only, that goes afterwards."""
+    handle, name = tempfile.mkstemp(suffix=".yaml", prefix=prefix)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(dump_yaml(settings))
