@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
-from sparc3_pl.model.experts import is_routed
+from sparc3_pl.model.experts import is_routed, routes, set_routes
 from sparc3_pl.model.structure import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
@@ -126,7 +126,8 @@ class Part:
 
     Attributes:
         layer: Name of the layer.
-        where: ``rows`` or ``columns`` of its ``[out, in]`` matrix, entries of its ``bias``, or single ``weights``.
+        where: ``rows`` or ``columns`` of its ``[out, in]`` matrix, entries of its ``bias``, or single ``weights``. Of a
+            router its ``routes``: whether tokens may go to an expert, 1 or 0, which no weight of it says.
         index: Which of them, ``[n]`` int64: rows, columns, or flat indices into ``[out, in]``.
         owner: For each entry, the position of its component in the list of the chosen, ``[n]`` int64.
         role: ``writes``: the entries make the component's value; ``reads``: they pass it on to the next layer.
@@ -135,7 +136,7 @@ class Part:
     """
 
     layer: str
-    where: Literal["rows", "columns", "bias", "weights"]
+    where: Literal["rows", "columns", "bias", "weights", "routes"]
     index: Tensor
     owner: Tensor
     role: Literal["writes", "reads"] = "writes"
@@ -165,6 +166,9 @@ class Part:
     @torch.no_grad()
     def write(self, module: nn.Module, values: Tensor | float) -> None:
         """Writes the entries in place."""
+        if self.where == "routes":
+            set_routes(module, routes(module).index_copy(0, self.index, torch.as_tensor(values).expand(self.count)))
+            return
         where, index = self._locate(module)
         if self.mask is None:
             where[index] = values.to(where) if isinstance(values, Tensor) else values
@@ -178,6 +182,8 @@ class Part:
         return values if self.where == "columns" else values.view(-1, *[1] * (entries.dim() - 1))
 
     def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...] | Tensor]:
+        if self.where == "routes":
+            return routes(module), (self.index,)
         if self.where == "bias":
             bias = module.bias.detach()
             return bias, (self.index.to(bias.device),)

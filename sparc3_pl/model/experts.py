@@ -29,12 +29,16 @@ from sparc3_pl.errors import InputError
 __all__ = [
     "ExpertLayer",
     "Routed",
+    "closed_routes",
     "experts_modules",
     "is_routed",
+    "keep_experts",
     "keep_neurons",
     "one_by_one",
     "open_experts",
     "router_of",
+    "routes",
+    "set_routes",
 ]
 
 _NAME = "sparc3"  # in transformers' registry
@@ -147,10 +151,87 @@ def keep_neurons(experts: nn.Module, kept_EW: Tensor) -> None:
     experts.gate_up_proj = nn.Parameter(torch.cat([gate, up], 1), fused.requires_grad)
     experts.down_proj = nn.Parameter(back, down.requires_grad)
     experts.intermediate_dim = kept_EW.shape[1]
+    _open_again(experts, number)
+
+
+def keep_experts(experts: nn.Module, router: nn.Module, kept: Tensor) -> None:
+    """Leaves only some experts of a decoder layer: their matrices, and their rows of the router.
+
+    How many a token goes to is not changed here, nor is what else of the model counts experts.
+
+    Args:
+        experts: Open; its parameters are replaced by smaller ones.
+        router: What chooses among them; likewise.
+        kept: Those that stay, ascending.
+    """
+    number = experts.down_proj.shape[0]
+    for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (router, "weight")):
+        parameter = getattr(module, name)
+        rows = parameter.detach()[kept.to(parameter.device)]
+        setattr(module, name, nn.Parameter(rows, parameter.requires_grad))
+    _open_again(experts, number)
+
+
+def _open_again(experts: nn.Module, number: int) -> None:
+    """Makes the layers anew after the parameters were replaced; ``number`` experts were open."""
     for e in range(number):
         del experts._modules[str(e)]
     experts.config._experts_implementation_internal = getattr(experts.config, _BASE)
     _open(experts)
+
+
+# --- experts that no token may go to ----------------------------------------------------------------------------------
+
+
+class _Rerouted:
+    """The forward pass of a router that has fewer rows: it chooses, and weighs, as if the others had never been."""
+
+    def __init__(self, router: nn.Module, routes_E: Tensor) -> None:
+        self.router, self.routes_E = router, routes_E
+        self.before = vars(router).get("forward")
+        """The forward pass that the instance had of its own."""
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the experts that are left ``[N, kept]``, and of each token its weights and experts ``[N, K]``."""
+        kept = self.routes_E.nonzero().flatten().to(self.router.weight.device)
+        smaller = copy.copy(self.router)
+        smaller.__dict__["_parameters"] = {**self.router._parameters, "weight": self.router.weight[kept]}
+        smaller.num_experts, smaller.top_k = len(kept), min(self.router.top_k, len(kept))
+        logits, weights, chosen = type(self.router).forward(smaller, hidden_states)
+        return logits, weights, kept[chosen]
+
+
+def routes(router: nn.Module) -> Tensor:
+    """Whether tokens may go to each expert: ``[E]``, 1 or 0."""
+    own = vars(router).get("forward")
+    return own.routes_E.clone() if isinstance(own, _Rerouted) else torch.ones(router.weight.shape[0])
+
+
+def set_routes(router: nn.Module, routes_E: Tensor) -> None:
+    """Lets tokens go only to the experts that have a 1; all ones leave nothing behind.
+
+    What the router computes is bit for bit what one computes that has only these rows. Its weight stays as it is.
+
+    Raises:
+        InputError: if no expert is left, or nothing is known of how this router chooses.
+    """
+    if not bool(routes_E.any()):
+        raise InputError("no expert of a layer would be left to send tokens to; choose fewer")
+    if not hasattr(router, "top_k"):
+        raise InputError(f"nothing is known of how a {type(router).__name__} chooses experts; use edit=zero")
+    if isinstance(own := vars(router).get("forward"), _Rerouted):
+        del router.forward
+        if own.before is not None:
+            router.forward = own.before
+    if not bool(routes_E.all()):
+        router.forward = _Rerouted(router, routes_E)
+
+
+def closed_routes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The ``routes`` of every router that has experts to which no token may go, by name."""
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), _Rerouted):
+            yield f"{name}.routes", routes(module)
 
 
 def is_open(experts: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from sparc3_pl.runtime.collectives import is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from sparc3_pl.model.experts import closed_routes
 from sparc3_pl.model.source import ModelSource
 
 __all__ = ["describe", "differing_config", "fingerprint", "model_config"]
@@ -69,6 +70,7 @@ def _state(model: nn.Module) -> tuple[Any, ...] | None:
         whole_words = bits[:even].view(torch.int64) if bits.storage_offset() % 8 == 0 else bits[:even]
         sums = [int(part.sum(dtype=torch.int64)) for part in (whole_words, bits[even:])]
         state.append((name, value.dtype, tuple(value.shape), value.data_ptr(), parameter._version, *sums))
+    state += [(name, *routes.tolist()) for name, routes in closed_routes(model)]
     return tuple(state)
 
 
@@ -115,7 +117,11 @@ _NOT_COMPUTING_ENDINGS = ("_token_id", "dropout", "_pdrop")
 
 
 def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, by name; a value offloaded to CPU or disk is fetched while it is used."""
+    """Every parameter once, by name; a value offloaded to CPU or disk is fetched while it is used.
+
+    Where an edit has taken experts out of the routing, what it has done there is one of the values.
+    """
+    yield from closed_routes(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             yield name, whole(parameter)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import Group, Part
-from sparc3_pl.model.experts import open_experts
+from sparc3_pl.model.experts import open_experts, routes
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
 from sparc3_pl.model.structure import linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen
@@ -198,7 +198,14 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
             _check_writable(modules, name)
         chosen = Chosen(layer, parts, entries.score, entries.factor, plan.means.get(layer))
         changes += edit.changes(model, chosen)
-    return _each_entry_once(changes)
+    changes = _each_entry_once(changes)
+    for part in (change.part for change in changes if change.part.where == "routes"):
+        _check_writable(modules, part.layer)
+        if part.count == len(routes(modules[part.layer])):
+            raise InputError(
+                f"the plan takes all {part.count} experts of {part.layer} out of the routing; choose fewer"
+            )
+    return changes
 
 
 def _check_fingerprint(model: nn.Module, plan: PrunePlan) -> None:

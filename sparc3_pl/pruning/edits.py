@@ -6,7 +6,8 @@ An edit is given the parts of a layer's chosen components (``components.py``) an
 * ``scale``: the entries that read the component are multiplied by alpha, which scales its contribution whatever its
   activation function. Where nothing reads it (a row of any other layer, a single weight), its own entries are;
 * ``mean``: as ``zero``, and the component's mean activation times what reads it is added to the reader's bias;
-* ``gains``: as ``scale``, with a factor for each component (``gains.py``).
+* ``gains``: as ``scale``, with a factor for each component (``gains.py``);
+* ``remove``: whole experts of a mixture are taken out of the routing: the router chooses among the others.
 """
 
 import math
@@ -14,21 +15,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Part
-from sparc3_pl.model.experts import is_routed
-from sparc3_pl.model.structure import mlps
+from sparc3_pl.model.experts import is_routed, router_of
+from sparc3_pl.model.structure import features, mlps, module_name
 from sparc3_pl.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["EDITS", "Change", "Chosen", "Edit", "Mean", "Scale", "Zero", "mean_activations"]
+__all__ = ["EDITS", "Change", "Chosen", "Edit", "Mean", "Remove", "Scale", "Zero", "mean_activations"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Chosen:
 
 class Edit(ABC):
     """A kind of edit. Arguments are the fields of a dataclass."""
+
+    only_for: ClassVar[str | None] = None
+    """The one kind of component that it is for; None: any."""
 
     @abstractmethod
     def changes(self, model: nn.Module, chosen: Chosen) -> list[Change]:
@@ -156,6 +160,29 @@ class Mean(Edit):
         return Change(Part(part.layer, "bias", every, torch.zeros_like(every), "reads"), added=shift)
 
 
+@dataclass(frozen=True)
+class Remove(Edit):
+    """Experts are taken out of the routing: tokens go to the others, whose weights the router sets as if these had
+    never been. ``zero`` leaves them to be chosen, and then they add nothing.
+    """
+
+    only_for = "expert"
+
+    def changes(self, model: nn.Module, chosen: Chosen) -> list[Change]:
+        block, _, number = chosen.layer.removesuffix(".down_proj").rpartition(".")
+        reads = next((part for part in chosen.parts if part.role == "reads"), None)
+        layer = model.get_submodule(chosen.layer)
+        if reads is None or not is_routed(layer) or reads.layer != chosen.layer or reads.count != features(layer)[1]:
+            raise InputError(f"edit=remove is for whole experts, and {chosen.layer} is none; use zero or scale")
+        if (router := router_of(model, block)) is None:
+            raise InputError(f"edit=remove: the router of {block} is unknown; use edit=zero")
+        expert = torch.tensor([int(number)])
+        return [Change(Part(module_name(model, router), "routes", expert, torch.zeros_like(expert)), 0.0)]
+
+    def participle(self) -> str:
+        return "taken out of the routing"
+
+
 def contributing(parts: Sequence[Part]) -> list[Part]:
     """The entries that carry what components contribute: those that read them, or their own if nothing does."""
     return [part for part in parts if part.role == "reads"] or list(parts)
@@ -168,6 +195,7 @@ EDITS: Registry[Edit] = Registry(
         "zero": f"{__name__}.Zero",
         "scale": f"{__name__}.Scale",
         "mean": f"{__name__}.Mean",
+        "remove": f"{__name__}.Remove",
         "gains": "sparc3_pl.pruning.gains.Gains",
     },
 )

@@ -201,7 +201,7 @@ class PrunePlan(_About, Shown):
         num_weights: Number of chosen single weights.
         num_candidates: How many the choice was made from.
         contrast: What the choice is by (``contrast.py``).
-        edit: ``zero``, ``scale``, ``mean``, ``gains``, or a class path.
+        edit: ``zero``, ``scale``, ``mean``, ``gains``, ``remove``, or a class path.
         alpha: Factor of ``scale``.
         control: The control that the plan is, or None.
         seed: Seed of the control.

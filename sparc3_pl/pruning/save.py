@@ -1,4 +1,4 @@
-"""Saving a pruned model so that plain transformers loads it, and really removing neurons."""
+"""Saving a pruned model so that plain transformers loads it, and really removing neurons and experts."""
 
 import copy
 import logging
@@ -15,26 +15,27 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
-from sparc3_pl.model.components import Neuron
-from sparc3_pl.model.experts import experts_modules, is_routed, keep_neurons
+from sparc3_pl.model.components import Neuron, WholeExpert
+from sparc3_pl.model.experts import experts_modules, is_routed, keep_experts, keep_neurons, router_of
 from sparc3_pl.model.loading import auto_class
 from sparc3_pl.model.patching import swapped
-from sparc3_pl.model.structure import MLP, mlps, weight_matrix
+from sparc3_pl.model.structure import MLP, mlps, module_name, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
-from sparc3_pl.pruning.edits import Mean, Zero
+from sparc3_pl.pruning.edits import Mean, Remove, Zero
 from sparc3_pl.pruning.gains import Gains
 from sparc3_pl.pruning.plan import PrunePlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KIND", "SavedModel", "save_pruned", "save_shrunk", "shrink"]
+__all__ = ["KIND", "SavedModel", "check_shape", "save_pruned", "save_shrunk", "shrink"]
 
 log = logging.getLogger(__name__)
 
 KIND = FolderKind("a pruned model", "pruned_model.json", (), lambda marker: marker["files"], names_are_utf8=True)
 """Known by a file of its own: a plan may lie in any folder."""
 
+_NUMBER_KEYS = ("num_experts", "num_local_experts")
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_embed_dim", "inner_dim")
 # How far logits may differ, as a share of the largest. Weights must be equal bit for bit; but a matrix product can
 # round differently at another address in memory, sums are shorter once neurons are gone, and a model cast to 16 bit in
@@ -53,7 +54,7 @@ class SavedModel:
         max_difference: Largest difference between the logits of the reloaded model and of the pruned one in memory.
         parameters: Number of parameters before and after.
         bytes: Their size before and after.
-        done: What was done to the chosen: ``neurons zeroed``.
+        done: What was done to the chosen: ``neurons zeroed``; of a smaller model, what was removed and from where.
         zeros: Share of the parameters that are zero.
     """
 
@@ -69,7 +70,7 @@ class SavedModel:
         """What became of the model, in words."""
         if self.parameters[0] == self.parameters[1]:
             return f"same size: {self.done}, {self.zeros:.1%} of all parameters are zero"
-        return "smaller: the neurons are removed from the matrices"
+        return f"smaller: {self.done}"
 
     def __str__(self) -> str:
         (before, after), (old, new) = self.parameters, self.bytes
@@ -102,8 +103,10 @@ def save_pruned(
         overwrite: Whether an earlier pruned model there may be replaced.
 
     Raises:
-        InputError: if the plan does not fit the model, or the folder is taken or cannot be written.
+        InputError: if the plan does not fit the model or takes experts out of the routing, or the folder is taken or
+            cannot be written.
     """
+    check_shape(plan, shrunk=False)
     with pruned(model, plan):
         size = (_parameters(model), _parameters(model))
         return _save(model, model, tokenizer, plan, folder, overwrite, size)
@@ -116,9 +119,10 @@ def save_shrunk(
     folder: str | Path,
     overwrite: bool = False,
 ) -> SavedModel:
-    """As ``save_pruned``, with the neurons really removed (``shrink``): a smaller model.
+    """As ``save_pruned``, with the neurons or experts really removed (``shrink``): a smaller model.
 
-    Sums over fewer terms round differently, so its logits are close to those of the zeroed model, not equal.
+    Without neurons sums have fewer terms and round differently, so that its logits are close to those of the zeroed
+    model, not equal.
 
     Raises:
         InputError: as ``save_pruned`` and ``shrink``.
@@ -130,14 +134,19 @@ def save_shrunk(
 
 
 def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
-    """A copy of ``model`` without the plan's neurons: rows of up and gate and columns of down are gone.
+    """A copy of ``model`` without what the plan removes.
 
-    Architectures have one width for all layers, so the plan must remove the same number of neurons from each MLP.
+    Neurons: rows of up and gate and columns of down are gone; whole experts (``edit=remove``): their matrices, and
+    their rows of the router. Architectures have one width, and one number of experts, for all layers, so the plan must
+    remove the same number from each.
 
     Raises:
         InputError: if the plan does not fit the model, or the architecture does not permit it.
     """
-    planned_changes(model, plan)
+    check_shape(plan, shrunk=True)
+    changes = planned_changes(model, plan)
+    if isinstance(plan.load_edit(), Remove):
+        return _without_experts(model, {change.part.layer: change.part.index for change in changes})
     removed = _removed(model, plan)
     width = next(mlp.width for mlp in mlps(model))
     routed = {is_routed(model.get_submodule(mlp.down)) for mlp in mlps(model)}
@@ -146,7 +155,7 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     if routed == {True}:
         _check_experts_width(model, width - len(next(iter(removed.values()))))
     config_keys = ("moe_intermediate_size", *_WIDTH_KEYS) if routed == {True} else _WIDTH_KEYS
-    key = _width_key(model.config.get_text_config(), width, config_keys)
+    key = _key_of(model.config.get_text_config(), "width", width, config_keys, (width, None))
     with pruned(model, plan, check_fingerprint=False):  # a mean that is folded into a bias stays
         smaller = copy.deepcopy(model)
     width_left = width - len(next(iter(removed.values())))
@@ -159,16 +168,67 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
     return smaller
 
 
+def check_shape(plan: PrunePlan, shrunk: bool) -> None:
+    """What can be refused before there is a model: an edit that a model of this size cannot hold.
+
+    Args:
+        plan: What is to be saved.
+        shrunk: Whether the saved model is to be smaller.
+
+    Raises:
+        InputError: if neurons are to be removed that the edit leaves in the model in part, or experts left in the model
+            that the edit takes out of the routing.
+    """
+    edit = plan.load_edit()
+    if isinstance(edit, Remove) and not shrunk:
+        raise InputError(
+            "edit=remove takes experts out of the routing, which no saved weight says; save with --shrink, which takes "
+            "them and their rows of the router out of the model"
+        )
+    if not shrunk or isinstance(edit, Remove):
+        return
+    components = set(plan.load_components().values())
+    all_zero = isinstance(edit, Gains) and not any(one.factor.any() for one in plan.entries.values())
+    are_neurons = all(isinstance(component, Neuron) for component in components)
+    if not are_neurons or not (isinstance(edit, Zero | Mean) or all_zero):
+        are_experts = all(isinstance(component, WholeExpert) for component in components)
+        way_out = "make the plan with edit=remove" if are_experts else "save without shrink"
+        raise InputError(
+            "shrink removes neurons by edit=zero or mean (or gains of 0), or whole experts by edit=remove, but the "
+            f"plan is for {plan.unit} with edit={plan.edit}; {way_out}"
+        )
+
+
+def _without_experts(model: "PreTrainedModel", gone: dict[str, Tensor]) -> "PreTrainedModel":
+    """A copy of ``model`` without the experts that are ``gone``, which are given by their router's name."""
+    routers = {name: module_name(model, router_of(model, name)) for name in experts_modules(model)}
+    number = next(iter(experts_modules(model).values())).down_proj.shape[0]
+    counts = sorted({len(gone.get(router, _NONE)) for router in routers.values()})
+    if len(counts) > 1:
+        raise InputError(
+            f"shrink needs the same number of experts gone from each layer, but the plan removes {counts[0]} to "
+            f"{counts[-1]}; make the plan with --shrink, over all layers, which chooses layer by layer"
+        )
+    config, left = model.config.get_text_config(), number - counts[0]
+    key = _key_of(config, "number of experts", number, _NUMBER_KEYS, (number,))
+    at_once = config.num_experts_per_tok
+    smaller = copy.deepcopy(model)
+    for name, router in routers.items():
+        kept = torch.tensor(sorted(set(range(number)) - set(gone[router].tolist())))
+        keep_experts(smaller.get_submodule(name), smaller.get_submodule(router), kept)
+    config = smaller.config.get_text_config()
+    setattr(config, key, left)
+    config.num_experts_per_tok = min(at_once, left)
+    for module in smaller.modules():  # what the config says is also kept here and there
+        for attribute in ("num_experts", "num_experts_per_tok", "top_k"):
+            before, after = (number, left) if attribute == "num_experts" else (at_once, min(at_once, left))
+            if vars(module).get(attribute) == before:
+                setattr(module, attribute, after)
+    return smaller
+
+
 def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
     """Neurons to remove by up-projection; the same number everywhere."""
-    are_neurons = all(isinstance(component, Neuron) for component in plan.load_components().values())
-    edit = plan.load_edit()
-    all_zero = isinstance(edit, Gains) and not any(one.factor.any() for one in plan.entries.values())
-    if not are_neurons or not (isinstance(edit, Zero | Mean) or all_zero):
-        raise InputError(
-            f"shrink removes neurons by edit=zero or mean (or gains of 0), but the plan is for {plan.unit} with "
-            f"edit={plan.edit}; save without shrink"
-        )
     blocks = mlps(model)
     if strange := set(plan.entries) - {mlp.up for mlp in blocks}:
         raise InputError(
@@ -198,13 +258,15 @@ def _check_experts_width(model: nn.Module, width: int) -> None:
         )
 
 
-def _width_key(config: "PretrainedConfig", width: int, keys: Sequence[str] = _WIDTH_KEYS) -> str:
-    """The key of the configuration that holds the MLPs' width (GPT-2: ``n_inner``, None for 4 * hidden size)."""
+def _key_of(
+    config: "PretrainedConfig", what: str, size: int, keys: Sequence[str], values: tuple[int | None, ...]
+) -> str:
+    """The key of the configuration that holds a size (GPT-2's width: ``n_inner``, None for 4 * hidden size)."""
     for key in keys:
-        if key in config.to_dict() and getattr(config, key) in (width, None):
+        if (key in config.to_dict() or key in config.attribute_map) and getattr(config, key) in values:
             return key
     raise InputError(
-        f"shrink: no key of the {config.model_type} configuration holds the width {width} (looked for "
+        f"shrink: no key of the {config.model_type} configuration holds the {what} {size} (looked for "
         f"{', '.join(keys)}), so the architecture does not permit it; save without shrink"
     )
 
@@ -270,6 +332,10 @@ def _save(
         plan.save(temporary / "plan.json")
         difference = _compare(temporary, model, reference)
         title = f"{plan.unit} {plan.load_edit().participle()}"
+        if before != after:
+            title = "the neurons are removed from the matrices"
+            if isinstance(plan.load_edit(), Remove):
+                title = "the experts are removed, and their rows of the routers"
         result = SavedModel(Path(folder), difference, (before, after), (old, new), title, _zeros(model))
         write_text(temporary / "README.md", _model_card(model, plan, result))
         listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}

@@ -81,6 +81,8 @@ def make_plan(
     steps = Control(seed) if control is None else _seeded(control, seed)
     given, general = general, _general_side(kind, steps, protect, general, behaviour)
     general, behaviour = steps.sides(general, behaviour)
+    if change.only_for is not None and (kinds := Scores.of(general, layers).granularity) != change.only_for:
+        raise InputError(f"edit={EDITS.name_of(change)} is for {change.only_for} scores, and these are of {kinds}s")
     left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
     sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
     if control is None:

@@ -114,7 +114,8 @@ def prune(
             factors, dealt at random to the components of each layer). none: no control.
         seed: Seed for drawing the control, and the samples for edit=mean.
         edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer);
-            gains (multiply each by a factor of its own, by contrast=budget or expertise); or the class path of an Edit.
+            remove (whole experts: the router chooses among the others); gains (multiply each by a factor of its own, by
+            contrast=budget or expertise); or the class path of an Edit.
         alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
         budget: For edit=gains: by how much the perplexity of held-back text may rise; 0.01 is 1 %. A search finds how
             far the edit may go; the text whose perplexity rises most decides. Not to be confused with budgets, shares
@@ -131,7 +132,8 @@ def prune(
         save_model: Folder to write the pruned model to, for transformers' from_pretrained.
         push_to_hub: ORG/NAME on the hub to upload the folder of save_model to, model card included; a new repository is
             private. Needs a token that may write: HF_TOKEN, `hf auth login`, or asked for on a terminal.
-        shrink: Really remove the neurons: the same number from each layer. The saved model is smaller.
+        shrink: Really remove the neurons, or whole experts with their rows of the routers (edit is then remove): the
+            same number from each layer. The saved model is smaller.
         keep_values: Keep the removed values beside the plan, so that a saved model can be reverted.
         pretrained: The model (hub id, folder, FILE.gguf). Default: the one that was scored.
         dtype: Number format in which the model is loaded and saved; auto is the checkpoint's own.
@@ -147,7 +149,7 @@ def prune(
         InputError: If an argument is wrong, scores cannot be compared, the plan does not fit the model, or the output
             is taken. Nothing is written then.
     """
-    from sparc3_pl.pruning.edits import EDITS
+    from sparc3_pl.pruning.edits import EDITS, Remove
     from sparc3_pl.selection.choose import make_dose, make_plan
 
     change = EDITS.make(_scaled(edit, alpha))
@@ -160,6 +162,8 @@ def prune(
     check_windows(budget_text or (), budget_windows, budget_length)
     folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
+    if shrink and edit == "zero" and all(folder.manifest.granularity == "expert" for folder in sides[0] or sides[1]):
+        change = Remove()  # a zeroed expert would still be chosen by its router, which a smaller model cannot do
     scope = _scope(scope, pattern, shrink)
     contrast = _with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour})
     contrast = _with(contrast, "budget", {"gains_range": gains_range})
@@ -182,6 +186,12 @@ def prune(
         plan = make_plan(*sides, **choice, edit=change)
     if shrink:
         _check_shrinkable(plan)
+    if save_model:
+        from sparc3_pl.pruning.save import check_shape
+
+        check_shape(plan, shrink)
+    if keep_values and plan.edit == "remove":
+        raise InputError("edit=remove replaces no value that could be kept; leave out keep_values")
     if save_model or keep_values or plan.edit == "mean":
         if model is None or encoder is None:
             model, encoder = _load(plan, pretrained, dtype, trust_remote_code)

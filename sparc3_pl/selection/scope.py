@@ -9,6 +9,8 @@ their values, or, for single weights, masks.
 | ``layer`` | those of a layer | the same number in every layer, or ``round(share * layer)`` |
 | ``row`` | the weights of an output row | ``int(share * inputs)`` of every row (Wanda: arXiv 2306.11695) |
 | ``pattern`` | m consecutive weights of a row | ``n:m``: n of every m stay (Mishra et al., arXiv 2104.08378) |
+
+The layer of a whole expert is the decoder layer, among whose experts its router chooses.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +23,7 @@ from typing import Any, ClassVar
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.registry import Registry
+from sparc3_pl.selection.budgets import block_of
 from sparc3_pl.selection.contrast import Side
 from sparc3_pl.selection.lowest import (
     Masks,
@@ -136,16 +139,17 @@ class LayerScope(Scope):
     takes_budgets = True
 
     def select(self, passes: Passes, side: Side, amount: Amount) -> Selection:
-        counts = self._counts(side, amount)
+        counts, places = self._counts(side, amount), _places(side)
         chosen: Selection = {}
-        for layer, blocks in groupby(passes(), key=attrgetter("layer")):
-            whole = joined(list(blocks))
-            if layer not in counts:
+        for place, blocks in groupby(passes(), key=lambda block: places[block.layer]):
+            of_layers = groupby(blocks, key=attrgetter("layer"))
+            whole = [joined(list(of_layer)) for _, of_layer in of_layers]
+            if place not in counts:
                 continue
             try:
-                chosen |= select_lowest(lambda whole=whole: iter([whole]), counts[layer])
+                chosen |= select_lowest(lambda whole=whole: iter(whole), counts[place])
             except TooFewCandidates as error:
-                raise TooFewCandidates(counts[layer], error.available, f"layer {layer}: ") from None
+                raise TooFewCandidates(counts[place], error.available, f"layer {place}: ") from None
         return chosen
 
     def masks(self, passes: Passes, side: Side, amount: Amount) -> Masks:
@@ -154,7 +158,11 @@ class LayerScope(Scope):
 
     def _counts(self, side: Side, amount: Amount) -> dict[str, int]:
         """How many of each layer, for the layers of which any are chosen."""
-        widths = _sizes(side)
+        places, sizes = _places(side), _sizes(side)
+        widths, wanted = dict.fromkeys(places.values(), 0), dict.fromkeys(places.values(), 0.0)
+        for layer, size in sizes.items():
+            widths[places[layer]] += size
+            wanted[places[layer]] += 0 if amount.number is not None else amount.share_of(layer) * size
         depth, width = len(widths), min(widths.values())
         if amount.number is not None and (amount.number % depth or amount.number >= width * depth):
             near = max(1, min(round(amount.number / depth), width - 1)) * depth
@@ -163,12 +171,24 @@ class LayerScope(Scope):
             )
         if amount.number is not None:
             return dict.fromkeys(widths, amount.number // depth)
-        shares = {layer: amount.share_of(layer) for layer in widths}
-        counts = {layer: max(1, round(share * widths[layer])) for layer, share in shares.items() if share}
+        counts = {layer: max(1, round(number)) for layer, number in wanted.items() if number}
         for layer, count in counts.items():
             if count >= widths[layer]:
-                raise InputError(f"share={shares[layer]} leaves nothing of layer {layer}; lower it or narrow layers")
+                share = wanted[layer] / widths[layer]
+                raise InputError(f"share={share:g} leaves nothing of layer {layer}; lower it or narrow layers")
         return counts
+
+
+def _places(side: Side) -> dict[str, str]:
+    """By layer, the place within which its components compete: the layer itself.
+
+    Of whole experts each has its score at a layer of its own: they compete within their decoder layer.
+    """
+    sizes = _sizes(side)
+    if any(size > 1 for size in sizes.values()):
+        return {layer: layer for layer in sizes}
+    blocks = {layer: block_of(layer) or layer for layer in sizes}
+    return blocks if len(set(blocks.values())) < len(blocks) else {layer: layer for layer in sizes}
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,20 @@ import copy
 import pytest
 import torch
 from plans import plan_for, same_bits, state
+from score_folders import write
 from tiny_models import MIXTURES, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.experts import experts_modules, is_routed, open_experts, router_of
-from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_skeleton
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import features, linear_layers, mlps, weight_matrix
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
+from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.pruning.save import save_pruned, save_shrunk
+from sparc3_pl.selection.command import prune
 
 IDS = tokens(2, 9)
 BLOCK = {"mixtral": "mlp", "granitemoe": "block_sparse_moe"}
@@ -143,6 +146,118 @@ def test_shrinking_needs_the_same_number_of_each_expert(tmp_path):
     with pytest.raises(InputError, match="the same number of neurons gone from each layer"):
         save_shrunk(model, None, plan_for(model, [("model.layers.0.mlp.experts.1", 3)]), tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+# --- whole experts ----------------------------------------------------------------------------------------------------
+
+GONE = {0: (1,), 1: (3,)}  # by decoder layer
+
+
+def experts_plan(model, gone=GONE, edit="remove"):
+    open_experts(model)
+    names = list(experts_modules(model))
+    neurons = [PlannedNeuron(f"{names[i]}.{e}.down_proj", 0, -1.0) for i, those in gone.items() for e in those]
+    about = {"pretrained": "demo", "revision": None, "fingerprint": fingerprint(model), "dtype": "float32"}
+    return PrunePlan(entries=entries_of(neurons), model=about, granularity="expert", edit=edit)
+
+
+def without(model, family, gone):
+    """A model made from a config with fewer experts, given the rows of the others."""
+    left = 4 - len(gone[0])
+    key = "num_experts" if "num_experts" in MIXTURES[family] else "num_local_experts"
+    other = tiny(family, **{key: left, "num_experts_per_tok": min(2, left)})
+    values = state(model)
+    for i, those in gone.items():
+        kept = [e for e in range(4) if e not in those]
+        for name in values:
+            if name.startswith(f"model.layers.{i}.") and values[name].shape[0] == 4:
+                values[name] = values[name][kept]
+    other.load_state_dict(values)
+    return other
+
+
+@pytest.mark.parametrize("gone", [GONE, {0: (0, 1, 3), 1: (1, 2, 3)}], ids=["one", "all but one"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_are_removed_might_never_have_been(family, gone, tmp_path):
+    """The edit in memory, the saved model, and one that was made smaller from the first give the same logits."""
+    model = tiny(family)
+    before, whole, plan = state(model), logits(model), experts_plan(model, gone)
+    with pruned(model, plan):
+        edited = logits(model)
+    assert torch.equal(edited, logits(without(model, family, gone)))
+    result = save_shrunk(model, None, plan, tmp_path / "m")
+    assert str(result).startswith(f"{tmp_path / 'm'}: smaller")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert torch.equal(logits(loaded), edited)
+    assert loaded.config.num_experts_per_tok == min(2, 4 - len(gone[0]))
+    assert result.parameters[0] - result.parameters[1] == 2 * len(gone[0]) * (3 * 12 * 32 + 32)
+    # nothing is left behind, and silencing the same experts is something else
+    assert same_bits(state(model), before)
+    assert torch.equal(logits(model), whole)
+    with pruned(model, experts_plan(model, gone, edit="zero")):
+        assert float((logits(model) - edited).abs().max()) > 0.01
+
+
+def test_a_model_with_removed_experts_has_another_fingerprint():
+    model = tiny("mixtral")
+    before = fingerprint(model)
+    with pruned(model, experts_plan(model)):
+        during = fingerprint(model)
+        with pytest.raises(InputError, match="this model's weights are"):
+            apply_plan(model, experts_plan(tiny("mixtral")))
+    assert during != before
+    assert fingerprint(model) == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_cannot_be_removed_is_refused(tmp_path):
+    model = tiny("olmoe")
+    before = state(model)
+    with pytest.raises(InputError, match=r"all 4 experts of model\.layers\.0\.mlp\.gate out of the routing"):
+        apply_plan(model, experts_plan(model, {0: (0, 1, 2, 3)}))
+    with pytest.raises(InputError, match=r"the same number of experts gone from each layer.* removes 0 to 2"):
+        save_shrunk(model, None, experts_plan(model, {0: (0, 1)}), tmp_path / "m")
+    with pytest.raises(InputError, match="no saved weight says; save with --shrink"):
+        save_pruned(model, None, experts_plan(model), tmp_path / "m")
+    with pytest.raises(InputError, match="the plan is for experts with edit=zero; make the plan with edit=remove"):
+        save_shrunk(model, None, experts_plan(model, edit="zero"), tmp_path / "m")
+    with pytest.raises(InputError, match=r"edit=remove is for whole experts, and .*experts\.0 is none"):
+        apply_plan(model, plan_for(model, edit="remove"))
+    assert same_bits(state(model), before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_chooses_experts_layer_by_layer(tmp_path, capsys):
+    """The two lowest of each layer, though all of the first layer's are lower than the second's."""
+    model = tiny("granitemoe")
+    model.save_pretrained(tmp_path / "model")
+    open_experts(model)
+    names = [f"{name}.{e}.down_proj" for name in experts_modules(model) for e in range(4)]
+    values = dict(zip(names, map(torch.tensor, [[1.0], [4.0], [2.0], [3.0], [9.0], [5.0], [8.0], [7.0]]), strict=True))
+    about = describe(model, ModelSource(str(tmp_path / "model")))
+    folder = write(tmp_path / "scores", values, granularity="expert", model=about)
+    common = {"general": [str(folder.path)], "contrast": "general", "output": str(tmp_path / "plan.json")}
+    result = prune(**common, share=0.5, shrink=True, save_model=str(tmp_path / "small"))
+    assert result.plan.edit == "remove"
+    assert [neuron.layer for neuron in result.plan.neurons] == [names[i] for i in (0, 2, 5, 7)]
+    assert "smaller" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert loaded.model.layers[0].block_sparse_moe.router.weight.shape == (2, 32)
+    with pytest.raises(InputError, match="not the same number in each of 2 layers"):
+        prune(**common | {"output": str(tmp_path / "p")}, num_neurons=3, scope="layer")
+    for wrong, match in (
+        ({"edit": "remove", "save_model": str(tmp_path / "m")}, "save with --shrink"),
+        ({"edit": "remove", "keep_values": True}, "leave out keep_values"),
+        (
+            {"edit": "zero", "shrink": True, "layers": ["model.layers.0.*"], "save_model": str(tmp_path / "m")},
+            "removes 0 to 2",
+        ),
+    ):
+        with pytest.raises(InputError, match=match):
+            prune(**common | {"output": str(tmp_path / "p")}, share=0.5, **wrong)
+    other = write(tmp_path / "neurons", {"model.layers.0.block_sparse_moe.experts.0": torch.rand(12)})
+    with pytest.raises(InputError, match="edit=remove is for expert scores, and these are of neurons"):
+        prune([str(other.path)], contrast="general", output=str(tmp_path / "p"), num_neurons=1, edit="remove")
 
 
 def test_kept_values_come_back_into_a_reloaded_model(tmp_path):
