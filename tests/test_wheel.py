@@ -1,9 +1,11 @@
 """The wheel works without the repository: all that belongs to it is in it, configurations by name too."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -42,9 +44,8 @@ def _call(hook, folder, out):
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, env=_environment())
 
 
-def _environment(*paths):
-    rest = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return rest | ({"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {})
+def _environment():
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def test_the_wheel_holds_all_of_the_package_and_nothing_else(wheel):
@@ -58,21 +59,42 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     assert wheel.stat().st_size < 10_000_000
 
 
+AS_A_USER = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])  # of the environment only the packages: -S leaves out its link to the repository
+from sparc3_pl.cli import main
+words = ["score", "--config", "sparc3:lrp.yaml", "--config=sparc3:trainer/debug.yaml", "--output", "scores"]
+code = main([*words, "--data.num_samples", "2", "--trainer.accelerator", "cpu"])
+assert main(["score", "--config", "configs/lrp.yaml"]) == 2
+import sparc3_pl
+from sparc3_pl import demo
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.MODEL), AutoTokenizer.from_pretrained(demo.MODEL)
+behaviour = sparc3_pl.score(model, tokenizer, ["You are such a", "Get out"], progress=False)
+plan = sparc3_pl.choose("scores", behaviour, num_neurons=4)
+with sparc3_pl.edited(model, plan):
+    after = sparc3_pl.evaluate(model, tokenizer, text="One, two, three.", progress=False)
+print(json.dumps([code, sparc3_pl.__file__, after.results["plan"]["num_neurons"], main.__module__]))
+"""
+
+
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
+    """By command and from Python, with the repository nowhere to be imported from."""
     site, work = tmp_path / "site", tmp_path / "work"
     zipfile.ZipFile(wheel).extractall(site)
     work.mkdir()
-    words = ["-m", "sparc3_pl.cli", "score", "--config", "sparc3:lrp.yaml", "--config=sparc3:trainer/debug.yaml"]
-    words += ["--output", "scores", "--data.num_samples", "2", "--trainer.accelerator", "cpu"]
+    places = json.dumps([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     done = subprocess.run(
-        [sys.executable, *words], cwd=work, check=True, capture_output=True, text=True, env=_environment(site)
+        [sys.executable, "-S", "-c", AS_A_USER, places], cwd=work, capture_output=True, text=True, env=_environment()
     )
+    assert done.returncode == 0, done.stderr
     assert "neuron scores by lrp: 4 layers of demo" in done.stdout
-    code = "import sparc3_pl; print(sparc3_pl.__file__)"
-    where = subprocess.run(
-        [sys.executable, "-c", code], cwd=work, capture_output=True, text=True, env=_environment(site)
-    )
-    assert where.stdout.startswith(str(site))
+    assert "comes with the package; give --config sparc3:lrp.yaml" in done.stderr
+    code, place, num_neurons, module = json.loads(done.stdout.splitlines()[-1])
+    assert (code, num_neurons) == (0, 4)
+    assert place.startswith(str(site))
+    (entries,) = site.glob("*.dist-info/entry_points.txt")
+    assert f"sparc3 = {module.rpartition('.')[0]}:main" in entries.read_text()  # the program that pip puts on the path
 
 
 def test_configurations_by_name():
@@ -91,6 +113,18 @@ def test_configurations_by_name():
         shipped_config("lpr.yaml")
     with pytest.raises(InputError, match="no such configuration"):
         shipped_config("../pyproject.toml")
+
+
+def test_a_path_of_the_repository_is_told_by_its_name_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, name in (("configs/lrp.yaml", "lrp.yaml"), ("../x/configs/data/c4.yaml", "data/c4.yaml")):
+        with pytest.raises(InputError, match=f"--config {path}: no such file here, .* give --config sparc3:{name}"):
+            with_shipped_configs(["score", "--config", path])
+    others = ["score", "--config=mine.yaml", "--config", "configs/mine.yaml", "configs/lrp.yaml"]
+    assert with_shipped_configs(others) == others  # not the package's: the parser says that it is missing
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "lrp.yaml").touch()
+    assert with_shipped_configs(["score", "--config", "configs/lrp.yaml"])[-1] == "configs/lrp.yaml"
 
 
 def test_an_unknown_name_ends_the_program_with_one_line(capfd):

@@ -23,8 +23,7 @@ def shipped_config(name: str) -> Path:
     Raises:
         InputError: if there is none of this name.
     """
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    folder, names = _shipped()
     if name in names:
         return folder / name
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
@@ -32,17 +31,35 @@ def shipped_config(name: str) -> Path:
     raise InputError(f"--config {PREFIX}{name}: no such configuration comes with the package; {hint}")
 
 
+def _shipped() -> tuple[Path, list[str]]:
+    """The folder of the configurations, and their names."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    return folder, sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+def _require_file(path: str) -> None:
+    """Refuses a file that is not here but comes with the package, as ``configs/lrp.yaml`` without the repository."""
+    name = path.rpartition("configs/")[2]
+    if not Path(path).exists() and name in _shipped()[1]:
+        raise InputError(
+            f"--config {path}: no such file here, but it comes with the package; give --config {PREFIX}{name}"
+        )
+
+
 def with_shipped_configs(words: Sequence[str]) -> list[str]:
     """A command line in which the names of shipped configurations are replaced by their paths.
 
     Raises:
-        InputError: as ``shipped_config``.
+        InputError: as ``shipped_config``, and for a file that is not here where the package has one of its name.
     """
     located, before = [], ""
     for word in words:
         option, _, value = word.rpartition("=")
-        if value.startswith(PREFIX) and "--config" in (option, "" if option else before):
-            word = f"{option}{'=' if option else ''}{shipped_config(value.removeprefix(PREFIX))}"
+        if "--config" in (option, "" if option else before):
+            if value.startswith(PREFIX):
+                word = f"{option}{'=' if option else ''}{shipped_config(value.removeprefix(PREFIX))}"
+            else:
+                _require_file(value)
         located.append(word)
         before = word
     return located
