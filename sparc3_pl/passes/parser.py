@@ -143,12 +143,30 @@ class OneLineErrors:
             if settings.setdefault(short, value) != value:
                 raise TypeError(f'Parser key "{key}": is {value!r}, but {short} is {settings[short]!r}; give only one')
 
+    def _require_known(self, settings: dict[str, Any], within: str = "") -> None:
+        """Refuses unknown keys that hold nothing (``foo: {}``), which jsonargparse passes over.
+
+        Raises:
+            TypeError: for the first of them.
+        """
+        sections = {action.dest for action in self._actions if isinstance(action, _ActionConfigLoad)}
+        keys = {action.dest for action in self._actions}
+        for name, value in settings.items():
+            key = f"{within}.{name}" if within else str(name)
+            if not isinstance(value, dict) or (key in keys and key not in sections):
+                continue
+            if not value and key not in keys and not any(str(other).startswith(f"{key}.") for other in keys):
+                raise TypeError(f"there is no key '{key}'")
+            self._require_known(value, key)
+
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's, of a section that has a file of its own, too.
 
         Raises:
-            TypeError: if such a file holds a key that another key gives.
+            TypeError: if such a file holds a key that another key gives, or there is an unknown key that holds nothing.
         """
+        if isinstance(cfg, dict):
+            self._require_known(cfg, parent_key)
         for key, short in self._linked().items() if isinstance(cfg, dict) else ():
             section, _, name = key.partition(".")
             if section == parent_key and name in cfg:
@@ -264,7 +282,7 @@ def _holds(content: Any, key: str) -> bool:
 def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
     """A parser whose options are the arguments of ``function``, described by its docstring.
 
-    Lists of strings take several words (those of ``folders`` without the option's name), and ``--overwrite`` alone
+    Lists of texts take several words (those of ``folders`` without the option's name), and ``--overwrite`` alone
     means true. The types are resolved here: jsonargparse's own ``add_function_arguments`` would import what the
     function's module imports for type checkers only, transformers among it.
     """
@@ -276,8 +294,8 @@ def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
     for name, parameter in inspect.signature(function).parameters.items():
         required = parameter.default is inspect.Parameter.empty
         options: dict[str, Any] = {"type": hints[name], "help": texts.get(name)}
-        if hints[name] in (list[str], list[str] | None):
-            options |= {"type": str, "nargs": "+"}
+        if (kind := _kind_of_words(hints[name])) is not None:
+            options |= {"type": kind, "nargs": "+"}
         elif hints[name] is bool:
             options |= FLAG
         if name == "folders":
@@ -286,6 +304,13 @@ def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
             default = None if required else parameter.default
             parser.add_argument(f"--{name}", required=required, default=default, **options)
     return parser
+
+
+def _kind_of_words(hint: Any) -> Any:
+    """What each word of a list is that holds texts, perhaps among others; None if the hint is no such list."""
+    kinds = [kind for kind in (get_args(hint) if _is_union(hint) else (hint,)) if kind is not NoneType]
+    element = get_args(kinds[0])[0] if len(kinds) == 1 and get_origin(kinds[0]) is list else None
+    return element if element is str or (_is_union(element) and str in get_args(element)) else None
 
 
 def argument_texts(documented: Any) -> dict[str, str]:

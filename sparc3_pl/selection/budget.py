@@ -30,7 +30,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
 from sparc3_pl.selection.contrast import Contrast, Scores, Side
-from sparc3_pl.selection.lowest import Block, Passes, collect
+from sparc3_pl.selection.lowest import Block, Passes
 
 __all__ = ["Budget", "Fisher", "budget_steps", "fisher_per_token"]
 
@@ -190,9 +190,8 @@ class Budget(Contrast):
         low, high = self._range()
 
         def passes() -> Iterator[Block]:
-            for block in behaviour():
-                start = block.offset - behaviour.span(block.layer)[0]
-                step = steps[block.layer][start : start + len(block.values)]
+            for layer, block in behaviour.in_memory.items():
+                step = steps[layer]
                 allowed = ((step < 0) & (low < 1)) | ((step > 0) & (high > 1))
                 yield replace(block, values=(block.values.double() * step).float(), allowed=allowed)
 
@@ -200,7 +199,7 @@ class Budget(Contrast):
 
     def steps(self, general: Side, behaviour: Side) -> dict[str, Tensor]:
         general, behaviour = self.sides(general, behaviour)
-        costs, derivatives = collect(general), collect(behaviour)
+        costs, derivatives = general.in_memory, behaviour.in_memory
         fisher = torch.cat([block.values for block in costs.values()])
         if not fisher.any():
             raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")

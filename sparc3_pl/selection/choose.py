@@ -19,7 +19,7 @@ from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of,
 from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
 from sparc3_pl.selection.dose import Dose
-from sparc3_pl.selection.lowest import Block, Selection, collect
+from sparc3_pl.selection.lowest import Block, Selection
 from sparc3_pl.selection.scope import SCOPES, Amount, Scope
 from sparc3_pl.selection.sequential import check_sequential
 
@@ -274,7 +274,6 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
     steps = kind.steps(general, behaviour)
     start = {layer: general.span(layer)[0] for layer in general.layers}
     in_order = torch.tensor([float(steps[layer][index - start[layer]]) for layer, index, _ in chosen]).double()
-    costs, derivatives = (collect(side) for side in (general, behaviour))
 
     def at_entries(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
         return {
@@ -286,8 +285,8 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
         plan=plan,
         contrast=kind,
         steps={layer: in_order[entries.rank] for layer, entries in plan.entries.items()},
-        derivatives=at_entries(derivatives) if kind.from_derivatives else None,
-        fisher=at_entries(costs) if getattr(kind, "fisher", False) else None,
+        derivatives=at_entries(behaviour.in_memory) if kind.from_derivatives else None,
+        fisher=at_entries(general.in_memory) if getattr(kind, "fisher", False) else None,
     )
 
 

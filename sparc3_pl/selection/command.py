@@ -13,7 +13,7 @@ from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
-from sparc3_pl.selection.dose import check_windows, held_back, spend
+from sparc3_pl.selection.dose import BudgetSource, check_budget, check_windows, held_back, spend
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def prune(
     edit: Spec = "zero",
     alpha: float | None = None,
     budget: float | None = None,
-    budget_text: list[str] | None = None,
+    budget_text: list[str | dict[str, str | None]] | None = None,
     budget_field: str = "text",
     budget_filter: str | None = None,
     budget_windows: int = 16,
@@ -121,7 +121,8 @@ def prune(
             far the edit may go; the text whose perplexity rises most decides. Not to be confused with budgets, shares
             by layer.
         budget_text: Held-back texts, as data.source: several kinds of text, none of them that of an evaluation. Texts
-            that general scores were made from are left out.
+            that general scores were made from are left out. A hub data set may be given with its keys:
+            {source: allenai/c4, subset: en, split: validation}, also field and filter.
         budget_field: Field of the text in budget_text.
         budget_filter: Condition on a record's fields in budget_text, as data.filter.
         budget_windows: Number of windows of each text.
@@ -155,11 +156,12 @@ def prune(
     change = EDITS.make(_scaled(edit, alpha))
     edit = EDITS.name_of(change)  # however it was given
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
-    _check_budget(edit, budget, budget_text, scale)
+    check_budget(edit, budget, budget_text, scale)
     place = _hub_place(push_to_hub, save_model, overwrite)
     if shrink and budget_text:
         raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
-    check_windows(budget_text or (), budget_windows, budget_length)
+    check_windows(budget_windows, budget_length)
+    held_texts = [BudgetSource.of(text, budget_field, budget_filter) for text in budget_text or ()]
     folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     if shrink and edit == "zero" and all(folder.manifest.granularity == "expert" for folder in sides[0] or sides[1]):
@@ -176,10 +178,7 @@ def prune(
     if edit == "gains" and budget_text and num_weights is None and budgets is None:
         dose = make_dose(*sides, **choice)
         model, encoder = _load(dose.plan, pretrained, dtype, trust_remote_code, device)
-        texts = held_back(
-            budget_text, encoder, folders, text_field=budget_field, condition=budget_filter, num_windows=budget_windows,
-            length=budget_length, seed=seed,
-        )  # fmt: skip
+        texts = held_back(held_texts, encoder, folders, num_windows=budget_windows, length=budget_length, seed=seed)
         plan = spend(dose, model, texts, budget, scale)
     else:
         choice |= {"num_weights": num_weights, "budgets": budgets, "scale": 1.0 if budget else scale}
@@ -255,29 +254,6 @@ def _hub_place(name: str | None, save_model: str | None, overwrite: bool) -> "Hu
     if save_model is None:
         raise InputError(f"push_to_hub={name!r} needs the saved model; give --save_model DIR")
     return HubPlace.open(name, overwrite)
-
-
-def _check_budget(edit: Spec, budget: float | None, budget_text: list[str] | None, scale: float | None) -> None:
-    """What of the budget can be refused before any score is read."""
-    if edit != "gains":
-        settings = {"budget": budget, "budget_text": budget_text, "scale": scale}
-        for name, value in settings.items():
-            if value is not None:
-                raise InputError(f"{name}={value} is for edit=gains, and this is edit={edit}; leave it out")
-        return
-    if (budget is None) == (scale is None):
-        raise InputError(
-            f"edit=gains with budget={budget} and scale={scale}: give one of the two, --budget 0.01 (with "
-            "--budget_text) or --scale"
-        )
-    if budget is not None and not 0 < budget < math.inf:
-        raise InputError(f"budget={budget} is not a rise of perplexity above 0; 0.01 is 1 %")
-    if budget is not None and not budget_text:
-        raise InputError(
-            "budget needs held-back text to measure the rise of perplexity on; give --budget_text FILE ..."
-        )
-    if scale is not None and not 0 < scale < math.inf:
-        raise InputError(f"scale={scale} of edit=gains is not a number above 0; give another")
 
 
 def _check_shrinkable(plan: PrunePlan) -> None:

@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import cached_property
 from statistics import mean
 from typing import Any, ClassVar
 
@@ -83,6 +84,12 @@ class Side(ABC):
         Raises:
             InputError: if it is not known.
         """
+
+    @cached_property
+    def in_memory(self) -> dict[str, Block]:
+        """All scores, a block for each layer, read once: for whoever needs them several times, and not of weights."""
+        assert not self.holds_weights, "single weights are too many to be held in memory"
+        return collect(self)
 
     @property
     def count(self) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +27,19 @@ if TYPE_CHECKING:
     from sparc3_pl.data.encoding import Encoder
     from sparc3_pl.data.samples import Sample
 
-__all__ = ["BudgetText", "Dose", "Search", "TextRise", "check_windows", "held_back", "search_scale", "spend"]
+__all__ = [
+    "BudgetSource",
+    "BudgetText",
+    "Dose",
+    "Search",
+    "SourceSpec",
+    "TextRise",
+    "check_budget",
+    "check_windows",
+    "held_back",
+    "search_scale",
+    "spend",
+]
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +181,62 @@ def search_scale(
 
 # --- held-back text ---------------------------------------------------------------------------------------------------
 
+SourceSpec = str | Mapping[str, str | None]
+"""A source as ``data.source``, alone or with ``subset``, ``split``, ``field`` and ``filter``."""
+
+
+@dataclass(frozen=True)
+class BudgetSource:
+    """Where a kind of held-back text is.
+
+    Attributes:
+        source: As ``data.source``.
+        subset: Configuration of a hub data set.
+        split: Split of a hub data set.
+        field: Field of the text, dots for nesting.
+        filter: As ``data.filter``.
+        listed: Texts that somebody holds in memory; ``source`` is then only their name, and they keep their order.
+    """
+
+    source: str
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    filter: str | None = None
+    listed: Sequence[str | list[int]] | None = None
+
+    @classmethod
+    def of(cls, spec: SourceSpec, field: str = "text", condition: str | None = None) -> Self:
+        """The source that a configuration names.
+
+        Args:
+            spec: As ``data.source``, or with its keys.
+            field: Field of the text where ``spec`` names none.
+            condition: Likewise, the filter.
+
+        Raises:
+            InputError: if a key is unknown, there is no source, or a file is not there.
+        """
+        from sparc3_pl.data.sources import local_source
+
+        given = {"source": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if v is not None}
+        keys = [one.name for one in fields(cls) if one.name != "listed"]
+        if unknown := sorted(given.keys() - set(keys)):
+            raise InputError(f"budget_text: {unknown[0]} is none of a text's keys; they are {', '.join(keys)}")
+        if not given.get("source") or not all(isinstance(value, str) for value in given.values()):
+            raise InputError(
+                f"budget_text={spec!r}: give a source, as data.source, or a mapping with {', '.join(keys)}"
+            )
+        local_source(given["source"], "budget_text")
+        return cls(**({"field": field, "filter": condition} | given))
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        name = Path(self.source).name
+        parts = [part for part in (self.subset, None if self.split == "train" else self.split) if part is not None]
+        return f"{name} ({', '.join(parts)})" if parts else name
+
 
 @dataclass(frozen=True)
 class BudgetText:
@@ -209,29 +276,57 @@ class TextRise:
     num_left_out: int
 
 
-def check_windows(sources: Sequence[str], num_windows: int, length: int | None) -> None:
+def check_budget(edit: str, budget: float | None, budget_text: Sequence[Any] | None, scale: float | None) -> None:
+    """What of a budget, or of the scale in its place, can be refused before any score is read.
+
+    Args:
+        edit: The edit's name; only ``gains`` has a budget.
+        budget: Relative rise of perplexity.
+        budget_text: Held-back texts.
+        scale: In place of the budget.
+
+    Raises:
+        InputError: for the first setting that is wrong.
+    """
+    if edit != "gains":
+        settings = {"budget": budget, "budget_text": budget_text, "scale": scale}
+        for name, value in settings.items():
+            if value is not None:
+                given = name if name == "budget_text" else f"{name}={value}"
+                raise InputError(f"{given} is for edit=gains, and this is edit={edit}; leave it out")
+        return
+    if (budget is None) == (scale is None):
+        raise InputError(
+            f"edit=gains with budget={budget} and scale={scale}: give one of the two, --budget 0.01 (with "
+            "--budget_text) or --scale"
+        )
+    if budget is not None and not 0 < budget < math.inf:
+        raise InputError(f"budget={budget} is not a rise of perplexity above 0; 0.01 is 1 %")
+    if budget is not None and not budget_text:
+        raise InputError(
+            "budget needs held-back text to measure the rise of perplexity on; give --budget_text FILE ..."
+        )
+    if scale is not None and not 0 < scale < math.inf:
+        raise InputError(f"scale={scale} of edit=gains is not a number above 0; give another")
+
+
+def check_windows(num_windows: int, length: int | None) -> None:
     """What of held-back text can be refused before a model is loaded.
 
     Raises:
-        InputError: if there would be no windows, or windows without a token to predict, or a file is not there.
+        InputError: if there would be no windows, or windows without a token to predict.
     """
-    from sparc3_pl.data.sources import local_source
-
     if num_windows < 1:
         raise InputError(f"budget_windows={num_windows}: give at least 1 window of each text")
     if length is not None and length < 2:
         raise InputError(f"budget_length={length}: give at least 2 tokens, of which the first is not predicted")
-    for source in sources:
-        local_source(source, "budget_text")
 
 
 def held_back(
-    sources: Sequence[str],
+    sources: Sequence[BudgetSource],
     encoder: Encoder,
     general: Sequence[ScoreFolder],
     *,
-    text_field: str = "text",
-    condition: str | None = None,
     num_windows: int = 16,
     length: int | None = None,
     seed: int = 0,
@@ -239,11 +334,9 @@ def held_back(
     """Windows of every source, without the texts that general scores were made from.
 
     Args:
-        sources: As ``data.source``.
+        sources: Where the texts are.
         encoder: The model's.
         general: Folders whose texts are left out.
-        text_field: Field of the text.
-        condition: As ``data.filter``.
         num_windows: Windows of each source.
         length: Tokens in a window; None: 1,024, at most the model's context.
         seed: Seed of the shuffle.
@@ -254,7 +347,7 @@ def held_back(
     from sparc3_pl.data.samples import pack_windows
     from sparc3_pl.data.texts import TextQuery
 
-    check_windows(sources, num_windows, length)
+    check_windows(num_windows, length)
     used: set[str] = set()
     for folder in general:
         samples = folder.samples()
@@ -268,8 +361,11 @@ def held_back(
     texts = []
     for source in sources:
         query = TextQuery(
-            source, text_field, condition, seed=seed, prefix="budget_", source_key="budget_text", token_ids=True
-        )
+            source.source, source.field, source.filter, source.split, source.subset, seed, prefix="budget_",
+            source_key="budget_text",
+        )  # fmt: skip
+        if source.listed is not None:
+            query.listed = [{source.field: text} for text in source.listed]
         left_out = 0
 
         def unseen(query: TextQuery = query):
@@ -280,15 +376,14 @@ def held_back(
                 else:
                     yield text
 
-        name = Path(source).name
         try:
-            windows = pack_windows(unseen(), encoder, length, num_windows, name, origins=query.made_from)
+            windows = pack_windows(unseen(), encoder, length, num_windows, source.name, origins=query.made_from)
         except InputError as error:
             reason = f"; {left_out} texts were left out because general scores were made from them" if left_out else ""
             raise InputError(
-                f"budget_text={source!r}, budget_windows={num_windows}, budget_length={length}: {error}{reason}"
+                f"budget_text={source.source!r}, budget_windows={num_windows}, budget_length={length}: {error}{reason}"
             ) from None
-        texts.append(BudgetText(name, windows, left_out))
+        texts.append(BudgetText(source.name, windows, left_out))
     if len({window.id for text in texts for window in text.windows}) < sum(len(text.windows) for text in texts):
         raise InputError("budget_text: two of the texts give the same windows; give each text once")
     return texts
@@ -323,7 +418,7 @@ def spend(
     texts: Sequence[BudgetText],
     budget: float | None,
     scale: float | None = None,
-    applied: Callable[[PrunePlan], AbstractContextManager[Any]] | None = None,
+    tell: Callable[[float], None] = lambda scale: None,
 ) -> PrunePlan:
     """The plan at the scale that the budget allows, with what it costs on every text.
 
@@ -333,7 +428,7 @@ def spend(
         texts: Held-back text.
         budget: Relative rise of perplexity of the dearest text: 0.01 is 1 %. None: ``scale`` is given.
         scale: Instead of a search: measure what this scale costs.
-        applied: Puts a plan in force for the length of a ``with`` block; by default ``pruned``.
+        tell: Is told each scale that was tried.
 
     Raises:
         InputError: if even the smallest scale tried costs more than the budget, or the plan does not fit the model.
@@ -341,7 +436,6 @@ def spend(
     from sparc3_pl.pruning.edit import planned_changes, pruned
 
     planned_changes(model, dose.at(1.0))  # a plan of another model is refused before anything is measured
-    in_force = applied or (lambda plan: pruned(model, plan, check_fingerprint=False))
     losses = _Losses(model, texts)
     before = losses()
     for text, nll in zip(texts, before, strict=True):
@@ -354,8 +448,9 @@ def spend(
     log.info("perplexity of held-back text: %s", perplexities)
 
     def rises_at(scale: float) -> list[float]:
-        with in_force(dose.at(scale)):
+        with pruned(model, dose.at(scale), check_fingerprint=False):
             after = losses()
+        tell(scale)
         rises = [a - b for a, b in zip(after, before, strict=True)]
         if not all(map(math.isfinite, rises)):
             return [math.inf] * len(rises)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.selection.contrast import Contrast, Scores, Side
-from sparc3_pl.selection.lowest import Block, Passes, collect
+from sparc3_pl.selection.lowest import Block, Passes
 
 __all__ = ["Expertise", "aura_steps"]
 
@@ -73,14 +73,14 @@ class Expertise(Contrast):
         self.sides(general, behaviour)
 
         def passes() -> Iterator[Block]:
-            for block in behaviour():
+            for block in behaviour.in_memory.values():
                 yield replace(block, values=-block.values, allowed=block.values > self.threshold)
 
         return passes
 
     def steps(self, general: Side, behaviour: Side) -> dict[str, Tensor]:
         self.sides(general, behaviour)
-        return {layer: aura_steps(block.values) for layer, block in collect(behaviour).items()}
+        return {layer: aura_steps(block.values) for layer, block in behaviour.in_memory.items()}
 
     def factors(self, step: Tensor, scale: float) -> Tensor:
         return torch.clamp(1 + scale * step, min=0.0)

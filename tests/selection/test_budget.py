@@ -10,8 +10,10 @@ from score_folders import write
 from tiny_models import tiny, tokens
 
 from sparc3_pl.cli import main
+from sparc3_pl.data.sources import listed_records
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.passes.parser import function_parser
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan, entries_of
 from sparc3_pl.pruning.save import save_pruned, shrink
@@ -19,7 +21,7 @@ from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
-from sparc3_pl.selection.dose import held_back, search_scale, spend
+from sparc3_pl.selection.dose import BudgetSource, held_back, search_scale, spend
 
 KINDS = {
     "model.layers.0.mlp.up_proj": "neuron",
@@ -483,12 +485,14 @@ def test_the_command_finds_the_scale_that_the_budget_allows(demo_folders, tmp_pa
             return float(model(input_ids=ids, labels=ids).loss)
 
     general = [ScoreFolder.open(folder / "general")]
-    held = held_back(["demo", "demo:text"], encoder, general, num_windows=3, length=64)
+    held = held_back(
+        [BudgetSource.of("demo"), BudgetSource.of("demo:text")], encoder, general, num_windows=3, length=64
+    )
     names = {name for text in held for window in text.windows for name in window.text_ids}
     assert names
     assert plan.budget_samples == sorted(names)
     for source, told in zip(("demo", "demo:text"), gains["texts"], strict=True):
-        (text,) = held_back([source], encoder, general, num_windows=3, length=64)
+        (text,) = held_back([BudgetSource.of(source)], encoder, general, num_windows=3, length=64)
         assert told["num_tokens"] == 3 * 63
         used = {name for sample in general[0].samples() for name in sample.text_ids}
         assert not used & {name for window in text.windows for name in window.text_ids}
@@ -507,11 +511,58 @@ def test_the_command_finds_the_scale_that_the_budget_allows(demo_folders, tmp_pa
     assert other["texts"][0]["nll_before"] == gains["texts"][0]["nll_before"]
 
 
+def test_texts_of_a_budget_have_the_keys_of_other_texts(demo_folders, monkeypatch):
+    """Of a hub data set subset and split are asked for; a text's own field and filter go before those of all."""
+    encoder = demo_folders[2]
+    lines = [{"body": {"text": f"{kind} line {n} of some plain English words"}, "kind": kind} for n in range(90)
+             for kind in ("kept", "left out")]  # fmt: skip
+    asked = []
+
+    def records(source, *, split, subset, seed, key):
+        asked.append((source, split, subset, key))
+        return listed_records(lines, source)
+
+    monkeypatch.setattr("sparc3_pl.data.texts.read_records", records)
+    spec = {"source": "allenai/c4", "subset": "en", "split": "validation", "field": "body.text"}
+    spec["filter"] = 'kind == "kept"'
+    source = BudgetSource.of(spec, "text", "kind == 1")
+    (text,) = held_back([source], encoder, [], num_windows=2, length=32)
+    assert asked == [("allenai/c4", "validation", "en", "budget_text")]
+    assert text.source == "c4 (en, validation)"
+    assert all("left" not in encoder.decode(window.input_ids) for window in text.windows)
+    assert BudgetSource.of("demo", "body.text", "kind == 1") == BudgetSource(
+        "demo", None, "train", "body.text", "kind == 1"
+    )
+    assert BudgetSource.of("demo:text").name == "demo:text"
+
+
+def test_texts_of_a_budget_on_the_command_line():
+    parser = function_parser(prune, "sparc3 prune")
+    given = parser.parse_args(["--budget_text", "web.jsonl", "{source: allenai/c4, subset: en}", "demo:text"])
+    assert given.budget_text == ["web.jsonl", {"source": "allenai/c4", "subset": "en"}, "demo:text"]
+
+
+def test_scores_are_read_once(sides, monkeypatch):
+    """Ranking, steps and predictions need both sides several times."""
+    reads = []
+    blocks, squares = ScoreFolder.blocks, ScoreFolder.load_squares
+    monkeypatch.setattr(
+        ScoreFolder, "blocks", lambda f, layer, *a: reads.append((f.path.name, layer)) or blocks(f, layer, *a)
+    )
+    monkeypatch.setattr(
+        ScoreFolder, "load_squares", lambda f, layer: reads.append((f.path.name, layer)) or squares(f, layer)
+    )
+    make_dose(*sides, num_neurons=9)
+    assert sorted(reads) == sorted((name, layer) for name in ("g0", "g1", "b") for layer in KINDS)
+
+
 def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
     dose = make_dose(*sides, contrast={"class_path": "budget", "init_args": {"gains_range": [0.999, 1.0]}})
-    plan = spend(dose, model, held_back(["demo:text"], encoder, sides[0], num_windows=1, length=64), 0.5)
+    plan = spend(
+        dose, model, held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=1, length=64), 0.5
+    )
     assert not plan.settings["gains"]["reached"]
     assert "the budget of 50.00% was not reached" in plan.warnings[-1]
     assert {n.factor for n in plan.neurons} == {0.999}
@@ -520,7 +571,7 @@ def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
 def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
-    texts = held_back(["demo:text"], encoder, sides[0], num_windows=1, length=64)
+    texts = held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=1, length=64)
     losses = [[math.nan], [1.0], [math.inf]]
     monkeypatch.setattr("sparc3_pl.selection.dose._Losses.__call__", lambda self: losses.pop(0))
     with pytest.raises(InputError, match=r"the model's own loss on .* is nan, so no rise can be measured"):
@@ -551,6 +602,15 @@ def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
         ({"budget": 0.01, "budget_text": ["demo"], "budget_length": 1}, "budget_length=1: give at least 2 tokens"),
         ({"budget": 0.01, "budget_text": ["demo"], "budget_windows": -1}, "budget_windows=-1: give at least 1"),
         ({"budget": 0.01, "budget_text": ["demo", "no/such.jsonl"], "pretrained": "never"}, "no/such.jsonl"),
+        (
+            {"budget": 0.01, "budget_text": ["demo", {"source": "no/such.jsonl"}], "pretrained": "never"},
+            "no/such.jsonl",
+        ),
+        (
+            {"budget": 0.01, "budget_text": [{"source": "a/b", "spilt": "test"}], "pretrained": "never"},
+            "budget_text: spilt is none of a text's keys; they are source, subset, split, field, filter",
+        ),
+        ({"budget": 0.01, "budget_text": [{"subset": "en"}], "pretrained": "never"}, "give a source, as data.source"),
         ({"scale": -1.0, "budget_text": ["demo"], "pretrained": "never"}, "scale=-1.0 of edit=gains"),
         ({"budget": 0.01, "budget_text": ["demo"], "alpha": 0.5}, "edit=gains with alpha=0.5"),
         ({"scale": 1.0, "contrast": "t", "gains_range": [0.0, 2.0]}, "is for contrast=budget"),
@@ -577,4 +637,4 @@ def test_general_folders_must_say_what_they_were_made_from(demo_folders, tmp_pat
     _, _, encoder = demo_folders
     folder = write(tmp_path / "g", {"l": torch.ones(2)})
     with pytest.raises(InputError, match="does not say which texts its samples were made from"):
-        held_back(["demo"], encoder, [folder])
+        held_back([BudgetSource.of("demo")], encoder, [folder])
