@@ -294,14 +294,15 @@ def _progress(name: str) -> Iterator[Callable[[int], None]]:
 
 
 def _write_events(folder: Path, results: CircuitResults) -> None:
-    """The curves as TensorBoard events: step is a fraction in thousandths."""
+    """The curves as TensorBoard events; the step is the number of components of the circuit."""
     from torch.utils.tensorboard import SummaryWriter
 
+    count = sum(results.components["counts"].values())
     with SummaryWriter(str(folder)) as writer:
         for name, arm in results.arms.items():
             for kind, points in (("sufficiency", arm.curve), ("necessity", arm.necessity)):
                 for point in points:
-                    step = round(1000 * point.fraction)
+                    step = point.kept if kind == "sufficiency" else count - point.kept  # those that are removed
                     for figure in ("faithfulness", "logit_difference", "accuracy"):
                         if (value := getattr(point, figure)) is not None:
                             writer.add_scalar(f"{kind}/{figure}/{name}", value, step)

@@ -75,10 +75,21 @@ def test_the_folder_holds_what_was_measured(made, capsys):
     assert float(rows[10]["logit_difference"]) == pytest.approx(value)
     assert (made / "curves.svg").read_text().count("<svg") == 1
     assert json.loads((made / "importances" / "lrp" / "importances.json").read_text())["cfg"]["n_heads"] == 4
-    assert list((made / "tensorboard").iterdir())
     tests, (sets,) = results.pairs["test"], results.pairs["discovery"]
     assert len(tests["sample_ids"]) == len(sets["sample_ids"]) == 12
     assert not set(tests["sample_ids"]) & set(sets["sample_ids"])
+
+
+def test_steps_of_tensorboard_are_numbers_of_components(made):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (made / "tensorboard").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    arm = open_circuit(made).arms["lrp"]
+    for kind, points, steps in (("sufficiency", arm.curve, [5, 28, 56]), ("necessity", arm.necessity, [5, 28, 56])):
+        shown = events.Scalars(f"{kind}/accuracy/lrp")
+        assert [event.step for event in shown] == steps[: len(points)]
+        assert [event.value for event in shown] == pytest.approx([point.accuracy for point in points])
 
 
 def test_scores_and_plans_are_read_by_others(made):
