@@ -64,12 +64,14 @@ class NeutralChanges:
         num_changed: Completions whose text is another one.
         num_completions: Completions that were made and scored on both sides.
         num_dropped: Prompts without such a completion.
+        judges: Of further judges, by name, what ``toxicity`` says of the first.
     """
 
     toxicity: dict[str, dict[str, PairedChange]]
     num_changed: int
     num_completions: int
     num_dropped: int
+    judges: dict[str, dict[str, dict[str, PairedChange]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,12 @@ class Comparison(Shown):
 
     def changes_of_prompts(self) -> dict[str, PairedChange]:
         """Of what judges say of completions, of their fluency, and of completions of neutral prompts."""
-        shown = {}
-        for judge, by_label in {"": self.toxicity, **self.judges}.items():
-            for label, by_figure in by_label.items():
-                title = f"{judge}: {label}" if judge else label
-                shown |= {f"{title}: {name.replace('_', ' ')}": change for name, change in by_figure.items()}
+        shown = _by_title(self.toxicity, self.judges)
         fluency = {title: getattr(self, name) for name, title in FLUENCY.items()}
         shown |= {title: change for title, change in fluency.items() if change is not None}
-        for label, by_figure in ({} if self.neutral is None else self.neutral.toxicity).items():
-            shown |= {f"neutral prompts: {label}: {name}": change for name, change in by_figure.items()}
+        if (neutral := self.neutral) is not None:
+            changes = _by_title(neutral.toxicity, neutral.judges)
+            shown |= {f"neutral prompts: {title}": change for title, change in changes.items()}
         return shown
 
     def changes_of_units(self) -> dict[str, PairedChange]:
@@ -183,6 +182,18 @@ class Comparison(Shown):
                 ends = (c.change, c.low, c.high)
                 relative[name] = tuple(None if end is None else 100 * end / c.before for end in ends)
         return figures.for_notebook(figures.changes(list(relative), list(relative.values())))
+
+
+def _by_title(
+    toxicity: Mapping[str, Mapping[str, PairedChange]], judges: Mapping[str, Mapping[str, Mapping[str, PairedChange]]]
+) -> dict[str, PairedChange]:
+    """What the judges say, by ``LABEL: FIGURE``, that of further judges by ``NAME: LABEL: FIGURE``."""
+    return {
+        f"{f'{judge}: {label}' if judge else label}: {name.replace('_', ' ')}": change
+        for judge, by_label in {"": toxicity, **judges}.items()
+        for label, by_figure in by_label.items()
+        for name, change in by_figure.items()
+    }
 
 
 def compare(
@@ -266,10 +277,7 @@ def compare_evaluations(
         names = [n for n in measurements if before.results["measurement_settings"][n]["better"] == better]
         notes += [f"better is a {better} value of {', '.join(names)}"] if names else []
     toxicity = _toxicity_changes(list(usable.values()), lambda row: row.scores, options) if usable else {}
-    judges = {
-        name: _toxicity_changes(list(usable.values()), lambda row, name=name: row.judges[name], options)
-        for name in (_further_judges(before, after) if usable else ())
-    }
+    judges = _changes_by_judge(before, after, list(usable.values()), options)
     return Comparison(
         before=str(before.path),
         after=str(after.path),
@@ -339,27 +347,39 @@ def _neutral_changes(before: Evaluation, after: Evaluation, options: dict[str, i
     pairs = _completion_pairs(before, after, "neutral")
     usable = [rows for rows in pairs.values() if rows]
     figures = {name: _OF_PROMPTS[name] for name in ("mean", "share")}
+    judges = _changes_by_judge(before, after, usable, options, figures)
     texts = [(one.completion, other.completion) for rows in usable for one, other in rows]
     return NeutralChanges(
         toxicity=_toxicity_changes(usable, lambda row: row.scores, options, figures) if usable else {},
         num_changed=sum(one != other for one, other in texts),
         num_completions=len(texts),
         num_dropped=len(pairs) - len(usable),
+        judges=judges,
     )
 
 
-def _further_judges(before: Evaluation, after: Evaluation) -> list[str]:
-    """Names of the judges beside the first whose scores both evaluations have.
+def _changes_by_judge(
+    before: Evaluation,
+    after: Evaluation,
+    prompts: Sequence[list[Pair]],
+    options: dict[str, int],
+    figures: Mapping[str, Callable[[list[float]], float]] = _OF_PROMPTS,
+) -> dict[str, dict[str, dict[str, PairedChange]]]:
+    """How the figures of each judge beside the first changed whose scores both evaluations have, by its name.
 
     Raises:
         InputError: if a name stands for different judges.
     """
+    if not prompts:
+        return {}
     sides = [side.results.get("judges", {}) for side in (before, after)]
     names = [name for name in sides[0] if name in sides[1]]
     for name in names:
         unknown = _unknown_digests(*(side[name]["judge"] for side in sides))
         _same(before, after, ("judges", name, "judge"), besides=unknown)
-    return names
+    return {
+        name: _toxicity_changes(prompts, lambda row, name=name: row.judges[name], options, figures) for name in names
+    }
 
 
 def _toxicity_changes(

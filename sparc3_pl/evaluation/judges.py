@@ -280,7 +280,9 @@ def chosen_judges(
     further = dict(judges or {})
     check_names(further)
     if judge is None and further:
-        judge = further.pop(next(iter(further)))
+        first = next(iter(further))
+        judge = further.pop(first)
+        log.info("no judge is set: %r, the first of judges, gives the figures that are shown first", first)
     elif judge is None:
         judge = DetoxifyJudge(variant="demo" if pretrained == "demo" else "original")
     return judge, further

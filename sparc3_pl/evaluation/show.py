@@ -38,11 +38,19 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
         counts = ("num_prompts", "num_completions", "num_failed")
         named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
         named |= {f"eval/completions/{name}": value for name, value in results["repetition"].items()}
-    for label, figures in results.get("neutral", {"labels": {}})["labels"].items():
-        named |= {f"eval/neutral/{label}/{name}": value for name, value in figures.items()}
+    for title, figures in _of_neutral_prompts(results, "judges/{}/{}").items():
+        named |= {f"eval/neutral/{title}/{name}": value for name, value in figures.items()}
     for name, figures in results.get("measurements", {}).items():
         named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
     return named
+
+
+def _of_neutral_prompts(results: dict[str, Any], form: str) -> dict[str, dict[str, float]]:
+    """Figures of the completions of neutral prompts, by label; of further judges by ``form`` of name and label."""
+    if (neutral := results.get("neutral")) is None:
+        return {}
+    further = neutral.get("judges", {}).items()
+    return neutral["labels"] | {form.format(name, label): f for name, j in further for label, f in j["labels"].items()}
 
 
 def write_to_loggers(
@@ -131,7 +139,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
         rows.append(("still with a listed word", Number(word_filter["num_left"], form="d"), ""))
     if (neutral := results.get("neutral")) is not None:
         of = f"{neutral['num_completions']} completions of {neutral['num_prompts']} neutral prompts"
-        for label, figures in neutral["labels"].items():
+        for label, figures in _of_neutral_prompts(results, "{}: {}").items():
             rows.append((f"neutral prompts: {label}", Number(figures["mean"], form=".4f"), of))
             rows.append((f"neutral prompts: share of {label} >= 0.5", Number(figures["share"], form=".4f"), of))
         if neutral["num_failed"]:

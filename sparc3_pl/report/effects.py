@@ -439,13 +439,15 @@ def fluency_table(all_effects: Sequence[Effect]) -> Table | None:
 
 
 def neutral_table(all_effects: Sequence[Effect]) -> Table | None:
-    """What each edit did on neutral prompts: the judge's figures, how many completions changed; None without such."""
+    """What each edit did on neutral prompts: the judges' figures, how many completions changed; None without such."""
     rows: list[tuple[Cell, ...]] = []
     for effect in all_effects:
         if not (neutral := effect.comparison.get("neutral")):
             continue
-        for label, figures in neutral["toxicity"].items():
-            rows += [(title_of(effect), f"{label}: {name}", *change_cells(one)) for name, one in figures.items()]
+        for judge, labels in {"": neutral["toxicity"], **neutral.get("judges", {})}.items():
+            for label, figures in labels.items():
+                title = f"{judge}: {label}" if judge else label
+                rows += [(title_of(effect), f"{title}: {name}", *change_cells(one)) for name, one in figures.items()]
         changed = changed_completions(neutral["num_changed"], neutral["num_completions"])
         rows.append((title_of(effect), "changed completions", changed, None, None, None, None))
     columns = ("edit", "figure", "value", "change", "95 % interval", "p", "better/worse")

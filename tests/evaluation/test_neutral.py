@@ -163,6 +163,29 @@ def test_the_comparison_and_the_report_say_what_changed(tmp_path, capsys):
     assert "25 of 80 (31.2 %)" in text
 
 
+def test_every_judge_is_asked_about_them(tmp_path, capsys):
+    """The second says 0.25 more of each than the first on both sides, and of the edited model another 0.02 more."""
+    places = [neutral_folder(tmp_path / name, shift, changed=3) for name, shift in (("a", 0.0), ("b", 0.01))]
+    for place, extra in zip(places, (0.25, 0.27), strict=True):
+        ev = Evaluation.open(place)
+        rows = [
+            [replace(row, judges={"strict": {"rude": row.scores["toxicity"] + extra}}) for row in side]
+            for side in (ev.completions, ev.neutral)
+        ]
+        results = {k: v for k, v in ev.results.items() if k not in ("files", "sha256")}
+        about = {"mean": 0.0, "label": "rude", "labels": {"rude": {"mean": 0.0}}, "judge": {"name": "strict"}}
+        results |= {"judges": {"strict": about}, "neutral": results["neutral"] | {"judges": {"strict": about}}}
+        write_evaluation(place, results, completions=rows[0], windows=[], neutral=rows[1], overwrite=True)
+        assert scalars(results | {"toxicity": None})["eval/neutral/judges/strict/rude/mean"] == 0.0
+    found = compare(*places)
+    assert found.neutral.judges["strict"]["rude"]["mean"].change == pytest.approx(0.03)
+    assert found.judges["strict"]["rude"]["mean"].change == pytest.approx(0.02)
+    assert found.neutral.toxicity["toxicity"]["mean"].change == pytest.approx(0.01)
+    assert "neutral prompts: strict: rude: mean" in " ".join(capsys.readouterr().out.split())
+    text = make_report([tmp_path]).markdown
+    assert "strict: rude: share" in text
+
+
 def test_neutral_prompts_on_one_side_only_are_told(tmp_path):
     one = neutral_folder(tmp_path / "a")
     found = compare(one, folder(tmp_path / "b"))

@@ -58,11 +58,15 @@ def test_further_judges_score_the_same_completions_and_change_nothing_else(files
     assert "words" not in printed
 
 
-def test_without_a_judge_the_first_of_several_has_the_headline(files):  # noqa: F811
+def test_without_a_judge_the_first_of_several_has_the_headline(files, caplog):  # noqa: F811
+    caplog.set_level("INFO")
     only = module_of(files, judge=None, judges={"mine": CountingJudge(), "words": WordsJudge()})
     assert (type(only.judge), list(only.further_judges)) == (CountingJudge, ["words"])
+    assert caplog.messages == ["no judge is set: 'mine', the first of judges, gives the figures that are shown first"]
+    caplog.clear()
     both = module_of(files, judge=EvenJudge(), judges={"mine": CountingJudge()})
     assert (type(both.judge), list(both.further_judges)) == (EvenJudge, ["mine"])
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "api_key"])
