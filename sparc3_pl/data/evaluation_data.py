@@ -377,7 +377,12 @@ class EvaluationData(LightningDataModule):
 
     @classmethod
     def of_lists(
-        cls, text: str | Sequence[str] | None, prompts: Sequence[str] | None, name: str, **options: Any
+        cls,
+        text: str | Sequence[str] | None,
+        prompts: Sequence[str] | None,
+        name: str,
+        neutral: Sequence[str] | None = None,
+        **options: Any,
     ) -> Self:
         """Of what somebody holds in memory.
 
@@ -385,14 +390,22 @@ class EvaluationData(LightningDataModule):
             text: One text, read verbatim, or documents, joined by an empty line. None: no perplexity.
             prompts: The prompts. None: no completions.
             name: What messages and results call them.
+            neutral: Neutral prompts. None: none.
             options: Arguments of this class, but for those that say where text and prompts are read.
+
+        Raises:
+            InputError: if there are neutral prompts and no others.
         """
-        sources = {"text_source": None if text is None else name, "prompts_source": None if prompts is None else name}
+        if neutral is not None and prompts is None:
+            raise InputError("neutral prompts are measured beside prompts that show the behaviour; give prompts, too")
+        given = {"text_source": text, "prompts_source": prompts, "neutral_source": neutral}
+        sources = {key: None if value is None else name for key, value in given.items()}
         data = cls(**sources, prompts_field="text", **options)
         if data.text is not None:
             data.text.listed = text
-        if data.query is not None and prompts is not None:
-            data.query.listed = [{"text": prompt} for prompt in prompts]
+        for query, listed in ((data.query, prompts), (data.neutral_query, neutral)):
+            if query is not None and listed is not None:
+                query.listed = [{"text": prompt} for prompt in listed]
         return data
 
     # --- reading ------------------------------------------------------------------------------------------------------

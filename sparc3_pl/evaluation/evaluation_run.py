@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from sparc3_pl.data.evaluation_data import NeutralBatch, PromptBatch, UnitBatch, WindowBatch
+from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, Units, WindowBatch
+from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement_run import MeasurementRun
+from sparc3_pl.evaluation.pairs import SentencePair
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.runtime.collectives import is_rank_zero
@@ -52,6 +54,39 @@ class EvaluatedModel:
     known_text: float = 0.0
     text_key: str = "data.text_source"
     known_pairs: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        loaded: dict[str, Any],
+        fingerprint: str,
+        plan: PrunePlan | None,
+        data: EvaluationData,
+        units: Sequence[Units] = (),
+        texts: Sequence[RunningText] = (),
+    ) -> Self:
+        """The model, with what of the evaluation's own data its plan was made from.
+
+        Args:
+            loaded: The model as it was loaded.
+            fingerprint: Of the weights that are evaluated.
+            plan: The plan by which they were edited, if one is known.
+            data: What is evaluated on; it has been read.
+            units: Those of measurements.
+            texts: Further texts; they are read.
+        """
+        if plan is None:
+            return cls(loaded, fingerprint)
+        behaviour, held_back = set(plan.behaviour_samples), set(plan.budget_samples)
+        shares = {cls.text_key: data.known_text(held_back)}
+        for text in texts if held_back else ():
+            text.read()
+            shares[text.key] = text.known(held_back, data.encoder)
+        key = max(shares, key=lambda key: shares[key])
+        pairs = (unit for one in units for unit in one.items if isinstance(unit, SentencePair))
+        known_pairs = sum(not behaviour.isdisjoint(pair.text_ids) for pair in pairs)
+        known_prompts = frozenset(data.known_prompts(plan.behaviour_samples))
+        return cls(loaded, fingerprint, plan, known_prompts, shares[key], key, known_pairs)
 
     @property
     def is_edited_unknown(self) -> bool:

@@ -51,6 +51,7 @@ class FurtherText(Measurement):
         subset: Configuration of a hub data set.
         max_bytes: Read only the first so many bytes.
         batch_size: Windows of one batch.
+        listed: The text, or its documents, if somebody holds them in memory; ``source`` is then only a name.
     """
 
     label: str
@@ -63,6 +64,7 @@ class FurtherText(Measurement):
     subset: str | None = None
     max_bytes: int | None = None
     batch_size: int = 1
+    listed: str | Sequence[str] | None = None
 
     unit = "windows"
     better = "lower"
@@ -77,7 +79,11 @@ class FurtherText(Measurement):
     def text(self) -> RunningText:
         """The text, not yet read."""
         key = f"data.further_texts.{self.label}.source"
-        return RunningText(self.source, self.field, self.split, self.subset, self.max_bytes, key)
+        return RunningText(self.source, self.field, self.split, self.subset, self.max_bytes, key, self.listed)
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, without the text itself."""
+        return {name: value for name, value in super().describe().items() if name != "listed"}
 
     def units(self, encoder: Encoder) -> list[TextWindow]:
         """The windows, in the order of the text.

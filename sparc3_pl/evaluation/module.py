@@ -12,16 +12,14 @@ import lightning.pytorch as pl
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
-from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
-from sparc3_pl.evaluation.further_text import further_texts
+from sparc3_pl.evaluation.further_text import FurtherText, further_texts
 from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
-from sparc3_pl.evaluation.pairs import SentencePair
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
@@ -291,13 +289,14 @@ class EvaluationModule(pl.LightningModule):
         if self._loaded_fingerprint is None:
             assert plan is not None, "a callback that checks the fingerprint has done so"
             self._loaded_fingerprint = plan.fingerprint
-        evaluated = EvaluatedModel(
+        texts = [one.object.text for one in self.measurements if isinstance(one.object, FurtherText)]
+        evaluated = EvaluatedModel.of(
             describe(self.model, self.source, self._loaded_fingerprint),
             from_rank_zero(lambda: fingerprint(self.model)),
             plan,
-            frozenset(() if plan is None else self.data.known_prompts(plan.behaviour_samples)),
-            *((0.0, "data.text_source") if plan is None else self._known_text(set(plan.budget_samples))),
-            0 if plan is None else self._known_pairs(set(plan.behaviour_samples)),
+            self.data,
+            self._units,
+            texts,
         )
         if evaluated.is_edited_unknown:
             log.warning(
@@ -305,21 +304,6 @@ class EvaluationModule(pl.LightningModule):
                 "the plan or say whether the prompts are held out"
             )
         return evaluated
-
-    def _known_pairs(self, ids: set[str]) -> int:
-        """How many pairs of sentences hold a text with one of these ids."""
-        pairs = (unit for units in self._units for unit in units.items if isinstance(unit, SentencePair))
-        return sum(not ids.isdisjoint(pair.text_ids) for pair in pairs)
-
-    def _known_text(self, ids: set[str]) -> tuple[float, str]:
-        """The share of the text that is in texts of these identities; of several texts the largest, and its key."""
-        shares = {"data.text_source": self.data.known_text(ids)}
-        for label, arguments in self.data.further_texts.items() if ids else ():
-            text = RunningText(**arguments, key=f"data.further_texts.{label}.source")
-            text.read()
-            shares[text.key] = text.known(ids, self.encoder)
-        key = max(shares, key=lambda key: shares[key])
-        return shares[key], key
 
     def test_step(self, batch: WindowBatch | PromptBatch | NeutralBatch | UnitBatch, batch_idx: int) -> None:
         """Takes in one batch of windows, of prompts, of neutral prompts or of other units."""

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from sparc3_pl.data.evaluation_data import EvaluationData, Units, Windows, window_size
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
-from sparc3_pl.evaluation.completion_run import CompletionRun
+from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from sparc3_pl.evaluation.further_text import FurtherText
 from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
@@ -22,6 +23,7 @@ from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_
 from sparc3_pl.evaluation.module import check_sizes
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, edits_in_force, encoder_of
 from sparc3_pl.runtime.progress import Watch
@@ -44,6 +46,11 @@ def evaluate(
     prompts: Sequence[str] | None = None,
     judge: Judge | None = None,
     judges: Mapping[str, Judge] | None = None,
+    judge_prefixes: bool = False,
+    neutral: Sequence[str] | None = None,
+    further_texts: Mapping[str, str | Sequence[str]] | None = None,
+    word_filter: str | None = None,
+    word_filter_tries: int = 10,
     measurements: Sequence[Spec | Measurement] = (),
     max_length: int | None = None,
     stride: int | None = None,
@@ -70,6 +77,12 @@ def evaluate(
         prompts: To be completed.
         judge: Scores completions in [0, 1]; None: Detoxify ``original``, or for the demo model the demo's own judge.
         judges: Further judges of the same completions, by name.
+        judge_prefixes: Have the judge score each completion also as it stands after each of its tokens, for
+            ``score(weight_baseline="prefix")``.
+        neutral: Prompts far from the behaviour: completed and judged too, in figures of their own.
+        further_texts: By name, texts like ``text``, for a perplexity of each.
+        word_filter: A file of words, or ``default``: a completion that holds a listed word is drawn again.
+        word_filter_tries: How often at most.
         measurements: Measurements of your own, or ``{"class_path": "pairs", "init_args": {...}}``.
         max_length: Perplexity window in tokens; None: the model's context, at most 2048.
         stride: Tokens from one window to the next; None: ``max_length``.
@@ -91,37 +104,41 @@ def evaluate(
             out, or an argument is wrong.
     """
     command = as_call(evaluate, locals())
-    if isinstance(prompts, str):
-        raise InputError("prompts is one text; give a list, such as [prompt]")
-    if text is None and prompts is None and not measurements:
+    for name, listed in (("prompts", prompts), ("neutral", neutral)):
+        if isinstance(listed, str):
+            raise InputError(f"{name} is one text; give a list, such as [prompt]")
+    if text is None and prompts is None and not measurements and not further_texts:
         raise InputError("there is nothing to evaluate; give text, prompts or measurements")
     check_sizes(max_length, stride, windows, generation_batch_size)
     sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
-    choices = chosen_measurements(measurements)
+    words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
     with borrowed(model) as source:
         encoder = encoder_of(model, tokenizer, source)
         options = {"seed": seed, "batch_size": batch_size, "window_batch_size": window_batch_size}
-        data = EvaluationData.of_lists(text, prompts, IN_MEMORY, **options)
+        data = EvaluationData.of_lists(text, prompts, IN_MEMORY, neutral, **options)
         data.read(encoder)
+        size = window_size(encoder.context, max_length, stride, windows)
+        window = None if text is None else size
+        more = [
+            FurtherText(name, IN_MEMORY, **vars(size), batch_size=window_batch_size, listed=listed)
+            for name, listed in (further_texts or {}).items()
+        ]
+        choices = chosen_measurements([*measurements, *more])
         own = [choice.object for choice in choices]
         units = [Units(one.name, list(one.units(encoder)), one.batch_size) for one in own]
-        window = None if text is None else window_size(encoder.context, max_length, stride, windows)
         data.plan_batches(window, units, prompts_at_once(generation_batch_size, samples_per_prompt))
         plan = edits_in_force.get(model)
-        evaluated = EvaluatedModel(
-            describe(model, source, None if plan is None else plan.fingerprint),
-            fingerprint(model),
-            plan,
-            frozenset(() if plan is None else data.known_prompts(plan.behaviour_samples)),
-            0.0 if plan is None else data.known_text(set(plan.budget_samples)),
-        )
+        about = describe(model, source, None if plan is None else plan.fingerprint)
+        evaluated = EvaluatedModel.of(about, fingerprint(model), plan, data, units, [one.text for one in more])
         if not allow_overlap:
-            evaluated.require_held_out(data.prompt_ids)
+            evaluated.require_held_out([*data.prompt_ids, *data.neutral_ids])
         runs: list[MeasurementRun] = [] if window is None else [PerplexityRun(model, window)]
         if data.prompts:
-            generator = Generator(model, encoder.tokenizer, sampling, generation_batch_size)
+            generator = Generator(model, encoder.tokenizer, sampling, generation_batch_size, words)
             main, further = chosen_judges(judge, judges, source.pretrained)
-            runs.append(CompletionRun(generator, main, input_device(model), further=further))
+            kinds = (CompletionRun, NeutralRun) if data.neutral else (CompletionRun,)
+            place = input_device(model)
+            runs += [kind(generator, main, place, further=further, prefixes=judge_prefixes) for kind in kinds]
         if choices:
             runs.append(UnitRun(model, encoder, choices))
         run = EvaluationRun(evaluated, runs)

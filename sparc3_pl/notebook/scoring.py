@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.model.identity import describe
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, encoder_of
 from sparc3_pl.notebook.scores import Scores
@@ -33,7 +35,7 @@ __all__ = ["score"]
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Iterable[str | list[int] | Mapping[str, Any]] = (),
+    texts: Iterable[str | list[int] | Mapping[str, Any] | CompletionRow] = (),
     *,
     seq_len: int | None = None,
     num_samples: int | None = None,
@@ -55,6 +57,8 @@ def score(
     completion_field: str | None = None,
     weight_field: str | None = None,
     weight_baseline: Baseline = "mean",
+    prefix_field: str | None = None,
+    gae_lambda: float = 1.0,
     label_field: str | None = None,
     answer_field: str | None = None,
     foil_field: str | None = None,
@@ -68,8 +72,9 @@ def score(
     Args:
         model: A causal language model of transformers, in eval mode, on any device.
         tokenizer: The model's; None if all texts are lists of token ids. It is not changed, and needs no pad token.
-        texts: Texts, lists of token ids, or records (as of a .jsonl file) with the fields that are named below. Not
-            needed for the methods ``magnitude`` and ``random``.
+        texts: Texts, lists of token ids, or records (as of a .jsonl file) with the fields that are named below;
+            ``completions`` of an evaluation are such records, with the fields of ``completions.jsonl``. Not needed for
+            the methods ``magnitude`` and ``random``.
         seq_len: Join the texts in their order and cut them into windows of so many tokens, special tokens included.
             None: each text is a sample.
         num_samples: How many samples; None: all.
@@ -92,7 +97,12 @@ def score(
         text_field: Of records: the field of the text, dots for nesting.
         completion_field: The field of what follows the text, for target ``completion``.
         weight_field: The field of the completion's weight, such as a judge's score.
-        weight_baseline: What is taken off the weights: ``mean``, ``prompt`` or ``none``.
+        weight_baseline: What is taken off the weights: ``mean`` of all, ``prompt`` (the mean of the prompt's other
+            completions), ``prefix`` (for each token, the weight expected before it; needs ``prefix_field``), ``none``.
+        prefix_field: The field of the weights of the completion cut after each of its tokens, as
+            ``evaluate(judge_prefixes=True)`` gives them.
+        gae_lambda: With ``weight_baseline="prefix"``: how far ahead a token's credit looks, 1 to the end, 0 to the next
+            token.
         label_field: The field of the text's label, for method ``expertise``.
         answer_field: The field of what the model should say next, for target ``answer``.
         foil_field: The field of what it should not say.
@@ -115,8 +125,9 @@ def score(
             data = ReferenceData.of_records(
                 records, IN_MEMORY, seq_len=seq_len, num_samples=num_samples, max_tokens=max_tokens, seed=seed,
                 batch_size=batch_size, text_field=text_field, completion_field=completion_field,
-                weight_field=weight_field, weight_baseline=weight_baseline, label_field=label_field,
-                answer_field=answer_field, foil_field=foil_field, counterfactual_field=counterfactual_field,
+                weight_field=weight_field, weight_baseline=weight_baseline, prefix_field=prefix_field,
+                gae_lambda=gae_lambda, label_field=label_field, answer_field=answer_field, foil_field=foil_field,
+                counterfactual_field=counterfactual_field,
             )  # fmt: skip
         elif request.method.object.needs_samples:
             raise InputError(f"texts is empty, and method {request.method.name} needs samples; give a list of texts")
@@ -134,10 +145,15 @@ def _request(squares: bool | None, **given: Any) -> ScoreRequest:
     return ScoreRequest.of(**given, squares=squares)
 
 
-def _records(texts: Iterable[str | list[int] | Mapping[str, Any]], text_field: str) -> list[dict[str, Any]]:
+def _records(
+    texts: Iterable[str | list[int] | Mapping[str, Any] | CompletionRow], text_field: str
+) -> list[dict[str, Any]]:
     if isinstance(texts, str | Mapping):
         raise InputError(f"texts is one {type(texts).__name__}; give a list, such as [text]")
-    return [dict(text) if isinstance(text, Mapping) else _nested(text_field, text) for text in texts]
+    if isinstance(texts, Evaluation):
+        raise InputError("texts is an evaluation; give its completions")
+    records = (text.to_json() if isinstance(text, CompletionRow) else text for text in texts)
+    return [dict(text) if isinstance(text, Mapping) else _nested(text_field, text) for text in records]
 
 
 def _nested(field: str, value: Any) -> dict[str, Any]:

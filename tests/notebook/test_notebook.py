@@ -6,6 +6,8 @@ import math
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from word_tokenizer import word_tokenizer
 import sparc3_pl
 from sparc3_pl import demo
 from sparc3_pl.cli import execute
+from sparc3_pl.data.texts import TextQuery
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import ScoreFolder
 
@@ -193,6 +196,135 @@ def test_perplexity_by_another_road(loaded):
             nll -= float(logits.gather(1, window[0, 1:, None]).sum())
             count += window.shape[1] - 1
     assert measured.results["perplexity"]["value"] == pytest.approx(math.exp(nll / count), rel=1e-6)
+
+
+# --- an edit within a budget ------------------------------------------------------------------------------------------
+
+OF_COMPLETIONS = {
+    "text_field": "prompt", "completion_field": "completion_ids", "weight_field": "scores.toxicity",
+    "weight_baseline": "prefix", "prefix_field": "prefix_scores.toxicity", "gae_lambda": 0.8,
+}  # fmt: skip
+DERIVATIVE = {"method": "gradient", "signed": True, "squares": True}
+DRAWN = {"samples_per_prompt": 4, "max_new_tokens": 5, "judge_prefixes": True}
+BUDGET = {"contrast": "budget", "budget_windows": 2, "budget_length": 48}
+
+
+def options(section, settings):
+    return [word for name, value in settings.items() for word in (f"--{section}{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def within_budget(loaded):
+    """Completions, their derivative, the costs, all in memory."""
+    drawn = sparc3_pl.evaluate(*loaded, prompts=HOSTILE, **DRAWN, progress=False)
+    scoring = {**DERIVATIVE, "granularity": ["neuron", "channel"], "progress": False}
+    behaviour = sparc3_pl.score(*loaded, drawn.completions, target="completion", **OF_COMPLETIONS, **scoring)
+    costs = sparc3_pl.score(*loaded, DEMO_TEXTS, target="text", labels="model", **scoring)
+    return drawn, behaviour, costs
+
+
+def test_an_edit_within_a_budget_is_the_commands(loaded, within_budget, tmp_path, monkeypatch):
+    """Every step of the page on weakening a behaviour, from Python and by command."""
+    monkeypatch.chdir(tmp_path)
+    drawn, behaviour, costs = within_budget
+    for name, rows in (("prompts", HOSTILE), ("texts", DEMO_TEXTS)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    prompts = {"prompts_source": "prompts.jsonl", "prompts_field": "text", "text_source": "null"}
+    execute(["eval", *options("model.", DRAWN), *options("data.", prompts), "--output", "drawn", *ONE_PROCESS])
+    assert sparc3_pl.Evaluation.open("drawn").completions == [replace(row, tokens=[]) for row in drawn.completions]
+    signed = [*options("model.", {**DERIVATIVE, "granularity": "[neuron, channel]"}), *ONE_PROCESS]
+    completions = {"source": "drawn/completions.jsonl", **OF_COMPLETIONS}
+    execute(["score", *signed, "--model.target", "completion", *options("data.", completions), "--output", "behaviour"])
+    text = {"source": "texts.jsonl", "seq_len": "null"}
+    words = ["--model.target", "text", "--model.labels", "model", *options("data.", text), "--output", "costs"]
+    execute(["score", *signed, *words])
+    for name, scores in (("behaviour", behaviour), ("costs", costs)):
+        folder = ScoreFolder.open(name)
+        for layer in folder.layers:
+            torch.testing.assert_close(folder.load(layer), scores[layer], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(folder.load_squares(layer), scores.folder.load_squares(layer), rtol=1e-5, atol=0)
+    before = state(loaded[0])
+    given = {**BUDGET, "budget": 0.02, "model": loaded[0], "tokenizer": loaded[1], "progress": False}
+    plan = sparc3_pl.choose(costs, behaviour, **given, budget_text=["demo:text"])
+    assert same_state(before, state(loaded[0]))
+    words = ["--general", "costs", "--behaviour", "behaviour", "--edit", "gains", *options("", BUDGET)]
+    execute(["prune", *words, "--budget", "0.02", "--budget_text", "demo:text"])
+    command = sparc3_pl.Plan.load("plan.json")
+    gains, other = plan.settings["gains"], command.settings["gains"]
+    assert gains["reached"] and 0.019 < gains["texts"][0]["rise"] <= 0.02
+    assert gains["scale"] == pytest.approx(other["scale"], rel=1e-4)
+    assert gains["texts"][0].pop("source") == other["texts"][0].pop("source") == "demo:text"
+    assert gains["texts"][0] == pytest.approx(other["texts"][0], rel=1e-3)
+    assert plan.budget_samples == command.budget_samples
+    factors = [{(n.layer, n.index): n.factor for n in one.neurons} for one in (plan, command)]
+    assert factors[0] == pytest.approx(factors[1], abs=1e-4)
+    assert min(factors[0].values()) < 0.9
+
+
+def test_held_back_texts_in_memory_are_the_same_as_in_a_file(loaded, within_budget):
+    _, behaviour, costs = within_budget
+    lines = [text for _, text in zip(range(40), TextQuery("demo:text", "text", seed=0).texts(), strict=False)]
+    given = {**BUDGET, "scale": 3.0, "model": loaded[0], "tokenizer": loaded[1], "progress": False}
+    plans = [
+        sparc3_pl.choose(costs, behaviour, **given, budget_text=text)
+        for text in (["demo:text"], [lines], {"web": lines})
+    ]
+    texts = [plan.settings["gains"]["texts"][0] for plan in plans]
+    assert [text.pop("source") for text in texts] == ["demo:text", "text 1", "web"]
+    assert texts[0] == texts[1] == texts[2]
+    general = [sparc3_pl.score(*loaded, lines[:9], target="text", labels="model", progress=False,
+                               granularity=["neuron", "channel"], **DERIVATIVE)]  # fmt: skip
+    unseen = sparc3_pl.choose(general, behaviour, **given, budget_text=[lines]).settings["gains"]["texts"][0]
+    assert unseen["num_left_out"] == 9
+    with sparc3_pl.edited(loaded[0], plans[0]):
+        with pytest.raises(InputError, match=r"edited already, by a plan of .* leave that block first"):
+            sparc3_pl.choose(costs, behaviour, **given, budget_text=[lines])
+        with pytest.raises(
+            InputError, match=r"of data.further_texts.web.source is text by which the plan's budget was held"
+        ):
+            sparc3_pl.evaluate(*loaded, further_texts={"web": "\n".join(lines)}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give one of the two"),
+        ({"budget": 0.01}, "budget needs held-back text"),
+        ({"budget": 0.01, "budget_text": ["demo:text"], "model": None}, "give model=model, tokenizer=tokenizer"),
+        ({"budget": 0.01, "budget_text": ["One text.", "Another text."]}, r"holds 'One text\.', which is a text"),
+        ({"budget": 0.01, "budget_text": "demo:text"}, "budget_text is one text; give a list of the kinds"),
+        ({"budget": 0.01, "budget_text": ["demo:text"], "edit": "zero"}, "budget=0.01 is for edit=gains"),
+        ({"budget_text": [["a b"]], "edit": "zero"}, "^budget_text is for edit=gains"),
+        ({"budget": 0.01, "budget_text": ["demo:text"], "budgets": "owl"}, "leave out num_weights and budgets"),
+    ],
+)
+def test_budgets_that_are_refused(loaded, within_budget, arguments, message):
+    _, behaviour, costs = within_budget
+    given = {**BUDGET, "model": loaded[0], "tokenizer": loaded[1], "progress": False}
+    with pytest.raises(InputError, match=message):
+        sparc3_pl.choose(costs, behaviour, **given | arguments)
+
+
+def test_neutral_prompts_further_texts_and_a_word_filter(loaded, tmp_path):
+    """What a page shows to add to an evaluation, as the command measures it."""
+    settings = {"prompts": HELD_OUT[:2], "judge": Shouting(), "max_new_tokens": 4, "progress": False}
+    plain = sparc3_pl.evaluate(*loaded, **settings, text=TEXT)
+    (tmp_path / "words.txt").write_text(plain.completions[0].completion.split()[0])
+    more = {"neutral": HOSTILE[:2], "further_texts": {"same": TEXT}, "word_filter": str(tmp_path / "words.txt")}
+    whole = sparc3_pl.evaluate(*loaded, **settings, **more)
+    assert whole.results["measurements"]["text same"]["perplexity"] == plain.results["perplexity"]["value"]
+    assert whole.results["measurement_settings"]["text same"]["settings"]["source"] == "in memory"
+    assert TEXT[:50] not in json.dumps(whole.results)
+    assert whole.results["word_filter"]["num_redrawn"] >= 1
+    swapped = sparc3_pl.evaluate(*loaded, **settings | {"prompts": HOSTILE[:2]}, word_filter=more["word_filter"])
+    assert whole.neutral == swapped.completions
+    assert whole.results["neutral"]["mean"] == swapped.results["toxicity"]["mean"]
+    changes = sparc3_pl.compare(whole, whole).changes()
+    assert changes["text same: perplexity"].change == changes["neutral prompts: e: mean"].change == 0
+    with pytest.raises(InputError, match="neutral is one text"):
+        sparc3_pl.evaluate(*loaded, prompts=["a"], neutral="b")
+    with pytest.raises(InputError, match="give prompts, too"):
+        sparc3_pl.evaluate(*loaded, text=TEXT, neutral=["b"])
 
 
 # --- the model is given back as it was --------------------------------------------------------------------------------
@@ -380,8 +512,6 @@ except AttributeError as error:
 
 
 def test_stubs_name_what_the_package_has():
-    from pathlib import Path
-
     import sparc3_pl as package
 
     stub = Path(package.__file__).with_suffix(".pyi").read_text()
