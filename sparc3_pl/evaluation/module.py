@@ -174,6 +174,11 @@ class EvaluationModule(pl.LightningModule):
         return load_encoder(self.source)
 
     @property
+    def window_settings(self) -> tuple[int | None, int | None, Windows]:
+        """Length, stride and kind of the windows of perplexity, as they were asked for."""
+        return self._max_length, self._stride, self._windows
+
+    @property
     def judge(self) -> Judge:
         """What scores completions."""
         return self._judge[0]
