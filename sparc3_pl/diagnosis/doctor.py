@@ -278,7 +278,8 @@ def _judge(
 ) -> Iterator[Check]:
     if any(account.router for account in accounts):
         shares = [account.router / account.logit for account in accounts]
-        text = f"routers keep {min(shares):.1%} to {max(shares):.1%} of the logit, by the softmax over the experts"
+        ends = f"{100 * min(shares):.2g} % to {100 * max(shares):.2g} %"  # small ones are not none
+        text = f"routers keep {ends} of the logit, by the softmax over the experts"
         yield Check("routers", "pass", text)
 
     unchanged = "bitwise equal with and without the rules"
