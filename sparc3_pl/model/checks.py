@@ -52,7 +52,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     if tokenizer is None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
-    compare_vocabularies(tokenizer, rows, model.config.name_or_path)
+    compare_vocabularies(tokenizer, rows, model.config.name_or_path or type(model).__name__)
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
