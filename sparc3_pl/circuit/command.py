@@ -126,9 +126,7 @@ class _Run:
         self.measured: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
         self._clock = time.perf_counter()
-        source = ModelSource(
-            model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code, model.dequantize
-        )
+        source = ModelSource(model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code)
         encoder = load_encoder(source)
         needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
         with timed("reading"):

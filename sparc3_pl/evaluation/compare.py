@@ -17,6 +17,7 @@ from sparc3_pl.evaluation.measurement import changes_of
 from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, main_label
 from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow, is_empty
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
+from sparc3_pl.io.formats import typed
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.model.identity import differing_config
 from sparc3_pl.statistics.paired import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "ComparisonFile",
     "NeutralChanges",
     "changed_completions",
     "compare",
@@ -88,6 +90,7 @@ class Comparison(Shown):
         num_dropped: Prompts without a completion that was scored on both sides.
         notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
         before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
+            Earlier versions did not write it.
         after_sha256: The same of the second.
         measurements: By measurement of the user's own and figure the change over its units.
         judges: Of further judges, by name, label and figure the change over prompts, as ``toxicity`` has it.
@@ -104,14 +107,23 @@ class Comparison(Shown):
     uniqueness: PairedChange | None
     num_dropped: int
     notes: tuple[str, ...]
-    before_sha256: str
-    after_sha256: str
+    before_sha256: str = ""
+    after_sha256: str = ""
     measurements: dict[str, dict[str, PairedChange]] = field(default_factory=dict)
     judges: dict[str, dict[str, dict[str, PairedChange]]] = field(default_factory=dict)
     disagreement: str | None = None
     length: PairedChange | None = None
     empty: PairedChange | None = None
     neutral: NeutralChanges | None = None
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], where: str | Path) -> ComparisonFile:
+        """The comparison that a file holds.
+
+        Raises:
+            InputError: for a missing key or a value of the wrong type.
+        """
+        return typed(ComparisonFile, dict(data), where, "compare again")
 
     def blocks(self) -> list[Block]:
         """The changes, and what a reader should know of them."""
@@ -196,6 +208,13 @@ def _by_title(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonFile(Comparison):
+    """A comparison that was read from a file, and the command that made it."""
+
+    command: str | None = None
+
+
 def compare(
     before: str,
     after: str,
@@ -258,15 +277,15 @@ def compare_evaluations(
     """
     if num_resamples < 100:
         raise InputError(f"num_resamples={num_resamples}: too few for a 95 % interval; give at least 100")
-    shared = [part for part in ("perplexity", "toxicity") if before.results[part] and after.results[part]]
-    sides = [side.results.get("measurements", {}) for side in (before, after)]
-    measurements = [name for name in sides[0] if name in sides[1]]
+    one, other = before.figures, after.figures
+    shared = [part for part in ("perplexity", "toxicity") if getattr(one, part) and getattr(other, part)]
+    measurements = [name for name in one.measurements if name in other.measurements]
     if not shared and not measurements:
         raise InputError(f"{before.path} and {after.path} have no figure in common; evaluate both on the same data")
     options = {"seed": seed, "num_resamples": num_resamples}
     if "toxicity" in shared:
         _same(before, after, ("generation",), besides=("eos_token_ids",))
-        _same(before, after, ("judge",), besides=_unknown_digests(*(side.results["judge"] for side in (before, after))))
+        _same(before, after, ("judge",), besides=_unknown_digests(one.judge, other.judge))
     pairs = _completion_pairs(before, after, "completions") if "toxicity" in shared else {}
     usable = {i: rows for i, rows in pairs.items() if rows}
     if pairs and not usable:
@@ -274,7 +293,7 @@ def compare_evaluations(
     notes = _notes(before, after)
     changes = {name: _measurement_changes(before, after, name, options, notes) for name in measurements}
     for better in ("lower", "higher"):
-        names = [n for n in measurements if before.results["measurement_settings"][n]["better"] == better]
+        names = [name for name in measurements if one.measurement_settings[name].better == better]
         notes += [f"better is a {better} value of {', '.join(names)}"] if names else []
     toxicity = _toxicity_changes(list(usable.values()), lambda row: row.scores, options) if usable else {}
     judges = _changes_by_judge(before, after, list(usable.values()), options)
@@ -299,9 +318,8 @@ def compare_evaluations(
 
 
 def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str, int]) -> RatioChange:
-    ways = [
-        side.results["perplexity"].get("windows", "sliding") for side in (before, after)
-    ]  # earlier versions: one way
+    settings = before.figures.perplexity
+    ways = [side.figures.perplexity.windows for side in (before, after)]
     if ways[0] != ways[1]:
         raise InputError(
             f"perplexity.windows is {ways[0]!r} in {before.path} and {ways[1]!r} in {after.path}; evaluate both with "
@@ -313,8 +331,7 @@ def _perplexity_change(before: Evaluation, after: Evaluation, options: dict[str,
     if places[0] != places[1] or not places[0]:
         raise InputError(f"{before.path} and {after.path}: their text windows differ; evaluate both on the same text")
     nll = [_floats(row.nll for row in side.windows) for side in (before, after)]
-    settings = before.results["perplexity"]
-    overlap = math.ceil(settings["max_length"] / settings["stride"])
+    overlap = math.ceil(settings.max_length / settings.stride)
     return ratio_change(*nll, _floats(row.num_tokens for row in before.windows), overlap=overlap, **options)
 
 
@@ -372,10 +389,10 @@ def _changes_by_judge(
     """
     if not prompts:
         return {}
-    sides = [side.results.get("judges", {}) for side in (before, after)]
+    sides = [side.figures.judges for side in (before, after)]
     names = [name for name in sides[0] if name in sides[1]]
     for name in names:
-        unknown = _unknown_digests(*(side[name]["judge"] for side in sides))
+        unknown = _unknown_digests(*(side[name].judge for side in sides))
         _same(before, after, ("judges", name, "judge"), besides=unknown)
     return {
         name: _toxicity_changes(prompts, lambda row, name=name: row.judges[name], options, figures) for name in names
@@ -450,18 +467,18 @@ def _measurement_changes(
     """How a measurement's values changed over the units that were measured on both sides."""
     for key in ("class", "settings", "unit", "better", "paired"):
         _same(before, after, ("measurement_settings", name, key))
-    about = before.results["measurement_settings"][name]
+    about = before.figures.measurement_settings[name]
     sides = [{row["unit"]: row for row in side.measurements if row["measurement"] == name} for side in (before, after)]
     if odd := sides[0].keys() ^ sides[1].keys():
         raise InputError(
-            f"{before.path} and {after.path}: {len(odd)} {about['unit']} of {name} are in one of them only (first id: "
+            f"{before.path} and {after.path}: {len(odd)} {about.unit} of {name} are in one of them only (first id: "
             f"{min(map(str, odd))}); evaluate both on the same ones"
         )
     units = [unit for unit in sides[0] if all(side[unit].get("failed") is None for side in sides)]
     if not units:
-        raise InputError(f"{before.path} and {after.path}: no {about['unit']} of {name} were measured on both sides")
+        raise InputError(f"{before.path} and {after.path}: no {about.unit} of {name} were measured on both sides")
     if dropped := len(sides[0]) - len(units):
-        notes.append(f"{name}: {dropped} {about['unit']} were not measured on both sides and are left out")
+        notes.append(f"{name}: {dropped} {about.unit} were not measured on both sides and are left out")
     return dict(changes_of(about, *([side[unit] for unit in units] for side in sides), **options))
 
 
@@ -473,7 +490,7 @@ def _floats(values: Any) -> Floats:
 
 
 def _same(before: Evaluation, after: Evaluation, path: tuple[str, ...], besides: tuple[str, ...] = ()) -> None:
-    """Refuse two evaluations that differ at ``path`` of their results."""
+    """Refuse two evaluations that differ at ``path`` of their ``results.json``, also in what no section names."""
     values = []
     for side in (before, after):
         value: Any = side.results
@@ -502,44 +519,46 @@ def _unknown_digests(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[
 
 def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     notes = []
-    is_judged = before.results["toxicity"] and after.results["toxicity"]
-    if is_judged and _unknown_digests(before.results["judge"], after.results["judge"]):
+    sides = ((before.path, before.figures), (after.path, after.figures))
+    one, other = before.figures, after.figures
+    is_judged = one.toxicity is not None and other.toxicity is not None
+    if is_judged and _unknown_digests(one.judge, other.judge):
         notes.append("only one of the two names the digest of its judge's weights: that they are the same is not known")
     for part, what, verb in (
         *((p, p, "is") for p in ("perplexity", "toxicity")),
         ("neutral", "neutral prompts", "are"),
     ):
-        for side, other in ((before, after), (after, before)):
-            if side.results.get(part) and not other.results.get(part):
-                notes.append(f"{what} {verb} in {side.path} only and {verb} not compared")
-    for side, other in ((before, after), (after, before)) if is_judged else ():
-        odd = side.results.get("judges", {}).keys() - other.results.get("judges", {}).keys()
-        notes += [f"the judge {name} is in {side.path} only and is not compared" for name in sorted(odd)]
-    for side, other in ((before, after), (after, before)):
-        odd = side.results.get("measurements", {}).keys() - other.results.get("measurements", {}).keys()
-        notes += [f"{name} is in {side.path} only and is not compared" for name in sorted(odd)]
-    models = [side.results["model"] for side in (before, after)]
-    if models[0]["fingerprint"] != models[1]["fingerprint"]:
-        notes.append(f"the models were loaded with other weights: {models[0]['pretrained']}, {models[1]['pretrained']}")
-    elif key := differing_config(models[0].get("config") or {}, models[1].get("config") or {}):
+        for (path, figures), (_, opposite) in (sides, sides[::-1]):
+            if getattr(figures, part) and not getattr(opposite, part):
+                notes.append(f"{what} {verb} in {path} only and {verb} not compared")
+    for (path, figures), (_, opposite) in (sides, sides[::-1]) if is_judged else ():
+        odd = sorted(figures.judges.keys() - opposite.judges.keys())
+        notes += [f"the judge {name} is in {path} only and is not compared" for name in odd]
+    for (path, figures), (_, opposite) in (sides, sides[::-1]):
+        odd = sorted(figures.measurements.keys() - opposite.measurements.keys())
+        notes += [f"{name} is in {path} only and is not compared" for name in odd]
+    models = [one.model, other.model]
+    if models[0].fingerprint != models[1].fingerprint:
+        notes.append(f"the models were loaded with other weights: {models[0].pretrained}, {models[1].pretrained}")
+    elif key := differing_config(models[0].config, models[1].config):
         notes.append(f"the models have the same weights but another {key} in their configs")
-    elif models[0]["evaluated_fingerprint"] == models[1]["evaluated_fingerprint"]:
+    elif models[0].evaluated_fingerprint == models[1].evaluated_fingerprint:
         notes.append("both evaluations are of the same weights")
-    if models[0]["dtype"] != models[1]["dtype"]:
-        notes.append(f"the models differ in dtype: {models[0]['dtype']}, {models[1]['dtype']}")
+    if models[0].dtype != models[1].dtype:
+        notes.append(f"the models differ in dtype: {models[0].dtype}, {models[1].dtype}")
     for side in (before, after):
-        model = side.results["model"]
-        if side.results.get("plan") is None and not side.is_unedited and model.get("evaluated_fingerprint"):
+        figures = side.figures
+        if figures.plan is None and not side.is_unedited and figures.model.evaluated_fingerprint:
             notes.append(f"{side.path}: the weights were changed after loading, by no plan that is known")
-        if word_filter := side.results.get("word_filter"):
-            counts = f"{word_filter['num_redrawn']} of {len(side.completions)} completions were drawn again"
-            rest = f"{word_filter['num_left']} still hold a listed word after {word_filter['tries']} tries"
-            notes.append(f"{side.path}: a word filter ({word_filter['words']}): {counts}, {rest}")
-        if count := side.results["num_overlapping_prompts"]:
+        if (word_filter := figures.word_filter) is not None:
+            counts = f"{word_filter.num_redrawn} of {len(side.completions)} completions were drawn again"
+            rest = f"{word_filter.num_left} still hold a listed word after {word_filter.tries} tries"
+            notes.append(f"{side.path}: a word filter ({word_filter.words}): {counts}, {rest}")
+        if count := figures.num_overlapping_prompts:
             notes.append(f"{side.path}: {count} prompts were used to make the plan, so this is not held out")
-        if share := side.results.get("overlapping_text"):
+        if share := figures.overlapping_text:
             notes.append(f"{side.path}: {share:.0%} of the text held the plan's budget, so perplexity is not held out")
-        if pairs := side.results.get("num_overlapping_pairs"):
+        if pairs := figures.num_overlapping_pairs:
             notes.append(f"{side.path}: {pairs} pairs were used to make the plan, so their figures are not held out")
     return notes
 

@@ -11,6 +11,15 @@ import torch
 
 from sparc3_pl.data.evaluation_data import NeutralBatch, PromptBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.figures import (
+    Generation,
+    JudgeFigures,
+    NeutralFigures,
+    Repetition,
+    ScoreFigures,
+    ToxicityFigures,
+    WordFilterFigures,
+)
 from sparc3_pl.evaluation.fluency import Fluency
 from sparc3_pl.evaluation.generation import Completion, Generator
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, describe_judge, judged
@@ -19,6 +28,7 @@ from sparc3_pl.evaluation.repetition import uniqueness
 from sparc3_pl.evaluation.results import CompletionStore, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
+from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.runtime.progress import Done, RunningMean
@@ -208,30 +218,30 @@ class CompletionRun(MeasurementRun):
         mean = float(self.toxicity.score_sum[self.toxicity.labels.index(label)]) / count
         return {label: mean, "failed": int(self.toxicity.num_failed)}
 
-    def finish(self, data: dict[str, Any]) -> Outcome:
+    def finish(self, data: Record) -> Outcome:
         """The figures, and the completions in the order of prompts and numbers."""
         if self._store is not None:
             self._store.close()
         rows = sorted(gather_lists(self.rows), key=lambda row: (row.id, row.k))
         assert len({(row.id, row.k) for row in rows}) == len(rows), "a completion was counted twice"
         results = {
-            "toxicity": _figures(self.toxicity),
-            "repetition": self.fluency.compute(),
-            "generation": self.generator.describe(),
+            "toxicity": ToxicityFigures(**_figures(self.toxicity)),
+            "repetition": Repetition(**self.fluency.compute()),
+            "generation": Generation(**self.generator.describe()),
             "judge": describe_judge(self.judge),
         }
         if self.further:
             results["judges"] = {
-                name: {**_figures(metric), "judge": describe_judge(self.further[name])}
+                name: JudgeFigures(**_figures(metric), judge=describe_judge(self.further[name]))
                 for name, metric in self.further_toxicity.items()
             }
         if (word_filter := self.generator.word_filter) is not None:
-            results["word_filter"] = {
+            results["word_filter"] = WordFilterFigures(
                 **word_filter.describe(),
-                "num_redrawn": sum(bool(row.redraws) for row in rows),
-                "num_redraws": sum(row.redraws or 0 for row in rows),
-                "num_left": sum(row.completion is not None and word_filter.words.is_in(row.completion) for row in rows),
-            }
+                num_redrawn=sum(bool(row.redraws) for row in rows),
+                num_redraws=sum(row.redraws or 0 for row in rows),
+                num_left=sum(row.completion is not None and word_filter.words.is_in(row.completion) for row in rows),
+            )
         return Outcome(results, completions=rows)
 
     def remove_kept(self) -> None:
@@ -255,12 +265,13 @@ class NeutralRun(CompletionRun):
         """Nothing: the figures beside the bar are those of the behaviour."""
         return {}
 
-    def finish(self, data: dict[str, Any]) -> Outcome:
+    def finish(self, data: Record) -> Outcome:
         """The figures under ``neutral``, and the completions in the order of prompts and numbers."""
         outcome = super().finish(data)
         names = ("repetition", "judges", "word_filter")
         figures = {name: outcome.results[name] for name in names if name in outcome.results}
-        return Outcome({"neutral": {**outcome.results["toxicity"], **figures}}, neutral=outcome.completions)
+        neutral = NeutralFigures(**vars(outcome.results["toxicity"]), **figures)
+        return Outcome({"neutral": neutral}, neutral=outcome.completions)
 
 
 def _metric(judge: Judge, device: torch.device) -> CompletionToxicity:
@@ -274,10 +285,11 @@ def _update(metric: CompletionToxicity, rows: Sequence[CompletionRow], scores: S
 
 
 def _figures(metric: CompletionToxicity) -> dict[str, Any]:
-    """Of all labels, and at the top those of the headline label."""
+    """Arguments of ``ToxicityFigures``: of all labels, and those of the headline label."""
     figures = metric.compute()
     main = main_label(figures["labels"])
-    return {**figures["labels"][main], "label": main, **figures}
+    labels = {label: ScoreFigures(**one) for label, one in figures["labels"].items()}
+    return {**figures["labels"][main], "label": main, **figures, "labels": labels}
 
 
 def _row(

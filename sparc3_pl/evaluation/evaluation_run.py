@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, Units, WindowBatch
 from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.figures import Results
 from sparc3_pl.evaluation.measurement_run import MeasurementRun
 from sparc3_pl.evaluation.pairs import SentencePair
-from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.results import FORMAT, Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
+from sparc3_pl.io.formats import Record
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.runtime.collectives import is_rank_zero
 from sparc3_pl.runtime.progress import Done
 from sparc3_pl.runtime.timing import timed, timing
@@ -24,10 +27,6 @@ if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
 
 __all__ = ["EvaluatedModel", "EvaluationRun"]
-
-NOT_MEASURED = {"perplexity": None, "toxicity": None, "repetition": None, "generation": None, "judge": None}
-"""What ``results.json`` says of what was not measured."""
-
 
 MOST_KNOWN_TEXT = 0.01
 """Share of a text that may be known from elsewhere: lines such as headings are in many texts."""
@@ -47,7 +46,7 @@ class EvaluatedModel:
         known_pairs: How many pairs of sentences hold one from which the plan was made.
     """
 
-    loaded: dict[str, Any]
+    loaded: Record
     fingerprint: str
     plan: PrunePlan | None = None
     known_prompts: frozenset[str] = frozenset()
@@ -58,7 +57,7 @@ class EvaluatedModel:
     @classmethod
     def of(
         cls,
-        loaded: dict[str, Any],
+        loaded: Record,
         fingerprint: str,
         plan: PrunePlan | None,
         data: EvaluationData,
@@ -121,20 +120,28 @@ class EvaluatedModel:
                 "not be held out; measure the other half (data.pairs_partition: evaluation) or give --allow_overlap"
             )
 
-    def figures(self, prompt_ids: Iterable[str]) -> dict[str, Any]:
-        """What ``results.json`` says of it. ``overlap`` is ``unknown`` where nobody knows of an edit's prompts."""
+    def results(self, prompt_ids: Iterable[str], data: Record) -> Results:
+        """What ``results.json`` says before anything is measured.
+
+        Args:
+            prompt_ids: Of all prompts. Nobody knows which of them are an unknown edit's: ``overlap`` is then
+                ``unknown``.
+            data: What was read.
+        """
         overlap = self.prompts_of_plan(prompt_ids)
         unknown = self.is_edited_unknown
-        text = {"overlapping_text": self.known_text} if self.known_text > MOST_KNOWN_TEXT else {}
-        pairs = {"num_overlapping_pairs": self.known_pairs} if self.known_pairs else {}
-        return {
-            "overlap": "unknown" if unknown else "allowed" if overlap or text or pairs else "none",
-            "num_overlapping_prompts": None if unknown else len(overlap),
-            **text,
-            **pairs,
-            "model": self.loaded | {"evaluated_fingerprint": self.fingerprint},
-            "plan": None if self.plan is None else self.plan.summary(),
-        }
+        text = self.known_text if self.known_text > MOST_KNOWN_TEXT else 0.0
+        return Results(
+            perplexity=None,
+            toxicity=None,
+            overlap="unknown" if unknown else "allowed" if overlap or text or self.known_pairs else "none",
+            num_overlapping_prompts=None if unknown else len(overlap),
+            overlapping_text=text,
+            num_overlapping_pairs=self.known_pairs,
+            model=ModelRecord(**self.loaded, evaluated_fingerprint=self.fingerprint),
+            plan=None if self.plan is None else self.plan.summary(),
+            data=data,
+        )
 
 
 class EvaluationRun:
@@ -147,10 +154,8 @@ class EvaluationRun:
 
     def __init__(self, evaluated: EvaluatedModel, measurements: Iterable[MeasurementRun]) -> None:
         self.evaluated, self.measurements = evaluated, tuple(measurements)
-        self.results: dict[str, Any] | None = None
-        """On rank 0, once it is finished."""
         self.evaluation: Evaluation | None = None
-        """Likewise: results and rows, not yet sealed."""
+        """On rank 0, once it is finished: results and rows, not yet sealed."""
         self.written_to: Path | None = None
 
     @torch.no_grad()
@@ -173,12 +178,12 @@ class EvaluationRun:
 
     def finish(
         self,
-        data: dict[str, Any],
+        data: Record,
         output: str | Path | None = None,
         config: str | None = None,
         overwrite: bool = False,
     ) -> list[CompletionRow]:
-        """Gathers the ranks, all of which must call it; rank 0 makes ``results`` and writes them.
+        """Gathers the ranks, all of which must call it; rank 0 makes ``evaluation`` and writes it.
 
         Args:
             data: What was read.
@@ -200,15 +205,11 @@ class EvaluationRun:
         if not (completions or windows or measurements):
             raise InputError("nothing was evaluated; give data.text_source, data.prompts_source or model.measurements")
         if is_rank_zero():
-            self.results = (
-                NOT_MEASURED | self.evaluated.figures(row.id for row in (*completions, *neutral)) | {"data": data}
-            )
-            for outcome in outcomes:
-                self.results |= outcome.results
-            if (times := timing()) is not None:
-                self.results["timing"] = times
+            sections = {name: section for outcome in outcomes for name, section in outcome.results.items()}
+            about = self.evaluated.results((row.id for row in (*completions, *neutral)), data)
+            results = FORMAT.content(replace(about, **sections, timing=timing()))
             rows = (completions, windows, measurements, neutral)
-            self.evaluation = Evaluation(Path(output or "evaluation"), self.results, *rows)
+            self.evaluation = Evaluation(Path(output or "evaluation"), results, *rows)
             if output is not None:
                 with timed("writing"):
                     self.written_to = self.evaluation.sealed(config).save(output, overwrite, config=config)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.figures import MeasurementRecord
+from sparc3_pl.io.formats import Record
 from sparc3_pl.io.provenance import is_secret_name
 from sparc3_pl.registry import Choice, Registry, Spec
 from sparc3_pl.statistics.paired import PairedChange, paired_change
@@ -41,7 +43,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+Row = Record
+"""What was measured of one unit: its id (``unit``), and values by name."""
 T = TypeVar("T")
 
 TEXT, TEXT_FIGURE = "text ", "perplexity"
@@ -107,7 +110,7 @@ class Measurement(ABC):
         names, options = paired_names(self, before), {"seed": seed, "num_resamples": num_resamples}
         return _paired_changes(before, after, names, self.better, options)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Its settings, which must be equal in evaluations that are compared."""
         return asdict(self) if is_dataclass(self) and not isinstance(self, type) else {}
 
@@ -167,7 +170,7 @@ def further_perplexities(measurements: Mapping[str, Mapping[str, T]]) -> dict[st
     }
 
 
-def settings_of(choice: Choice[Measurement]) -> dict[str, Any]:
+def settings_of(choice: Choice[Measurement]) -> Record:
     """How the measurement is set; its batch size changes nothing that it measures."""
     settings = choice.arguments | choice.object.describe()
     return {name: value for name, value in settings.items() if name != "batch_size"}
@@ -226,7 +229,7 @@ def paired_names(measurement: Measurement, rows: Sequence[Row]) -> list[str]:
 
 
 def changes_of(
-    settings: Mapping[str, Any], before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
+    settings: MeasurementRecord, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
 ) -> Mapping[str, PairedChange]:
     """The changes of a measurement that ``results.json`` tells of; see ``Measurement.compare``.
 
@@ -241,8 +244,8 @@ def changes_of(
         InputError: if the class must be asked but may not be imported, or does not keep to its contract.
     """
     options = {"seed": seed, "num_resamples": num_resamples}
-    if (own := settings.get("compared_by")) is None:
-        return _paired_changes(before, after, settings["paired"], settings["better"], options)
+    if (own := settings.compared_by) is None:
+        return _paired_changes(before, after, settings.paired, settings.better, options)
     measurement = MEASUREMENTS.from_file(own["class_path"], own["init_args"])
     changes = measurement.compare(before, after, **options)
     if not isinstance(changes, Mapping) or not all(isinstance(change, PairedChange) for change in changes.values()):
@@ -294,17 +297,17 @@ class Measured:
         """By name; none if every unit failed."""
         return {k: float(v) for k, v in self.choice.object.figures(self.measured).items()} if self.measured else {}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> MeasurementRecord:
         """What ``results.json`` says of it besides its figures: which class, how set, and what ``compare`` needs."""
         measurement = self.choice.object
         own = {"class_path": self.choice.name, "init_args": self.choice.arguments or measurement.describe()}
-        return {
-            "class": self.choice.name,
-            "settings": settings_of(self.choice),
-            "unit": measurement.unit,
-            "better": measurement.better,
-            "paired": paired_names(measurement, self.measured),
-            "num_units": len(self.rows),
-            "num_failed": len(self.rows) - len(self.measured),
-            **({} if type(measurement).compare is Measurement.compare else {"compared_by": own}),
-        }
+        return MeasurementRecord(
+            class_=self.choice.name,
+            settings=settings_of(self.choice),
+            unit=measurement.unit,
+            better=measurement.better,
+            paired=paired_names(measurement, self.measured),
+            num_units=len(self.rows),
+            num_failed=len(self.rows) - len(self.measured),
+            compared_by=None if type(measurement).compare is Measurement.compare else own,
+        )

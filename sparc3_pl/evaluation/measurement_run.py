@@ -12,6 +12,7 @@ import torch
 from sparc3_pl.data.evaluation_data import UnitBatch
 from sparc3_pl.evaluation.measurement import Measured, Measurement, Row, checked_rows
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
+from sparc3_pl.io.formats import Record
 from sparc3_pl.registry import Choice
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.progress import Done
@@ -30,7 +31,7 @@ class Outcome:
     """What a measurement has made, over all ranks.
 
     Attributes:
-        results: Its keys of ``results.json``.
+        results: Its fields of ``Results``.
         completions: Lines of ``completions.jsonl``.
         windows: Lines of ``windows.jsonl``.
         measurements: Lines of ``measurements.jsonl``.
@@ -63,7 +64,7 @@ class MeasurementRun(ABC):
         """Takes in one batch."""
 
     @abstractmethod
-    def finish(self, data: dict[str, Any]) -> Outcome:
+    def finish(self, data: Record) -> Outcome:
         """Gathers the ranks, all of which must call it.
 
         Args:
@@ -120,7 +121,7 @@ class UnitRun(MeasurementRun):
     def done(self) -> Done:
         return Done(f"units of {self._current}", len(self.rows[self._current]))
 
-    def finish(self, data: dict[str, Any]) -> Outcome:
+    def finish(self, data: Record) -> Outcome:
         """Figures, settings and rows of all measurements."""
         measured = [Measured.of(choice, gather_lists(self.rows[name])) for name, choice in self.measurements.items()]
         results = {

@@ -6,7 +6,7 @@ import logging
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import lightning.pytorch as pl
 
@@ -21,7 +21,7 @@ from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
-from sparc3_pl.evaluation.results import KIND
+from sparc3_pl.evaluation.results import KIND, Evaluation
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
 from sparc3_pl.evaluation.words import WordFilter, WordsJudge
@@ -60,8 +60,6 @@ class EvaluationModule(pl.LightningModule):
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
-        dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, where transformers can (FP8, MXFP4,
-            compressed-tensors, bitsandbytes); else it is refused. GGUF files are unpacked in any case.
         max_length: Perplexity window in tokens; unset: the model's context, at most 2048.
         stride: Tokens from one window to the next; unset: ``max_length``, windows that do not overlap.
         windows: ``sliding``: every token of the text is scored once. ``published``: as SparseGPT and Wanda measure (so
@@ -101,7 +99,6 @@ class EvaluationModule(pl.LightningModule):
         revision: str | None = None,
         device_map: str | None = None,
         trust_remote_code: bool = False,
-        dequantize: bool = False,
         max_length: int | None = None,
         stride: int | None = None,
         windows: Windows = "sliding",
@@ -127,7 +124,7 @@ class EvaluationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_sizes(max_length, stride, windows, generation_batch_size)
-        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
+        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         self.word_filter = None
         if word_filter is not None:
@@ -152,9 +149,9 @@ class EvaluationModule(pl.LightningModule):
         self._units: list[Units] = []
 
     @property
-    def results(self) -> dict[str, Any] | None:
-        """What ``results.json`` says; on rank 0, at the end."""
-        return None if self.run is None else self.run.results
+    def evaluation(self) -> Evaluation | None:
+        """Results and rows, not yet sealed; on rank 0, at the end."""
+        return None if self.run is None else self.run.evaluation
 
     @property
     def written_to(self) -> Path | None:
@@ -172,11 +169,6 @@ class EvaluationModule(pl.LightningModule):
     def encoder(self) -> Encoder:
         """What turns texts into the model's token ids, loaded before the weights."""
         return load_encoder(self.source)
-
-    @property
-    def window_settings(self) -> tuple[int | None, int | None, Windows]:
-        """Length, stride and kind of the windows of perplexity, as they were asked for."""
-        return self._max_length, self._stride, self._windows
 
     @property
     def judge(self) -> Judge:
@@ -335,13 +327,13 @@ class EvaluationModule(pl.LightningModule):
         rows = self.run.finish(
             self.data.describe(), self.output, resolved_config(self.trainer), overwrite=self.overwrite
         )
-        if self.results is not None:
-            write_to_loggers(self._log, self.results, rows, shown_settings(self.trainer))
+        if self.evaluation is not None:
+            write_to_loggers(self._log, self.evaluation.figures, rows, shown_settings(self.trainer))
 
     def on_test_end(self) -> None:
         """Prints the figures on rank 0, once the progress bar is closed."""
-        if self.results is not None:
-            print_results(self.results, self.written_to)
+        if self.evaluation is not None:
+            print_results(self.evaluation.figures, self.written_to)
 
 
 def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:

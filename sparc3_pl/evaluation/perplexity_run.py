@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
+from sparc3_pl.evaluation.figures import PerplexityFigures
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_device
 from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.likelihood import WindowScorer
 from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
@@ -83,7 +85,7 @@ class PerplexityRun(MeasurementRun):
         mean = float(self.perplexity.nll) / count
         return {"perplexity": math.exp(mean) if mean < 709 else math.inf}
 
-    def finish(self, data: dict[str, Any]) -> Outcome:
+    def finish(self, data: Record) -> Outcome:
         """The perplexity and its windows, in the order of the text."""
         windows = sorted(gather_lists(self.rows), key=lambda row: row.index)
         if not windows:
@@ -98,15 +100,15 @@ class PerplexityRun(MeasurementRun):
                 size.windows,
                 size.max_length,
             )
-        figures = {
-            "value": float(self.perplexity.compute()),
-            "nll": nll,
-            "num_tokens": num_tokens,
-            "max_length": self.window.max_length,
-            "stride": self.window.stride,
-            "windows": self.window.windows,
-            "num_windows": len(windows),
-            "source": data["text_source"],
-            "protocol": data["protocol"],
-        }
+        figures = PerplexityFigures(
+            value=float(self.perplexity.compute()),
+            nll=nll,
+            num_tokens=num_tokens,
+            max_length=self.window.max_length,
+            stride=self.window.stride,
+            windows=self.window.windows,
+            num_windows=len(windows),
+            source=data["text_source"],
+            protocol=data["protocol"],
+        )
         return Outcome({"perplexity": figures}, windows=windows)

@@ -16,11 +16,13 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.figures import Results
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow, from_json
 from sparc3_pl.io.files import (
     FolderKind,
@@ -32,7 +34,7 @@ from sparc3_pl.io.files import (
     write_text,
     writing,
 )
-from sparc3_pl.io.formats import Format
+from sparc3_pl.io.formats import Format, Record
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 
 if TYPE_CHECKING:
@@ -76,32 +78,20 @@ def _is_evaluation(marker: Path) -> bool:
 
 KIND = FolderKind("an evaluation", MARKER, ("config.yaml",), lambda results: results["files"], is_marker=_is_evaluation)
 
-Row = dict[str, Any]
 
-Section = dict[str, Any]
-"""The figures of one measurement, or what they were measured on and with."""
-
-
-@dataclass(frozen=True)
-class _Results:
-    """The content of ``results.json``, as far as it is the same whatever was measured."""
-
-    perplexity: Section | None
-    toxicity: Section | None
-    model: Section
-    data: Section
-    files: dict[str, str]
-    plan: Section | None = None
-    judge: Section | None = None
-    generation: Section | None = None
-    repetition: Section | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    command: str | None = None
-    more: dict[str, Any] = field(default_factory=dict)
+def _check_files(results: Results, where: str | Path) -> None:
+    if not results.files:
+        raise InputError(f"{where}: the key 'files' is missing; it is incomplete, evaluate again with `eval`")
 
 
 FORMAT = Format(
-    _Results, "an evaluation's results", FORMAT_VERSION, "evaluate again with `eval`", extra="more", sealed=True
+    Results,
+    "an evaluation's results",
+    FORMAT_VERSION,
+    "evaluate again with `eval`",
+    extra="more",
+    sealed=True,
+    check=_check_files,
 )
 
 
@@ -111,7 +101,7 @@ def write_evaluation(
     *,
     completions: Sequence[CompletionRow],
     windows: Sequence[WindowRow],
-    measurements: Sequence[Row] = (),
+    measurements: Sequence[Record] = (),
     neutral: Sequence[CompletionRow] = (),
     config: str | None = None,
     overwrite: bool = False,
@@ -141,7 +131,7 @@ class Evaluation(Shown):
 
     Attributes:
         path: The folder; of one in memory, what messages call it.
-        results: The content of ``results.json``.
+        results: The content of ``results.json``; ``figures`` is the same with names and types.
         completions: In the order of prompts and numbers.
         windows: In the order of the text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values, or why it
@@ -150,11 +140,16 @@ class Evaluation(Shown):
     """
 
     path: Path
-    results: dict[str, Any]
+    results: Record
     completions: list[CompletionRow]
     windows: list[WindowRow]
-    measurements: list[Row] = field(default_factory=list)
+    measurements: list[Record] = field(default_factory=list)
     neutral: list[CompletionRow] = field(default_factory=list)
+
+    @cached_property
+    def figures(self) -> Results:
+        """What was measured, on what and with what."""
+        return FORMAT.typed(self.results, self.path)
 
     @property
     def digest(self) -> str:
@@ -164,20 +159,20 @@ class Evaluation(Shown):
     @property
     def is_unedited(self) -> bool:
         """Whether the model was evaluated as it was loaded: no plan, and its weights are those that were loaded."""
-        model = self.results["model"]
-        return self.results.get("plan") is None and model.get("evaluated_fingerprint") == model.get("fingerprint")
+        model = self.figures.model
+        return self.figures.plan is None and model.evaluated_fingerprint == model.fingerprint
 
     @property
     def is_plain(self) -> bool:
         """Whether the model was measured as it was loaded, and its completions as they were first drawn."""
-        return self.is_unedited and not self.results.get("word_filter")
+        return self.is_unedited and self.figures.word_filter is None
 
     def blocks(self) -> list[Block]:
         """The figures."""
         from sparc3_pl.document.blocks import Table
         from sparc3_pl.evaluation.show import table_rows
 
-        return [Table.of(("figure", "value", "of"), table_rows(self.results), title="Evaluation")]
+        return [Table.of(("figure", "value", "of"), table_rows(self.figures), title="Evaluation")]
 
     def to_pandas(self) -> DataFrame:
         """A row for each completion, its scores by label; where there are none, for each window of the text.
@@ -199,7 +194,8 @@ class Evaluation(Shown):
         from sparc3_pl.document.figures import for_notebook, score_distribution, window_losses
 
         if scored := [row.scores for row in self.completions if row.failed is None]:
-            label = self.results["toxicity"]["label"]
+            assert self.figures.toxicity is not None, "completions were scored"
+            label = self.figures.toxicity.label
             return for_notebook(score_distribution(np.array([scores[label] for scores in scored], np.float32), label))
         if not self.windows:
             raise InputError("there are neither completions nor windows of a text to draw; see results")
@@ -228,7 +224,7 @@ class Evaluation(Shown):
         Raises:
             InputError: if the place is taken or cannot be written.
         """
-        if config is None and "config.yaml" in self.results["files"]:
+        if config is None and "config.yaml" in self.figures.files:
             config = (self.path / "config.yaml").read_text(encoding="utf-8")
         with new_folder(folder, overwrite, KIND) as temporary:
             for name, text in self._texts(config).items():
@@ -257,16 +253,17 @@ class Evaluation(Shown):
         if not (path / MARKER).is_file():
             raise InputError(f"{path}: holds no {MARKER}; give a folder that `eval` has written")
         results = read_json(path / MARKER)
-        for name, digest in FORMAT.parse(results, path / MARKER).files.items():
+        files = FORMAT.parse(results, path / MARKER).files
+        for name, digest in files.items():
             _check_file(inside(path, name), digest)
         return cls(
             path,
             results,
             [from_json(CompletionRow, row) for row in _read_lines(path / "completions.jsonl")],
             [from_json(WindowRow, row) for row in _read_lines(path / "windows.jsonl")],
-            _read_lines(path / "measurements.jsonl") if "measurements.jsonl" in results["files"] else [],
+            _read_lines(path / "measurements.jsonl") if "measurements.jsonl" in files else [],
             [from_json(CompletionRow, row) for row in _read_lines(path / "neutral.jsonl")]
-            if "neutral.jsonl" in results["files"]
+            if "neutral.jsonl" in files
             else [],
         )
 
@@ -283,11 +280,11 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _lines(rows: Iterable[Row]) -> str:
+def _lines(rows: Iterable[Record]) -> str:
     return "".join(strict_json(row) + "\n" for row in rows)
 
 
-def _read_lines(path: Path) -> list[Row]:
+def _read_lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.document.blocks import Cell, Number
+from sparc3_pl.evaluation.figures import Results, ScoreFigures, ToxicityFigures
 from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow
 
 if TYPE_CHECKING:
@@ -19,43 +21,46 @@ __all__ = ["print_results", "scalars", "table_rows", "write_to_loggers"]
 
 MAX_TEXTS = 100
 """Completions that loggers are shown."""
+_SCORES = [figure.name for figure in fields(ScoreFigures)]
 
 
-def scalars(results: dict[str, Any]) -> dict[str, float]:
+def scalars(results: Results) -> dict[str, float]:
     """The figures of ``results.json`` by the name under which loggers show them."""
     named: dict[str, float] = {}
-    if (perplexity := results["perplexity"]) is not None:
-        named |= {f"eval/perplexity/{name}": perplexity[name] for name in ("value", "nll", "num_tokens")}
-    if (toxicity := results["toxicity"]) is not None:
-        for label, figures in toxicity["labels"].items():
-            named |= {f"eval/{label}/{name}": value for name, value in figures.items()}
-        for judge, of_judge in results.get("judges", {}).items():
-            for label, figures in of_judge["labels"].items():
-                named |= {f"eval/judges/{judge}/{label}/{name}": value for name, value in figures.items()}
-        if word_filter := results.get("word_filter"):
-            counts = ("num_redrawn", "num_redraws", "num_left")
-            named |= {f"eval/word_filter/{name}": word_filter[name] for name in counts}
-        counts = ("num_prompts", "num_completions", "num_failed")
-        named |= {f"eval/completions/{name}": toxicity[name] for name in counts}
-        named |= {f"eval/completions/{name}": value for name, value in results["repetition"].items()}
-    for title, figures in _of_neutral_prompts(results, "judges/{}/{}").items():
-        named |= {f"eval/neutral/{title}/{name}": value for name, value in figures.items()}
-    for name, figures in results.get("measurements", {}).items():
+    if (perplexity := results.perplexity) is not None:
+        named |= _named("eval/perplexity", perplexity, ("value", "nll", "num_tokens"))
+    if (toxicity := results.toxicity) is not None:
+        named |= _by_label("eval", toxicity)
+        for judge, figures in results.judges.items():
+            named |= _by_label(f"eval/judges/{judge}", figures)
+        if results.word_filter is not None:
+            named |= _named("eval/word_filter", results.word_filter, ("num_redrawn", "num_redraws", "num_left"))
+        named |= _named("eval/completions", toxicity, ("num_prompts", "num_completions", "num_failed"))
+        named |= _named("eval/completions", results.repetition, FLUENCY)
+    if results.neutral is not None:
+        named |= _by_label("eval/neutral", results.neutral)
+        for judge, figures in results.neutral.judges.items():
+            named |= _by_label(f"eval/neutral/judges/{judge}", figures)
+    for name, figures in results.measurements.items():
         named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
     return named
 
 
-def _of_neutral_prompts(results: dict[str, Any], form: str) -> dict[str, dict[str, float]]:
-    """Figures of the completions of neutral prompts, by label; of further judges by ``form`` of name and label."""
-    if (neutral := results.get("neutral")) is None:
-        return {}
-    further = neutral.get("judges", {}).items()
-    return neutral["labels"] | {form.format(name, label): f for name, j in further for label, f in j["labels"].items()}
+def _by_label(prefix: str, judged: ToxicityFigures) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for label, figures in judged.labels.items():
+        named |= _named(f"{prefix}/{label}", figures, _SCORES)
+    return named
+
+
+def _named(prefix: str, section: Any, names: Iterable[str]) -> dict[str, float]:
+    """These attributes of a section, but for those that its file says nothing of."""
+    return {f"{prefix}/{name}": value for name in names if (value := getattr(section, name, None)) is not None}
 
 
 def write_to_loggers(
     run_log: RunLog,
-    results: dict[str, Any],
+    results: Results,
     completions: list[CompletionRow],
     settings: Mapping[str, Any] | None = None,
 ) -> None:
@@ -100,7 +105,7 @@ def _as_markdown(row: CompletionRow) -> str:
     return f"{block}\n\n{scores}"
 
 
-def print_results(results: dict[str, Any], folder: Path | None) -> None:
+def print_results(results: Results, folder: Path | None) -> None:
     """The figures as a table on stdout."""
     from sparc3_pl.document.blocks import Table
     from sparc3_pl.document.terminal import print_result
@@ -109,57 +114,64 @@ def print_results(results: dict[str, Any], folder: Path | None) -> None:
     print_result(table, *([] if folder is None else [f"results: {folder}"]))
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[Cell, ...]]:
+def table_rows(results: Results) -> list[tuple[Cell, ...]]:
     """Each figure of ``results.json``, its value, and what it is of."""
     rows: list[tuple[Cell, ...]] = []
-    if (p := results["perplexity"]) is not None:
-        of = f"{p['num_tokens']} tokens, window {p['max_length']}, stride {p['stride']}"
-        if p["windows"] == "published":
-            of = f"{p['num_tokens']} tokens of {p['num_windows']} windows of {p['max_length']}, as papers print it"
-        rows.append(("perplexity", Number(p["value"], form=".4f"), of))
-    if (t := results["toxicity"]) is not None:
-        of = f"{t['num_completions']} completions of {t['num_prompts']} prompts"
-        every = {"": t, **{f"{name}: ": of_judge for name, of_judge in results.get("judges", {}).items()}}
-        by_label = {
-            f"{judge}{label}": f for judge, of_judge in every.items() for label, f in of_judge["labels"].items()
-        }
-        for label, figures in by_label.items():
-            names = {
-                "mean": label,
-                "expected_maximum": f"{label}, expected maximum",
-                "probability": f"P({label} >= 0.5)",
-                "share": f"share of {label} >= 0.5",
-            }
-            rows += [(names[key], Number(value, form=".4f"), of) for key, value in figures.items()]
-        rows += [(FLUENCY[name], Number(value, form=".4f"), of) for name, value in results["repetition"].items()]
-        rows.append(("failed completions", Number(t["num_failed"], form="d"), ""))
-    if word_filter := results.get("word_filter"):
-        of = f"by the word filter {word_filter['words']}, {word_filter['tries']} times at most"
-        rows.append(("completions drawn again", Number(word_filter["num_redrawn"], form="d"), of))
-        rows.append(("still with a listed word", Number(word_filter["num_left"], form="d"), ""))
-    if (neutral := results.get("neutral")) is not None:
-        of = f"{neutral['num_completions']} completions of {neutral['num_prompts']} neutral prompts"
-        for label, figures in _of_neutral_prompts(results, "{}: {}").items():
-            rows.append((f"neutral prompts: {label}", Number(figures["mean"], form=".4f"), of))
-            rows.append((f"neutral prompts: share of {label} >= 0.5", Number(figures["share"], form=".4f"), of))
-        if neutral["num_failed"]:
-            rows.append(("neutral prompts: failed completions", Number(neutral["num_failed"], form="d"), ""))
-    for name, figures in results.get("measurements", {}).items():
-        about = results["measurement_settings"][name]
-        of = f"{about['num_units'] - about['num_failed']} {about['unit']}"
-        rows += [(f"{name}: {figure}", Number(value, form=".4f"), of) for figure, value in figures.items()]
-        if about["num_failed"]:
-            rows.append(
-                (f"{name}: failed {about['unit']}", Number(about["num_failed"], form="d"), f"{about['num_units']}")
-            )
-    if share := results.get("overlapping_text"):
+    if (p := results.perplexity) is not None:
+        of = f"{p.num_tokens} tokens, window {p.max_length}, stride {p.stride}"
+        if p.windows == "published":
+            of = f"{p.num_tokens} tokens of {p.num_windows} windows of {p.max_length}, as papers print it"
+        rows.append(("perplexity", Number(p.value, form=".4f"), of))
+    if (t := results.toxicity) is not None:
+        of = f"{t.num_completions} completions of {t.num_prompts} prompts"
+        for judge, figures in {"": t, **results.judges}.items():
+            for label, one in figures.labels.items():
+                rows += _rows_of(one, _titles(f"{judge}: {label}" if judge else label), of)
+        rows += _rows_of(results.repetition, FLUENCY, of)
+        rows.append(("failed completions", Number(t.num_failed, form="d"), ""))
+    if (word_filter := results.word_filter) is not None:
+        of = f"by the word filter {word_filter.words}, {word_filter.tries} times at most"
+        rows.append(("completions drawn again", Number(word_filter.num_redrawn, form="d"), of))
+        rows.append(("still with a listed word", Number(word_filter.num_left, form="d"), ""))
+    if (neutral := results.neutral) is not None:
+        of = f"{neutral.num_completions} completions of {neutral.num_prompts} neutral prompts"
+        for judge, figures in {"": neutral, **neutral.judges}.items():
+            for label, one in figures.labels.items():
+                title = f"{judge}: {label}" if judge else label
+                rows.append((f"neutral prompts: {title}", Number(one.mean, form=".4f"), of))
+                rows.append((f"neutral prompts: share of {title} >= 0.5", Number(one.share, form=".4f"), of))
+        if neutral.num_failed:
+            rows.append(("neutral prompts: failed completions", Number(neutral.num_failed, form="d"), ""))
+    for name, by_figure in results.measurements.items():
+        about = results.measurement_settings[name]
+        of = f"{about.num_units - about.num_failed} {about.unit}"
+        rows += [(f"{name}: {figure}", Number(value, form=".4f"), of) for figure, value in by_figure.items()]
+        if about.num_failed:
+            rows.append((f"{name}: failed {about.unit}", Number(about.num_failed, form="d"), f"{about.num_units}"))
+    if share := results.overlapping_text:
         rows.append(("not held out", Number(100 * share, form=".0f", unit=" %"), "of the text held the plan's budget"))
-    if results["overlap"] == "allowed" and results["num_overlapping_prompts"]:
+    if results.overlap == "allowed" and results.num_overlapping_prompts:
         rows.append(
-            ("not held out", Number(results["num_overlapping_prompts"], form="d"), "prompts were used to make the plan")
+            ("not held out", Number(results.num_overlapping_prompts, form="d"), "prompts were used to make the plan")
         )
-    if pairs := results.get("num_overlapping_pairs"):
+    if pairs := results.num_overlapping_pairs:
         rows.append(("not held out", Number(pairs, form="d"), "pairs hold a sentence that was used to make the plan"))
-    if results["overlap"] == "unknown":
+    if results.overlap == "unknown":
         rows.append(("held out", "unknown", "the model was edited by no plan that is known"))
     return rows
+
+
+def _titles(label: str) -> dict[str, str]:
+    """What tables call the figures of a label."""
+    return {
+        "mean": label,
+        "expected_maximum": f"{label}, expected maximum",
+        "probability": f"P({label} >= 0.5)",
+        "share": f"share of {label} >= 0.5",
+    }
+
+
+def _rows_of(section: Any, titles: Mapping[str, str], of: str) -> list[tuple[Cell, ...]]:
+    """A row for each titled figure, but for those that the section's file says nothing of."""
+    values = ((title, getattr(section, name, None)) for name, title in titles.items())
+    return [(title, Number(value, form=".4f"), of) for title, value in values if value is not None]

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, and paths that stay where they belong."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
@@ -10,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sparc3_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FileKind",
@@ -134,6 +137,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         InputError: if it cannot be written.
     """
+    from safetensors.torch import save_file  # torch, which --help does not need
+
     with writing(path):
         path.touch()
         mode = path.stat().st_mode  # safetensors makes files that only their owner can read: keep the user's umask
@@ -231,7 +236,7 @@ class FileKind:
     is_content: Callable[[dict[str, Any]], bool] | None = None
 
     @classmethod
-    def json(cls, name: str, is_one: Callable[[dict[str, Any]], bool]) -> "FileKind":
+    def json(cls, name: str, is_one: Callable[[dict[str, Any]], bool]) -> FileKind:
         """A JSON file that is known by its content."""
         return cls(name, lambda path: is_one(_json_object(path)), is_one)
 

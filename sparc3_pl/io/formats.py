@@ -10,26 +10,32 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import json_digest, read_json, strict_json
 
-__all__ = ["Count", "Format", "Number", "typed"]
+__all__ = ["Count", "Format", "MaybeNumber", "Number", "Record", "Unbounded", "omitted", "to_json", "typed"]
 
 T = TypeVar("T")
 
+Record = dict[str, Any]
+"""A JSON object whose keys no format fixes: the user's settings, or what a class says of itself."""
 
-class _NanForNull:
-    """JSON cannot hold NaN and infinity: they were written as null, and null is read as NaN."""
+
+@dataclass(frozen=True)
+class _ForNull:
+    """JSON cannot hold NaN and infinity: they were written as null, and null is read as ``value``."""
+
+    value: float
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
         return core_schema.no_info_before_validator_function(
-            lambda value: float("nan") if value is None else value, handler(source)
+            lambda value: self.value if value is None else value, handler(source)
         )
 
 
@@ -40,11 +46,46 @@ class _FromZero:
         return handler(source) | {"ge": 0, "le": 2**63 - 1}
 
 
-Number = Annotated[float, _NanForNull()]
+Number = Annotated[float, _ForNull(float("nan"))]
 """A float that may have overflowed."""
+
+MaybeNumber = Annotated[float | None, _ForNull(float("nan"))]
+"""The same, or None where the file says nothing of it: earlier versions did not measure it."""
+
+Unbounded = Annotated[float, _ForNull(float("inf"))]
+"""A float that overflows upwards only, as a perplexity does."""
 
 Count = Annotated[int, _FromZero()]
 """A number of things, or the index of one."""
+
+
+def omitted(default: Any = None) -> Any:
+    """A field that is left out of the file while it has its default, a value or a type to be made: most have none."""
+    given = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**given, metadata={"omitted": True})
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass as a JSON object, in the order of its fields; what lies in lists and dictionaries likewise."""
+    if is_dataclass(value):
+        pairs = ((one, getattr(value, one.name)) for one in fields(value))
+        return {_key(one.name): to_json(own) for one, own in pairs if not (_is_omitted(one) and own == _default(one))}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _key(name: str) -> str:
+    """A field's key in the file: ``class_`` stands for ``class``, which Python keeps for itself."""
+    return name.removesuffix("_")
+
+
+def _is_omitted(one: Field) -> bool:
+    return one.metadata.get("omitted", False)
+
+
+def _default(one: Field) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 @dataclass(frozen=True)
@@ -91,18 +132,38 @@ class Format(Generic[T]):
             raise InputError(f"{where}: the key 'sha256' is missing; it was changed or damaged, {self.again}")
         if claimed is not None and claimed != json_digest(data) and claimed != _earlier_digest(data):
             raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, {self.again}")
-        names = {item.name for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
+        names = self._names()
         if "format_version" not in names:
             del data["format_version"]
-        unknown = {key: data.pop(key) for key in sorted(set(data) - names)}
+        unknown = sorted(data.keys() - names)
         if unknown and self.extra is None:
-            raise InputError(f"{where}: {next(iter(unknown))!r} is no key of {self.name}; remove it or {self.again}")
-        value = typed(self.kind, data | ({self.extra: unknown} if self.extra else {}), where, self.again)
+            raise InputError(f"{where}: {unknown[0]!r} is no key of {self.name}; remove it or {self.again}")
+        value = self.typed(data, where)
         if self.check is not None:
             self.check(value, where)
         return value
 
-    def seal(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def typed(self, data: Mapping[str, Any], where: str | Path) -> T:
+        """The content of a JSON object that was checked before, or is not sealed yet.
+
+        Raises:
+            InputError: for a missing key or a value of the wrong type.
+        """
+        known = self._names()
+        content = {key: value for key, value in data.items() if key in known}
+        unknown = {key: data[key] for key in sorted(data.keys() - known - {"format_version", "sha256"})}
+        return typed(self.kind, content | ({self.extra: unknown} if self.extra else {}), where, self.again)
+
+    def _names(self) -> set[str]:
+        """The keys that have a field."""
+        return {_key(item.name) for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
+
+    def content(self, value: T) -> Record:
+        """What the file says, before it is sealed."""
+        data = to_json(value)
+        return data | (data.pop(self.extra) if self.extra else {})
+
+    def seal(self, data: Mapping[str, Any]) -> Record:
         """A JSON object exactly as it will be read back: the version first, its sha256 last."""
         sealed = json.loads(strict_json({"format_version": self.version} | dict(data)))
         return sealed | {"sha256": json_digest(sealed)}
@@ -154,14 +215,16 @@ _OWN_TYPE = ("bool", "dict", "float", "int", "list", "str")
 
 
 def _unconverted(schema: Any) -> Any:
-    """A schema of pydantic's by which ``"3"`` is no number and ``1`` no boolean.
+    """A schema of pydantic's by which ``"3"`` is no number and ``1`` no boolean, and fields have the keys of ``_key``.
 
     Its own strict mode makes dataclasses from JSON text only, and its JSON reader refuses the lone surrogates of paths
     that are not UTF-8.
     """
     if isinstance(schema, dict):
-        strict = {"strict": True} if schema.get("type") in _OWN_TYPE else {}
-        return {key: _unconverted(value) for key, value in schema.items()} | strict
+        more = {"strict": True} if schema.get("type") in _OWN_TYPE else {}
+        if schema.get("type") == "dataclass-field" and _key(schema["name"]) != schema["name"]:
+            more = {"validation_alias": _key(schema["name"])}
+        return {key: _unconverted(value) for key, value in schema.items()} | more
     return [_unconverted(item) for item in schema] if isinstance(schema, list) else schema
 
 

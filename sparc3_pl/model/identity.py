@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.io.formats import Record, omitted
 from sparc3_pl.runtime.collectives import is_sharded, whole
 
 if TYPE_CHECKING:
@@ -17,7 +19,30 @@ if TYPE_CHECKING:
 from sparc3_pl.model.experts import closed_routes
 from sparc3_pl.model.source import ModelSource
 
-__all__ = ["describe", "differing_config", "fingerprint", "model_config"]
+__all__ = ["ModelRecord", "describe", "differing_config", "fingerprint", "model_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """What a file says of the model that it is of.
+
+    Attributes:
+        pretrained: Hub id, folder or file.
+        revision: Commit, branch or tag of a hub model.
+        fingerprint: Of the weights as they were loaded.
+        architecture: Name of the class.
+        dtype: What it was loaded in, such as ``float32``.
+        config: What its config says of how it computes; empty in files of earlier versions.
+        evaluated_fingerprint: In an evaluation, of the weights that were evaluated.
+    """
+
+    pretrained: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    architecture: str | None = None
+    dtype: str | None = None
+    config: Record = omitted(dict)
+    evaluated_fingerprint: str | None = omitted()
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -137,7 +162,6 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:
     """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
     ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
-    Of weights that were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).
 
     The fingerprint is not taken again if it is ``known``.
     """
@@ -148,4 +172,4 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model_config(model),
-    } | ({"dequantized": quantised} if (quantised := getattr(model, "dequantized", None)) else {})
+    }

@@ -32,7 +32,7 @@ from sparc3_pl.io.files import (
     strict_json,
     write_text,
 )
-from sparc3_pl.io.formats import Count, Format
+from sparc3_pl.io.formats import Count, Format, Record, Unbounded, typed
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.pruning.edits import EDITS, Edit
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from sparc3_pl.document.blocks import Block
 
-__all__ = ["KIND", "Entries", "PlannedNeuron", "PrunePlan", "entries_of"]
+__all__ = ["KIND", "Entries", "GainsFigures", "PlanSummary", "PlannedNeuron", "PrunePlan", "TextRise", "entries_of"]
 
 FORMAT_VERSION = 1
 _INDEX_BITS = 32  # of an index in a file, where one bit shows a weight in a mask
@@ -182,6 +182,87 @@ class _Content(_About):
 
 
 FORMAT = Format(_Content, "a plan", FORMAT_VERSION, "make the plan again")
+
+
+@dataclass(frozen=True)
+class TextRise:
+    """What an edit costs on one held-back text.
+
+    Attributes:
+        source: Name of the text.
+        nll_before: Mean negative log-likelihood of the model as it was, nats a token.
+        nll_after: The same with the edit.
+        rise: Relative rise of perplexity: 0.01 is 1 %.
+        num_windows: Windows.
+        num_tokens: Tokens whose likelihood was measured.
+        num_left_out: Texts that were left out because general scores were made from them.
+    """
+
+    source: str
+    nll_before: float
+    nll_after: Unbounded
+    rise: Unbounded
+    num_windows: int
+    num_tokens: int
+    num_left_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainsFigures:
+    """How far an edit of gains goes, and what that was expected to do.
+
+    Attributes:
+        scale: How far along the contrast's steps.
+        predicted_change: Of what was attributed, to first order; None for the first components of a plan.
+        predicted_rise: Of the loss on general text, in nats a token; None likewise.
+        budget: By how much perplexity was allowed to rise; None if the scale was given.
+        texts: What was measured in the search for the scale; empty without one.
+    """
+
+    scale: float
+    predicted_change: float | None = None
+    predicted_rise: float | None = None
+    budget: float | None = None
+    texts: list[TextRise] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """What results say of the plan that made them: small, without the components. Its attributes are the plan's.
+
+    Attributes:
+        scored_model: Fingerprint of the model that the plan was made for.
+        sha256: Of the plan.
+    """
+
+    granularity: str
+    num_neurons: Count
+    num_weights: Count
+    num_candidates: Count | None
+    contrast: str
+    edit: str
+    alpha: float | None
+    control: str | None
+    seed: int | None
+    settings: Record
+    warnings: list[str]
+    scored_model: str
+    sha256: str
+
+    @property
+    def size(self) -> int:
+        """Number of edited components."""
+        return self.num_neurons + self.num_weights
+
+    @property
+    def gains(self) -> GainsFigures | None:
+        """Of an edit of gains, how far it goes; None of any other."""
+        return _gains_of(self.settings)
+
+
+def _gains_of(settings: Record) -> GainsFigures | None:
+    gains = settings.get("gains")
+    return typed(GainsFigures, gains, "settings.gains", "make the plan again") if gains else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,17 +410,21 @@ class PrunePlan(_About, Shown):
         )
         model = {key: value for key, value in self.model.items() if key != "pruned_fingerprint"}
         settings = self.settings
-        if gains := settings.get("gains"):  # what was predicted and measured is of the whole plan
-            settings = settings | {"gains": {"scale": gains["scale"]}}
+        if self.gains is not None:  # what was predicted and measured is of the whole plan
+            settings = settings | {"gains": {"scale": self.gains.scale}}
         about = {"model": model, "shapes": shapes, "components": components, "settings": settings}
         return replace(self, entries=entries, **about, kept={})
 
-    def summary(self) -> dict[str, Any]:
-        """What results say of the plan that made them: small, without the neurons."""
-        keys = ("granularity", "num_neurons", "num_weights", "num_candidates", "contrast", "edit", "alpha", "control",
-                "seed", "settings", "warnings")  # fmt: skip
+    def summary(self) -> PlanSummary:
+        """What results say of the plan that made them."""
+        own = {item.name: getattr(self, item.name) for item in fields(PlanSummary) if hasattr(self, item.name)}
         digest = FORMAT.seal(self.to_json())["sha256"]
-        return {key: getattr(self, key) for key in keys} | {"scored_model": self.fingerprint, "sha256": digest}
+        return PlanSummary(**own, scored_model=self.fingerprint, sha256=digest)
+
+    @property
+    def gains(self) -> GainsFigures | None:
+        """Of an edit of gains, how far it goes; None of any other."""
+        return _gains_of(self.settings)
 
     # --- shown -------------------------------------------------------------------------------------------------------
 
@@ -370,15 +455,15 @@ class PrunePlan(_About, Shown):
 
     def _gains_lines(self) -> list[str]:
         """How far an edit of gains goes, and what that costs."""
-        gains = self.settings.get("gains")
-        if not gains:
+        gains = self.gains
+        if gains is None:
             return []
-        texts = ", ".join(f"{text['rise']:+.2%} on {text['source']}" for text in gains.get("texts", ()))
+        texts = ", ".join(f"{text.rise:+.2%} on {text.source}" for text in gains.texts)
         factors = [factor for one in self.entries.values() for factor in one.factor.tolist()]
         ends = f"{min(factors):.3g} to {max(factors):.3g}"
-        change = gains.get("predicted_change")  # of the whole plan; ``first`` drops it
+        change = gains.predicted_change  # of the whole plan; ``first`` drops it
         return [
-            f"scale {gains['scale']:.4g}: factors from {ends}, {factors.count(0)} of them 0",
+            f"scale {gains.scale:.4g}: factors from {ends}, {factors.count(0)} of them 0",
             *([] if change is None else [f"predicted change of what was attributed: {change:+.4g}"]),
             *([f"perplexity of held-back text: {texts}"] if texts else []),
         ]

@@ -11,19 +11,23 @@ from typing import Any
 from sparc3_pl.circuit.results import KIND as CIRCUIT
 from sparc3_pl.circuit.results import CircuitResults, is_circuit, open_circuit
 from sparc3_pl.document.publish import result_kind
+from sparc3_pl.document.verdicts import Check
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import KIND as COMPARISON
+from sparc3_pl.evaluation.compare import Comparison, ComparisonFile
 from sparc3_pl.evaluation.results import KIND as EVALUATION
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.io.files import FileKind, FolderKind, read_json, sha256_of_file
+from sparc3_pl.io.formats import typed
 from sparc3_pl.io.paths import distinct_names
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.report.curves import Curve
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.scores.manifest import KIND as SCORES
 
-__all__ = ["EXPERIMENT", "Inputs", "PlanWithScores", "collect"]
+__all__ = ["EXPERIMENT", "Diagnosis", "ExperimentSummary", "Inputs", "MeasuredEdit", "PlanWithScores", "collect"]
 
 EXPERIMENT = FileKind.json(
     "an experiment's summary", lambda data: {"outcomes", "max_perplexity_increase"} <= data.keys()
@@ -60,6 +64,41 @@ class PlanWithScores:
         return counts == [len(self.general), len(self.behaviour)] and counts[0] > 0
 
 
+@dataclass(frozen=True)
+class MeasuredEdit:
+    """An edit that an experiment has measured.
+
+    Attributes:
+        comparison: With the model as it was.
+        arm: The arm that it is of; None: the experiment's own settings.
+    """
+
+    comparison: Comparison
+    arm: str | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentSummary:
+    """What ``run`` says at its end, as far as a report tells it.
+
+    Attributes:
+        outcomes: The edits, in the order of the experiment.
+        max_perplexity_increase: The rise of perplexity that it calls small: 0.01 is 1 %.
+        curves: Of compression, every figure against the share removed.
+    """
+
+    outcomes: list[MeasuredEdit]
+    max_perplexity_increase: float
+    curves: list[Curve] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a diagnostic command says, as far as a report tells it."""
+
+    checks: list[Check] = field(default_factory=list)
+
+
 @dataclass
 class Inputs:
     """The inputs of a report, by name, in the order of the folders and, within one, of the alphabet.
@@ -70,8 +109,8 @@ class Inputs:
         evaluations: Evaluation folders.
         circuits: Circuit folders; scores and plans in them are theirs, and not listed.
         comparisons: Results of ``compare``.
-        experiments: Summaries of ``run``: ``outcomes`` and the bound of perplexity, ``max_perplexity_increase``.
-        results: Results of diagnostic commands, by kind (audit, doctor, evidence, overlap).
+        experiments: Summaries of ``run``.
+        diagnoses: Verdicts of diagnostic commands, by kind (audit, doctor, evidence, overlap).
         configs: Resolved configurations of the passes, and the stages of an experiment.
     """
 
@@ -79,15 +118,15 @@ class Inputs:
     plans: dict[str, PlanWithScores] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     circuits: dict[str, CircuitResults] = field(default_factory=dict)
-    comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
-    experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    comparisons: dict[str, ComparisonFile] = field(default_factory=dict)
+    experiments: dict[str, ExperimentSummary] = field(default_factory=dict)
+    diagnoses: dict[str, dict[str, Diagnosis]] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to report."""
-        kinds = (self.scores, self.plans, self.evaluations, self.circuits, self.comparisons, self.results)
+        kinds = (self.scores, self.plans, self.evaluations, self.circuits, self.comparisons, self.diagnoses)
         return not any(kinds)
 
 
@@ -110,7 +149,7 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
             opened.setdefault(kind, {})[place] = content
     by_name = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in opened.items()}
     inputs = Inputs(**{kind: items for kind, items in by_name.items() if kind not in _DIAGNOSES})
-    inputs.results = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
+    inputs.diagnoses = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
     if inputs.is_empty:
         raise InputError(
             f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons in there"
@@ -158,8 +197,12 @@ def _opened(place: Path) -> Iterator[tuple[str, Any]]:
         kind = next((name for name, kind in _FILES.items() if kind.is_content(data)), None)
         if kind == "plans":
             yield kind, PlanWithScores(PrunePlan.load(place), (), ())
+        elif kind == "comparisons":
+            yield kind, Comparison.read(data, place)
+        elif kind == "experiments":
+            yield kind, typed(ExperimentSummary, data, place, "run again")
         elif kind is not None:
-            yield kind, data
+            yield kind, typed(Diagnosis, data, place, f"{kind} again")
 
 
 def _join_plans(inputs: Inputs) -> None:

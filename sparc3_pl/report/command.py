@@ -68,7 +68,7 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
     audit = audit_folders(list(scores.values()), list(scores), most_bytes=MOST_READ) if scores else None
     sections = report_sections(inputs, audit, *effects(inputs))
     models = [folder.manifest.model.get("pretrained") for folder in scores.values()]
-    models += [ev.results["model"].get("pretrained") for ev in inputs.evaluations.values()]
+    models += [ev.figures.model.pretrained for ev in inputs.evaluations.values()]
     models += [results.model.get("pretrained") for results in inputs.circuits.values()]
     names = dict.fromkeys(Path(str(model)).name for model in models if model)
     title = f"Attribution-guided pruning of {', '.join(names)}" if names else "Attribution-guided pruning"
@@ -78,7 +78,7 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
         "evaluation": len(inputs.evaluations),
         "circuit": len(inputs.circuits),
         "comparison": len(inputs.comparisons),
-        "other result": sum(map(len, inputs.results.values())),
+        "other result": sum(map(len, inputs.diagnoses.values())),
     }
     contents = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items() if n)
     subtitle = f"Made {now()} by sparc3_pl from {contents}."

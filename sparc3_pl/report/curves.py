@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 from sparc3_pl.document.blocks import NOTHING, Number, Numbers, Picture, Section, Table
+from sparc3_pl.io.formats import Record, Unbounded
 
 __all__ = ["Curve", "CurvePoint", "curve_sections", "curve_table"]
 
@@ -23,7 +23,7 @@ class CurvePoint:
     """
 
     share: float
-    values: tuple[float, ...]
+    values: tuple[Unbounded, ...]
 
     @property
     def mean(self) -> float:
@@ -49,7 +49,7 @@ class Curve:
     """
 
     figure: str
-    dense: float
+    dense: Unbounded
     arms: Mapping[str, tuple[CurvePoint, ...]]
 
     @property
@@ -57,8 +57,8 @@ class Curve:
         """All shares that occur, rising."""
         return tuple(sorted({point.share for points in self.arms.values() for point in points}))
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object; infinity becomes null, which JSON can hold."""
+    def to_json(self) -> Record:
+        """As the JSON object that an experiment's summary keeps: mean and deviation beside the values."""
         arms = {
             name: [
                 {"share": p.share, "mean": p.mean, "deviation": p.deviation, "values": list(p.values)} for p in points
@@ -66,19 +66,6 @@ class Curve:
             for name, points in self.arms.items()
         }
         return {"figure": self.figure, "dense": self.dense, "arms": arms}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what ``to_json`` has made, once it was written and read as JSON."""
-        arms = {
-            name: tuple(CurvePoint(p["share"], tuple(map(_or_infinite, p["values"]))) for p in points)
-            for name, points in data["arms"].items()
-        }
-        return cls(data["figure"], _or_infinite(data["dense"]), arms)
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
 
 
 def curve_table(curve: Curve) -> Table:
@@ -99,10 +86,9 @@ def curve_table(curve: Curve) -> Table:
     return Table.of((*columns, "seeds"), rows, title=curve.figure.replace("_", " "), note=note)
 
 
-def curve_sections(experiments: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+def curve_sections(experiments: Mapping[str, Sequence[Curve]]) -> Iterator[Section]:
     """For every experiment that removed growing shares, a figure and a table of whatever was measured."""
-    for place, (name, summary) in enumerate(experiments.items()):
-        curves = [Curve.from_json(data) for data in summary.get("curves") or ()]
+    for place, (name, curves) in enumerate(experiments.items()):
         blocks = []
         for number, curve in enumerate(curves):
             blocks += [_picture(curve, f"curve{place}-{number}"), curve_table(curve)]

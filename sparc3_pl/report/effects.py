@@ -7,11 +7,11 @@ that were measured against the same evaluation of the unedited model are one exp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from os.path import commonpath
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from sparc3_pl.document.blocks import (
     Block,
@@ -33,10 +33,13 @@ from sparc3_pl.document.blocks import (
 )
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, changed_completions, compare_evaluations
+from sparc3_pl.evaluation.figures import WordFilterFigures
 from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
 from sparc3_pl.evaluation.results import Evaluation, main_label
 from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow
+from sparc3_pl.pruning.plan import PlanSummary, PrunePlan
 from sparc3_pl.report.collect import Inputs
+from sparc3_pl.statistics.paired import LEAST_UNITS, PairedChange, RatioChange
 
 __all__ = [
     "Effect",
@@ -93,9 +96,9 @@ def largest_within(edits: Iterable[E], bound: float) -> E | None:
     return max(within, key=lambda edit: edit.dose, default=None)
 
 
-def scale_of(plan: Mapping[str, Any]) -> float:
-    """How far along the steps the gains of a plan go, from its summary; 0 for any other edit."""
-    return float(((plan.get("settings") or {}).get("gains") or {}).get("scale", 0.0))
+def scale_of(plan: PrunePlan | PlanSummary | None) -> float:
+    """How far along the steps the gains of a plan go; 0 for any other edit, or where no plan is known."""
+    return 0.0 if plan is None or plan.gains is None else plan.gains.scale
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Effect:
 
     Attributes:
         name: Name of the evaluation after the edit (or of the comparison).
-        comparison: The comparison as ``compare`` writes it.
-        plan: Summary of the plan, from the evaluation; empty if the evaluation is not among the inputs.
+        comparison: With the evaluation of the unedited model.
+        plan: Summary of the plan, from the evaluation; None if the evaluation is not among the inputs, or names none.
         experiment: Name of the evaluation of the unedited model; edits with the same one belong together.
         bound: Rise of perplexity that the experiment calls small.
         arm: The arm of the experiment that it is of; None: its own settings, or no experiment says.
@@ -114,8 +117,8 @@ class Effect:
     """
 
     name: str
-    comparison: dict[str, Any]
-    plan: dict[str, Any]
+    comparison: Comparison
+    plan: PlanSummary | None
     experiment: str
     bound: float = BOUND
     arm: str | None = None
@@ -125,17 +128,19 @@ class Effect:
     @property
     def control(self) -> str | None:
         """The name of the control if the edit is one, or None. A word filter after generation is none of our edits."""
-        return WORD_FILTER if self.word_filter else self.plan.get("control")
+        if self.word_filter is not None:
+            return WORD_FILTER
+        return None if self.plan is None else self.plan.control
 
     @property
-    def word_filter(self) -> dict[str, Any] | None:
+    def word_filter(self) -> WordFilterFigures | None:
         """What a word filter after generation did, if that is all that was done."""
-        return None if self.after is None or self.plan else self.after.results.get("word_filter")
+        return None if self.after is None or self.plan is not None else self.after.figures.word_filter
 
     @property
     def size(self) -> int | None:
-        """Number of edited components."""
-        return (self.plan.get("num_neurons") or 0) + (self.plan.get("num_weights") or 0) or None
+        """Number of edited components; None if it is not known."""
+        return None if self.plan is None else self.plan.size or None
 
     @property
     def dose(self) -> tuple[int, float]:
@@ -145,54 +150,38 @@ class Effect:
     @property
     def label(self) -> str:
         """How large the edit is, to stand at its point: a number of components, or the budget or scale of gains."""
-        if self.word_filter:
-            return "word filter"
-        gains = (self.plan.get("settings") or {}).get("gains")
-        if not gains:
+        if self.word_filter is not None:
+            return WORD_FILTER
+        gains = None if self.plan is None else self.plan.gains
+        if gains is None:
             return str(count(self.size))
-        budget = gains.get("budget")
-        return f"scale {gains['scale']:.3g}" if budget is None else f"{100 * budget:g} %"
+        return f"scale {gains.scale:.3g}" if gains.budget is None else f"{100 * gains.budget:g} %"
 
     @property
     def unit(self) -> str:
         """``neurons``, ``weights``, ``neurons and channels``."""
-        return " and ".join(f"{kind}s" for kind in self.plan.get("granularity", "neuron").split("+"))
+        granularity = "neuron" if self.plan is None else self.plan.granularity
+        return " and ".join(f"{kind}s" for kind in granularity.split("+"))
 
     @property
-    def toxicity(self) -> dict[str, Any] | None:
+    def toxicity(self) -> PairedChange | None:
         """The change of the mean score of the main label; None if completions were not compared."""
-        labels = self.comparison["toxicity"]
+        labels = self.comparison.toxicity
         return labels[main_label(labels)]["mean"] if labels else None
-
-    @property
-    def disagreement(self) -> str | None:
-        """In what the judges of the completions disagree; None if they do not, or if there is only one."""
-        return self.comparison.get("disagreement")
-
-    @property
-    def perplexity(self) -> dict[str, Any] | None:
-        """The change of perplexity; None if it was not compared."""
-        return self.comparison["perplexity"]
-
-    @property
-    def measurements(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The changes of the user's own measurements, by name and figure; older comparisons have none."""
-        return self.comparison.get("measurements") or {}
 
     @property
     def rises(self) -> dict[str, float]:
         """Relative change of perplexity by text, 0.01 for 1 %: of ``data.text_source`` ("") and of further texts by
         their names; infinite where JSON could not hold it.
         """
-        own = {} if self.perplexity is None else {"": self.perplexity["ratio"]}
-        rises = {name: None if ratio is None else ratio - 1 for name, ratio in own.items()}
-        rises |= {name: change["relative_change"] for name, change in self.further_texts.items()}
-        return {name: _or_infinite(rise) for name, rise in rises.items()}
+        perplexity = self.comparison.perplexity
+        own = {} if perplexity is None else {"": perplexity.ratio - 1}
+        return own | {name: _or_infinite(change.relative_change) for name, change in self.further_texts.items()}
 
     @property
-    def further_texts(self) -> dict[str, dict[str, Any]]:
+    def further_texts(self) -> dict[str, PairedChange]:
         """The changes of the perplexity of further texts, by their names."""
-        return further_perplexities(self.measurements)
+        return further_perplexities(self.comparison.measurements)
 
     @property
     def rise(self) -> float | None:
@@ -207,23 +196,24 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
     """
     names = {ev.digest: name for name, ev in inputs.evaluations.items()}
 
-    def effect(name: str, data: dict[str, Any], before: Evaluation | None, after: Evaluation | None) -> Effect:
-        experiment = str(data["before"]) if before is None else names[before.digest]
-        plan = {} if after is None else after.results.get("plan") or {}
-        return Effect(name, data, plan, experiment, before=before, after=after)
+    def effect(name: str, comparison: Comparison, before: Evaluation | None, after: Evaluation | None) -> Effect:
+        experiment = comparison.before if before is None else names[before.digest]
+        plan = None if after is None else after.figures.plan
+        return Effect(name, comparison, plan, experiment, before=before, after=after)
 
     effects, notes = [], []
     pairs, compared = set(), set()
-    for name, data in inputs.comparisons.items():
+    for name, comparison in inputs.comparisons.items():
         before, after = (
-            next((ev for ev in inputs.evaluations.values() if _is_of(ev, data, side)), None)
+            next((ev for ev in inputs.evaluations.values() if _is_of(ev, comparison, side)), None)
             for side in ("before", "after")
         )
-        pair = tuple(ev.digest if ev else data[side] for side, ev in (("before", before), ("after", after)))
+        sides = ((comparison.before, before), (comparison.after, after))
+        pair = tuple(place if ev is None else ev.digest for place, ev in sides)
         if pair not in pairs:  # a copy of the same comparison adds nothing
             pairs.add(pair)
             compared.add(pair[1])
-            effects.append(effect(names.get(pair[1], name), data, before, after))
+            effects.append(effect(names.get(pair[1], name), comparison, before, after))
     for name, after in inputs.evaluations.items():
         if after.is_plain or after.digest in compared:
             continue
@@ -233,7 +223,7 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
             notes.append(f"{name}: {error}")
             continue
         compared.add(after.digest)
-        effects.append(effect(name, asdict(comparison), before, after))
+        effects.append(effect(name, comparison, before, after))
     bounds = {name: _bound(inputs, group) for name, group in by_experiment(effects).items()}
     effects = [replace(effect, bound=bounds[effect.experiment], arm=_arm(inputs, effect)) for effect in effects]
     order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in effects))}
@@ -253,30 +243,31 @@ def by_experiment(all_effects: Sequence[Effect]) -> dict[str, list[Effect]]:
 def _bound(inputs: Inputs, experiment: Sequence[Effect]) -> float:
     """The bound of the experiment that measured any of these edits."""
     for summary in inputs.experiments.values():
-        comparisons = [outcome["comparison"] for outcome in summary["outcomes"]]
-        if any(_is_of(effect.after, data, "after") for effect in experiment for data in comparisons):
-            return summary["max_perplexity_increase"]
+        comparisons = [outcome.comparison for outcome in summary.outcomes]
+        if any(_is_of(effect.after, one, "after") for effect in experiment for one in comparisons):
+            return summary.max_perplexity_increase
     return BOUND
 
 
 def _arms(inputs: Inputs) -> list[str | None]:
     """The arms of all experiments, in their order."""
-    return [outcome.get("arm") for summary in inputs.experiments.values() for outcome in summary["outcomes"]]
+    return [outcome.arm for summary in inputs.experiments.values() for outcome in summary.outcomes]
 
 
 def _arm(inputs: Inputs, effect: Effect) -> str | None:
     """The arm of the experiment that measured this edit."""
-    outcomes = [outcome for summary in inputs.experiments.values() for outcome in summary["outcomes"]]
-    own = (outcome for outcome in outcomes if _is_of(effect.after, outcome["comparison"], "after"))
-    return next((outcome.get("arm") for outcome in own), None)
+    outcomes = [outcome for summary in inputs.experiments.values() for outcome in summary.outcomes]
+    own = (outcome for outcome in outcomes if _is_of(effect.after, outcome.comparison, "after"))
+    return next((outcome.arm for outcome in own), None)
 
 
-def _is_of(ev: Evaluation | None, data: Mapping[str, Any], side: str) -> bool:
+def _is_of(ev: Evaluation | None, comparison: Comparison, side: Literal["before", "after"]) -> bool:
     """Whether a comparison is of this evaluation, by its digest; those of earlier versions name only the path."""
     if ev is None:
         return False
-    digest = data.get(f"{side}_sha256")
-    return ev.digest == digest if digest else ev.path.resolve() == Path(data[side]).resolve()
+    digest = comparison.before_sha256 if side == "before" else comparison.after_sha256
+    path = comparison.before if side == "before" else comparison.after
+    return ev.digest == digest if digest else ev.path.resolve() == Path(path).resolve()
 
 
 def _compared(inputs: Inputs, after: Evaluation) -> tuple[Evaluation, Comparison]:
@@ -304,8 +295,8 @@ def _compared(inputs: Inputs, after: Evaluation) -> tuple[Evaluation, Comparison
 
 
 def _same_model(one: Evaluation, other: Evaluation) -> bool:
-    models = [ev.results["model"] for ev in (one, other)]
-    return all(models[0].get(key) == models[1].get(key) for key in ("fingerprint", "dtype"))
+    models = [ev.figures.model for ev in (one, other)]
+    return (models[0].fingerprint, models[0].dtype) == (models[1].fingerprint, models[1].dtype)
 
 
 def headline(experiment: Sequence[Effect]) -> Effect | None:
@@ -317,7 +308,7 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
     """
     edits = [effect for effect in experiment if effect.control is None]
     edits = [effect for effect in edits if effect.arm is None] or edits
-    edits = [effect for effect in edits if effect.plan] or edits
+    edits = [effect for effect in edits if effect.plan is not None] or edits
     if not edits:
         return None
     best = largest_within(edits, edits[0].bound)
@@ -339,7 +330,7 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
             title_of(effect),
             count(effect.size),
             *change_cells(effect.toxicity),
-            *_perplexity_cells(effect.perplexity),
+            *_perplexity_cells(effect.comparison.perplexity),
             *(_text_cell(effect.further_texts.get(name)) for name in texts if name),
         )
         for effect in all_effects
@@ -349,7 +340,7 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
         *("perplexity", "change (95 % interval)"),
         *(f"perplexity of {name}" for name in texts if name),
     )
-    block = max((effect.perplexity.get("block") or 1 for effect in all_effects if effect.perplexity), default=1)
+    block = max((one.block for effect in all_effects if (one := effect.comparison.perplexity)), default=1)
     windows = f"blocks of up to {block} neighbouring text windows" if block > 1 else "text windows"
     note = (
         "Toxicity: mean over prompts of the judge's score of the completion alone. Intervals: bootstrap over prompts "
@@ -363,13 +354,13 @@ def _texts(all_effects: Sequence[Effect]) -> list[str]:
     return list(dict.fromkeys(name for effect in all_effects for name in effect.rises))
 
 
-def _text_cell(change: Mapping[str, Any] | None) -> Cell:
+def _text_cell(change: PairedChange | None) -> Cell:
     """The relative change of a further text's perplexity, with its interval."""
     if change is None:
         return Number(None)
-    rise = Number(100 * _or_infinite(change["relative_change"]), form="+.2f", unit=" %")
-    ends = (None if change[end] is None else 100 * change[end] / change["before"] for end in ("low", "high"))
-    ends = interval(*ends, change["num_pairs"], "+.2f")
+    rise = Number(100 * _or_infinite(change.relative_change), form="+.2f", unit=" %")
+    ends = (None if end is None else 100 * end / change.before for end in (change.low, change.high))
+    ends = interval(*ends, change.num_pairs, "+.2f")
     return f"{rise} ({ends})" if isinstance(ends, str) else Numbers("{} ({})", (rise, ends))
 
 
@@ -377,17 +368,17 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
     """One row per edit of gains: what its plan predicts beside what was measured; None if there is no such edit."""
     rows = []
     for effect in all_effects:
-        gains = (effect.plan.get("settings") or {}).get("gains")
-        if not gains:
+        gains = None if effect.plan is None else effect.plan.gains
+        if gains is None:
             continue
-        nats = gains.get("predicted_rise")
-        rises = [100 * _or_infinite(text["rise"]) for text in gains.get("texts") or ()]
+        nats, toxicity = gains.predicted_rise, effect.toxicity
+        rises = [100 * text.rise for text in gains.texts]
         rows.append(
             (
                 title_of(effect),
-                Number(gains.get("scale"), form=".3g"),
-                Number(gains.get("predicted_change"), form="+.3g"),
-                Number(effect.toxicity and effect.toxicity["change"], form="+.3g"),
+                Number(gains.scale, form=".3g"),
+                Number(gains.predicted_change, form="+.3g"),
+                Number(None if toxicity is None else toxicity.change, form="+.3g"),
                 Number(None if nats is None else 100 * math.expm1(min(nats, 700.0)), form="+.2f", unit=" %"),
                 Number(max(rises, default=None), form="+.2f", unit=" %"),
                 Number(None if effect.rise is None else 100 * effect.rise, form="+.2f", unit=" %"),
@@ -410,8 +401,8 @@ def judge_table(all_effects: Sequence[Effect]) -> Table | None:
     """One row per edit and judge: the mean score of its main label; None if there is only one judge."""
     rows = []
     for effect in all_effects:
-        further = effect.comparison.get("judges") or {}
-        for name, labels in {"": effect.comparison["toxicity"], **further}.items() if further else ():
+        further = effect.comparison.judges
+        for name, labels in {"": effect.comparison.toxicity, **further}.items() if further else ():
             label = main_label(labels)
             rows.append((title_of(effect), f"{name}: {label}" if name else label, *change_cells(labels[label]["mean"])))
     columns = ("edit", "judge", "mean score", "change", "95 % interval", "p", "better/worse")
@@ -427,7 +418,7 @@ def fluency_table(all_effects: Sequence[Effect]) -> Table | None:
     rows = []
     for effect in all_effects:
         for name, title in FLUENCY.items():
-            if change := effect.comparison.get(name):
+            if (change := getattr(effect.comparison, name)) is not None:
                 *cells, better = change_cells(change)
                 rows.append((title_of(effect), title, *cells, None if name == "length" else better))
     columns = ("edit", "figure", "value", "change", "95 % interval", "p", "better/worse")
@@ -442,13 +433,13 @@ def neutral_table(all_effects: Sequence[Effect]) -> Table | None:
     """What each edit did on neutral prompts: the judges' figures, how many completions changed; None without such."""
     rows: list[tuple[Cell, ...]] = []
     for effect in all_effects:
-        if not (neutral := effect.comparison.get("neutral")):
+        if (neutral := effect.comparison.neutral) is None:
             continue
-        for judge, labels in {"": neutral["toxicity"], **neutral.get("judges", {})}.items():
+        for judge, labels in {"": neutral.toxicity, **neutral.judges}.items():
             for label, figures in labels.items():
                 title = f"{judge}: {label}" if judge else label
                 rows += [(title_of(effect), f"{title}: {name}", *change_cells(one)) for name, one in figures.items()]
-        changed = changed_completions(neutral["num_changed"], neutral["num_completions"])
+        changed = changed_completions(neutral.num_changed, neutral.num_completions)
         rows.append((title_of(effect), "changed completions", changed, None, None, None, None))
     columns = ("edit", "figure", "value", "change", "95 % interval", "p", "better/worse")
     note = (
@@ -463,7 +454,7 @@ def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
     rows = [
         (title_of(effect), f"{name}: {figure.replace('_', ' ')}", *change_cells(change))
         for effect in all_effects
-        for name, figures in effect.measurements.items()
+        for name, figures in effect.comparison.measurements.items()
         for figure, change in figures.items()
         if name.removeprefix(TEXT) not in effect.further_texts
     ]
@@ -475,35 +466,33 @@ def measurement_table(all_effects: Sequence[Effect]) -> Table | None:
     return Table.of(columns, rows, title="Further measurements", note=note) if rows else None
 
 
-def change_cells(change: Mapping[str, Any] | None) -> tuple[Cell, ...]:
-    """Before and after, change, interval, p-value and how many units improved, of a ``PairedChange`` in JSON."""
+def change_cells(change: PairedChange | None) -> tuple[Cell, ...]:
+    """Before and after, change, interval, p-value and how many units improved."""
     if change is None:
         return (Number(None),) * 5
     return (
-        from_to(change["before"], change["after"], ".3f"),
-        with_relative(change["change"], change["relative_change"], "+.3f", "+.0f"),
-        interval(change["low"], change["high"], change["num_pairs"], "+.3f"),
-        p_value(change["p_value"]),
-        better_worse(change["improved"], change["worsened"], change["num_pairs"]),
+        from_to(change.before, change.after, ".3f"),
+        with_relative(change.change, change.relative_change, "+.3f", "+.0f"),
+        interval(change.low, change.high, change.num_pairs, "+.3f"),
+        p_value(change.p_value),
+        better_worse(change.improved, change.worsened, change.num_pairs),
     )
 
 
-def _perplexity_cells(change: Mapping[str, Any] | None) -> tuple[Cell, ...]:
+def _perplexity_cells(change: RatioChange | None) -> tuple[Cell, ...]:
     if change is None:
         return (Number(None),) * 2
-    before, after, ratio = (_or_infinite(change[key]) for key in ("before", "after", "ratio"))
-    rise, ends = Number(100 * (ratio - 1), form="+.2f", unit=" %"), _perplexity_interval(change)
+    rise, ends = Number(100 * (change.ratio - 1), form="+.2f", unit=" %"), _perplexity_interval(change)
     cell = f"{rise} ({ends})" if isinstance(ends, str) else Numbers("{} ({})", (rise, ends))
-    return from_to(before, after, ".2f"), cell
+    return from_to(change.before, change.after, ".2f"), cell
 
 
-def _perplexity_interval(change: Mapping[str, Any]) -> Numbers | str:
+def _perplexity_interval(change: RatioChange) -> Numbers | str:
     """The interval in per cent. JSON has null for an infinite end and for no interval; the ratio tells which it is."""
-    blocks = change["num_windows"] // (change.get("block") or 1)
-    if change["low"] is None and change["ratio"] is not None:
-        return interval(None, None, blocks, "+.2f")
-    low, high = (100 * (_or_infinite(change[end]) - 1) for end in ("low", "high"))
-    return interval(low, high, blocks, "+.2f")
+    if change.low is None and (math.isfinite(change.ratio) or change.num_blocks < LEAST_UNITS):
+        return interval(None, None, change.num_blocks, "+.2f")
+    low, high = (100 * (_or_infinite(end) - 1) for end in (change.low, change.high))
+    return interval(low, high, change.num_blocks, "+.2f")
 
 
 def _or_infinite(value: float | None) -> float:
@@ -513,10 +502,8 @@ def _or_infinite(value: float | None) -> float:
 def _series_of(effect: Effect, experiment: Sequence[Effect]) -> str:
     """The name of the line on which an edit stands in the picture."""
     own = effect.arm or "edit"
-    if effect.word_filter:
-        return WORD_FILTER
-    if effect.control is None:
-        return own
+    if effect.control in (None, WORD_FILTER):
+        return effect.control or own
     several = any(other.arm for other in experiment)
     return f"{own}, control: {effect.control}" if several else f"control: {effect.control}"
 
@@ -542,15 +529,15 @@ def _dose_picture(experiment: Sequence[Effect], name: str, text: str, is_one_of_
         toxicity, rise = effect.toxicity, effect.rises.get(text)
         if toxicity is None or rise is None or rise == float("inf"):
             continue
-        changes = (toxicity["change"] if toxicity[end] is None else toxicity[end] for end in ("low", "high"))
-        ends = (toxicity["before"] + change for change in changes)  # without an interval: no bar
-        dose = Dose(effect.label, 100 * rise, toxicity["after"], *ends)
+        changes = (toxicity.change if end is None else end for end in (toxicity.low, toxicity.high))
+        ends = (toxicity.before + change for change in changes)  # without an interval: no bar
+        dose = Dose(effect.label, 100 * rise, toxicity.after, *ends)
         series.setdefault(_series_of(effect, experiment), []).append(dose)
     doses = [dose for group in series.values() for dose in group]
     if len(doses) < 2:
         return None
     of = f" of {text or 'the text (data.text_source)'}" if is_one_of_several else ""
-    before = next(effect.toxicity["before"] for effect in experiment if effect.toxicity)
+    before = next(effect.toxicity.before for effect in experiment if effect.toxicity)
     bound = 100 * experiment[0].bound
     words = "; ".join(f"{d.label}: toxicity {d.toxicity:.3f} at {d.perplexity:+.2f} % perplexity" for d in doses)
     alt = f"Toxicity against change of perplexity{of}. Before: toxicity {before:.3f}. {words}."
@@ -584,7 +571,8 @@ def completions(effect: Effect) -> list[Block]:
 
 def _scored_pairs(before: Evaluation, after: Evaluation) -> Iterator[tuple[float, str, CompletionRow, CompletionRow]]:
     """Yields (change of the main label's score, label, row before, row after) for completions scored on both sides."""
-    label = before.results["toxicity"]["label"]
+    assert before.figures.toxicity is not None, "its completions were compared"
+    label = before.figures.toxicity.label
     earlier = {(row.id, row.k): row for row in before.completions}
     for row in after.completions:
         other = earlier.get((row.id, row.k))

@@ -30,8 +30,9 @@ from sparc3_pl.document.blocks import (
     percent,
 )
 from sparc3_pl.document.verdicts import Check
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.io.provenance import redacted
-from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.pruning.plan import PlanSummary, PrunePlan
 from sparc3_pl.report.collect import Inputs, PlanWithScores
 from sparc3_pl.report.curves import curve_sections
 from sparc3_pl.report.effects import (
@@ -46,7 +47,6 @@ from sparc3_pl.report.effects import (
     judge_table,
     measurement_table,
     neutral_table,
-    scale_of,
     title_of,
 )
 from sparc3_pl.runtime.timing import COLUMNS, rows_of_results, table_rows
@@ -54,6 +54,7 @@ from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
 from sparc3_pl.selection.lowest import sample
 from sparc3_pl.selection.stability import Choice, WeighedContrast
+from sparc3_pl.statistics.paired import PairedChange
 
 __all__ = ["report_sections"]
 
@@ -86,7 +87,7 @@ def report_sections(
     sections = [Section("In short", tuple(_in_short(inputs, audit, effects)))]
     if effects or notes:
         sections.append(Section("What the edit did", tuple(_effects(effects, notes))))
-    sections += curve_sections(inputs.experiments)
+    sections += curve_sections({name: summary.curves for name, summary in inputs.experiments.items()})
     if shown := [block for effect in best for block in completions(effect)]:
         sections.append(Section("Completions that changed most", tuple(shown)))
     if inputs.plans:
@@ -99,10 +100,8 @@ def report_sections(
         tables = [block for section in audit_sections(audit) if section.title != "Verdicts" for block in section.blocks]
         sections.append(Section("Scores", (*tables, *_relevance(audit))))
         sections.append(Section("Verdicts on the scores", verdicts(audit)))
-    for kind, results in inputs.results.items():
-        blocks = tuple(
-            Checks(tuple(Check(**c) for c in data.get("checks", ())), name) for name, data in results.items()
-        )
+    for kind, diagnoses in inputs.diagnoses.items():
+        blocks = tuple(Checks(tuple(diagnosis.checks), name) for name, diagnosis in diagnoses.items())
         sections.append(Section(f"Result of {kind}", blocks))
     return [*sections, Section("How it was made", tuple(_provenance(inputs)))]
 
@@ -117,8 +116,8 @@ def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) ->
         if best is not None:
             yield Text((f"Against {name}: " if len(experiments) > 1 else "") + _story(inputs, best))
             yield Facts(tuple(_facts(best)))
-            if best.disagreement is not None:
-                yield Text(f"{best.disagreement[0].upper()}{best.disagreement[1:]}.")
+            if (disagreement := best.comparison.disagreement) is not None:
+                yield Text(f"{disagreement[0].upper()}{disagreement[1:]}.")
             yield from map(Text, _control_story(group, best))
             yield from map(Text, _filter_story(group, best))
     if not experiments and inputs.plans:
@@ -138,21 +137,13 @@ def _in_short(inputs: Inputs, audit: Audit | None, effects: Sequence[Effect]) ->
 
 def _story(inputs: Inputs, best: Effect) -> str:
     plan = best.plan
-    edits = {"zero": "set to zero", "mean": "replaced by their mean", "scale": f"multiplied by {plan.get('alpha')}"}
-    action = edits.get(plan.get("edit", ""), "edited")
-    size, total = best.size, plan.get("num_candidates")
-    share = f" of {total:,} ({100 * size / total:.2g} %)" if size and total else ""
-    model = Path(best.after.results["model"]["pretrained"]).name if best.after else "the model"
-    sides = _sources(inputs, plan)
-    choice = f"those for which the {plan.get('contrast')} of relevance on {sides[0]} and on {sides[1]} is lowest"
-    if plan.get("contrast") == "general":
-        choice = f"those with the lowest scores on {sides[0]}"
-    if scale_of(plan):
-        action = "multiplied, each by a factor of its own"
-        choice = f"the further, the more that changes what {sides[1]} measure for what it costs on {sides[0]}"
-    if plan.get("contrast") == "expertise":
-        choice = f"those that tell {sides[1]} with the label from the others best, by AUROC"
-    text = f"In {model}, {count(size)} {best.unit}{share} were {action}: {choice}."
+    model = Path(best.after.figures.model.pretrained or "").name if best.after else "the model"
+    text = f"In {model}, {count(best.size)} {best.unit} were edited."
+    if plan is not None:
+        of = ""
+        if plan.size and plan.num_candidates:
+            of = f" of {plan.num_candidates:,} ({100 * plan.size / plan.num_candidates:.2g} %)"
+        text = f"In {model}, {count(best.size)} {best.unit}{of} were {_done_to(plan)}: {_chosen_by(inputs, plan)}."
     bound = f"{100 * best.bound:g} %"
     if best.rise is None:
         return f"{text} This is the largest edit; whether it keeps perplexity within {bound} was not measured."
@@ -161,9 +152,29 @@ def _story(inputs: Inputs, best: Effect) -> str:
     return f"{text} This is the edit that raises perplexity least; no edit keeps it within {bound}."
 
 
-def _sources(inputs: Inputs, plan: Mapping[str, Any]) -> tuple[str, str]:
+def _done_to(plan: PlanSummary) -> str:
+    """What happened to the chosen components, in words."""
+    if plan.gains is not None:
+        return "multiplied, each by a factor of its own"
+    edits = {"zero": "set to zero", "mean": "replaced by their mean", "scale": f"multiplied by {plan.alpha}"}
+    return edits.get(plan.edit, "edited")
+
+
+def _chosen_by(inputs: Inputs, plan: PlanSummary) -> str:
+    """Which components were chosen, in words."""
+    general, behaviour = _sources(inputs, plan)
+    if plan.contrast == "expertise":
+        return f"those that tell {behaviour} with the label from the others best, by AUROC"
+    if plan.gains is not None:
+        return f"the further, the more that changes what {behaviour} measure for what it costs on {general}"
+    if plan.contrast == "general":
+        return f"those with the lowest scores on {general}"
+    return f"those for which the {plan.contrast} of relevance on {general} and on {behaviour} is lowest"
+
+
+def _sources(inputs: Inputs, plan: PlanSummary) -> tuple[str, str]:
     """The general and the behaviour's samples in words, with their sources if the plan is among the inputs."""
-    entry = next((e.plan for e in inputs.plans.values() if e.plan.summary()["sha256"] == plan.get("sha256")), None)
+    entry = next((e.plan for e in inputs.plans.values() if e.plan.summary().sha256 == plan.sha256), None)
     sides = []
     for side, default in (("general", "general text"), ("behaviour", "the behaviour's samples")):
         names = {str(s.get("source")) for s in (entry.scores.get(side) or ())} if entry is not None else set()
@@ -173,16 +184,19 @@ def _sources(inputs: Inputs, plan: Mapping[str, Any]) -> tuple[str, str]:
 
 def _facts(best: Effect) -> Iterator[tuple[str, str]]:
     if (t := best.toxicity) is not None:
-        relative = "" if t["relative_change"] is None else f" ({100 * t['relative_change']:+.0f} %)"
-        ends = interval(t["low"], t["high"], t["num_pairs"], "+.3f")
-        yield f"{t['before']:.3f} → {t['after']:.3f}", f"mean toxicity of {t['num_pairs']} completed prompts{relative}"
-        verdict = "beyond chance" if t["p_value"] < 0.05 else "within chance"
-        yield verdict, f"the change of toxicity: 95 % interval {ends}, p {p_value(t['p_value'])}"
+        relative = "" if t.relative_change is None else f" ({100 * t.relative_change:+.0f} %)"
+        yield f"{t.before:.3f} → {t.after:.3f}", f"mean toxicity of {t.num_pairs} completed prompts{relative}"
+        verdict = "beyond chance" if t.p_value < 0.05 else "within chance"
+        yield verdict, f"the change of toxicity: 95 % interval {_ends(t)}, p {p_value(t.p_value)}"
     for text, rise in best.rises.items():
-        of = text or f"{best.perplexity['num_tokens']:,} tokens of ordinary text"
+        of = text or f"{best.comparison.perplexity.num_tokens:,} tokens of ordinary text"
         yield f"{100 * rise:+.2f} %", f"perplexity of {of}"
     if best.size:
         yield f"{best.size:,}", f"{best.unit} edited"
+
+
+def _ends(change: PairedChange) -> str:
+    return str(interval(change.low, change.high, change.num_pairs, "+.3f"))
 
 
 def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
@@ -190,22 +204,21 @@ def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
         same = (effect.dose, effect.unit, effect.arm) == (best.dose, best.unit, best.arm)
         if effect.control and effect.toxicity and same:
             t = effect.toxicity
-            change = f"{t['before']:.3f} to {t['after']:.3f}"
+            change = f"{t.before:.3f} to {t.after:.3f}"
             text = f"The control {effect.control} of the same size changed toxicity from {change}"
             rise = "" if effect.rise is None else f" and perplexity by {100 * effect.rise:+.2f} %"
-            yield f"{text} (95 % interval {interval(t['low'], t['high'], t['num_pairs'], '+.3f')}){rise}."
+            yield f"{text} (95 % interval {_ends(t)}){rise}."
 
 
 def _filter_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
     for effect in effects:
         if (counts := effect.word_filter) and effect.toxicity and best.toxicity:
-            t, edit = effect.toxicity, best.toxicity["after"]
-            than = "lower than" if t["after"] < edit else "higher than" if t["after"] > edit else "the same as"
+            t, edit = effect.toxicity, best.toxicity.after
+            than = "lower than" if t.after < edit else "higher than" if t.after > edit else "the same as"
             yield (
-                f"A filter that draws completions with a listed word again ({counts['num_redrawn']:,} of "
-                f"{len(effect.after.completions):,} were, {counts['num_left']:,} still hold one) changed toxicity from "
-                f"{t['before']:.3f} to {t['after']:.3f} (95 % interval "
-                f"{interval(t['low'], t['high'], t['num_pairs'], '+.3f')}), {than} the edit's {edit:.3f}."
+                f"A filter that draws completions with a listed word again ({counts.num_redrawn:,} of "
+                f"{len(effect.after.completions):,} were, {counts.num_left:,} still hold one) changed toxicity from "
+                f"{t.before:.3f} to {t.after:.3f} (95 % interval {_ends(t)}), {than} the edit's {edit:.3f}."
             )
 
 
@@ -224,7 +237,7 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         yield from dose_pictures(group, f"dose{place or ''}")
     own_notes = []
     for effect in effects:
-        said = [*(effect.comparison.get("notes") or ()), *filter(None, [effect.disagreement])]
+        said = [*effect.comparison.notes, *filter(None, [effect.comparison.disagreement])]
         own_notes += [f"{title_of(effect)}: {note}" for note in said]
     for text in dict.fromkeys([*notes, *own_notes]):
         yield Text(f"Note: {text}.")
@@ -302,8 +315,8 @@ def _plan_table(plans: Mapping[str, PlanWithScores]) -> Table:
 
 def _headline_plans(plans: Mapping[str, PlanWithScores], best: Sequence[Effect]) -> list[str]:
     """The names of the plans behind the headline edits; if none of them is among the inputs, the largest plan."""
-    by_digest = {entry.plan.summary()["sha256"]: name for name, entry in plans.items()}
-    names = [by_digest[digest] for effect in best if (digest := effect.plan.get("sha256")) in by_digest]
+    by_digest = {entry.plan.summary().sha256: name for name, entry in plans.items()}
+    names = [by_digest[plan.sha256] for effect in best if (plan := effect.plan) and plan.sha256 in by_digest]
     if names:
         return list(dict.fromkeys(names))
     sizes = {n: e.plan.num_neurons or e.plan.num_weights for n, e in plans.items() if not e.plan.control}
@@ -378,7 +391,7 @@ def _relevance(audit: Audit) -> Iterator[Picture]:
 
 def _provenance(inputs: Inputs) -> Iterator[Block]:
     yield _models(inputs)
-    if any(ev.results["toxicity"] or ev.results["perplexity"] for ev in inputs.evaluations.values()):
+    if any(ev.figures.toxicity or ev.figures.perplexity for ev in inputs.evaluations.values()):
         yield _measured(inputs)
     yield _versions(inputs)
     if (times := _times(inputs)) is not None:
@@ -395,7 +408,7 @@ def _models(inputs: Inputs) -> Table:
     models: dict[str, Mapping[str, Any]] = {}
     for source in (
         *(folder.manifest.model for folder in inputs.scores.values()),
-        *(ev.results["model"] for ev in inputs.evaluations.values()),
+        *(to_json(ev.figures.model) for ev in inputs.evaluations.values()),
         *(entry.plan.model for entry in inputs.plans.values()),
         *(results.model for results in inputs.circuits.values()),
     ):
@@ -416,26 +429,25 @@ _HELD_OUT = {"none": "yes", "unknown": "unknown: the model was edited, but by no
 def _measured(inputs: Inputs) -> Table:
     rows = []
     for name, ev in inputs.evaluations.items():
-        perplexity, toxicity, generation = (ev.results.get(key) for key in ("perplexity", "toxicity", "generation"))
-        text = NOTHING
-        if perplexity:
-            text = f"{perplexity['source']}, window {perplexity['max_length']}, stride {perplexity['stride']}"
-            if perplexity.get("windows") == "published":
-                text += f", {perplexity['num_windows']} whole windows as papers print it"
-        judged = NOTHING
-        if toxicity:
-            number_of = f"{toxicity['num_completions']} of {toxicity['num_prompts']} prompts"
-            judged = f"{number_of}, {_settings(generation)}, judge {_settings(ev.results.get('judge'))}"
-            for judge, of_judge in (ev.results.get("judges") or {}).items():
-                judged += f"; judge {judge}: {_settings(of_judge['judge'])}"
-            if word_filter := ev.results.get("word_filter"):
-                judged += f"; word filter {_settings(word_filter)}"
-        hint = "some prompts were used to make the plan" if ev.results.get("num_overlapping_prompts") else ""
-        if ev.results.get("overlapping_text"):
-            hint += (" and " if hint else "") + "some of the text held its budget"
-        if ev.results.get("num_overlapping_pairs"):
-            hint += (" and " if hint else "") + "some pairs were used to make it"
-        held_out = _HELD_OUT.get(ev.results.get("overlap"), f"no: {hint or 'prompts were used to make the plan'}")
+        figures, text, judged = ev.figures, NOTHING, NOTHING
+        if (perplexity := figures.perplexity) is not None:
+            text = f"{perplexity.source}, window {perplexity.max_length}, stride {perplexity.stride}"
+            if perplexity.windows == "published":
+                text += f", {perplexity.num_windows} whole windows as papers print it"
+        if (toxicity := figures.toxicity) is not None:
+            number_of = f"{toxicity.num_completions} of {toxicity.num_prompts} prompts"
+            judged = f"{number_of}, {_settings(to_json(figures.generation))}, judge {_settings(figures.judge)}"
+            for judge, of_judge in figures.judges.items():
+                judged += f"; judge {judge}: {_settings(of_judge.judge)}"
+            if figures.word_filter is not None:
+                judged += f"; word filter {_settings(to_json(figures.word_filter))}"
+        hints = {
+            "some prompts were used to make the plan": figures.num_overlapping_prompts,
+            "some of the text held its budget": figures.overlapping_text,
+            "some pairs were used to make it": figures.num_overlapping_pairs,
+        }
+        hint = " and ".join(words for words, number_of in hints.items() if number_of)
+        held_out = _HELD_OUT.get(figures.overlap, f"no: {hint or 'prompts were used to make the plan'}")
         rows.append((name, text, judged, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 
@@ -443,7 +455,7 @@ def _measured(inputs: Inputs) -> Table:
 def _times(inputs: Inputs) -> Table | None:
     """Where the time went; None if no result says."""
     results = {name: folder.manifest.timing for name, folder in inputs.scores.items()}
-    results |= {name: ev.results.get("timing") for name, ev in inputs.evaluations.items()}
+    results |= {name: ev.figures.timing for name, ev in inputs.evaluations.items()}
     results |= {name: circuit.timing for name, circuit in inputs.circuits.items()}
     rows = table_rows(rows_of_results(results))
     note = "The share is that of the best matrix product measured on the machine in the same run; times of one process."
@@ -460,14 +472,14 @@ def _settings(values: Mapping[str, Any] | None) -> str:
 def _versions(inputs: Inputs) -> Table:
     every = [
         *(folder.manifest.versions for folder in inputs.scores.values()),
-        *(ev.results.get("versions") or {} for ev in inputs.evaluations.values()),
+        *(ev.figures.versions for ev in inputs.evaluations.values()),
         *(entry.plan.versions for entry in inputs.plans.values()),
         *(results.versions for results in inputs.circuits.values()),
     ]
     names = dict.fromkeys(name for one in every for name in one)
     rows = [(name, ", ".join(sorted({str(one[name]) for one in every if name in one}))) for name in names]
     machines = [folder.manifest.hardware for folder in inputs.scores.values()]
-    machines += [ev.results.get("hardware") for ev in inputs.evaluations.values()]
+    machines += [ev.figures.hardware for ev in inputs.evaluations.values()]
     machines += [results.hardware for results in inputs.circuits.values()]
     if any(machines):
         rows.append(("hardware", "; ".join(dict.fromkeys(filter(None, machines)))))
@@ -482,8 +494,8 @@ def _commands(inputs: Inputs) -> Iterator[str]:
     for entry in inputs.plans.values():
         yield entry.plan.command
     for ev in inputs.evaluations.values():
-        yield str(ev.results.get("command") or "")
+        yield ev.figures.command or ""
     for results in inputs.circuits.values():
         yield results.command or ""
-    for data in inputs.comparisons.values():
-        yield str(data.get("command") or "")
+    for comparison in inputs.comparisons.values():
+        yield comparison.command or ""

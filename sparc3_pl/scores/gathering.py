@@ -114,11 +114,10 @@ class Gathering:
             timing=dict(timing or {}),
         )
         manifest.check(where)
-        if names := manifest.unreached:
-            more = f" and {len(names) - 10} more, which the manifest lists (unreached)" if len(names) > 10 else ""
+        if manifest.unreached:
             log.warning(
                 "no token of any sample reached %d layers of experts, whose scores are 0 because nothing is known of "
-                "them: %s%s", len(names), ", ".join(names[:10]), more,
+                "them: %s", len(manifest.unreached), ", ".join(manifest.unreached),
             )  # fmt: skip
         return manifest
 

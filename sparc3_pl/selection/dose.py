@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.pruning.plan import PrunePlan, TextRise
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.contrast import Contrast
 
@@ -33,7 +33,6 @@ __all__ = [
     "Dose",
     "Search",
     "SourceSpec",
-    "TextRise",
     "check_budget",
     "check_windows",
     "held_back",
@@ -250,29 +249,6 @@ class BudgetText:
 
     source: str
     windows: Sequence[Sample]
-    num_left_out: int
-
-
-@dataclass(frozen=True)
-class TextRise:
-    """What an edit costs on one held-back text.
-
-    Attributes:
-        source: Name of the text.
-        nll_before: Mean negative log-likelihood of the model as it was, nats a token.
-        nll_after: The same with the edit.
-        rise: Relative rise of perplexity: 0.01 is 1 %.
-        num_windows: Windows.
-        num_tokens: Tokens whose likelihood was measured.
-        num_left_out: Texts that were left out because general scores were made from them.
-    """
-
-    source: str
-    nll_before: float
-    nll_after: float
-    rise: float
-    num_windows: int
-    num_tokens: int
     num_left_out: int
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sparc3_pl.io.formats import Number, Unbounded
+
 __all__ = [
     "LEAST_UNITS",
     "PairedChange",
@@ -62,18 +64,18 @@ class PairedChange:
         pairs_needed: Pairs with which a change of this size would be found with 80 % power; None for no change.
     """
 
-    before: float
-    after: float
-    change: float
+    before: Number
+    after: Number
+    change: Number
     relative_change: float | None
     low: float | None
     high: float | None
-    p_value: float
+    p_value: Number
     improved: int
     worsened: int
     unchanged: int
     num_pairs: int
-    standard_deviation: float
+    standard_deviation: Number
     pairs_needed: int | None
 
 
@@ -94,12 +96,12 @@ class RatioChange:
         block: Consecutive windows that are resampled together; 1 where windows look independent.
     """
 
-    before: float
-    after: float
-    ratio: float
+    before: Unbounded
+    after: Unbounded
+    ratio: Unbounded
     low: float | None
     high: float | None
-    p_value: float
+    p_value: Number
     num_windows: int
     num_tokens: int
     block: int = 1

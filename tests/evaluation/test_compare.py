@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluations import GENERATION, JUDGE, perplexity, results, toxicity
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare
@@ -24,23 +25,10 @@ def write(path, scores=SCORES, nll=NLL, failed=(), drop=(), **changes):
         for i in range(len(scores)) for k in range(2) if i not in drop
     ]  # fmt: skip
     windows = [WindowRow(i, float(v), 50) for i, v in enumerate(nll)]
-    results = {
-        "perplexity": {
-            "value": 1,
-            "max_length": 64,
-            "stride": 64,
-            "source": "t",
-            "protocol": {"bos": 1},
-            "num_tokens": 1500,
-        },
-        "toxicity": {"mean": 0.5},
-        "generation": {"seed": 0, "top_p": 0.9, "eos_token_ids": [2]},
-        "judge": {"class": "J"},
-        "model": {"pretrained": "m", "dtype": "float32", "fingerprint": "f", "evaluated_fingerprint": path.name},
-        "data": {},
-        "num_overlapping_prompts": 0,
-    }
-    write_evaluation(path, {**results, **changes}, completions=rows, windows=windows)
+    model = {"pretrained": "m", "dtype": "float32", "fingerprint": "f", "evaluated_fingerprint": path.name}
+    measured = {"perplexity": perplexity(num_tokens=1500), "toxicity": toxicity(), "model": model}
+    measured |= {"generation": GENERATION, "judge": JUDGE}
+    write_evaluation(path, results(**measured | changes), completions=rows, windows=windows)
     return str(path)
 
 
@@ -76,8 +64,8 @@ def test_fluency_is_compared_by_prompt(tmp_path, capsys):
             )
             for row in Evaluation.open(tmp_path / name).completions
         ]
-        results = Evaluation.open(tmp_path / name).results
-        keep = {key: value for key, value in results.items() if key not in ("files", "sha256")}
+        written = Evaluation.open(tmp_path / name).results
+        keep = {key: value for key, value in written.items() if key not in ("files", "sha256")}
         write_evaluation(
             tmp_path / name, keep, completions=rows, windows=Evaluation.open(tmp_path / name).windows, overwrite=True
         )
@@ -93,9 +81,9 @@ def test_fluency_is_compared_by_prompt(tmp_path, capsys):
 
 def test_what_earlier_versions_did_not_write_is_not_compared(tmp_path):
     rows = [CompletionRow(f"p{i}", "prompt", 0, "x", {"toxicity": 0.5}, uniqueness=1.0) for i in range(8)]
-    results = {k: v for k, v in Evaluation.open(write(tmp_path / "a")).results.items() if k not in ("files", "sha256")}
+    written = {k: v for k, v in Evaluation.open(write(tmp_path / "a")).results.items() if k not in ("files", "sha256")}
     for name in ("b", "c"):
-        write_evaluation(tmp_path / name, results | {"perplexity": None}, completions=rows, windows=[])
+        write_evaluation(tmp_path / name, written | {"perplexity": None}, completions=rows, windows=[])
     found = compare(str(tmp_path / "b"), str(tmp_path / "c"))
     assert (found.length, found.uniqueness.change, found.empty.change) == (None, 0, 0)
 
@@ -111,13 +99,13 @@ def test_failed_completions_are_left_out_on_both_sides(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"generation": {"seed": 1, "top_p": 0.9}}, r"generation\.seed is 0 in .*a and 1 in .*b"),
+        ({"generation": GENERATION | {"seed": 1, "eos_token_ids": [3]}}, r"generation\.seed is 0 in .*a and 1 in .*b"),
         ({"judge": {"class": "K"}}, r"judge\.class is 'J'"),
         ({"drop": {4, 7}}, r"2 prompts are in one of them only \(first id: p04\)"),
         ({"nll": NLL[:-1]}, "text windows differ"),
-        ({"perplexity": {"max_length": 32, "stride": 64}}, r"perplexity\.max_length is 64"),
+        ({"perplexity": perplexity(max_length=32)}, r"perplexity\.max_length is 64"),
         (
-            {"perplexity": {"max_length": 64, "stride": 64, "windows": "published"}},
+            {"perplexity": perplexity(windows="published")},
             r"perplexity\.windows is 'sliding' in .*a and 'published' in .*b",
         ),
         ({"perplexity": None, "toxicity": None}, "no figure in common"),
@@ -156,7 +144,7 @@ def test_results_are_named_by_their_digests(tmp_path):
 
 
 def test_overlapping_windows_are_resampled_in_blocks_and_the_table_says_so(tmp_path, capsys):
-    settings = {"max_length": 64, "stride": 16, "source": "t", "protocol": {"bos": 1}, "num_tokens": 1500}
+    settings = perplexity(stride=16, num_tokens=1500)
     sides = [write(tmp_path / name, nll=nll, perplexity=settings) for name, nll in (("a", NLL), ("b", NLL[::-1]))]
     assert compare(*sides).perplexity.block >= 4
     assert "30 windows were resampled in 7 blocks of 4" in capsys.readouterr().out

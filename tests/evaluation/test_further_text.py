@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,11 +87,10 @@ def test_an_evaluation_of_two_texts(tmp_path):
     assert measured["text c4"] != pytest.approx(measured["text same"], rel=0.01)
     assert evaluation.results["data"]["further_texts"].keys() == texts.keys()
     comparison = compare_evaluations(evaluation, evaluation, num_resamples=100)
-    data = {"perplexity": {"ratio": 1.05}, "toxicity": {}, "measurements": {}}
-    for name, by_figure in comparison.measurements.items():
-        data["measurements"][name] = {key: vars(change) for key, change in by_figure.items()}
-    data["measurements"]["text c4"]["perplexity"]["relative_change"] = 0.08
-    effect = Effect("e", data, {}, "x")
+    dearer = replace(comparison.measurements["text c4"]["perplexity"], relative_change=0.08)
+    measurements = comparison.measurements | {"text c4": {"perplexity": dearer}}
+    ratio = replace(comparison.perplexity, ratio=1.05)
+    effect = Effect("e", replace(comparison, perplexity=ratio, measurements=measurements), None, "x")
     assert effect.rises == {"": pytest.approx(0.05), "same": 0.0, "c4": 0.08}
     assert effect.rise == 0.08  # the dearest text
 

@@ -100,10 +100,10 @@ def test_figures_reach_a_csv_logger(folder):
     with (folder / "runs" / "one" / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     logged = {name: float(value) for row in rows for name, value in row.items() if value}
-    least = module.results["measurements"]["logit_difference"]["least"]
+    least = module.evaluation.results["measurements"]["logit_difference"]["least"]
     assert logged["eval/logit_difference/least"] == pytest.approx(least)
-    assert logged["eval/perplexity/value"] == pytest.approx(module.results["perplexity"]["value"])
-    assert logged["eval/running_perplexity"] == pytest.approx(module.results["perplexity"]["value"])
+    assert logged["eval/perplexity/value"] == pytest.approx(module.evaluation.results["perplexity"]["value"])
+    assert logged["eval/running_perplexity"] == pytest.approx(module.evaluation.results["perplexity"]["value"])
     assert "stride: 8" in (folder / "runs" / "one" / "hparams.yaml").read_text()
 
 
@@ -139,7 +139,7 @@ def evaluated(model, folder, values, better="lower") -> Evaluation:
     run = EvaluationRun(EvaluatedModel(loaded, str(folder)), [UnitRun(model, Encoder(word_tokenizer()), choices)])
     run.add(UnitBatch(measurement.name, range(len(measurement.values))))
     run.finish({"text_source": None}, folder)
-    print_results(run.results, run.written_to)
+    print_results(run.evaluation.figures, run.written_to)
     return Evaluation.open(folder)
 
 

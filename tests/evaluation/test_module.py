@@ -334,7 +334,7 @@ def test_the_module_asks_the_trainer_for_the_plan(files, plan, from_file):
     plan = replace(plan, behaviour_samples=[])
     given = plan.save(files / "plan.json") if from_file else plan
     results = run_on_text(files, module_of(files), callbacks=[PruningCallback(given, revert=True)]).results
-    assert results["plan"]["sha256"] == (PrunePlan.load(given) if from_file else plan).summary()["sha256"]
+    assert results["plan"]["sha256"] == (PrunePlan.load(given) if from_file else plan).summary().sha256
     assert (results["overlap"], results["num_overlapping_prompts"]) == ("none", 0)
     model = load_model(ModelSource(str(files / "model")))
     assert results["model"]["fingerprint"] == fingerprint(model) == plan.fingerprint
@@ -493,7 +493,7 @@ def test_figures_and_completions_reach_tensorboard(files):
     assert module.written_to == Path(module.trainer.log_dir) / "evaluation"
     events = EventAccumulator(module.trainer.log_dir).Reload()
     assert "eval/perplexity/value" in events.Tags()["scalars"]
-    assert events.Scalars("eval/toxicity/mean")[0].value == pytest.approx(module.results["toxicity"]["mean"])
+    assert events.Scalars("eval/toxicity/mean")[0].value == pytest.approx(module.evaluation.results["toxicity"]["mean"])
     assert any(tag.startswith("eval/completions") for tag in events.Tags()["tensors"])
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from evaluations import SCORES, toxicity
 from plans import plan_for
 from test_module import CountingJudge, data_of, files, module_of, run  # noqa: F401
 from test_several_judges import folder
@@ -58,7 +59,7 @@ def test_they_are_counted_apart_and_change_no_other_figure(scored, capsys):
     assert found.results["neutral"]["mean"] == pytest.approx(sum(scores) / len(scores))
     assert found.results["neutral"]["share"] == sum(score >= 0.5 for score in scores) / len(scores)
     assert found.results["data"]["neutral"]["num_prompts"] == len(NEUTRAL)
-    assert scalars(found.results)["eval/neutral/toxicity/mean"] == found.results["neutral"]["mean"]
+    assert scalars(found.figures)["eval/neutral/toxicity/mean"] == found.results["neutral"]["mean"]
     assert f"{len(scores)} completions of {len(NEUTRAL)} neutral prompts" in " ".join(capsys.readouterr().out.split())
     assert not list(scored.glob(".*partial"))
 
@@ -145,7 +146,7 @@ def neutral_folder(path, shift=0.0, changed=0):
         for place, row in enumerate(ev.completions)
     ]
     results = {k: v for k, v in ev.results.items() if k not in ("files", "sha256")}
-    results["neutral"] = {"mean": 0.5, "label": "toxicity", "labels": {}}
+    results["neutral"] = toxicity(labels={}, repetition={"uniqueness": 0.5})
     write_evaluation(path, results, completions=ev.completions, windows=[], neutral=neutral, overwrite=True)
     return str(path)
 
@@ -173,10 +174,10 @@ def test_every_judge_is_asked_about_them(tmp_path, capsys):
             for side in (ev.completions, ev.neutral)
         ]
         results = {k: v for k, v in ev.results.items() if k not in ("files", "sha256")}
-        about = {"mean": 0.0, "label": "rude", "labels": {"rude": {"mean": 0.0}}, "judge": {"name": "strict"}}
+        about = toxicity(label="rude", labels={"rude": SCORES}, judge={"name": "strict"})
         results |= {"judges": {"strict": about}, "neutral": results["neutral"] | {"judges": {"strict": about}}}
         write_evaluation(place, results, completions=rows[0], windows=[], neutral=rows[1], overwrite=True)
-        assert scalars(results | {"toxicity": None})["eval/neutral/judges/strict/rude/mean"] == 0.0
+        assert scalars(Evaluation.open(place).figures)["eval/neutral/judges/strict/rude/mean"] == SCORES["mean"]
     found = compare(*places)
     assert found.neutral.judges["strict"]["rude"]["mean"].change == pytest.approx(0.03)
     assert found.judges["strict"]["rude"]["mean"].change == pytest.approx(0.02)

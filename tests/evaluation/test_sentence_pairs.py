@@ -156,9 +156,9 @@ def test_it_is_built_in_by_name(source):
     assert "pairs" in MEASUREMENTS
     rows = list(measured(choice.object, tiny("llama").eval(), Encoder(word_tokenizer())).values())
     settings = Measured.of(choice, rows).settings()
-    assert settings["paired"] == ["prefers_first", "difference"]
-    assert settings["settings"]["source"] == source
-    assert "batch_size" not in settings["settings"]
+    assert settings.paired == ["prefers_first", "difference"]
+    assert settings.settings["source"] == source
+    assert "batch_size" not in settings.settings
 
 
 # --- halves, and scores of the same pairs -----------------------------------------------------------------------------

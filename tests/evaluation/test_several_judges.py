@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluations import GENERATION, JUDGE, results, toxicity
 from test_module import CountingJudge, data_of, files, module_of, run, trainer_of  # noqa: F401
 
 from sparc3_pl.errors import InputError
@@ -50,9 +51,9 @@ def test_further_judges_score_the_same_completions_and_change_nothing_else(files
     assert figures["expected_maximum"] == pytest.approx(np.mean([max(s) for s in by_prompt.values()]))
     assert (figures["label"], figures["judge"]["num_words"], figures["num_completions"]) == ("listed_word", 3, 14)
     assert several.results["judges"]["even"]["label"] == "even"
-    named = scalars(several.results)
+    named = scalars(several.figures)
     assert named["eval/judges/words/listed_word/mean"] == figures["mean"]
-    assert named.keys() - scalars(alone.results).keys() == {n for n in named if n.startswith("eval/judges/")}
+    assert named.keys() - scalars(alone.figures).keys() == {n for n in named if n.startswith("eval/judges/")}
     table = capsys.readouterr().out
     assert "words: listed_word, expected maximum" in table
     assert "words" not in printed
@@ -127,22 +128,12 @@ def folder(path, shift=0.0, num_prompts=40, **shifts):
         )
         for i in range(num_prompts) for k in range(2)
     ]  # fmt: skip
-    results = {
-        "perplexity": None,
-        "toxicity": {"mean": 0.5, "label": "toxicity", "num_prompts": 40, "num_completions": 80, "num_failed": 0},
-        "repetition": {"uniqueness": 0.5},
-        "generation": {"seed": 0},
-        "judge": {"class": "J"},
-        "model": {
-            "pretrained": "m", "dtype": "float32", "fingerprint": "f",
-            "evaluated_fingerprint": "f" if path.name == "a" else path.name,
-        },
-        "data": {},
-        "num_overlapping_prompts": 0,
-    }  # fmt: skip
+    model = {"pretrained": "m", "dtype": "float32", "fingerprint": "f"}
+    model["evaluated_fingerprint"] = "f" if path.name == "a" else path.name
+    measured = {"toxicity": toxicity(), "repetition": {"uniqueness": 0.5}, "generation": GENERATION, "judge": JUDGE}
     if shifts:
-        results["judges"] = {name: {"judge": {"class": "K"}} for name in shifts}
-    write_evaluation(path, results, completions=rows, windows=[])
+        measured["judges"] = {name: toxicity(judge={"class": "K"}) for name in shifts}
+    write_evaluation(path, results(**measured, model=model), completions=rows, windows=[])
     return str(path)
 
 
@@ -202,10 +193,10 @@ def test_judges_that_only_one_side_has_or_that_differ(tmp_path):
     found = compare(one, other)
     assert found.judges == {}
     assert f"the judge other is in {one} only and is not compared" in found.notes
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    results["judges"]["other"]["judge"]["class"] = "L"
+    written = json.loads((tmp_path / "a" / "results.json").read_text())
+    written["judges"]["other"]["judge"]["class"] = "L"
     rows = Evaluation.open(one).completions
-    keep = {k: v for k, v in results.items() if k not in ("files", "sha256")}
+    keep = {k: v for k, v in written.items() if k not in ("files", "sha256")}
     write_evaluation(tmp_path / "c", keep, completions=rows, windows=[])
     with pytest.raises(InputError, match=r"judges\.other\.judge\.class is 'K' in .*a and 'L' in .*c"):
         compare(one, str(tmp_path / "c"))

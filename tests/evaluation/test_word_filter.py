@@ -61,6 +61,7 @@ def test_the_report_sets_it_beside_the_edit(tmp_path, capsys):
     folder(tmp_path / "a")
     folder(tmp_path / "b", -0.1)
     counts = {"words": "default", "num_words": 3, "sha256": "00", "tries": 10, "num_redrawn": 7, "num_left": 1}
+    counts["num_redraws"] = 9
     other = Evaluation.open(folder(tmp_path / "c", -0.2))
     results = {k: v for k, v in other.results.items() if k not in ("files", "sha256")} | {"word_filter": counts}
     results["model"] = results["model"] | {"evaluated_fingerprint": "f"}
@@ -71,6 +72,6 @@ def test_the_report_sets_it_beside_the_edit(tmp_path, capsys):
     assert headline(measured).name == "b"
     text = make_report([tmp_path]).markdown
     change = measured[1].toxicity
-    assert f"(7 of 80 were, 1 still hold one) changed toxicity from {change['before']:.3f}" in text
-    assert f"lower than the edit's {measured[0].toxicity['after']:.3f}" in text
+    assert f"(7 of 80 were, 1 still hold one) changed toxicity from {change.before:.3f}" in text
+    assert f"lower than the edit's {measured[0].toxicity.after:.3f}" in text
     assert "7 of 80 completions were drawn again" in " ".join(compare(str(tmp_path / "a"), str(tmp_path / "c")).notes)

@@ -12,7 +12,10 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import arms_of
 from sparc3_pl.experiment.run import run as run_experiment
+from sparc3_pl.io.files import strict_json
+from sparc3_pl.io.formats import typed
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.report.collect import ExperimentSummary
 from sparc3_pl.report.curves import Curve, CurvePoint, curve_sections, curve_table
 
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "compress_demo.yaml"
@@ -50,7 +53,8 @@ def test_every_arm_is_pruned_to_every_share_and_the_base_is_measured_once(out):
 
 
 def test_the_curve_is_made_of_the_evaluations(out):
-    (curve,) = map(Curve.from_json, json.loads((out / "experiment.json").read_text())["curves"])
+    summary = typed(ExperimentSummary, json.loads((out / "experiment.json").read_text()), "experiment.json", "again")
+    (curve,) = summary.curves
     assert (curve.figure, curve.shares) == ("perplexity", (0.3, 0.5))
 
     def perplexity(name: str) -> float:
@@ -82,12 +86,10 @@ def test_a_table_has_a_row_for_each_arm_and_a_column_for_each_share():
         ("a", "", "11.00 ± 1.41", "inf", "2"),
         ("b", "", "", "9.00", "1"),
     )
-    from sparc3_pl.io.files import strict_json
-
-    assert Curve.from_json(json.loads(strict_json(curve.to_json()))) == curve
-    (section,) = curve_sections({"e": {"curves": [json.loads(strict_json(curve.to_json()))]}})
+    assert typed(Curve, json.loads(strict_json(curve.to_json())), "f", "again") == curve
+    (section,) = curve_sections({"e": [curve]})
     assert len(section.blocks) == 2
-    assert list(curve_sections({"e": {}})) == []
+    assert list(curve_sections({"e": []})) == []
 
 
 @pytest.mark.parametrize(

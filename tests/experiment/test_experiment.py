@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from evaluations import GENERATION, results, toxicity
 from score_folders import LAYERS, write
 
 from sparc3_pl.cli import main
@@ -21,6 +22,7 @@ from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
 from sparc3_pl.experiment.run import Outcome, largest_within, outcome_table
 from sparc3_pl.experiment.run import run as run_experiment
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.model import loading
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.passes import run as passes_module
@@ -87,18 +89,6 @@ def test_it_says_where_the_time_went(experiment):
     assert {row["stage"] for row in scores.timing["stages"]} >= {"loading", "reading", "scoring", "other"}
     assert rows["eval-before: perplexity"]["peak_bytes"] > 1e8
     assert rows["plan-prune-5"]["seconds"] > 0
-
-
-def test_a_dry_run_says_what_each_pass_takes_and_does_nothing(experiment, capsys, monkeypatch):
-    before = content(experiment)
-    assert run(experiment, "--dry_run") == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("score-behaviour", "score-general-0", "eval-before", "activations", "judge"))
-    assert "4 like it" in " ".join(said.split())  # the evaluations of four edits
-    monkeypatch.setattr("sparc3_pl.passes.run.free_by_place", lambda *_: {"host": 2**20, "disk": 2**40})
-    assert run(experiment, "--dry_run") == 2
-    assert "MiB on the host, but 1.0 MiB are free" in capsys.readouterr().err
-    assert content(experiment) == before
 
 
 def test_plans_of_growing_size_are_nested(experiment):
@@ -206,9 +196,8 @@ class Passes:
         scores = {"toxicity": 0.5 if plan else 0.9}
         rows = [CompletionRow(f"p{i}", f"prompt {i}", 0, "x", scores, uniqueness=1.0) for i in range(6)]
         model = {"pretrained": "m", "fingerprint": "sha256:00", "dtype": "float32", "evaluated_fingerprint": plan}
-        results = {"perplexity": None, "toxicity": {"mean": 0.5}, "generation": {}, "judge": {}, "model": model}
-        results |= {"plan": summary, "num_overlapping_prompts": 0, "data": config["data"]}
-        write_evaluation(output, results, completions=rows, windows=[])
+        measured = results(toxicity=toxicity(), model=model, plan=to_json(summary), data=config["data"])
+        write_evaluation(output, measured | {"generation": GENERATION, "judge": {}}, completions=rows, windows=[])
 
 
 @pytest.fixture
@@ -272,7 +261,7 @@ def test_a_changed_file_at_the_same_path_is_read_again(small, passes, tmp_path, 
     assert passes.done == again
     for name in ("prune-4", "control-random_matched"):
         plan = PrunePlan.load(tmp_path / "out" / "plans" / f"{name}.json").summary()
-        assert Evaluation.open(tmp_path / "out" / "evaluations" / name).results["plan"]["sha256"] == plan["sha256"]
+        assert Evaluation.open(tmp_path / "out" / "evaluations" / name).figures.plan.sha256 == plan.sha256
     run_experiment(**small)
     assert passes.done == again
 
@@ -281,8 +270,7 @@ def test_no_evaluation_of_an_earlier_plan_stands_under_a_new_one(small, passes, 
     shutil.rmtree(tmp_path / "out" / "plans")
     run_experiment(**small | {"plan": {"num_neurons": 4, "contrast": "rank"}})
     assert passes.done == EDITED
-    results = Evaluation.open(tmp_path / "out" / "evaluations" / "prune-4").results
-    assert results["plan"]["contrast"] == "rank"
+    assert Evaluation.open(tmp_path / "out" / "evaluations" / "prune-4").figures.plan.contrast == "rank"
 
 
 def test_other_settings_are_refused_before_anything_is_done(small, passes, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluations import results
 
 from sparc3_pl.document.page import PAGE, page
 from sparc3_pl.document.publish import check_places
@@ -161,8 +162,7 @@ def test_results_may_lie_in_a_folder_of_any_bytes(tmp_path):
         writer.finish(method="magnitude", num_samples=0, num_tokens=0, model=model, data={"source": str(folder)})
     manifest = ScoreFolder.open(folder / "scores").manifest
     assert (manifest.model["pretrained"], manifest.data["source"]) == (str(folder), str(folder))
-    results = {"perplexity": None, "toxicity": None, "model": model, "data": {}}
-    write_evaluation(folder / "evaluation", results, completions=[], windows=[])
+    write_evaluation(folder / "evaluation", results(model=model), completions=[], windows=[])
     assert Evaluation.open(folder / "evaluation").results["model"]["pretrained"] == str(folder)
     with pytest.raises(InputError, match="UTF-8"):
         check_output(folder / "model", False, MODEL)

@@ -10,7 +10,7 @@ import pytest
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
-from sparc3_pl.io.formats import Count, Format, Number, typed
+from sparc3_pl.io.formats import Count, Format, MaybeNumber, Number, omitted, to_json, typed
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,31 @@ def test_what_is_written_is_read_back():
     assert read.layers["a.b"] == VALUE.layers["a.b"]
     assert read.extra == {"own": [1]}
     assert math.isnan(read.layers["c"].sum)  # JSON has no infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later:
+    """A field with the name of a Python keyword, and fields that are left out while they have their defaults."""
+
+    class_: str
+    part: Layer | None = omitted()
+    counts: dict[str, Count] = omitted(dict)
+    share: MaybeNumber = omitted()
+    seed: int | None = None
+
+
+def test_a_dataclass_is_written_by_its_fields_and_read_back():
+    layer = Layer([1, 2], 0.5)
+    assert to_json(Later(class_="a.B")) == {"class": "a.B", "seed": None}
+    whole = Later(class_="a.B", part=layer, counts={"x": 1}, share=0.0)
+    data = to_json(whole)
+    assert list(data) == ["class", "part", "counts", "share", "seed"]
+    assert (data["part"], data["share"]) == ({"shape": [1, 2], "sum": 0.5}, 0.0)
+    assert typed(Later, json.loads(strict_json(data)), "f", "again") == whole
+    assert typed(Later, {"class": "a.B"}, "f", "again") == Later(class_="a.B")
+    assert math.isnan(typed(Later, {"class": "a.B", "share": None}, "f", "again").share)  # it was measured
+    with pytest.raises(InputError, match="the key 'class' is missing"):
+        typed(Later, {"class_": "a.B"}, "f", "again")
 
 
 def test_a_whole_number_is_a_float_but_not_the_other_way_round():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 
+import evaluations
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, dose_pictures, effects, gains_table, headline
@@ -56,19 +58,17 @@ def evaluation(folder, plan, factor, perplexity, **changes):
     ]  # fmt: skip
     figures = {"mean": sum(row.scores["toxicity"] for row in rows) / 10, "expected_maximum": 0.5, "probability": 0.5}
     results = {
-        "perplexity": {
-            "value": perplexity, "nll": 100.0, "num_tokens": 40, "max_length": 8, "stride": 8, "source": "text.txt",
-            "protocol": {"bos": True},
-        },
-        "toxicity": {**figures, "label": "toxicity", "num_prompts": 10, "num_completions": 10, "num_failed": 0,
-                     "labels": {"toxicity": figures}},
+        "perplexity": evaluations.perplexity(value=perplexity, max_length=8, stride=8, source="text.txt"),
+        "toxicity": evaluations.toxicity(
+            **figures, num_prompts=10, num_scored_prompts=10, num_completions=10, labels={"toxicity": figures}
+        ),
         "repetition": {"uniqueness": 0.9},
-        "generation": {"max_new_tokens": 5, "temperature": 0.7},
+        "generation": evaluations.GENERATION,
         "judge": {"class": "DetoxifyJudge"},
         "overlap": "none",
         "num_overlapping_prompts": 0,
         "model": MODEL | {"evaluated_fingerprint": f"sha256:{folder.name}" if plan else MODEL["fingerprint"]},
-        "plan": plan,
+        "plan": to_json(plan),
         "data": {},
     }  # fmt: skip
     windows = [WindowRow(i, 10.0 * ((perplexity or 12) / 12) + i, 4) for i in range(10)]
@@ -172,7 +172,7 @@ def test_numbers_are_those_of_compare(experiment, capsys):
     measured, _ = effects(collect([experiment]))
     (effect,) = [effect for effect in measured if effect.name == "prune-10"]
     change = found.toxicity["toxicity"]["mean"]
-    assert effect.toxicity["change"] == pytest.approx(change.change)
+    assert effect.toxicity.change == pytest.approx(change.change)
     assert f"{change.change:+.3f}" in make_report([experiment]).html
 
 
@@ -210,7 +210,11 @@ def test_unequal_evaluations_are_noted_not_compared(experiment):
     assert "prune-5" in note
 
 
-PLAN = {"num_neurons": 40, "granularity": "neuron", "control": None, "contrast": "difference", "edit": "zero"}
+PLAN = {
+    "granularity": "neuron", "num_neurons": 40, "num_weights": 0, "num_candidates": 1000, "contrast": "difference",
+    "edit": "zero", "alpha": None, "control": None, "seed": None, "settings": {}, "warnings": [],
+    "scored_model": MODEL["fingerprint"], "sha256": "00",
+}  # fmt: skip
 
 
 def small_experiment(folder, before, after, perplexity=(12.0, 12.03), bound=None, compared=True):
@@ -244,7 +248,7 @@ def test_each_of_two_experiments_is_told_its_own_numbers(tmp_path, compared):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     measured, notes = effects(collect([tmp_path / "moved"]))
     assert notes == []
-    told = {e.experiment: [e.toxicity["before"], e.toxicity["after"]] for e in measured}
+    told = {e.experiment: [e.toxicity.before, e.toxicity.after] for e in measured}
     assert {name: pytest.approx(figures) for name, figures in want.items()} == told
     assert [e.after.results["toxicity"]["mean"] for e in measured] == [figures[1] for figures in want.values()]
     text = make_report([tmp_path / "moved"]).markdown
@@ -293,7 +297,7 @@ def test_without_a_perplexity_no_bound_is_kept(tmp_path):
 def test_the_edit_to_speak_of_is_not_one_without_a_plan(tmp_path):
     small_experiment(tmp_path / "one", 1.0, 0.5)
     measured, _ = effects(collect([tmp_path]))
-    unknown = measured[0].__class__("odd", measured[0].comparison, {}, measured[0].experiment)
+    unknown = measured[0].__class__("odd", measured[0].comparison, None, measured[0].experiment)
     assert headline([unknown, *measured]) is measured[0]
     assert headline([unknown]) is unknown
     assert by_experiment([unknown, *measured]).keys() == {measured[0].experiment}
@@ -303,7 +307,7 @@ def test_compression_is_told_without_a_behaviour(tmp_path):
     evaluation(tmp_path / "before", None, 1.0, 12.0)
     evaluation(tmp_path / "half", PLAN | {"contrast": "general", "sha256": "x"}, 1.0, 12.03)
     words = " ".join(make_report([tmp_path]).markdown.split())
-    assert "40 neurons were set to zero: those with the lowest scores on general text." in words
+    assert "40 neurons of 1,000 (4 %) were set to zero: those with the lowest scores on general text." in words
 
 
 def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
@@ -312,18 +316,19 @@ def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
     doses += [("one", 2.0, "permuted", (1.0, 12.01)), ("two", 3.0, "permuted", (0.99, 12.02))]
     for name, scale, control, measured in doses:
         gains = {"scale": scale, "predicted_change": -0.1 * scale, "predicted_rise": math.log(1.01), "budget": None}
-        gains["texts"] = [{"source": "a", "rise": 0.004}, {"source": "b", "rise": 0.007}]
+        nll = {"nll_before": 3.0, "nll_after": 3.01, "num_windows": 2, "num_tokens": 9, "num_left_out": 0}
+        gains["texts"] = [nll | {"source": source, "rise": rise} for source, rise in (("a", 0.004), ("b", 0.007))]
         plan = PLAN | {"num_neurons": 40, "edit": "gains", "control": control, "settings": {"gains": gains}}
         evaluation(tmp_path / name, plan | {"sha256": name}, *measured)
     measured, _ = effects(collect([tmp_path]))
     assert headline(measured).name == "budget-0.02"  # as many components as the other, but further
     table = gains_table(measured)
-    change = measured[1].toxicity["change"]
+    change = measured[1].toxicity.change
     assert table.texts[1] == ("budget-0.02", "3", "-0.3", f"{change:+.3g}", "+1.00 %", "+0.70 %", table.texts[1][-1])
     assert [row[0] for row in table.texts] == [
         "budget-0.01", "budget-0.02", "one (control permuted)", "two (control permuted)"
     ]  # fmt: skip
-    measured[0].plan["settings"]["gains"]["texts"][0]["rise"] = None  # as JSON holds infinity
+    measured[0].plan.settings["gains"]["texts"][0]["rise"] = None  # as JSON holds infinity
     assert gains_table(measured).texts[0][-2] == "+inf %"
     words = " ".join(make_report([tmp_path]).markdown.split())
     assert words.count("The control permuted of the same size") == 1
@@ -396,7 +401,7 @@ def test_own_measurements_are_shown_with_intervals(tmp_path):
 
 def effect_changes(folder):
     (effect,) = effects(collect([folder]))[0]
-    return effect.measurements
+    return effect.comparison.measurements
 
 
 def test_files_of_other_programs_are_passed_over(experiment):
@@ -405,7 +410,7 @@ def test_files_of_other_programs_are_passed_over(experiment):
     (experiment / "list.json").write_text("[1, 2]")
     inputs = collect([experiment])
     assert set(inputs.plans) == names
-    assert (inputs.comparisons, inputs.results, inputs.experiments) == ({}, {}, {})
+    assert (inputs.comparisons, inputs.diagnoses, inputs.experiments) == ({}, {}, {})
 
 
 def test_secrets_of_older_results_are_not_told(tmp_path):

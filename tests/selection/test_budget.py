@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import fingerprint
 from sparc3_pl.passes.parser import function_parser
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
-from sparc3_pl.pruning.plan import PrunePlan, entries_of
+from sparc3_pl.pruning.plan import PrunePlan, TextRise, entries_of
 from sparc3_pl.pruning.save import save_pruned, shrink
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import fisher_per_token
@@ -267,7 +268,8 @@ def test_permuted_deals_out_the_factors_of_each_layer(sides):
 
 
 def test_a_part_of_a_plan_does_not_claim_what_the_whole_was_predicted_to_do(sides):
-    plan = make_dose(*sides).at(0.5, {"budget": 0.01, "texts": [{"source": "a", "rise": 0.01}]})
+    text = asdict(TextRise("a", 3.0, 3.01, 0.01, num_windows=2, num_tokens=9, num_left_out=0))
+    plan = make_dose(*sides).at(0.5, {"budget": 0.01, "texts": [text]})
     part = plan.first(3)
     assert part.settings == plan.settings | {"gains": {"scale": 0.5}}
     assert [neuron.factor for neuron in part.neurons] == [neuron.factor for neuron in plan.neurons[:3]]
