@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,12 @@ from plans import plan_for  # noqa: E402
 from tiny_models import FAMILIES, MIXTURES, MORE_FAMILIES, WRAPPED, tiny, tokens  # noqa: E402
 
 from sparc3_pl.attribution.account import relevance_account  # noqa: E402
+from sparc3_pl.attribution.methods import METHODS  # noqa: E402
 from sparc3_pl.attribution.rules import REASONS, rule_table  # noqa: E402
+from sparc3_pl.attribution.scorers import Scorer  # noqa: E402
+from sparc3_pl.circuit.components import Candidates  # noqa: E402
 from sparc3_pl.errors import InputError  # noqa: E402
-from sparc3_pl.model.components import COMPONENTS  # noqa: E402
+from sparc3_pl.model.components import COMPONENTS, Neuron  # noqa: E402
 from sparc3_pl.pruning.save import save_pruned  # noqa: E402
 
 EVERYTHING = (*FAMILIES, *MORE_FAMILIES, *WRAPPED, *MIXTURES)
@@ -43,6 +46,9 @@ of them: `sparc3 doctor --pretrained NAME` says the same of yours.
   gradient on.
 - *components*: what `model.granularity` may be.
 - *reload*: the largest difference of a logit between a pruned model in memory and the same model, saved and loaded.
+- *refused*: methods by which its neurons cannot be scored, and circuits where they cannot be made of them. These
+  compare or replace values at every token, and an expert of a mixture has none at the tokens that go elsewhere
+  ([mixtures of experts](howto/experts.md#what-is-refused)).
 """
 
 REFUSED = """\
@@ -56,13 +62,28 @@ An operation of these has no rule, or there is no place where a rule could act; 
 """
 
 OTHERS = """
-Any other family is refused until it is asked for: [your own model family](howto/own-model-family.md). A checkpoint
-with packed weights (bitsandbytes, GPTQ, AWQ, ...), of any family, is refused before its weights are read.
+Any other family is refused until it is asked for: [your own model family](howto/own-model-family.md).
+
+## Quantised checkpoints
+
+A checkpoint with packed weights, of any family, is refused before its weights are read. With `model.dequantize: true`
+(`score`, `eval`, `circuit`; `doctor --dequantize`) the plain weights that it stands for are loaded instead, in
+`model.dtype` and in the memory of plain weights. The manifest says so (`dequantized`), `prune` unpacks the checkpoint
+of such scores by itself, and `--save_model` writes plain weights.
+
+| quantised by | with `model.dequantize: true` | checked |
+|---|---|---|
+| `fp8` (in blocks) | unpacked while it is loaded | on tiny Llama and Qwen3-MoE checkpoints |
+| `mxfp4`, `mxfp8` | unpacked while it is loaded | not run |
+| `compressed-tensors`, with its package | unpacked while it is loaded | not run |
+| `bitsandbytes`, with its package | unpacked once it is loaded | not run: only that transformers is asked to |
+| `gptq`, `awq` and others | refused: transformers cannot unpack them | that they are refused |
+| GGUF | unpacked in any case | on SmolLM2 |
 """
 
 HEADER = """\
-| model type | class | residual | rules | components | reload |
-|---|---|---|---|---|---|
+| model type | class | residual | rules | components | reload | refused |
+|---|---|---|---|---|---|---|
 """
 
 _PASSED_ON = ("linear", "embedding", "rotary angles", "none needed")
@@ -79,6 +100,7 @@ class Row:
         rules: Operations with a rule.
         components: Names of the kinds of component it has.
         reload: Largest difference of a logit after saving and loading.
+        refused: Methods that do not score its neurons; ``circuit`` where there are none of them.
     """
 
     family: str
@@ -87,6 +109,7 @@ class Row:
     rules: tuple[str, ...]
     components: tuple[str, ...]
     reload: float
+    refused: tuple[str, ...]
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -94,7 +117,14 @@ class Row:
         numbers = ("0" if not value else f"{value:.0e}" for value in (self.residual, self.reload))
         residual, reload = numbers
         lists = (", ".join(self.rules), ", ".join(self.components))
-        return (f"`{self.family}`", f"`{self.class_name}`", residual, *lists, reload)
+        return (
+            f"`{self.family}`",
+            f"`{self.class_name}`",
+            residual,
+            *lists,
+            reload,
+            ", ".join(self.refused) or "nothing",
+        )
 
 
 def measured(family: str) -> Row:
@@ -111,7 +141,21 @@ def measured(family: str) -> Row:
         tuple(name for name in dict.fromkeys(names) if name not in _PASSED_ON),
         tuple(name for name in COMPONENTS if _has(model, name)),
         saved.max_difference,
+        tuple(_refused(model)),
     )
+
+
+def _refused(model: torch.nn.Module) -> Iterator[str]:
+    for method in METHODS:
+        target = "answer" if method == "integrated_gradients" else "predicted"  # which it does not take
+        try:
+            Scorer(model, method, "neuron", target=target)
+        except InputError:
+            yield method
+    try:
+        Candidates.of(model, {"neuron": Neuron()})
+    except InputError:
+        yield "circuit"
 
 
 def _has(model: torch.nn.Module, component: str) -> bool:

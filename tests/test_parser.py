@@ -111,19 +111,28 @@ def test_a_misspelt_key_of_a_group_in_a_file_is_named_with_its_group(tmp_path, c
 
 @pytest.mark.parametrize(
     ("text", "key"),
-    [("boxx: {}", "boxx"), ("box: {sise: {}}", "box.sise"), ("box: {a: {b: {}}}", "box.a.b"), ("size: {}", None)],
+    [
+        ("boxx: {}", "boxx"),
+        ("box: {sise: {}}", "box.sise"),
+        ("box: {a: {b: {}}}", "box.a.b"),
+        ("held: {class_path: test_parser.Box, init_args: {sise: {}}}", "sise"),
+        ("size: {}", None),
+    ],
 )
 def test_an_unknown_key_that_holds_nothing_is_refused_as_any_other(tmp_path, capsys, text, key):
     parser = FunctionParser()
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_class_arguments(Box, "box")
     parser.add_argument("--size", type=Settings | None)
+    parser.add_argument("--held", type=Box | None)
     (tmp_path / "x.yaml").write_text(text)
     words = ["-c", str(tmp_path / "x.yaml")]
     if key is None:  # a key whose value may be an empty mapping
         assert parser.parse_args(words).size == {}
     else:
-        assert f"there is no key '{key}' (in {tmp_path / 'x.yaml'})" in error_of(parser, words, capsys)
+        error = error_of(parser, words, capsys)
+        assert f"there is no key '{key}'" in error
+        assert f"(in {tmp_path / 'x.yaml'})" in error
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ class Gradient(Method):
                 reads the components' values.
             take: Receives the passes, each named by its key.
         """
-        with recording(modules, len(batch.input_ids), take):
+        with recording(modules, tuple(batch.input_ids.shape), take):
             attributed = attribute(model, target, batch)
             if attributed.value_B.requires_grad:  # else no token reaches the experts that are scored
                 attributed.value_B.sum().backward()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.attribution.accumulators import drop_nonfinite, no_counts, require_all, require_finite, require_once
 from sparc3_pl.attribution.methods import Layer, Method, Options, Sums
-from sparc3_pl.attribution.recording import inputs_shown
+from sparc3_pl.attribution.recording import check_tokens, inputs_shown
 from sparc3_pl.attribution.targets import Target
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
@@ -99,6 +99,7 @@ class Expertise(Method):
 
         def add(name: str, x: Tensor) -> None:
             require_once(name, totals)
+            check_tokens(name, x, *batch.input_ids.shape, single=False)
             layer = layers[name]
             x_BTN = x.detach().reshape(*batch.attention_mask.shape, -1)[:num_samples]
             x_BTN = x_BTN.masked_fill(~mask_BT1.to(x.device), -torch.inf)

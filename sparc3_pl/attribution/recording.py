@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sparc3_pl.attribution.targets import as_forward, last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.errors import InputError
 from sparc3_pl.model.experts import Routed, is_routed
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.structure import output_head, weight_matrix
 
-__all__ = ["LayerPass", "Places", "inputs_shown", "recording"]
+__all__ = ["LayerPass", "Places", "check_tokens", "inputs_shown", "recording"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def recording(layers: Mapping[str, nn.Module], batch_size: int, sink: Callable[[LayerPass], None]) -> Iterator[None]:
+def recording(
+    layers: Mapping[str, nn.Module], batch: tuple[int, int], sink: Callable[[LayerPass], None]
+) -> Iterator[None]:
     """Backward passes inside the block call ``sink`` once for every layer, in the order of the backward pass.
 
     Parameters stay frozen. The graph begins at the output of the first layer that the forward pass meets, so nothing
@@ -135,12 +138,15 @@ def recording(layers: Mapping[str, nn.Module], batch_size: int, sink: Callable[[
 
     Args:
         layers: The linear layers to watch, by name.
-        batch_size: B. Some models flatten ``[B, T]`` to ``[B*T]`` before their MLP; it is undone here.
+        batch: B and T. Some models flatten ``[B, T]`` to ``[B*T]`` before their MLP; it is undone here.
         sink: Receives a ``LayerPass``; whatever it keeps of it keeps the memory too.
+
+    Raises:
+        InputError: in the backward pass, if nothing tells which tokens of several samples a layer reads.
     """
     with ExitStack() as hooks:
         for name, module in layers.items():
-            handle = module.register_forward_hook(_tap_hook(name, batch_size, sink))
+            handle = module.register_forward_hook(_tap_hook(name, batch, sink))
             hooks.callback(handle.remove)
         yield
 
@@ -157,10 +163,15 @@ def inputs_shown(
 
     Inputs are ``[B, T, I]`` or ``[B*T, I]``. The output head's are the hidden states of all positions: it makes no
     logits. An expert's are 0 where a token goes to others; ``see_tokens`` is told which tokens reach it.
+
+    Raises:
+        InputError: if nothing tells which tokens of the batch a layer reads.
     """
 
     def show(name: str, module: nn.Module, x: Tensor) -> None:
         routed = module.routed if is_routed(module) else None
+        if routed is None:
+            check_tokens(name, x, *batch.input_ids.shape, single=False)
         if routed is not None and see_tokens is not None:
             see_tokens(name, Places.of(routed, len(batch.input_ids)))
         see(name, x if routed is None else routed.everywhere(x))
@@ -176,11 +187,39 @@ def inputs_shown(
             see(name, hidden_BTH)
 
 
-def _tap_hook(name: str, batch_size: int, sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:
+def check_tokens(name: str, x: Tensor, num_samples: int, length: int, single: bool = True) -> None:
+    """Refuses what a layer reads if it is rows of some tokens, of which nothing tells to which sample each belongs.
+
+    A mixture whose experts are modules of their own gives each just its tokens. Shared out over the samples in equal
+    parts they would make scores, and wrong ones.
+
+    Args:
+        name: Of the layer.
+        x: What it reads (or makes): ``[B, T, D]``, or rows ``[B * T, D]``.
+        num_samples: B.
+        length: T.
+        single: Whether some tokens of a single sample will do.
+
+    Raises:
+        InputError: for rows that are not those of all tokens.
+    """
+    if x.dim() == 2 and len(x) != num_samples * length and not (single and num_samples == 1):
+        way_out = "score with data.batch_size 1, or " if single else ""
+        raise InputError(
+            f"{name} reads {len(x)} tokens of a batch of {num_samples} x {length}: only some reach it, and nothing "
+            f"tells which, as for an expert that is a module of its own; {way_out}choose other layers by model.targets"
+        )
+
+
+def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:
+    batch_size = batch[0]
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         places = Places.of(module.routed, batch_size) if is_routed(module) else None
 
         def show(x: Tensor, y: Tensor, delta: Tensor) -> None:
+            if places is None:
+                check_tokens(name, x, *batch)
             bias = getattr(module, "bias", None)
             z = y if bias is None else y - bias
             by_sample = partial(_by_sample, batch_size=batch_size) if places is None else places.by_sample

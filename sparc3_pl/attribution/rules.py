@@ -66,6 +66,7 @@ REASONS = {
     **dict.fromkeys(("gptj", "bloom", "falcon", "gpt_neo", "mpt", "codegen"), _NO_INTERFACE),
     **dict.fromkeys(("mamba", "mamba2", "rwkv"), "its recurrence has no rule"),
 }
+_TRY_IT = "ask sparc3 doctor, and set model.unlisted_family: true if its account balances; or"
 _WAY_OUT = "use method gradient or wanda, or a model of " + ", ".join(SUPPORTED)
 _FACTORS: dict[str, tuple[float, float]] = {"attn": (0.25, 0.5), "cp": (0.0, 1.0)}
 _active: WeakSet[nn.Module] = WeakSet()
@@ -191,7 +192,8 @@ def _check_family(model: nn.Module, unlisted: bool) -> None:
     """A family that was tried and is wrong is refused whoever asks."""
     family = decoder(model).config.model_type
     if family in REASONS or not (unlisted or family in SUPPORTED):
-        raise InputError(f"no LRP rules for model type {family!r}: {REASONS.get(family, 'never checked')}; {_WAY_OUT}")
+        way_out = _WAY_OUT if family in REASONS else f"{_TRY_IT} {_WAY_OUT}"
+        raise InputError(f"no LRP rules for model type {family!r}: {REASONS.get(family, 'never checked')}; {way_out}")
 
 
 def _plan(model: nn.Module, rules: RuleSet, temperature: float = 1.0, missing: Missing = "refuse") -> dict[str, _Rule]:

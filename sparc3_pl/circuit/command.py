@@ -126,7 +126,9 @@ class _Run:
         self.measured: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
         self._clock = time.perf_counter()
-        source = ModelSource(model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code)
+        source = ModelSource(
+            model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code, model.dequantize
+        )
         encoder = load_encoder(source)
         needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
         with timed("reading"):

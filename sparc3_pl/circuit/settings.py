@@ -21,6 +21,8 @@ class CircuitModel:
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
+        dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, where transformers can (FP8, MXFP4,
+            compressed-tensors, bitsandbytes); else it is refused. GGUF files are unpacked in any case.
         methods: Ways to score components, each an arm of the comparison: names as in ``model.method`` of score, or
             ``class_path`` and ``init_args``.
         granularity: What circuits consist of: ``neuron``, ``head``, ``mlp`` (whole MLPs), ``channel``, ``weight`` (in a
@@ -38,6 +40,7 @@ class CircuitModel:
     revision: str | None = None
     device_map: str | None = None
     trust_remote_code: bool = False
+    dequantize: bool = False
     methods: list[Spec] = field(default_factory=lambda: ["lrp", "gradient", "random"])
     granularity: Spec | list[Spec] = field(default_factory=lambda: ["neuron", "head"])
     target: Spec = "answer"

@@ -48,7 +48,9 @@ def expected_scores(manifest: Manifest) -> Architecture:
     Raises:
         InputError: if the config cannot be found, or the model has no such components.
     """
-    skeleton = _skeleton(str(manifest.model.get("pretrained")), manifest.model.get("revision"))
+    skeleton = _skeleton(
+        str(manifest.model.get("pretrained")), manifest.model.get("revision"), "dequantized" in manifest.model
+    )
     if isinstance(skeleton, str):
         raise InputError(skeleton)
     layers = linear_layers(skeleton)
@@ -60,10 +62,10 @@ def expected_scores(manifest: Manifest) -> Architecture:
 
 
 @functools.lru_cache(maxsize=16)
-def _skeleton(pretrained: str, revision: str | None) -> PreTrainedModel | str:
+def _skeleton(pretrained: str, revision: str | None, dequantize: bool) -> PreTrainedModel | str:
     """The model without weights, or why it is unknown; cached, because a hub that does not answer costs seconds."""
     try:
-        return load_skeleton(ModelSource(pretrained, revision=revision))
+        return load_skeleton(ModelSource(pretrained, revision=revision, dequantize=dequantize))
     except InputError as error:
         return str(error)
 

@@ -91,6 +91,7 @@ def doctor(
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     source: str = "demo",
     text_field: str = "text",
     num_samples: int = 3,
@@ -109,6 +110,7 @@ def doctor(
         dtype: The half precision to compare with float32.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run Python code that the checkpoint brings along.
+        dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, as model.dequantize of score.
         source: Text for the samples, as data.source of score.
         text_field: Field of the text.
         num_samples: Number of samples.
@@ -124,7 +126,7 @@ def doctor(
     check_places("doctor", output, html, overwrite)
     if num_samples < 1 or seq_len < 4:
         raise InputError(f"num_samples={num_samples}, seq_len={seq_len}: give at least 1 sample of 4 tokens")
-    model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code)
+    model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code, dequantize)
     encoder = load_encoder(model_source)
     samples = _samples(encoder, source, text_field, num_samples, seq_len)
     model = load_model(model_source)
@@ -276,7 +278,8 @@ def _judge(
 ) -> Iterator[Check]:
     if any(account.router for account in accounts):
         shares = [account.router / account.logit for account in accounts]
-        text = f"routers keep {min(shares):.1%} to {max(shares):.1%} of the logit, by the softmax over the experts"
+        ends = f"{100 * min(shares):.2g} % to {100 * max(shares):.2g} %"  # small ones are not none
+        text = f"routers keep {ends} of the logit, by the softmax over the experts"
         yield Check("routers", "pass", text)
 
     unchanged = "bitwise equal with and without the rules"

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
     from sparc3_pl.evaluation.decoding import Decoder
 
-__all__ = ["Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "prompts_at_once", "uniforms"]
+__all__ = [
+    "Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "most_rows", "prompts_at_once",
+    "row_bytes", "uniforms",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +232,34 @@ GENERAL_ROWS = 64
 """The same for models that go through ``generate``, whose cache is not known."""
 
 
+_MEMORY = 4 * 10**9
+"""Bytes taken to be free where the system does not say."""
+
+
+def row_bytes(length: int, token_bytes: int, vocabulary: int) -> int:
+    """What a completion takes while it is made: keys and values, once more while prompts are read or rows leave; logits
+    and what is made of them to choose.
+
+    Args:
+        length: Tokens of the prompt and of the completion.
+        token_bytes: Of the keys and values of one token.
+        vocabulary: Number of logits.
+    """
+    return 2 * length * token_bytes + 24 * vocabulary
+
+
+def most_rows(of_row: int, rows_per_batch: int | None, free: int | None) -> int:
+    """How many completions that take so many bytes each are made at once: what half of the free memory holds.
+
+    Args:
+        of_row: Bytes of one.
+        rows_per_batch: The most that was asked for; None: as many as are of use.
+        free: Bytes; None: unknown.
+    """
+    fitting = max(1, int((_MEMORY if free is None else free) * 0.5) // of_row)
+    return min(rows_per_batch or MOST_ROWS, fitting)
+
+
 class Generator:
     """Draws completions in batches, with the KV cache.
 
@@ -333,11 +364,8 @@ class Generator:
         decoder = self._decoder_for(longest, length)
         if decoder is None:
             return self.rows_per_batch or GENERAL_ROWS
-        # Keys and values, once more while prompts are read or rows leave; logits and what is made of them to choose.
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        row_bytes = 2 * length * decoder.token_bytes + 24 * vocabulary
-        fitting = max(1, int(free_memory(self.model.device) * 0.5) // row_bytes)
-        return min(self.rows_per_batch or MOST_ROWS, fitting)
+        of_row = row_bytes(length, decoder.token_bytes, self.model.get_output_embeddings().weight.shape[0])
+        return most_rows(of_row, self.rows_per_batch, free_memory(self.model.device))
 
     def _decoder_for(self, prompt: tuple[int, ...], length: int) -> Decoder | None:
         """What draws rows of this length; None: transformers' ``generate`` must."""

@@ -144,6 +144,10 @@ class SequenceJudge(ABC):
     def describe(self) -> dict[str, Any]:
         """What identifies this judge, for the record of a result."""
 
+    def stored_bytes(self) -> int | None:
+        """Bytes of the file of its weights, without loading it; None where that is not on this machine yet."""
+        return None
+
     def place(self, device: torch.device | str) -> None:
         """Run on ``device`` unless the user asked for another."""
         if self.device is None:
@@ -226,6 +230,11 @@ class DetoxifyJudge(SequenceJudge):
         self._ready()
         name = Path(self.checkpoint).name if self.checkpoint else None
         return {"variant": self.variant, "checkpoint": name, "sha256": self._sha256, "labels": self.labels}
+
+    def stored_bytes(self) -> int | None:
+        """Bytes of the checkpoint file; None for a variant that is still to be fetched."""
+        path = self._local_files()[0] if self.variant in (None, "demo") else _published_file(self.variant)[1]
+        return path.stat().st_size if path.is_file() else None
 
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         is_local = self.variant in (None, "demo")
@@ -323,6 +332,12 @@ class ClassifierJudge(SequenceJudge):
         about = {"pretrained": self.pretrained, "revision": revision, "fingerprint": self._fingerprint}
         return {**about, "label": self.label}
 
+    def stored_bytes(self) -> int | None:
+        """Bytes of the folder's files of weights; None for a classifier on the hub."""
+        path = local_path(self.pretrained, "judge.pretrained")
+        files = [] if path is None else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+        return sum(file.stat().st_size for file in files) or None
+
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -377,8 +392,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _downloaded(variant: str) -> Path:
-    """The published checkpoint file of a Detoxify variant; it is fetched the first time."""
+def _published_file(variant: str) -> tuple[str, Path]:
+    """Where the checkpoint file of a Detoxify variant is published, and where it lies once it was fetched."""
     try:
         from detoxify.detoxify import MODEL_URLS
     except ImportError as error:
@@ -386,9 +401,14 @@ def _downloaded(variant: str) -> Path:
     if variant not in MODEL_URLS:
         variants = ", ".join([*MODEL_URLS, "demo"])
         raise InputError(f"judge.variant={variant!r} is not known; use one of {variants}, or give judge.checkpoint")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / MODEL_URLS[variant].rpartition("/")[2]
+    return MODEL_URLS[variant], Path(torch.hub.get_dir()) / "checkpoints" / MODEL_URLS[variant].rpartition("/")[2]
+
+
+def _downloaded(variant: str) -> Path:
+    """The checkpoint file of a variant; it is fetched the first time."""
+    url, path = _published_file(variant)
     if not path.is_file():
-        _fetch(MODEL_URLS[variant], path, variant)
+        _fetch(url, path, variant)
     return path
 
 

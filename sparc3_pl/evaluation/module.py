@@ -60,6 +60,8 @@ class EvaluationModule(pl.LightningModule):
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
+        dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, where transformers can (FP8, MXFP4,
+            compressed-tensors, bitsandbytes); else it is refused. GGUF files are unpacked in any case.
         max_length: Perplexity window in tokens; unset: the model's context, at most 2048.
         stride: Tokens from one window to the next; unset: ``max_length``, windows that do not overlap.
         windows: ``sliding``: every token of the text is scored once. ``published``: as SparseGPT and Wanda measure (so
@@ -99,6 +101,7 @@ class EvaluationModule(pl.LightningModule):
         revision: str | None = None,
         device_map: str | None = None,
         trust_remote_code: bool = False,
+        dequantize: bool = False,
         max_length: int | None = None,
         stride: int | None = None,
         windows: Windows = "sliding",
@@ -124,7 +127,7 @@ class EvaluationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_sizes(max_length, stride, windows, generation_batch_size)
-        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
+        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
         self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         self.word_filter = None
         if word_filter is not None:
@@ -169,6 +172,11 @@ class EvaluationModule(pl.LightningModule):
     def encoder(self) -> Encoder:
         """What turns texts into the model's token ids, loaded before the weights."""
         return load_encoder(self.source)
+
+    @property
+    def window_settings(self) -> tuple[int | None, int | None, Windows]:
+        """Length, stride and kind of the windows of perplexity, as they were asked for."""
+        return self._max_length, self._stride, self._windows
 
     @property
     def judge(self) -> Judge:

@@ -8,13 +8,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.experiment.stages import Settings, Stage, Stages
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.runtime.processes import run_child
+
+if TYPE_CHECKING:
+    from sparc3_pl.passes.run import Forecast
 
 __all__ = ["pass_stage", "settings_in_file", "typed"]
 
@@ -66,7 +69,13 @@ def pass_stage(
         with _temporary(settings, f"{stage}-") as config:
             check_pass(command, ["--config", str(config)])
 
-    return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make, check)
+    def forecast() -> Forecast:
+        from sparc3_pl.passes.run import forecast_of
+
+        with _temporary(settings, f"{stage}-") as config:
+            return forecast_of(command, ["--config", str(config), "--output", str(output)])
+
+    return Stage(stage, settings, output, output / marker, {**plans, **(reads or {})}, make, check, forecast)
 
 
 def typed(*words: str) -> AbstractContextManager[Any]:

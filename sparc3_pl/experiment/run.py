@@ -97,6 +97,7 @@ def run(
     texts: list[Settings] | None = None,
     budgets: list[float] | None = None,
     word_filter: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
 
@@ -139,6 +140,7 @@ def run(
             dose-response curve. (``plan.budgets`` is something else: shares by layer.)
         word_filter: ``model.word_filter`` of eval: a further evaluation of the model as it is, whose completions are
             drawn again while they hold a listed word, for edits to beat. Not with shares.
+        dry_run: Say what each pass would load and how much memory it takes, and refuse what cannot fit; run nothing.
 
     Raises:
         InputError: If a setting is wrong, a stage fails, or an earlier result was made with other settings.
@@ -159,7 +161,7 @@ def run(
         if useless := [key for key, value in others.items() if value is not None]:
             raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
         each = arms_of(arms, score, general, plan, seeds, shares)
-        _compress(experiment, each, measuring, max_perplexity_increase)
+        _compress(experiment, each, measuring, max_perplexity_increase, dry_run)
         return
     if behaviour is None:
         raise InputError("behaviour is missing: give behaviour to correct one, or shares (and arms) to compress")
@@ -186,6 +188,9 @@ def run(
     if word_filter is not None:
         filtering = measuring | {"model": measuring["model"] | {"word_filter": word_filter}}
         stages.append(experiment.evaluation_stage("word_filter", filtering, None))
+    if dry_run:
+        experiment.tell_needs(stages)
+        return
     times = experiment.do(stages)
     outcomes = [
         Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name)
@@ -208,7 +213,7 @@ def run(
     print_result(outcome_table(outcomes), *lines)
 
 
-def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings, bound: float) -> None:
+def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings, bound: float, dry_run: bool) -> None:
     """Scores each method once, prunes each arm to each share, and measures all."""
     from sparc3_pl.document.terminal import print_result
     from sparc3_pl.report.curves import curve_table
@@ -223,6 +228,9 @@ def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings,
         ]
     stages = [*scoring.values(), *plans, experiment.evaluation_stage("before", measuring, None)]
     stages += [experiment.evaluation_stage(cut.name, measuring, cut.name) for cut in cuts]
+    if dry_run:
+        experiment.tell_needs(stages)
+        return
     times = experiment.do(stages)
     comparisons = [(cut, experiment.compare(cut.name)) for cut in cuts]
     counts = [sum(PrunePlan.load(stage.output).counts().values()) for stage in plans]
@@ -256,11 +264,7 @@ class _Experiment:
         """
         from sparc3_pl.model.loading import models_kept  # torch
 
-        distinct: dict[str, Stage] = {}
-        for stage in stages:
-            self.stages.check_settings(stage)
-            distinct.setdefault(json_digest([stage.name.partition("-")[0], stage.settings]), stage)
-        for stage in distinct.values():  # the last one comes hours after the first
+        for stage in self._distinct(stages).values():  # the last one comes hours after the first
             stage.check()
         with models_kept():
             for number, stage in enumerate(stages, start=1):
@@ -268,6 +272,32 @@ class _Experiment:
         times = self.stages.times(stages)
         log.info(table_text({"matrix_flops": None, "stages": times}, "Time of run, stages done earlier included"))
         return times
+
+    def _distinct(self, stages: Sequence[Stage]) -> dict[str, Stage]:
+        """The first of each that have the same settings, by their digest; all settings must be those of before."""
+        distinct: dict[str, Stage] = {}
+        for stage in stages:
+            self.stages.check_settings(stage)
+            distinct.setdefault(_kind(stage), stage)
+        return distinct
+
+    def tell_needs(self, stages: Sequence[Stage]) -> None:
+        """Says what the passes among the stages will take, one after the other.
+
+        Raises:
+            InputError: if a setting is wrong, or one of them cannot fit; or all results not on the disk.
+        """
+        from sparc3_pl.document.needs import refuse_what_cannot_fit, table_of_stages
+        from sparc3_pl.document.terminal import print_result
+
+        each = {kind: one.forecast() for kind, one in self._distinct(stages).items() if one.forecast is not None}
+        forecasts = {stage.name: each[_kind(stage)] for stage in stages if stage.forecast is not None}
+        free = next(iter(forecasts.values())).free
+        print_result(table_of_stages({name: one.needs for name, one in forecasts.items()}, free))
+        for forecast in each.values():
+            forecast.refuse()
+        on_disk = [need for one in forecasts.values() for need in one.needs if need.where == "disk"]
+        refuse_what_cannot_fit(on_disk, {"disk": free["disk"]})
 
     def completion_stage(self, completions: Settings) -> Stage:
         """Completions of the model as it is, judged."""
@@ -400,6 +430,11 @@ class _Experiment:
 
     def _comparison_path(self, name: str) -> Path:
         return self.folder / "comparisons" / f"{name}.json"
+
+
+def _kind(stage: Stage) -> str:
+    """The same for stages that do the same with the same settings, on other plans perhaps."""
+    return json_digest([stage.name.partition("-")[0], stage.settings])
 
 
 def _options(arguments: Settings) -> Iterator[str]:

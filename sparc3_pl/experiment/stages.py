@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.errors import InputError
@@ -23,6 +23,9 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.runtime.timing import rows_of_results
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
+
+if TYPE_CHECKING:
+    from sparc3_pl.passes.run import Forecast
 
 __all__ = ["Settings", "Stage", "Stages", "check_folder", "write_json"]
 
@@ -44,6 +47,7 @@ class Stage:
         reads: Results of earlier stages, by what they are to this one.
         make: Makes the output; is told whether to replace an earlier one.
         check: Refuses settings that the step would not take; reads and writes no results.
+        forecast: Says what a process of the pass will take; None: the step is no pass.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Stage:
     reads: Mapping[str, Path]
     make: Callable[[bool], None]
     check: Callable[[], None] = lambda: None
+    forecast: Callable[[], Forecast] | None = None
 
     def inputs(self) -> dict[str, str]:
         """Digests of all files that the stage reads, by the key that names them or by what they are."""

@@ -14,14 +14,14 @@ from sparc3_pl.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from sparc3_pl.model.identity import named_values
+from sparc3_pl.model.quantised import quantisation_of
 from sparc3_pl.model.source import ModelSource
 
 __all__ = ["Vocabulary", "check_vocabulary"]
 
 log = logging.getLogger(__name__)
 
-_BITS = (("load_in_4bit", 4), ("load_in_8bit", 8))
-"""How bitsandbytes says how many bits a weight has; others have a key ``bits``."""
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 TOKENIZER_HINT = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
 
@@ -52,7 +52,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     if tokenizer is None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
-    compare_vocabularies(tokenizer, rows, model.config.name_or_path)
+    compare_vocabularies(tokenizer, rows, model.config.name_or_path or type(model).__name__)
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
@@ -68,20 +68,22 @@ def forget_gguf(model: PreTrainedModel) -> None:
 
 
 def check_unquantised(config: PretrainedConfig, source: ModelSource) -> None:
-    """Refuses a checkpoint whose config says that its weights are packed, before any of them is read."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
-        quantised = getattr(config.get_text_config(), "quantization_config", None)
-    if quantised is None:
+    """Refuses a checkpoint whose config says that its weights are packed, before any of them is read.
+
+    With ``source.dequantize`` those pass that transformers can unpack.
+    """
+    quantised = quantisation_of(config)
+    if quantised is None or (source.dequantize and quantised.dequantised is not None):
         return
-    about = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method = str(getattr(about.get("quant_method"), "value", about.get("quant_method") or "an unnamed method"))
-    bits = next((bits for key, bits in _BITS if about.get(key) is True), about.get("bits"))
+    bits = f"{quantised.bits}-bit " if quantised.bits else ""
+    what = f"model.pretrained={source.pretrained!r} holds {bits}weights packed by {quantised.method}"
+    if quantised.dequantised is None:
+        raise InputError(
+            f"{what}, which transformers cannot turn into plain ones; give the checkpoint that it was made from"
+        )
     raise InputError(
-        f"model.pretrained={source.pretrained!r} holds {f'{bits}-bit ' if bits else ''}weights packed by {method}, of "
-        "which none can be read or removed alone; give the checkpoint that it was made from, or unpack it once where "
-        f"{method} is installed: AutoModelForCausalLM.from_pretrained({source.pretrained!r}).dequantize()"
-        ".save_pretrained(FOLDER)"
+        f"{what}, of which none can be read or removed alone; give the checkpoint that it was made from, or have it "
+        "unpacked (model.dequantize: true), which takes the memory of plain weights"
     )
 
 
@@ -92,6 +94,12 @@ def check_plain_weights(model: PreTrainedModel, source: ModelSource) -> None:
             f"model.pretrained={source.pretrained!r} keeps its weights packed ({getattr(method, 'value', method)}), so "
             "that no single weight can be read or removed; give the unquantised checkpoint or a .gguf file"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in _PLAIN:
+            raise InputError(
+                f"model.pretrained={source.pretrained!r}: the weights {name!r} are {parameter.dtype} values, which "
+                "stand for nothing without their scales; give the unquantised checkpoint"
+            )
 
 
 def check_finite(model: nn.Module, source: ModelSource) -> None:

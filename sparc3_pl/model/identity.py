@@ -162,6 +162,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:
     """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
     ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
+    Of weights that were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).
 
     The fingerprint is not taken again if it is ``known``.
     """
@@ -172,4 +173,4 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model_config(model),
-    }
+    } | ({"dequantized": quantised} if (quantised := getattr(model, "dequantized", None)) else {})

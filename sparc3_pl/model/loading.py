@@ -39,6 +39,7 @@ from sparc3_pl.model.checks import (
     forget_gguf,
     has_tokenizer_files,
 )
+from sparc3_pl.model.quantised import quantisation_of
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.timing import timed
 
@@ -67,8 +68,8 @@ _EXTRA = 'pip install "sparc3_pl[gguf]"'
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load a causal language model in eval mode, its parameters frozen.
 
-    A GGUF file is unpacked into ordinary weights, and its config no longer says that it is quantised, so that the
-    model can be saved like any other.
+    A GGUF file is unpacked into ordinary weights, and so is another packed checkpoint if ``source.dequantize`` says so;
+    its config no longer says that it is quantised, so that the model can be saved like any other.
 
     Raises:
         InputError: If nothing is there, the hub cannot be reached, the model is not a causal language model, the
@@ -146,9 +147,18 @@ def _load(source: ModelSource) -> PreTrainedModel:
     where = _locate(source)
     with _quiet_stdout(), _network(where), _as_input_error(source, where):
         config = _causal_config(source, where)
+        quantised = None if "gguf_file" in where else quantisation_of(config)
+        if quantised is not None and quantised.dequantised == "while loading":
+            config.quantization_config = {**quantised.about, "dequantize": True}
         model, info = auto_class(config).from_pretrained(
             **where, **_load_options(source, where), config=config, output_loading_info=True
         )
+        if quantised is not None and quantised.dequantised == "once loaded":
+            model = model.dequantize()
+    if quantised is not None:
+        model.dequantized = str(quantised)
+        model._weight_conversions = None  # by which save_pretrained would quantise the weights again
+        log.warning("%s: its weights were packed (%s), and what they stand for is used", source.pretrained, quantised)
     if "gguf_file" in where:
         forget_gguf(model)
     model.eval().requires_grad_(False)

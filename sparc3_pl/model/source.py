@@ -24,6 +24,7 @@ class ModelSource:
         revision: Branch, tag or commit of a hub id.
         device_map: As in transformers (``auto``, or module name to device): spreads the model over devices.
         trust_remote_code: Run Python code that the checkpoint brings along. Off unless you turn it on.
+        dequantize: Make plain weights of packed ones (8 bits or fewer), where transformers can; else they are refused.
     """
 
     pretrained: str = "demo"
@@ -31,6 +32,7 @@ class ModelSource:
     revision: str | None = None
     device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.notebook.models import as_call, borrowed, edits_in_force, encoder_of, require_plain
+from sparc3_pl.notebook.models import as_call, borrowed, edits_in_force, encoder_of, require_free, require_plain
 from sparc3_pl.notebook.scores import Scores
 from sparc3_pl.pruning.edit import pruned
 from sparc3_pl.pruning.edits import EDITS
@@ -190,6 +190,7 @@ def _folder(scores: AnyScores) -> ScoreFolder:
 
 
 def _require_unedited(model: PreTrainedModel) -> None:
+    require_free(model)
     if (other := edits_in_force.get(model)) is not None:
         raise InputError(
             f"the model is edited already, by a plan of {other.num_neurons or other.num_weights} {other.unit} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 
     from sparc3_pl.pruning.plan import PrunePlan
 
-__all__ = ["IN_MEMORY", "as_call", "borrowed", "edits_in_force", "encoder_of", "require_plain"]
+__all__ = ["IN_MEMORY", "as_call", "borrowed", "edits_in_force", "encoder_of", "require_free", "require_plain"]
 
 IN_MEMORY = "in memory"
 """What messages, manifests and results call texts, prompts and scores that no file holds."""
 
 edits_in_force: weakref.WeakKeyDictionary[nn.Module, PrunePlan] = weakref.WeakKeyDictionary()
 """The models that are inside an ``edited`` block, and their plans."""
+
+_borrowers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""The models that are being scored or measured, and the threads that do it."""
 
 _LONGEST = 80  # letters of an argument that a manifest records
 
@@ -67,9 +71,10 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
 
     Raises:
         InputError: if ``model`` is no language model of transformers, keeps its weights packed, is in training mode,
-            looks ahead, or holds a value that is not finite.
+            looks ahead, holds a value that is not finite, or is in use in another thread.
     """
     require_plain(model)
+    require_free(model)
     if (name := next((name for name, module in model.named_modules() if module.training), None)) is not None:
         what = f"its module {name} is" if name else "it is"
         raise InputError(f"the model cannot be used as it is: {what} in training mode; call model.eval() first")
@@ -77,6 +82,8 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
         raise InputError("torch.inference_mode() is on, which forbids gradients; leave that block first")
     source = _source_of(model)
     asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    earlier = _borrowers.get(model)  # of this thread, as where a judge asks the model, too
+    _borrowers[model] = threading.get_ident()
     try:
         model.requires_grad_(False)
         check_finite(model, source)
@@ -85,6 +92,18 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
     finally:
         for parameter, asked in asks.items():
             parameter.requires_grad_(asked)
+        if earlier is None:
+            del _borrowers[model]
+
+
+def require_free(model: nn.Module) -> None:
+    """Refuses a model that another thread is scoring or measuring: both would change it under each other's feet.
+
+    Raises:
+        InputError: if it is in use.
+    """
+    if _borrowers.get(model, threading.get_ident()) != threading.get_ident():
+        raise InputError("the model is in use by a call in another thread; wait until it is done, or load it again")
 
 
 def require_plain(model: Any) -> None:
@@ -102,13 +121,21 @@ def require_plain(model: Any) -> None:
         )
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(getattr(method, "quant_method", None), "value", None)
-    odd = next((n for n, p in model.named_parameters() if p.dtype not in _PLAIN), None)
+    odd = next((f"{n} is {_short(p.dtype)}" for n, p in model.named_parameters() if p.dtype not in _PLAIN), None)
+    packed = (f"{n} is a {type(m).__module__}" for n, m in model.named_modules() if hasattr(m, "_packed_params"))
+    odd = next(packed, None) if odd is None else odd
     if odd is not None or (getattr(model, "hf_quantizer", None) is not None and method != "gguf"):
-        reason = "" if odd is None else f": {odd} is {str(model.get_parameter(odd).dtype).removeprefix('torch.')}"
+        reason = "" if odd is None else f": {odd}"
         raise InputError(
             f"the model is quantised ({method or 'weights are packed'}{reason}), so that no single weight can be read "
             "or removed; load the unquantised checkpoint"
         )
+    if any(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise InputError("the model has no weights (device meta); load them with AutoModelForCausalLM.from_pretrained")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def as_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:

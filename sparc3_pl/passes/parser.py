@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_dumper, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_dumper, set_loader
 from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._link_arguments import ActionLink
 
@@ -165,8 +165,8 @@ class OneLineErrors:
         Raises:
             TypeError: if such a file holds a key that another key gives, or there is an unknown key that holds nothing.
         """
-        if isinstance(cfg, dict):
-            self._require_known(cfg, parent_key)
+        if isinstance(cfg, dict | Namespace):  # the latter holds the arguments of a class within a section
+            self._require_known(cfg if isinstance(cfg, dict) else vars(cfg), parent_key)
         for key, short in self._linked().items() if isinstance(cfg, dict) else ():
             section, _, name = key.partition(".")
             if section == parent_key and name in cfg:

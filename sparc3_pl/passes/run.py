@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparc3_pl.data.evaluation_data import EvaluationData
 from sparc3_pl.data.reference import ReferenceData
+from sparc3_pl.document.needs import Need, refuse_what_cannot_fit, table_of
 from sparc3_pl.document.terminal import print_result, print_summary
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.module import EvaluationModule
+from sparc3_pl.evaluation.needs import needs_of as needs_of_evaluation
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.model.loading import models_are_kept
 from sparc3_pl.passes.parser import FLAG, OneLineErrors, argument_texts, secrets_left_out
 from sparc3_pl.pruning.callback import PruningCallback
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.runtime.memory import free_by_place
 from sparc3_pl.runtime.noise import quiet
 from sparc3_pl.runtime.processes import is_supervised
 from sparc3_pl.runtime.progress import ProgressBar
@@ -33,11 +36,11 @@ from sparc3_pl.runtime.timing import measuring, table_text, timing
 from sparc3_pl.runtime.trainer import Trainer
 from sparc3_pl.scoring.module import ScoringModule
 from sparc3_pl.scoring.monitor import ScoringMonitor
-from sparc3_pl.scoring.needs import free_memory, needs_of, refuse_what_cannot_fit, table_of
+from sparc3_pl.scoring.needs import needs_of as needs_of_scoring
 
 log = logging.getLogger(__name__)
 
-__all__ = ["PASSES", "Pass", "PassCLI", "check_pass", "make_pass", "run_pass"]
+__all__ = ["PASSES", "Forecast", "Pass", "PassCLI", "check_pass", "forecast_of", "make_pass", "run_pass"]
 
 
 @dataclass(frozen=True)
@@ -46,35 +49,38 @@ class Pass:
 
     module: type[LightningModule]
     data: type[LightningDataModule]
+    needs: Callable[[Any, Any, Mapping[str, int | None]], list[Need]]
+    """What module and data would take in a process, from what is free by place; loads no weight."""
     callbacks: Sequence[type[Callback]] = ()
     shortcuts: Sequence[str] = ("output", "overwrite")
     """Arguments of the module that may also be given without the ``model.`` prefix."""
     takes_plan: bool = False
     """Whether ``--plan`` prunes the model for the length of the pass."""
-    dry_run: Callable[[Any, Any, torch.device], None] | None = None
-    """Says what module and data would take on a device, in place of the pass."""
 
 
 DRY_RUN = "Say what would be loaded and how much memory it takes, and refuse what cannot fit; load and run nothing."
 
 
-def _dry_score(module: ScoringModule, data: ReferenceData, device: torch.device) -> None:
-    needs = needs_of(module.request, module.source, data.batch_size, data.seq_len or data.max_tokens)
-    free = free_memory(device, module.output or ".")
-    print_result(table_of(needs, free))
-    if module.source.device_map is None:
-        refuse_what_cannot_fit(needs, free)
+def _needs_of_scoring(module: ScoringModule, data: ReferenceData, free: Mapping[str, int | None]) -> list[Need]:
+    return needs_of_scoring(module.request, module.source, data.batch_size, data.seq_len or data.max_tokens)
 
 
 PASSES = {
     "score": Pass(
         ScoringModule,
         ReferenceData,
+        _needs_of_scoring,
         (ScoringMonitor,),
         ("output", "overwrite", "checkpoint_every", "part", "shard"),
-        dry_run=_dry_score,
     ),
-    "eval": Pass(EvaluationModule, EvaluationData, (), ("output", "overwrite", "allow_overlap"), takes_plan=True),
+    "eval": Pass(
+        EvaluationModule,
+        EvaluationData,
+        needs_of_evaluation,
+        (),
+        ("output", "overwrite", "allow_overlap"),
+        takes_plan=True,
+    ),
 }
 
 
@@ -124,8 +130,7 @@ class PassCLI(LightningCLI):
             flag = FLAG if hints[name] is bool else {}
             parser.add_argument(f"--{name}", type=hints[name], default=default, help=texts[name], **flag)
             parser.link_arguments(name, f"model.{name}")
-        if self.kind.dry_run is not None:
-            parser.add_argument("--dry_run", type=bool, default=False, help=DRY_RUN, **FLAG)
+        parser.add_argument("--dry_run", type=bool, default=False, help=DRY_RUN, **FLAG)
         if self.kind.takes_plan:
             parser.add_argument("--plan", type=str | None, default=None, help="Plan to apply before measuring.")
 
@@ -209,6 +214,65 @@ def check_pass(name: str, words: Sequence[str]) -> None:
     _Unmade(name, words)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a process of a pass will take, and what is free.
+
+    Attributes:
+        needs: What it takes.
+        free: Bytes by place; None: unknown.
+        is_spread: Whether the model is spread over devices, and what does not fit on one is put on another.
+    """
+
+    needs: list[Need]
+    free: dict[str, int | None]
+    is_spread: bool = False
+
+    def refuse(self) -> None:
+        """Refuses what cannot fit.
+
+        Raises:
+            InputError: naming the place and both numbers.
+        """
+        if not self.is_spread:
+            refuse_what_cannot_fit(self.needs, self.free)
+
+
+def _forecast(cli: PassCLI) -> Forecast:
+    module, device = cli.model, cli.trainer.strategy.root_device
+    free = free_by_place(device, module.output or ".")
+    needs = cli.kind.needs(module, cli.datamodule, free)
+    if isinstance(cli.trainer.strategy, ModelParallelStrategy):
+        needs = _shared_out(needs, cli.trainer.world_size, cli.trainer.num_devices)
+    return Forecast(needs, free, module.source.device_map is not None)
+
+
+def _shared_out(needs: Sequence[Need], processes: int, on_a_machine: int) -> list[Need]:
+    """The needs of a process that holds its part of a model; before it does, it has loaded the whole on the host."""
+    result = [
+        replace(need, bytes=-(-need.bytes // processes), note=f"{need.note}; this process's part of {processes}")
+        if need.what in ("weights", "sums") and need.bytes is not None
+        else need
+        for need in needs
+    ]
+    whole = next(need.bytes for need in needs if need.what == "weights")
+    return [*result, Need("loading", "host", whole * on_a_machine, f"for a moment, by {on_a_machine} processes")]
+
+
+def forecast_of(name: str, words: Sequence[str]) -> Forecast:
+    """What ``score`` or ``eval`` with these options will take; loads no weight.
+
+    Args:
+        name: Of the pass.
+        words: Its options, as on a command line.
+
+    Raises:
+        InputError: if what the user gave is wrong.
+        SystemExit: if the options cannot be parsed.
+    """
+    return _forecast(make_pass(name, words))
+
+
 def run_pass(name: str, words: Sequence[str]) -> None:
     """Runs ``score`` or ``eval`` in this process; says on stdout where the result is, and what it looks like.
 
@@ -223,9 +287,11 @@ def run_pass(name: str, words: Sequence[str]) -> None:
     with measuring():
         cli = make_pass(name, words)
         module = cli.model
-        if cli.kind.dry_run is not None and cli.config.dry_run:
+        if cli.config.dry_run:
             if cli.trainer.is_global_zero:
-                cli.kind.dry_run(module, cli.datamodule, cli.trainer.strategy.root_device)
+                forecast = _forecast(cli)
+                print_result(table_of(forecast.needs, forecast.free))
+                forecast.refuse()
             return
         getattr(cli.trainer, name)(module, cli.datamodule)
         if cli.trainer.is_global_zero and (times := timing()) is not None:

@@ -1,7 +1,8 @@
-"""How much memory is free, and how much was used at most."""
+"""How much memory and disk is free, and how much memory was used at most."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,19 +10,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["free_memory", "peak_memory"]
+__all__ = ["free_by_place", "free_memory", "peak_memory"]
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on ``device``; of the host 4 GB where the system does not say."""
-    if device.type == "cuda":
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that can still be had on ``device``, or of the host; None where the system does not say."""
+    if device is not None and device.type == "cuda":
         import torch
 
         held_and_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held_and_unused
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 4 * 10**9)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def free_by_place(device: torch.device, folder: str | Path) -> dict[str, int | None]:
+    """Free bytes of the ``device``, unless that is the host, of the ``host``, and of the ``disk`` where ``folder`` is
+    or will be; None: unknown.
+    """
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    places = {"host": free_memory(), "disk": shutil.disk_usage(there).free}
+    return places if device.type == "cpu" else {"device": free_memory(device)} | places
 
 
 def peak_memory(device: torch.device | None = None) -> int:

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-__all__ = ["Done", "ProgressBar", "RunningMean", "Watch", "show_progress"]
+__all__ = ["Done", "ProgressBar", "RunningMean", "Watch", "duration", "show_progress"]
 
 log = logging.getLogger(__name__)
 

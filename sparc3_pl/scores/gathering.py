@@ -114,10 +114,11 @@ class Gathering:
             timing=dict(timing or {}),
         )
         manifest.check(where)
-        if manifest.unreached:
+        if names := manifest.unreached:
+            more = f" and {len(names) - 10} more, which the manifest lists (unreached)" if len(names) > 10 else ""
             log.warning(
                 "no token of any sample reached %d layers of experts, whose scores are 0 because nothing is known of "
-                "them: %s", len(manifest.unreached), ", ".join(manifest.unreached),
+                "them: %s%s", len(names), ", ".join(names[:10]), more,
             )  # fmt: skip
         return manifest
 

@@ -152,6 +152,5 @@ def _model_of(about: About, source: ModelSource) -> nn.Module:
 
 
 def _source(model: Mapping[str, Any], pretrained: str | None, trust_remote_code: bool) -> ModelSource:
-    if pretrained is not None:
-        return ModelSource(pretrained, model["dtype"], trust_remote_code=trust_remote_code)
-    return ModelSource(model["pretrained"], model["dtype"], model["revision"], trust_remote_code=trust_remote_code)
+    name, revision = (model["pretrained"], model["revision"]) if pretrained is None else (pretrained, None)
+    return ModelSource(name, model["dtype"], revision, None, trust_remote_code, "dequantized" in model)

@@ -66,6 +66,8 @@ class ScoringModule(pl.LightningModule):
         revision: Commit, branch or tag of a hub model.
         device_map: ``auto`` spreads the model over the GPUs of this process; nothing moves it afterwards.
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
+        dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, where transformers can (FP8, MXFP4,
+            compressed-tensors, bitsandbytes); else it is refused. GGUF files are unpacked in any case.
         method: ``lrp`` (AttnLRP), ``gradient``, ``wanda``, ``magnitude``, ``random``, ``activation``; ``expertise``
             for samples with labels; ``attribution_patching``, ``relevance_patching`` or ``integrated_gradients`` for
             samples with counterfactuals; or ``class_path`` and ``init_args`` of one of them or of a method of your own.
@@ -113,6 +115,7 @@ class ScoringModule(pl.LightningModule):
         revision: str | None = None,
         device_map: str | None = None,
         trust_remote_code: bool = False,
+        dequantize: bool = False,
         method: Spec = "lrp",
         unlisted_family: bool = False,
         granularity: Spec | list[Spec] = "neuron",
@@ -140,7 +143,7 @@ class ScoringModule(pl.LightningModule):
             nonfinite=nonfinite, seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
             sequential=None if sequential is None else str(sequential),
         )  # fmt: skip
-        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code)
+        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
         self.output, self.overwrite = output, overwrite
         self.part = _checked_part(part, shard, self.request)
         self.checkpoint_every = _checked_interval(checkpoint_every, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from sparc3_pl.runtime.progress import Done, RunningMean, Watch, show_progress
+from sparc3_pl.runtime.progress import Done, RunningMean, Watch, duration, show_progress
 from sparc3_pl.runtime.run_config import shown_settings
 from sparc3_pl.runtime.run_log import RunLog
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sparc3_pl.scoring.module import ScoringModule
 
 __all__ = ["ScoringMonitor"]
+
+log = logging.getLogger(__name__)
 
 MAX_HISTOGRAM_VALUES = 1_000_000
 """A histogram of a larger layer is that of evenly spaced scores."""
@@ -36,7 +39,8 @@ class ScoringMonitor(Callback):
         self._start, self._timed, self._seen, self._tokens = time.perf_counter(), 0.0, 0, 0
         self._relevance = RunningMean()
         batches = trainer.predict_dataloaders.dataset[: trainer.num_predict_batches[0]]
-        self._watch = Watch({"samples": sum(map(len, batches))})
+        self._total, self._batches = sum(map(len, batches)), 0
+        self._watch = Watch({"samples": self._total})
 
     def on_predict_batch_end(
         self,
@@ -54,13 +58,22 @@ class ScoringMonitor(Callback):
                 self._relevance.add(sample.relevance)
         self._seen = len(pl_module.samples)
         status = self._status()
-        self._watch.took("samples", time.perf_counter() - self._start - self._timed)
+        seconds, self._batches = time.perf_counter() - self._start - self._timed, self._batches + 1
+        self._watch.took("samples", seconds)
+        if self._batches == 2 and trainer.is_global_zero and len(batch.ids):
+            self._tell_pace(seconds / len(batch.ids))
         self._timed = time.perf_counter() - self._start
         mean = self._relevance.mean if self._relevance.count else math.nan
         figures = {"figure": "total relevance", "mean": mean, "error": self._relevance.standard_error}
         show_progress(trainer, "score", self._watch, Done("samples", self._seen, self._tokens, **figures))
         if batch_idx % trainer.log_every_n_steps == 0:
             self._log.scalars({f"score/{name}": value for name, value in status.items()}, self._seen)
+
+    def _tell_pace(self, seconds: float) -> None:
+        """Once it is known, how long a sample takes: the first batch is no measure, as much is done once only in it."""
+        left = self._total - self._seen
+        rest = f", {duration(seconds * left)} for the {left} that are left" if left > 0 else ""
+        log.info("score: %.3g s a sample after the first batch%s", seconds, rest)
 
     def _status(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start

@@ -275,7 +275,8 @@ def _load(
     if pretrained is None and not isinstance(scored, str):
         raise InputError("the scores do not name their model; give --pretrained")
     name = pretrained or str(scored)
-    source = ModelSource(name, dtype, revision if name == scored else None, None, trust_remote_code)
+    revision, unpack = revision if name == scored else None, "dequantized" in plan.model
+    source = ModelSource(name, dtype, revision, None, trust_remote_code, unpack)
     return _placed(load_model(source), device), load_encoder(source)
 
 

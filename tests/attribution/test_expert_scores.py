@@ -159,10 +159,13 @@ def test_wanda_is_over_the_experts_own_tokens(side):
             assert scores[name].tokens == neurons[name].tokens == counts[e]
 
 
-def test_whole_experts_by_their_own_loop():
-    model = tiny("olmoe", dtype=torch.float64)
-    expected = slow_relevance(model, lrp=False)
-    _, scores = scored(model, "gradient", "expert")
+@pytest.mark.parametrize("method", ["gradient", "lrp"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_whole_experts_by_their_own_loop(family, method):
+    """Of three samples of unequal length in one batch."""
+    model = tiny(family, dtype=torch.float64)
+    expected = slow_relevance(model, lrp=method == "lrp")
+    _, scores = scored(model, method, "expert")
     assert len(scores) == 8
     with pytest.raises(InputError, match="no mixture of experts"):
         Scorer(tiny("llama"), "gradient", "expert")
@@ -170,6 +173,65 @@ def test_whole_experts_by_their_own_loop():
         for e in range(4):
             want = down[:, e].abs().sum((1, 2)).mean(0)
             assert float(scores[f"{name}.{e}.down_proj"].scores) == pytest.approx(float(want), rel=1e-4)
+
+
+class Expert(torch.nn.Module):
+    def __init__(self, gate_up, down):
+        super().__init__()
+        self.act_fn = torch.nn.SiLU()
+        for name, weight in (("gate_proj", gate_up[:12]), ("up_proj", gate_up[12:]), ("down_proj", down)):
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+            layer.weight = torch.nn.Parameter(weight.detach().clone(), False)
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Apart(torch.nn.Module):
+    """Experts that are modules of their own, each given its tokens, as code from outside of the library has them."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(map(Expert, fused.gate_up_proj, fused.down_proj)).eval()
+
+    def forward(self, hidden, chosen, weights):
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            tokens, place = torch.where(chosen == number)
+            total = total.index_add(0, tokens, expert(hidden[tokens]) * weights[tokens, place, None])
+        return total
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "weight"])
+def test_experts_that_are_modules_of_their_own_never_mix_samples(granularity):
+    """A batch of one is right; of more, an expert's rows cannot be told apart, and they must not be shared out."""
+    fused = tiny("mixtral", dtype=torch.float64).requires_grad_(False)
+    apart = tiny("mixtral", dtype=torch.float64).requires_grad_(False)
+    for layer in apart.model.layers:
+        layer.mlp.experts = Apart(layer.mlp.experts)
+    up = ["*.0.mlp.experts.experts.*.up_proj"]
+    for rows in ([0, 1], [0, 1, 2]):
+        some = ReferenceBatch(
+            *(t[rows] for t in (batch().input_ids, batch().attention_mask)), [*map(str, rows)], [None] * 3
+        )
+        for method in ("gradient", "wanda"):
+            with pytest.raises(
+                InputError, match=r"experts\.\d\.up_proj reads \d+ tokens of a batch of . x 7.*model.targets"
+            ):
+                Scorer(apart, method, granularity, up).update(some)
+    ids = tokens(1, 24)
+    one = ReferenceBatch(ids, torch.ones_like(ids), ids=["a"], endings=[None])
+    scorers = [
+        Scorer(fused, "gradient", granularity, ["model.layers.0.mlp.experts.?"]),
+        Scorer(apart, "gradient", granularity, up),
+    ]
+    for scorer in scorers:
+        scorer.update(one)
+    for e in range(4):
+        expected = scorers[0].scores(f"model.layers.0.mlp.experts.{e}", 1)
+        actual = scorers[1].scores(f"model.layers.0.mlp.experts.experts.{e}.up_proj", 1)
+        torch.testing.assert_close(actual.scores, expected.scores)
 
 
 def test_gradient_checkpointing_gives_the_same():

@@ -91,6 +91,18 @@ def test_it_says_where_the_time_went(experiment):
     assert rows["plan-prune-5"]["seconds"] > 0
 
 
+def test_a_dry_run_says_what_each_pass_takes_and_does_nothing(experiment, capsys, monkeypatch):
+    before = content(experiment)
+    assert run(experiment, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("score-behaviour", "score-general-0", "eval-before", "activations", "judge"))
+    assert "4 like it" in " ".join(said.split())  # the evaluations of four edits
+    monkeypatch.setattr("sparc3_pl.passes.run.free_by_place", lambda *_: {"host": 2**20, "disk": 2**40})
+    assert run(experiment, "--dry_run") == 2
+    assert "MiB on the host, but 1.0 MiB are free" in capsys.readouterr().err
+    assert content(experiment) == before
+
+
 def test_plans_of_growing_size_are_nested(experiment):
     small, large = (PrunePlan.load(experiment / "out" / "plans" / f"prune-{n}.json") for n in (5, 40))
     assert [(n.layer, n.index) for n in small.neurons] == [(n.layer, n.index) for n in large.neurons[:5]]

@@ -24,9 +24,9 @@ from transformers import (
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
-from sparc3_pl.model.checks import check_vocabulary
+from sparc3_pl.model.checks import check_plain_weights, check_vocabulary
 from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import load_model, load_skeleton, load_tokenizer, models_kept
+from sparc3_pl.model.loading import auto_class, load_model, load_skeleton, load_tokenizer, models_kept
 from sparc3_pl.model.source import ModelSource
 
 VOCAB = 320
@@ -395,24 +395,128 @@ def test_gguf_model_is_plain_and_can_be_saved(smollm2, tmp_path):
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
-            "4-bit weights packed by bits",
+            "4-bit weights packed by bits.*model.dequantize: true",
         ),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit weights packed by bitsandbytes"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "4-bit weights packed by gptq"),
-        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "4-bit weights packed by awq"),
-        ({"quant_method": "fp8"}, "holds weights packed by fp8"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "8-bit weights packed by bitsandbytes.*model.dequantize: true",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "4-bit weights packed by gptq, which transf.* cannot"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "4-bit weights packed by awq, which transf.* cannot"),
+        ({"quant_method": "of my own", "bits": 4}, "4-bit weights packed by of my own, which transformers cannot"),
+        ({"quant_method": "fp8"}, "holds weights packed by fp8.*model.dequantize: true"),
     ],
 )
 def test_quantised_checkpoints_are_refused_before_their_weights_are_read(tmp_path, about, said):
-    config = tiny("llama").config
-    config.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": about}))
+    says_quantised(tmp_path, tiny("llama"), about)
     for load in (load_model, load_skeleton):  # there are no weights in the folder
         with pytest.raises(InputError, match=said) as refusal:
             load(ModelSource(str(tmp_path)))
-        assert "dequantize().save_pretrained(FOLDER)" in str(refusal.value)
         assert "\n" not in str(refusal.value)
+        if "cannot" in said:
+            with pytest.raises(InputError, match=said):
+                load(ModelSource(str(tmp_path), dequantize=True))
+
+
+def says_quantised(folder, model, about):
+    model.config.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": about}))
+
+
+BLOCK = 8
+"""Rows and columns of a weight matrix that have one scale; real checkpoints have 128."""
+
+
+def save_in_fp8(folder, model):
+    """An FP8 checkpoint as the hub has them, and what its weights stand for: each block of a matrix times its scale.
+
+    Experts lie there one by one.
+    """
+    stored, stand_for = {}, {}
+    for name, value in model.state_dict().items():
+        if value.dim() == 1 or "embed" in name or "lm_head" in name or name.endswith("gate.weight"):
+            stored[name] = stand_for[name] = value
+            continue
+        per_expert = {name: value}
+        if value.dim() == 3:
+            names = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+            halves = dict(zip(names, value.chunk(len(names), 1), strict=True))
+            block = name.rpartition(".")[0]
+            per_expert = {f"{block}.{e}.{k}.weight": v[e] for k, v in halves.items() for e in range(len(value))}
+        exact = {}
+        for key, matrix in per_expert.items():
+            scales = torch.empty(matrix.shape[0] // BLOCK, matrix.shape[1] // BLOCK)
+            packed, exact[key] = torch.empty_like(matrix, dtype=torch.float8_e4m3fn), torch.empty_like(matrix)
+            for i in range(scales.shape[0]):
+                for j in range(scales.shape[1]):
+                    here = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+                    scales[i, j] = matrix[here].abs().max() / 448
+                    packed[here] = (matrix[here] / scales[i, j]).to(torch.float8_e4m3fn)
+                    exact[key][here] = packed[here].float() * scales[i, j]
+            stored |= {key: packed, f"{key}_scale_inv": scales}
+        if value.dim() == 3:
+            rows = [torch.cat([exact[f"{block}.{e}.{k}.weight"] for k in halves]) for e in range(len(value))]
+            exact = {name: torch.stack(rows)}
+        stand_for |= exact
+    says_quantised(folder, model, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]})
+    save_file({key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors")
+    return stand_for
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_fp8_checkpoint_is_the_weights_that_it_stands_for(tmp_path, family, caplog):
+    sizes = {"moe_intermediate_size": 16} if family == "qwen3_moe" else {}
+    original = tiny(family, **sizes)
+    expected = save_in_fp8(tmp_path, original)
+    where = ModelSource(str(tmp_path), dtype="float32", dequantize=True)
+    model = load_model(where)
+    assert "packed (fp8)" in caplog.text
+    values = model.state_dict()
+    assert values.keys() == expected.keys() == original.state_dict().keys()
+    assert all(torch.equal(values[name], expected[name]) for name in values)
+    assert any(not torch.equal(values[name], value) for name, value in original.state_dict().items())
+    assert describe(model, where)["dequantized"] == "fp8"
+    assert "dequantized" not in describe(original, where)
+    model.save_pretrained(tmp_path / "plain")
+    again = load_model(ModelSource(str(tmp_path / "plain")))
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in values.items())
+
+
+def test_what_bitsandbytes_packed_is_unpacked_once_it_is_loaded(tmp_path, monkeypatch):
+    """With a stand-in for transformers' loader, for want of bitsandbytes: what is asked of it, and in which order."""
+    says_quantised(tmp_path, tiny("llama"), {"quant_method": "bitsandbytes", "load_in_8bit": True})
+    where, calls = ModelSource(str(tmp_path), dequantize=True), []
+
+    class Loader:
+        _model_mapping = auto_class(tiny("llama").config)._model_mapping
+
+        @staticmethod
+        def from_pretrained(**options):
+            calls.append(options["config"].quantization_config)
+            model = tiny("llama")
+            model.hf_quantizer = "packed"
+
+            def dequantize():
+                calls.append("dequantize")
+                del model.hf_quantizer
+                return model
+
+            model.dequantize = dequantize
+            return model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+
+    with pytest.raises(InputError, match="bitsandbytes"):  # not installed: said before a weight is read
+        load_model(where)
+    monkeypatch.setattr(loading, "auto_class", lambda config: Loader)
+    assert describe(load_model(where), where)["dequantized"] == "8-bit bitsandbytes"
+    assert calls == [{"quant_method": "bitsandbytes", "load_in_8bit": True}, "dequantize"]
+
+
+def test_weights_of_8_bits_that_no_config_speaks_of_are_refused(folder, monkeypatch):
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(24, 32).to(torch.float8_e4m3fn), False)
+    with pytest.raises(InputError, match=r"layers.0.mlp.up_proj.weight' are torch.float8_e4m3fn values"):
+        check_plain_weights(model, source(folder))
 
 
 def test_a_model_that_is_kept_is_loaded_once(folder):

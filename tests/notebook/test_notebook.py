@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -395,6 +396,8 @@ def test_a_model_that_cannot_be_used_is_refused():
     for wrong in ("demo", torch.nn.Linear(2, 2), model.model):
         with pytest.raises(InputError, match=r"not a loaded language model; give the one of AutoModelForCausalLM"):
             sparc3_pl.score(wrong, None, texts, progress=False)
+    with pytest.raises(InputError, match=r"the model has no weights \(device meta\)"):
+        sparc3_pl.score(copy.deepcopy(model).to("meta"), None, texts, progress=False)
     model.model.layers[1].train()
     with pytest.raises(InputError, match=r"its module model.layers.1 is in training mode; call model.eval\(\) first"):
         sparc3_pl.score(model, None, texts, progress=False)
@@ -406,12 +409,56 @@ def test_a_model_that_cannot_be_used_is_refused():
     sparc3_pl.edited(model, plan).__enter__()  # the block was left: the plan may be in force again
 
 
+def test_a_model_in_use_in_another_thread_is_refused():
+    """While a judge is asked, the model is being measured; that thread may use it, no other may."""
+    model, tokenizer = tiny("llama"), word_tokenizer()
+    plan = sparc3_pl.choose(
+        sparc3_pl.score(model, None, [[3, 4, 5]], progress=False), num_neurons=2, contrast="general"
+    )
+    calls = {
+        "score": lambda: sparc3_pl.score(model, None, [[3, 4, 5]], progress=False),
+        "evaluate": lambda: sparc3_pl.evaluate(model, tokenizer, text="a b c", progress=False),
+        "edited": lambda: sparc3_pl.edited(model, plan).__enter__(),
+    }
+    said = {}
+
+    def use(name):
+        try:
+            calls[name]()
+        except InputError as error:
+            said[name] = str(error)
+
+    class Asking:
+        def score(self, texts):
+            calls["score"]()
+            for name in calls if texts != ["This is a sentence."] else ():
+                thread = threading.Thread(target=use, args=(name,))
+                thread.start()
+                thread.join()
+            return {"x": torch.zeros(len(texts))}
+
+    before = state(model)
+    sparc3_pl.evaluate(model, tokenizer, prompts=["a b"], judge=Asking(), max_new_tokens=2, progress=False)
+    assert said == dict.fromkeys(
+        calls, "the model is in use by a call in another thread; wait until it is done, or load it again"
+    )
+    assert same_state(before, state(model))
+    thread = threading.Thread(target=use, args=("score",))
+    said.clear()
+    thread.start()
+    thread.join()
+    assert said == {}
+
+
 def test_a_quantised_model_is_refused():
     model = tiny("llama")
     up = model.model.layers[0].mlp.up_proj
     up.weight = torch.nn.Parameter(up.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match=r"quantised .*layers.0.mlp.up_proj.weight is int8.*unquantised checkpoint"):
         sparc3_pl.score(model, None, [[3, 4]], progress=False)
+    packed = torch.ao.quantization.quantize_dynamic(tiny("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(InputError, match=r"quantised \(weights are packed: .*q_proj is a .*unquantised checkpoint"):
+        sparc3_pl.score(packed, None, [[3, 4]], progress=False)
     model = tiny("llama")
     model.hf_quantizer = object()
     with pytest.raises(InputError, match="the model is quantised"):

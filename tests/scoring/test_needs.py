@@ -5,10 +5,13 @@ import torch
 from tiny_models import tiny
 
 from sparc3_pl.cli import execute
+from sparc3_pl.document.needs import Need, refuse_what_cannot_fit
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import decoder, mlps
-from sparc3_pl.scoring.needs import Need, free_memory, needs_of, refuse_what_cannot_fit
+from sparc3_pl.passes.run import _shared_out
+from sparc3_pl.runtime.memory import free_by_place, free_memory
+from sparc3_pl.scoring.needs import needs_of
 from sparc3_pl.scoring.score_run import ScoreRequest
 
 
@@ -61,18 +64,27 @@ def test_activations_are_what_a_backward_pass_keeps(folder):
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers():
-    needs = [Need("weights", "device", 3 * 2**20), Need("activations", "device", None), Need("scores", "disk", 2**20)]
+    needs = [
+        Need("weights", "device", 3 * 2**20, way_out="get a larger one"),
+        Need("activations", "device", None),
+        Need("scores", "disk", 2**20, way_out="tidy up"),
+    ]
     refuse_what_cannot_fit(needs, {"device": 3 * 2**20, "host": None, "disk": 2**20})
-    with pytest.raises(InputError, match=r"weights 3\.0 MiB make 3\.0 MiB on the device, but 1\.0 MiB are free"):
+    with pytest.raises(InputError, match=r"weights 3\.0 MiB make 3\.0 MiB on the device, but 1\.0 MiB are free; get a"):
         refuse_what_cannot_fit(needs, {"device": 2**20, "disk": 2**30})
-    with pytest.raises(InputError, match=r"on the disk, but 0\.5 MiB are free; give another --output"):
+    with pytest.raises(InputError, match=r"on the disk, but 0\.5 MiB are free; tidy up"):
         refuse_what_cannot_fit(needs, {"disk": 2**19})
+    on_the_cpu = [*needs, Need("sums", "host", 2**20)]  # both are in the host's memory
+    refuse_what_cannot_fit(on_the_cpu, {"host": 4 * 2**20})
+    with pytest.raises(InputError, match=r"weights 3\.0 MiB, sums 1\.0 MiB make 4\.0 MiB on the host"):
+        refuse_what_cannot_fit(on_the_cpu, {"host": 4 * 2**20 - 1})
 
 
 def test_free_memory_is_told(tmp_path):
-    free = free_memory(torch.device("cpu"), tmp_path / "not" / "yet")
-    assert free["device"] == free["host"] > 0
+    free = free_by_place(torch.device("cpu"), tmp_path / "not" / "yet")
+    assert free.keys() == {"host", "disk"}
     assert free["disk"] > 0
+    assert free["host"] == pytest.approx(free_memory(torch.device("cpu")), rel=0.2)
 
 
 def test_the_command_loads_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
@@ -83,3 +95,15 @@ def test_the_command_loads_and_writes_nothing(folder, tmp_path, capsys, monkeypa
     assert "weights" in said
     assert "activations" in said
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_model_that_is_shared_out_is_counted_by_parts():
+    needs = [Need("weights", "device", 101), Need("sums", "device", 10), Need("activations", "device", 7)]
+    shared = {need.what: need for need in _shared_out(needs, 4, 2)}
+    assert {what: need.bytes for what, need in shared.items()} == {
+        "weights": 26,
+        "sums": 3,
+        "activations": 7,
+        "loading": 202,
+    }
+    assert shared["loading"].where == "host"

@@ -1,0 +1,131 @@
+"""What a model takes, told by its config: bytes of its weights, of its activations, of its keys and values.
+
+Names and shapes come from a model without weights. What a pass keeps is counted on tensors without values, with fused
+attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_pl.model.attention import attention_modules, wrapped_attention
+from sparc3_pl.model.experts import experts_modules
+from sparc3_pl.model.loading import load_skeleton
+from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.source import ModelSource
+from sparc3_pl.model.structure import decoder
+
+__all__ = ["activation_bytes", "key_value_bytes", "num_layers", "skeleton_in_dtype", "weight_bytes"]
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def skeleton_in_dtype(source: ModelSource) -> nn.Module:
+    """The model without weights, in eval mode, its parameters frozen and of the type in which it would be loaded.
+
+    Raises:
+        InputError: as ``load_skeleton``.
+    """
+    skeleton = load_skeleton(source).eval().requires_grad_(False)
+    dtype = _DTYPES.get(source.dtype) or getattr(skeleton.config.get_text_config(), "dtype", None) or torch.float32
+    return skeleton.to(dtype)
+
+
+def weight_bytes(skeleton: nn.Module) -> int:
+    """Of all parameters; tied ones count once."""
+    return sum(parameter.nbytes for parameter in skeleton.parameters())
+
+
+def num_layers(skeleton: nn.Module) -> int:
+    """How many decoder layers the model's config names."""
+    return getattr(skeleton.config.get_text_config(), "num_hidden_layers", 1)
+
+
+def activation_bytes(skeleton: nn.Module, batch_size: int, length: int) -> int | None:
+    """What a backward pass of a batch keeps of its forward pass, with the plain gradient.
+
+    None if the model's code does something that tensors without values cannot.
+    """
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()._cdata) not in own:
+            kept[storage] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if not _pass_without_values(skeleton, batch_size, length, use_cache=False):
+            return None
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def key_value_bytes(skeleton: nn.Module) -> int | None:
+    """What the cache keeps of one token of one text; None as ``activation_bytes``, or for a cache of another kind."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    if not _pass_without_values(skeleton, 1, 1, use_cache=True, past_key_values=cache):
+        return None
+    return sum((layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers) or None
+
+
+def _pass_without_values(skeleton: nn.Module, batch_size: int, length: int, **options: Any) -> bool:
+    """Whether a forward pass of a batch on tensors without values came through."""
+    hidden = skeleton.get_input_embeddings().weight.shape[1]
+    words = torch.zeros(batch_size, length, hidden, dtype=skeleton.dtype, device="meta", requires_grad=True)
+    mask = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta")  # one that nobody looks into
+    try:
+        with torch.enable_grad(), _without_values(skeleton):
+            decoder(skeleton)(inputs_embeds=words, attention_mask=mask, **options)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        log.warning("what a pass keeps cannot be counted without weights: %s", error)
+        return False
+    return True
+
+
+@contextmanager
+def _without_values(skeleton: nn.Module) -> Iterator[None]:
+    """Attention and experts that do not look into tensors."""
+    with ExitStack() as undo:
+        for module in attention_modules(skeleton).values():
+            undo.enter_context(wrapped_attention(module, lambda base: _fused))
+        for experts in experts_modules(skeleton).values():
+            undo.enter_context(swapped(experts, "forward", partial(_evenly, experts)))
+        yield
+
+
+def _evenly(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """As experts of which each gets as many tokens: what is kept does not depend on which go where."""
+    down = experts.down_proj[0]
+    x = hidden_NH.repeat_interleave(chosen_NK.shape[1], 0)
+    gate, up = (x @ part.mT for part in experts.gate_up_proj[0].chunk(2))
+    y = ((experts.act_fn(gate) * up) @ down.mT).unflatten(0, chosen_NK.shape)
+    return (y * weights_NK[..., None].to(y.dtype)).sum(1)
+
+
+def _fused(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _Fused.apply(q, k, v), None
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps what fused attention keeps: its inputs and its output, and no weights ``[T, T]``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        ctx.save_for_backward(q, k, v, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
