@@ -45,6 +45,7 @@ def needs_of(module: EvaluationModule, data: EvaluationData, free: Mapping[str, 
     if data.text_source is not None or data.further_texts:
         context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
         window = window_size(context, *module.window_settings)
+        data.plan_batches(window)  # refuses what the tokenizer says that the model cannot read
         kept = activation_bytes(skeleton, data.window_batch_size, window.max_length)
         what = f"one layer's, {data.window_batch_size} x {window.max_length} tokens"
         needs.append(Need("windows", "device", None if kept is None else kept // num_layers(skeleton), what))

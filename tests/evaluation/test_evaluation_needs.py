@@ -74,6 +74,13 @@ def test_a_batch_of_completions_is_what_the_generator_would_make(folder, tmp_pat
     assert windows["windows", "device"].bytes > 16 * 32 * 4
 
 
+def test_windows_that_the_model_cannot_read_are_refused(folder, tmp_path):
+    tiny_tokenizer(context=16).save_pretrained(folder)
+    text = {"text_source": str(tmp_path / "prompts.txt")}
+    with pytest.raises(InputError, match="model.max_length=17 is longer than the model's context of 16 tokens"):
+        needs(folder, tmp_path, data=text, max_length=17)
+
+
 def test_the_command_loads_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["eval", "--dry_run", "--model.pretrained", str(folder), "--output", str(tmp_path / "out")]
