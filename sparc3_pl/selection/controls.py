@@ -8,8 +8,8 @@
 | ``null`` | by the same contrast, of general folders against another general folder |
 | ``permuted`` | of ``edit=gains``: the same factors, dealt at random to the components of the same layer |
 
-All are seeded. Larger choices of the same seed hold the smaller ones, but for ``random_matched``, which follows (and
-avoids) the neurons that it is matched to.
+The layer of a whole expert is its decoder layer. All are seeded. Larger choices of the same seed hold the smaller ones,
+but for ``random_matched``, which follows (and avoids) the neurons that it is matched to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.registry import Registry
 from sparc3_pl.selection.contrast import Contrast, Side, contrast, protected, strongest
 from sparc3_pl.selection.lowest import Block, Masks, Passes, Selection, TooFewCandidates, collect
-from sparc3_pl.selection.scope import Amount, Scope
+from sparc3_pl.selection.scope import Amount, Scope, places_of
 
 __all__ = [
     "CONTROLS",
@@ -104,6 +104,53 @@ class Question:
             f"{error.where}{asked}, but only {error.available} of {error.among or self.general.count} may be "
             f"chosen{left_out}; lower {name}"
         )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Components by the place within which they are exchanged (``places_of``), and their positions there.
+
+    Attributes:
+        layers: By place, its layers: the first and last + 1 index of their components, in order.
+        place: By layer.
+    """
+
+    layers: dict[str, dict[str, tuple[int, int]]]
+    place: dict[str, str]
+
+    @classmethod
+    def of(cls, side: Side) -> "_Places":
+        place = places_of(side)
+        layers: dict[str, dict[str, tuple[int, int]]] = {}
+        for layer in side.layers:
+            layers.setdefault(place[layer], {})[layer] = side.span(layer)
+        return cls(layers, place)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of components of each place."""
+        return {name: sum(stop - start for start, stop in spans.values()) for name, spans in self.layers.items()}
+
+    def at(self, layer: str, index: int) -> tuple[str, int]:
+        """Place and position of a component."""
+        before = 0
+        for name, (start, stop) in self.layers[self.place[layer]].items():
+            if name == layer:
+                return self.place[layer], before + index - start
+            before += stop - start
+        raise AssertionError(f"{layer} is in its place")
+
+    def component(self, place: str, position: int) -> tuple[str, int]:
+        """Layer and index of what stands there."""
+        for layer, (start, stop) in self.layers[place].items():
+            if position < stop - start:
+                return layer, start + position
+            position -= stop - start
+        raise AssertionError(f"{place} has no position {position} left")
+
+    def joined(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By place, the values of its layers one after the other."""
+        return {name: torch.cat([values[layer] for layer in spans]) for name, spans in self.layers.items()}
 
 
 @dataclass(frozen=True)
@@ -200,10 +247,10 @@ class RandomMatched(Control):
             layer: torch.ones(len(block.values), dtype=torch.bool) if block.allowed is None else block.allowed
             for layer, block in blocks.items()
         }
-        positions = [(layer, index - blocks[layer].offset) for layer, index in chosen]
-        general = {layer: block.values for layer, block in blocks.items()}
-        matched = random_matched(positions, general, allowed, self.seed)
-        return [(layer, position + blocks[layer].offset) for layer, position in matched]
+        places = _Places.of(question.general)
+        general = places.joined({layer: block.values for layer, block in blocks.items()})
+        matched = random_matched([places.at(*one) for one in chosen], general, places.joined(allowed), self.seed)
+        return [places.component(*one) for one in matched]
 
 
 @dataclass(frozen=True)
@@ -216,13 +263,10 @@ class Permuted(Control):
         return question.ranked()
 
     def counterparts(self, question: Question, chosen: Components) -> Components:
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn: dict[str, list[int]] = {}
-        for layer in question.general.layers:
-            start, stop = question.general.span(layer)
-            drawn[layer] = (torch.randperm(stop - start, generator=generator) + start).tolist()
-        starts = {layer: question.general.span(layer)[0] for layer in question.general.layers}
-        return [(layer, drawn[layer][index - starts[layer]]) for layer, index in chosen]
+        generator, places = torch.Generator().manual_seed(self.seed), _Places.of(question.general)
+        drawn = {name: torch.randperm(size, generator=generator).tolist() for name, size in places.sizes.items()}
+        dealt = ((name, drawn[name][position]) for name, position in (places.at(*one) for one in chosen))
+        return [places.component(*one) for one in dealt]
 
 
 CONTROLS: Registry[Control] = Registry(

@@ -38,7 +38,7 @@ from sparc3_pl.selection.lowest import (
     select_lowest,
 )
 
-__all__ = ["SCOPES", "Amount", "LayerScope", "ModelScope", "PatternScope", "RowScope", "Scope"]
+__all__ = ["SCOPES", "Amount", "LayerScope", "ModelScope", "PatternScope", "RowScope", "Scope", "places_of"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LayerScope(Scope):
     takes_budgets = True
 
     def select(self, passes: Passes, side: Side, amount: Amount) -> Selection:
-        counts, places = self._counts(side, amount), _places(side)
+        counts, places = self._counts(side, amount), places_of(side)
         chosen: Selection = {}
         for place, blocks in groupby(passes(), key=lambda block: places[block.layer]):
             of_layers = groupby(blocks, key=attrgetter("layer"))
@@ -158,7 +158,7 @@ class LayerScope(Scope):
 
     def _counts(self, side: Side, amount: Amount) -> dict[str, int]:
         """How many of each layer, for the layers of which any are chosen."""
-        places, sizes = _places(side), _sizes(side)
+        places, sizes = places_of(side), _sizes(side)
         widths, wanted = dict.fromkeys(places.values(), 0), dict.fromkeys(places.values(), 0.0)
         for layer, size in sizes.items():
             widths[places[layer]] += size
@@ -179,7 +179,7 @@ class LayerScope(Scope):
         return counts
 
 
-def _places(side: Side) -> dict[str, str]:
+def places_of(side: Side) -> dict[str, str]:
     """By layer, the place within which its components compete: the layer itself.
 
     Of whole experts each has its score at a layer of its own: they compete within their decoder layer.

@@ -77,7 +77,7 @@ def test_a_batch_of_completions_is_what_the_generator_would_make(folder, tmp_pat
 def test_windows_that_the_model_cannot_read_are_refused(folder, tmp_path):
     tiny_tokenizer(context=16).save_pretrained(folder)
     text = {"text_source": str(tmp_path / "prompts.txt")}
-    with pytest.raises(InputError, match="model.max_length=17 is longer than the model's context of 16 tokens"):
+    with pytest.raises(InputError, match=r"model\.max_length=17 is longer than the model's context of 16 tokens"):
         needs(folder, tmp_path, data=text, max_length=17)
 
 

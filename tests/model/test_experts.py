@@ -1,6 +1,7 @@
 """Experts of a mixture as linear layers: views of fused parameters, which change nothing by themselves."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from transformers import AutoModelForCausalLM
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.experts import experts_modules, is_routed, open_experts, router_of
 from sparc3_pl.model.identity import describe, fingerprint
-from sparc3_pl.model.loading import load_skeleton
+from sparc3_pl.model.loading import load_model, load_skeleton, models_kept
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import features, linear_layers, mlps, weight_matrix
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.pruning.save import save_pruned, save_shrunk
 from sparc3_pl.selection.command import prune
+from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.controls import Permuted
 
 IDS = tokens(2, 9)
 BLOCK = {"mixtral": "mlp", "granitemoe": "block_sparse_moe"}
@@ -241,6 +244,8 @@ def test_prune_chooses_experts_layer_by_layer(tmp_path, capsys):
     assert result.plan.edit == "remove"
     assert [neuron.layer for neuron in result.plan.neurons] == [names[i] for i in (0, 2, 5, 7)]
     assert "smaller" in capsys.readouterr().out
+    matched = prune(**common | {"output": str(tmp_path / "c")}, share=0.5, scope="layer", control="random_matched")
+    assert {neuron.layer for neuron in matched.plan.neurons} == {names[i] for i in (1, 3, 4, 6)}  # the others
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert loaded.model.layers[0].block_sparse_moe.router.weight.shape == (2, 32)
     with pytest.raises(InputError, match="not the same number in each of 2 layers"):
@@ -258,6 +263,28 @@ def test_prune_chooses_experts_layer_by_layer(tmp_path, capsys):
     other = write(tmp_path / "neurons", {"model.layers.0.block_sparse_moe.experts.0": torch.rand(12)})
     with pytest.raises(InputError, match="edit=remove is for expert scores, and these are of neurons"):
         prune([str(other.path)], contrast="general", output=str(tmp_path / "p"), num_neurons=1, edit="remove")
+
+
+def test_factors_are_dealt_out_among_the_experts_of_a_layer(tmp_path):
+    names = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(2) for e in range(4)]
+    folder = write(tmp_path / "scores", {name: torch.rand(1) for name in names}, granularity="expert")
+    question = SimpleNamespace(general=Scores.of([folder]))
+    draws = {tuple(Permuted(seed).counterparts(question, [(name, 0) for name in names])) for seed in range(8)}
+    assert len(draws) > 1
+    for draw in draws:
+        assert [name.partition(".experts.")[0] for name, _ in draw] == [n.partition(".experts.")[0] for n in names]
+        assert sorted(draw) == [(name, 0) for name in names]
+
+
+def test_a_kept_model_may_have_its_experts_opened(tmp_path):
+    tiny("mixtral").save_pretrained(tmp_path / "m")
+    with models_kept():
+        model = load_model(ModelSource(str(tmp_path / "m")))
+        open_experts(model)
+        assert load_model(ModelSource(str(tmp_path / "m"))) is model
+        hook = model.model.layers[0].mlp.experts.get_submodule("0").register_forward_hook(lambda *_: None)
+        assert load_model(ModelSource(str(tmp_path / "m"))) is not model
+        hook.remove()
 
 
 def test_kept_values_come_back_into_a_reloaded_model(tmp_path):
