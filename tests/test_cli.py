@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from sparc3_pl import __version__
 from sparc3_pl.cli import COMMANDS, PASSES, main
 from sparc3_pl.io.yaml_format import load_yaml
 from sparc3_pl.scores.folder import ScoreFolder
@@ -188,6 +189,13 @@ def test_every_command_has_help(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"sparc3 {__version__}\n"
 
 
 def test_help_names_every_command(capsys):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparc3_pl import __version__
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.shipped import with_shipped_configs
 
@@ -93,12 +94,15 @@ def execute(args: Sequence[str] | None = None) -> None:
 
     Raises:
         InputError: if what the user gave is wrong.
-        SystemExit: if the words cannot be parsed, or ask for ``--help``.
+        SystemExit: if the words cannot be parsed, or ask for ``--help`` or ``--version``.
     """
     words = with_shipped_configs(sys.argv[1:] if args is None else args)
     name = words[0] if words else None
     if name in ("-h", "--help"):
         print(overview())
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"sparc3 {__version__}")
         raise SystemExit(0)
     if name in PASSES:
         from sparc3_pl.passes.run import run_pass
@@ -134,7 +138,7 @@ def overview() -> str:
     ]
     return "\n".join(
         [
-            "usage: sparc3 COMMAND [options]",
+            "usage: sparc3 COMMAND [options], or sparc3 --version",
             "",
             "Attribution-guided pruning of language models.",
             "",

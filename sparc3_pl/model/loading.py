@@ -46,7 +46,7 @@ from sparc3_pl.runtime.timing import timed
 
 __all__ = [
     "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "models_are_kept", "models_kept",
-    "ready_vocabulary",
+    "quiet_library", "ready_vocabulary",
 ]  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _digest_of(model: PreTrainedModel) -> str:
 
 def _load(source: ModelSource) -> PreTrainedModel:
     where = _locate(source)
-    with _quiet_stdout(), _network(where), _as_input_error(source, where):
+    with quiet_library(), _network(where), _as_input_error(source, where):
         config = _causal_config(source, where)
         quantised = None if "gguf_file" in where else quantisation_of(config)
         if quantised is not None and quantised.dequantised == "while loading":
@@ -179,7 +179,7 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
         InputError: If nothing is there, the hub cannot be reached, or the model is not a causal language model.
     """
     where = _locate(source)
-    with _quiet_stdout(), _network(where), _as_input_error(source, where, what="config"):
+    with quiet_library(), _network(where), _as_input_error(source, where, what="config"):
         config = _causal_config(source, where)
         with torch.device("meta"):
             return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
@@ -229,7 +229,7 @@ def _load_vocabulary(source: ModelSource) -> Vocabulary:
 
     where = _locate(source)
     tokenizer = None
-    with _quiet_stdout(), _network(where), _as_input_error(source, where, what="tokenizer"):
+    with quiet_library(), _network(where), _as_input_error(source, where, what="tokenizer"):
         if has_tokenizer_files(source):
             tokenizer = AutoTokenizer.from_pretrained(**where)
         config = _config(where).get_text_config()
@@ -346,7 +346,7 @@ def _network(where: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Keep what the library prints off stdout, and its bars off anything but a terminal."""
     from transformers.utils import logging as hf_logging
 

@@ -17,7 +17,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text, writing
 from sparc3_pl.model.components import Neuron, WholeExpert
 from sparc3_pl.model.experts import experts_modules, is_routed, keep_experts, keep_neurons, router_of
-from sparc3_pl.model.loading import auto_class
+from sparc3_pl.model.loading import auto_class, quiet_library
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.structure import MLP, mlps, module_name, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
@@ -325,12 +325,13 @@ def _save(
     """Writes ``model``; its reloaded copy must do what ``reference``, the pruned model in memory, does."""
     (before, old), (after, new) = size
     with new_folder(folder, overwrite, KIND) as temporary:
-        with writing(Path(folder)):
+        with writing(Path(folder)), quiet_library():
             _write_model(model, temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         plan.save(temporary / "plan.json")
-        difference = _compare(temporary, model, reference)
+        with quiet_library():
+            difference = _compare(temporary, model, reference)
         title = f"{plan.unit} {plan.load_edit().participle()}"
         if before != after:
             title = "the neurons are removed from the matrices"
