@@ -230,6 +230,7 @@ def audit_folder(folder: ScoreFolder, name: str | None = None, read: bool = True
             _integrity_check(folder, read),
             check_architecture(manifest),
             *_sample_checks(manifest, samples),
+            *_expert_checks(manifest),
             *_relevance_checks(manifest.total_relevance, relevance, first_token, _cancelling(manifest)),
         ),
     )
@@ -313,6 +314,22 @@ def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Itera
         yield Check("samples", "fail", reason)
     else:
         yield Check("samples", "pass", f"{len(ids)} samples, each counted once, {tokens:,} tokens")
+
+
+def _expert_checks(manifest: Manifest) -> Iterator[Check]:
+    """Whether tokens reached every layer of a mixture's experts; nothing for scores of no expert."""
+    tokens = {name: layer.tokens for name, layer in manifest.layers.items() if layer.tokens is not None}
+    if not tokens:
+        return
+    text = f"{min(tokens.values()):,} to {max(tokens.values()):,} of {manifest.num_tokens:,} tokens reached each layer"
+    if unreached := [name for name, count in tokens.items() if not count]:
+        reason = (
+            f"{text}; {len(unreached)} of {len(tokens)} had none (first: {unreached[0]}), and their scores are 0, as "
+            "nothing is known of them; score more samples"
+        )
+        yield Check("experts", "warn", reason)
+    else:
+        yield Check("experts", "pass", text)
 
 
 def _cancelling(manifest: Manifest) -> str | None:

@@ -109,6 +109,26 @@ def test_each_fault_is_found(tmp_path, name, status, change):
     assert checks(audit_folder(folder))[name].status == status
 
 
+@pytest.mark.parametrize(
+    ("tokens", "status", "said"),
+    [
+        ((40, 3, 17), "pass", "3 to 40 of 40 tokens reached each layer"),
+        ((40, 0, 0), "warn", f"2 of 3 had none (first: {LAYERS[1]})"),
+    ],
+)
+def test_experts_that_no_token_reached(tmp_path, tokens, status, said):
+    folder = sound(tmp_path / "a")
+    assert "experts" not in checks(audit_folder(folder))
+    layers = {
+        name: replace(layer, tokens=count)
+        for (name, layer), count in zip(folder.manifest.layers.items(), tokens, strict=True)
+    }
+    folder.manifest = replace(folder.manifest, layers=layers)
+    check = checks(audit_folder(folder))["experts"]
+    assert check.status == status
+    assert said in check.reason
+
+
 def test_seeds_against_scipy(tmp_path):
     folders = [sound(tmp_path / str(seed), seed) for seed in range(3)]
     found = audit_folders(folders)
