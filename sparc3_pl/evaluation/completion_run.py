@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from sparc3_pl.evaluation.figures import (
 )
 from sparc3_pl.evaluation.fluency import Fluency
 from sparc3_pl.evaluation.generation import Completion, Generator
-from sparc3_pl.evaluation.judges import Judge, SequenceJudge, describe_judge, judged
+from sparc3_pl.evaluation.judges import Judge, SequenceJudge, WordsJudge, describe_judge, judged
 from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
 from sparc3_pl.evaluation.repetition import uniqueness
 from sparc3_pl.evaluation.results import CompletionStore, main_label
@@ -37,8 +38,28 @@ from sparc3_pl.runtime.timing import timed
 __all__ = ["CompletionRun", "NeutralRun"]
 
 
+_judging = ThreadPoolExecutor(1, "judge")
+"""One thread for all runs, which starts when it is first needed: a judge reads one batch at a time, in order."""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Completions with their scores.
+
+    Attributes:
+        rows: In the order of the completions.
+        num_texts: How many texts the judges read for them.
+    """
+
+    rows: list[CompletionRow]
+    num_texts: int
+
+
 class CompletionRun(MeasurementRun):
     """Completes prompts and has the completions judged. Every rank makes one, also one without prompts.
+
+    Where model and judges do not compete for the same processor, a batch is judged while the next one is completed. The
+    order of everything, and so every figure, is that of taking turns.
 
     The judge is tried on one sentence: a rank without prompts must know the labels too.
 
@@ -68,9 +89,12 @@ class CompletionRun(MeasurementRun):
     ) -> None:
         self.generator, self.judge, self.further = generator, judge, dict(further or {})
         self.prefixes = prefixes
-        for one in (judge, *self.further.values()):
+        judges = (judge, *self.further.values())
+        for one in judges:
             if isinstance(one, SequenceJudge):
                 one.place(judge_device or device)
+        self._is_judged_beside = _is_judged_beside(judges, judge_device or device)
+        self._pending: tuple[list[CompletionRow], Future[_Judged]] | None = None
         self.toxicity = _metric(judge, device)
         self.further_toxicity = {name: _metric(one, device) for name, one in self.further.items()}
         self.fluency = Fluency().to(device)
@@ -78,6 +102,7 @@ class CompletionRun(MeasurementRun):
         """One for each completion of this rank."""
         self._known: dict[str | None, dict[str, dict[str, float]]] = {name: {} for name in (None, *self.further)}
         """By judge (None: ``judge``) the scores of the completions that it has read."""
+        self._num_judged = 0
         self._store: CompletionStore | None = None
         self._earlier: dict[str, list[CompletionRow]] = {}
         self._means, self._num_prompts, self._num_tokens = RunningMean(), 0, 0
@@ -113,14 +138,35 @@ class CompletionRun(MeasurementRun):
         finished = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
         todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
         rows = [row for i in finished for row in finished[i]]
-        if todo:
-            fresh = self._judged(self._completed(todo))
-            self._num_tokens += sum(row.num_tokens or 0 for row in fresh)
-            if self._store is not None:
-                self._store.add(fresh)
-                kept(self._store.folder)
-            rows += fresh
-        self._count(rows)
+        try:
+            completions = self._completed(todo) if todo else []
+            cut = self._cut(completions) if self.prefixes else None  # not in the other thread: tokenizers bear but one
+        finally:  # also when the run is interrupted: what was completed before is kept
+            self._settle()
+        if self._is_judged_beside:
+            self._pending = rows, _judging.submit(self._judged, completions, cut)
+            return
+        with timed("judge") as now:
+            fresh = self._judged(completions, cut)
+            now.did(samples=fresh.num_texts)
+        self._take(rows, fresh)
+
+    def _settle(self) -> None:
+        """Waits for the batch that is being judged, and takes it in; an error of the judge is raised here."""
+        if self._pending is not None:
+            (rows, future), self._pending = self._pending, None
+            with timed("judge") as now:  # what it takes beside completions costs nobody's time
+                fresh = future.result()
+                now.did(samples=fresh.num_texts)
+            self._take(rows, fresh)
+
+    def _take(self, rows: list[CompletionRow], fresh: _Judged) -> None:
+        """Keeps and counts a batch: what an earlier run has left, and what is new."""
+        self._num_tokens += sum(row.num_tokens or 0 for row in fresh.rows)
+        if self._store is not None and fresh.rows:
+            self._store.add(fresh.rows)
+            kept(self._store.folder)
+        self._count(rows + fresh.rows)
 
     def _completed(self, prompts: Sequence[tuple[str, str]]) -> list[Completion]:
         """Completions of (id, prompt)."""
@@ -133,31 +179,35 @@ class CompletionRun(MeasurementRun):
         count = self.generator.sampling.samples_per_prompt
         return [rows[k] for k in range(count)] if rows.keys() >= set(range(count)) else None
 
-    def _judged(self, completions: Sequence[Completion]) -> list[CompletionRow]:
-        """The completions with the scores of all judges."""
+    def _cut(self, completions: Sequence[Completion]) -> list[list[str]]:
+        """The text of each completion as it stands after each of its tokens; none of one that failed."""
+        return [
+            [self.generator.text(c.drawn[: place + 1]) for place in range(len(c.drawn))] if c.text is not None else []
+            for c in completions
+        ]
+
+    def _judged(self, completions: Sequence[Completion], cut: list[list[str]] | None) -> _Judged:
+        """The completions with the scores of all judges, and of the texts that they are cut to."""
+        before = self._num_judged
         texts = [c.text for c in completions if c.text is not None]
         scores = iter(self._scores(None, texts))
         further = {name: iter(self._scores(name, texts)) for name in self.further}
-        prefixes = self._judged_prefixes(completions) if self.prefixes else [None] * len(completions)
+        prefixes = [None] * len(completions) if cut is None else self._judged_prefixes(cut)
         rows = [
             _row(c, {}, {})
             if c.text is None
             else _row(c, dict(next(scores)), {name: dict(next(others)) for name, others in further.items()}, so_far)
             for c, so_far in zip(completions, prefixes, strict=True)
         ]
-        if self.generator.word_filter is None:
-            return rows
-        return [replace(row, redraws=c.redraws) for row, c in zip(rows, completions, strict=True)]
+        if self.generator.word_filter is not None:
+            rows = [replace(row, redraws=c.redraws) for row, c in zip(rows, completions, strict=True)]
+        return _Judged(rows, self._num_judged - before)
 
-    def _judged_prefixes(self, completions: Sequence[Completion]) -> list[dict[str, list[float]]]:
-        """By label the score of each completion cut after each of its tokens; texts that recur are judged once."""
-        texts = [
-            [self.generator.text(c.drawn[: place + 1]) for place in range(len(c.drawn))] if c.text is not None else []
-            for c in completions
-        ]
-        distinct = sorted({text for own in texts for text in own}, key=lambda text: (len(text), text))
+    def _judged_prefixes(self, cut: list[list[str]]) -> list[dict[str, list[float]]]:
+        """By label the scores of each completion's texts; texts that recur are judged once."""
+        distinct = sorted({text for own in cut for text in own}, key=lambda text: (len(text), text))
         scores = dict(zip(distinct, self._scores(None, distinct, remember=False), strict=True))
-        return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in texts]
+        return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in cut]
 
     def _scores(self, name: str | None, texts: Sequence[str], remember: bool = True) -> list[Mapping[str, float]]:
         """Each text's scores by label, to 6 decimals: what a batch's padding adds in the last bits is dropped.
@@ -177,9 +227,8 @@ class CompletionRun(MeasurementRun):
         )
         known = self._known[name]
         fresh = [text for text in dict.fromkeys(texts) if text not in known]
-        with timed("judge") as now:
-            columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
-            now.did(samples=len(fresh))
+        columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
+        self._num_judged += len(fresh)
         if tuple(columns) != tuple(metric.labels):
             raise InputError(
                 f"judge {type(judge).__name__}: labels {list(columns)} were {list(metric.labels)} before; "
@@ -220,6 +269,7 @@ class CompletionRun(MeasurementRun):
 
     def finish(self, data: Record) -> Outcome:
         """The figures, and the completions in the order of prompts and numbers."""
+        self._settle()
         if self._store is not None:
             self._store.close()
         rows = sorted(gather_lists(self.rows), key=lambda row: (row.id, row.k))
@@ -272,6 +322,18 @@ class NeutralRun(CompletionRun):
         figures = {name: outcome.results[name] for name in names if name in outcome.results}
         neutral = NeutralFigures(**vars(outcome.results["toxicity"]), **figures)
         return Outcome({"neutral": neutral}, neutral=outcome.completions)
+
+
+def _is_judged_beside(judges: Sequence[Judge], model_device: torch.device) -> bool:
+    """Whether judging a batch while the next one is completed saves time.
+
+    On one CPU both are bound by the same cores, which completions keep busy: a second thread would only take turns with
+    the first. A judge from elsewhere may not bear to be called from a thread other than the one that made it.
+    """
+    return all(isinstance(judge, SequenceJudge | WordsJudge) for judge in judges) and any(
+        torch.device(device).type == "cuda"
+        for device in (model_device, *(judge.device or "cpu" for judge in judges if isinstance(judge, SequenceJudge)))
+    )
 
 
 def _metric(judge: Judge, device: torch.device) -> CompletionToxicity:

@@ -12,9 +12,11 @@ from transformers import GenerationConfig, TopPLogitsWarper
 from word_tokenizer import word_tokenizer
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation import generation
 from sparc3_pl.evaluation.decoding import _chunks
 from sparc3_pl.evaluation.generation import Generator, Sampling, _largest, choose_tokens, completion_seed, uniforms
 from sparc3_pl.evaluation.words import WordFilter
+from sparc3_pl.model.kernels import repacked_linears
 
 PROMPTS = ["w4 w5 w6", "w7", "w8 w9 w10 w11 w12 w13", "w14 w15", "w16 w17 w18 w19", "w20 w21 w22"]
 IDS = [f"p{i}" for i in range(len(PROMPTS))]
@@ -72,6 +74,16 @@ def test_independent_of_batch_size_and_of_who_is_in_a_batch(tiny_llama, rows, sp
     for start in range(split):  # as ranks share prompts out: every split-th one
         found += generator(IDS[start::split], PROMPTS[start::split])
     assert sorted(found, key=lambda c: (c.id, c.k)) == want
+
+
+@pytest.mark.parametrize("fewest", [1, 10**9])
+def test_copies_of_the_weights_change_no_completion(tiny_llama, monkeypatch, fewest):
+    want = Generator(tiny_llama, word_tokenizer(), SAMPLING)(IDS, PROMPTS)
+    entered = []
+    monkeypatch.setattr(generation, "FEWEST_TOKENS_FOR_COPIES", fewest)
+    monkeypatch.setattr(generation, "repacked_linears", lambda model: entered.append(1) or repacked_linears(model))
+    assert Generator(tiny_llama, word_tokenizer(), SAMPLING)(IDS, PROMPTS) == want
+    assert len(entered) == (fewest == 1)
 
 
 def test_more_completions_begin_with_the_same_ones(tiny_llama):
