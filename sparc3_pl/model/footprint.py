@@ -7,7 +7,7 @@ attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.errors import InputError
+from sparc3_pl.io.hub import first_line
 from sparc3_pl.model.attention import attention_modules, wrapped_attention
 from sparc3_pl.model.experts import experts_modules
 from sparc3_pl.model.loading import load_skeleton
@@ -22,7 +24,14 @@ from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import decoder
 
-__all__ = ["activation_bytes", "key_value_bytes", "num_layers", "skeleton_in_dtype", "weight_bytes"]
+__all__ = [
+    "activation_bytes",
+    "key_value_bytes",
+    "num_layers",
+    "skeleton_in_dtype",
+    "weight_bytes",
+    "weight_bytes_by_device",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +52,34 @@ def skeleton_in_dtype(source: ModelSource) -> nn.Module:
 def weight_bytes(skeleton: nn.Module) -> int:
     """Of all parameters; tied ones count once."""
     return sum(parameter.nbytes for parameter in skeleton.parameters())
+
+
+def weight_bytes_by_device(skeleton: nn.Module, device_map: str | Mapping[str, Any]) -> dict[str, int]:
+    """The same by device, as transformers would spread the model now: ``cuda:0``, ..., ``cpu``, ``disk``.
+
+    Args:
+        skeleton: Without weights, in the type in which it would be loaded.
+        device_map: ``auto`` and the like, one device, or a device for each module.
+
+    Raises:
+        InputError: if there is no such device map, or accelerate is missing.
+    """
+    from transformers.integrations.accelerate import _get_device_map, check_and_set_device_map
+
+    devices = device_map
+    try:
+        if isinstance(device_map, str):
+            devices = check_and_set_device_map(device_map)
+        devices = _get_device_map(skeleton, devices, None, None)
+    except ValueError as error:
+        raise InputError(f"model.device_map={device_map!r}: {first_line(error)}") from error
+    sizes: dict[str, int] = {}
+    for name, parameter in skeleton.named_parameters():
+        owners = (module for module in devices if not module or name == module or name.startswith(f"{module}."))
+        device = devices[max(owners, key=len)]
+        place = f"cuda:{device}" if isinstance(device, int) else str(device)
+        sizes[place] = sizes.get(place, 0) + parameter.nbytes
+    return sizes
 
 
 def num_layers(skeleton: nn.Module) -> int:

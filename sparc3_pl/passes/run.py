@@ -23,6 +23,7 @@ from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.needs import needs_of as needs_of_evaluation
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
+from sparc3_pl.model.footprint import skeleton_in_dtype, weight_bytes_by_device
 from sparc3_pl.model.loading import models_are_kept
 from sparc3_pl.passes.parser import FLAG, OneLineErrors, argument_texts, secrets_left_out
 from sparc3_pl.pruning.callback import PruningCallback
@@ -244,6 +245,12 @@ def _forecast(cli: PassCLI) -> Forecast:
     needs = cli.kind.needs(module, cli.datamodule, free)
     if isinstance(cli.trainer.strategy, ModelParallelStrategy):
         needs = _shared_out(needs, cli.trainer.world_size, cli.trainer.num_devices)
+    elif module.source.device_map is not None:
+        sizes = weight_bytes_by_device(skeleton_in_dtype(module.source), module.source.device_map)
+        weights = next(need for need in needs if need.what == "weights")
+        each = [Need("weights", "host" if place == "cpu" else place, size) for place, size in sizes.items()]
+        each[0] = replace(each[0], note=f"{weights.note}, spread over {', '.join(sizes)}")
+        needs = [*each, *(need for need in needs if need is not weights)]
     return Forecast(needs, free, module.source.device_map is not None)
 
 

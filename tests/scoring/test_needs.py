@@ -7,6 +7,7 @@ from tiny_models import tiny
 from sparc3_pl.cli import execute
 from sparc3_pl.document.needs import Need, refuse_what_cannot_fit
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.footprint import skeleton_in_dtype, weight_bytes_by_device
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import decoder, mlps
 from sparc3_pl.passes.run import _shared_out
@@ -95,6 +96,23 @@ def test_the_command_loads_and_writes_nothing(folder, tmp_path, capsys, monkeypa
     assert "weights" in said
     assert "activations" in said
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_model_that_is_spread_is_counted_by_device(folder, capsys):
+    model = tiny("llama")
+    skeleton = skeleton_in_dtype(ModelSource(folder, "bfloat16"))
+    places = {"model": 0, "model.layers.1": "disk", "model.layers.1.mlp": 1, "lm_head": "cpu"}
+    inner = model.model.layers[1]
+    mlp, layer, head = (sum(p.numel() for p in m.parameters()) for m in (inner.mlp, inner, model.lm_head))
+    rest = sum(p.numel() for p in model.parameters()) - layer - head
+    expected = {"cuda:0": 2 * rest, "disk": 2 * (layer - mlp), "cuda:1": 2 * mlp, "cpu": 2 * head}
+    assert weight_bytes_by_device(skeleton, places) == expected
+    assert weight_bytes_by_device(skeleton, "cpu") == {"cpu": 2 * (rest + layer + head)}
+    words = ["--dry_run", "--model.pretrained", folder, "--model.device_map", "auto"]
+    execute(["score", *words, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    assert "spread over cpu" in " ".join(capsys.readouterr().out.split())  # there is the host alone
+    with pytest.raises(InputError, match=r"model\.device_map='anywhere': When passing"):
+        weight_bytes_by_device(skeleton, "anywhere")
 
 
 def test_a_model_that_is_shared_out_is_counted_by_parts():
