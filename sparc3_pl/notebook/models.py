@@ -119,16 +119,17 @@ def require_plain(model: Any) -> None:
             f"model is a {type(model).__name__}, not a loaded language model; give the one of "
             "AutoModelForCausalLM.from_pretrained"
         )
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    method = getattr(getattr(method, "quant_method", None), "value", None)
+    quantisation = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(getattr(quantisation, "quant_method", None), "value", None)
+    is_unpacked = method == "gguf" or getattr(quantisation, "dequantize", False)  # while it was loaded
     odd = next((f"{n} is {_short(p.dtype)}" for n, p in model.named_parameters() if p.dtype not in _PLAIN), None)
     packed = (f"{n} is a {type(m).__module__}" for n, m in model.named_modules() if hasattr(m, "_packed_params"))
     odd = next(packed, None) if odd is None else odd
-    if odd is not None or (getattr(model, "hf_quantizer", None) is not None and method != "gguf"):
+    if odd is not None or (getattr(model, "hf_quantizer", None) is not None and not is_unpacked):
         reason = "" if odd is None else f": {odd}"
         raise InputError(
             f"the model is quantised ({method or 'weights are packed'}{reason}), so that no single weight can be read "
-            "or removed; load the unquantised checkpoint"
+            "or removed; load the unquantised checkpoint, or unpack it by model.dequantize()"
         )
     if any(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise InputError("the model has no weights (device meta); load them with AutoModelForCausalLM.from_pretrained")

@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,6 +464,10 @@ def test_a_quantised_model_is_refused():
     model.hf_quantizer = object()
     with pytest.raises(InputError, match="the model is quantised"):
         sparc3_pl.evaluate(model, word_tokenizer(), text="a b c", progress=False)
+    model.hf_quantizer = SimpleNamespace(
+        quantization_config=SimpleNamespace(dequantize=True)
+    )  # unpacked as it was read
+    sparc3_pl.evaluate(model, word_tokenizer(), text="a b c", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -481,6 +486,14 @@ def test_a_quantised_model_is_refused():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(tiny("llama"), word_tokenizer())
+
+
+def test_pairs_of_the_plan_are_refused(loaded, scored, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"more": HOSTILE[0], "less": "Another sentence."}))
+    pairs = {"class_path": "pairs", "init_args": {"source": str(tmp_path / "pairs.jsonl")}}
+    plan, told = sparc3_pl.choose(*scored, num_neurons=3), "1 pairs hold a sentence from which the plan was made"
+    with sparc3_pl.edited(loaded[0], plan), pytest.raises(InputError, match=told):
+        sparc3_pl.evaluate(*loaded, measurements=[pairs], progress=False)
 
 
 def test_prompts_of_the_plan_are_refused(loaded, scored):
