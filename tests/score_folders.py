@@ -26,11 +26,14 @@ def write(
     samples: Sequence[Mapping[str, Any]] = (),
     neuron_rows: Mapping[str, Sequence[int]] | None = None,
     components: Mapping[str, str] | None = None,
+    groups: Mapping[str, Tensor] | None = None,
+    group_sizes: Sequence[int] = (),
     **fields: Any,
 ) -> ScoreFolder:
     """Writes a score folder and opens it.
 
-    ``neuron_rows``: first and last + 1 of the scores that are of neurons; ``components``: the kind of each layer.
+    ``neuron_rows``: first and last + 1 of the scores that are of neurons; ``components``: the kind of each layer;
+    ``groups``: mean scores of groups of samples, of ``group_sizes``.
     """
     defaults = {
         "method": "lrp",
@@ -43,7 +46,12 @@ def write(
         for name, values in scores.items():
             rows = slice(*neuron_rows[name]) if name in (neuron_rows or {}) else None
             writer.add_layer(
-                name, values, squares[name] if squares else None, rows=rows, component=(components or {}).get(name)
+                name,
+                values,
+                squares[name] if squares else None,
+                (groups[name], list(group_sizes)) if groups else None,
+                rows=rows,
+                component=(components or {}).get(name),
             )
         writer.finish(**{**defaults, **fields}, samples=map(ScoredSample.from_json, samples))
     return ScoreFolder.open(folder)

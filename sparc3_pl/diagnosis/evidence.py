@@ -180,7 +180,7 @@ def evidence(
         name = f"protect={protect}" if num_neurons is None else f"num_neurons={num_neurons}"
         raise InputError(f"{name} with contrast=budget: the derivative of every component is looked at; leave it out")
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
-    scores = [Scores.of(side, layers) for side in sides]
+    scores = [Scores.of(side, layers, but=["plan"]) for side in sides]  # weigh_gains and what follows check it
     result: Evidence | GainsEvidence
     if contrast == "budget":
         result = weigh_gains(*scores, seed=seed)

@@ -29,7 +29,7 @@ from sparc3_pl.io.files import check_output
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
-from sparc3_pl.pruning.callback import PruningCallback
+from sparc3_pl.pruning.callback import pruning_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero
 from sparc3_pl.runtime.progress import Watch, show_progress
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, WindowBatch
 
-__all__ = ["EvaluationModule", "check_sizes", "pruning_of"]
+__all__ = ["EvaluationModule", "check_sizes"]
 
 log = logging.getLogger(__name__)
 
@@ -342,18 +342,6 @@ class EvaluationModule(pl.LightningModule):
         """Prints the figures on rank 0, once the progress bar is closed."""
         if self.evaluation is not None:
             print_results(self.evaluation.figures, self.written_to)
-
-
-def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
-    """The Trainer's ``PruningCallback``.
-
-    Raises:
-        InputError: if there are several: results name one plan.
-    """
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
-    if len(callbacks) > 1:
-        raise InputError(f"trainer.callbacks holds {len(callbacks)} PruningCallbacks; evaluate one plan at a time")
-    return callbacks[0] if callbacks else None
 
 
 def check_sizes(

@@ -97,6 +97,7 @@ def run(
     texts: list[Settings] | None = None,
     budgets: list[float] | None = None,
     word_filter: str | None = None,
+    rounds: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
@@ -140,6 +141,9 @@ def run(
             dose-response curve. (``plan.budgets`` is something else: shares by layer.)
         word_filter: ``model.word_filter`` of eval: a further evaluation of the model as it is, whose completions are
             drawn again while they hold a listed word, for edits to beat. Not with shares.
+        rounds: With ``completions`` and a budget: from the second round on, an edit of a part of the budget is made
+            from what there is, completions of the edited model are drawn and judged, and its derivative is taken. The
+            edits follow the mean derivative of all rounds; those of an arm with scores of its own follow the first.
         dry_run: Say what each pass would load and how much memory it takes, and refuse what cannot fit; run nothing.
 
     Raises:
@@ -156,7 +160,7 @@ def run(
     if shares is not None:
         others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
         others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
-        others |= {"word_filter": word_filter}
+        others |= {"word_filter": word_filter, "rounds": None if rounds == 1 else rounds}
         others |= {"controls": None if controls in ([], ["random_matched"]) else controls}
         if useless := [key for key, value in others.items() if value is not None]:
             raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
@@ -175,11 +179,17 @@ def run(
     sections |= {"general_score": general_score, "plan": plan}
     lists = {"texts": texts or [], "seeds": seeds, "counts": counts, "budgets": budgets, "controls": controls}
     ways = correction_arms(arms, sections, **lists)
+    _check_rounds(rounds, completions, ways[0], plan)
     stages = [] if completions is None else [experiment.completion_stage(completions)]
     said = stages[0].result if stages else None
     scoring: dict[str, Stage] = {}
     sides = [experiment.scores_of(scoring, way, said) for way in ways]
     stages += scoring.values()
+    for number in range(2, rounds + 1):
+        stages += experiment.round_stages(number, rounds, completions or {}, ways[0], plan, sides[0])
+    further = {side: folder for side, folder in sides[0].items() if side.startswith("behaviour-")}
+    for scores in sides[1:]:
+        scores.update(further if scores["behaviour"] == sides[0]["behaviour"] else {})
     edits = {name: (way, edit) for way in ways for name, edit in way.edits.items()}
     for way, scores in zip(ways, sides, strict=True):
         stages += [experiment.plan_stage(name, scores, one.settings, one.scale_of) for name, one in way.edits.items()]
@@ -209,8 +219,22 @@ def run(
         which = "" if arm is None else f" of arm {arm}"
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
     more = {"largest_within": best[None] and best[None].name, "timing": times}
-    experiment.conclude(outcomes, max_perplexity_increase, stages, more)
+    # completions of further rounds are samples, from an edit that is not one of the experiment's: nothing to compare
+    shown = [stage for stage in stages if not stage.name.startswith("eval-completions-")]
+    experiment.conclude(outcomes, max_perplexity_increase, shown, more)
     print_result(outcome_table(outcomes), *lines)
+
+
+def _check_rounds(rounds: int, completions: Settings | None, way: CorrectionArm, plan: Settings) -> None:
+    """Refuses rounds of an experiment whose behaviour is not drawn from the model, or that has no budget to share."""
+    if rounds < 1:
+        raise InputError(f"rounds={rounds}: give 1 (every completion is of the model as it is) or more")
+    if rounds > 1 and (completions is None or way.behaviour.get("source") is not None):
+        raise InputError(
+            f"rounds={rounds} draw completions of the edited model; give completions, and no behaviour.source"
+        )
+    if rounds > 1 and not isinstance(plan.get("budget"), float):
+        raise InputError(f"rounds={rounds} take a part of the budget each; give plan.edit: gains and plan.budget")
 
 
 def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings, bound: float, dry_run: bool) -> None:
@@ -304,6 +328,36 @@ class _Experiment:
         settings = {"model": self.model | completions.get("model", {}), "data": completions.get("data", {})}
         return self._pass("eval", "completions", settings, self.folder / "completions", EVALUATION_MARKER)
 
+    def round_stages(
+        self,
+        number: int,
+        rounds: int,
+        completions: Settings,
+        way: CorrectionArm,
+        plan: Settings,
+        scores: dict[str, Path],
+    ) -> list[Stage]:
+        """A further round: an edit by the scores so far, completions of the edited model, and its derivative by them.
+
+        The derivative joins ``scores``. The completions have a seed of their own, so that their noise is new.
+        """
+        name = f"round{number}"
+        settings = plan | {"budget": plan["budget"] * (number - 1) / rounds, "control": None}
+        planning = self.plan_stage(name, scores, settings)
+        own = completions.get("model", {})
+        drawing = {
+            "model": self.model | own | {"seed": own.get("seed", 0) + number - 1},
+            "data": completions.get("data", {}),
+            "allow_overlap": True,  # they are samples: nothing is measured on them
+        }
+        plans, folder = {"plan": planning.result}, self.folder / f"completions-{name}"
+        said = self._pass("eval", f"completions-{name}", drawing, folder, EVALUATION_MARKER, plans)
+        behaviour = way.behaviour | {"source": str(said.result.with_name("completions.jsonl"))}
+        reads = {"completions": said.result}
+        scoring = self._scoring_stage(f"behaviour-{name}", way.scores[0], behaviour, reads, plans)
+        scores[f"behaviour-{name}"] = scoring.output
+        return [planning, said, scoring]
+
     def scores_of(self, scoring: dict[str, Stage], way: CorrectionArm, said: Path | None) -> dict[str, Path]:
         """The score folders of an arm, by side. Their stages join ``scoring``, unless another arm has the same scores.
 
@@ -332,10 +386,15 @@ class _Experiment:
         return next(same, None) or scoring.setdefault(stage.name, stage)
 
     def _scoring_stage(
-        self, name: str, score: Settings, data: Settings, reads: Mapping[str, Path] | None = None
+        self,
+        name: str,
+        score: Settings,
+        data: Settings,
+        reads: Mapping[str, Path] | None = None,
+        plans: Mapping[str, Path] | None = None,
     ) -> Stage:
         settings = {"model": self.model | score, "data": data}
-        return self._pass("score", name, settings, self.folder / "scores" / name, SCORES_MARKER, reads=reads)
+        return self._pass("score", name, settings, self.folder / "scores" / name, SCORES_MARKER, plans, reads)
 
     def shared_scores(self, scoring: dict[str, Stage], arm: Arm, seed: int) -> Stage:
         """The stage of ``scoring`` that makes an arm's scores, added to it unless another arm has the same."""
@@ -349,15 +408,16 @@ class _Experiment:
     def plan_stage(
         self, name: str, scores: Mapping[str, Path], settings: Settings, scale_of: str | None = None
     ) -> Stage:
-        """Makes a plan from the scores: ``behaviour``, all others are general.
+        """Makes a plan from the scores: ``behaviour`` and those of further rounds, all others are general.
 
         With ``scale_of``, a control of gains, it goes as far as the plan of that name.
         """
         from sparc3_pl.selection.command import prune
 
         path = self._plan_path(name)
-        general = [str(folder) for side, folder in scores.items() if side != "behaviour"] or None
-        behaviour = {"behaviour": [str(scores["behaviour"])]} if "behaviour" in scores else {}
+        of_behaviour = [str(folder) for side, folder in scores.items() if side.startswith("behaviour")]
+        general = [str(folder) for side, folder in scores.items() if not side.startswith("behaviour")] or None
+        behaviour = {"behaviour": of_behaviour} if of_behaviour else {}
         arguments = {"general": general, **behaviour, "output": str(path)}
         arguments |= settings | {"control": settings.get("control") or "none"}
         try:  # hours of scoring come before it

@@ -55,8 +55,6 @@ class Pass:
     callbacks: Sequence[type[Callback]] = ()
     shortcuts: Sequence[str] = ("output", "overwrite")
     """Arguments of the module that may also be given without the ``model.`` prefix."""
-    takes_plan: bool = False
-    """Whether ``--plan`` prunes the model for the length of the pass."""
 
 
 DRY_RUN = "Say what would be loaded and how much memory it takes, and refuse what cannot fit; load and run nothing."
@@ -80,7 +78,6 @@ PASSES = {
         needs_of_evaluation,
         (),
         ("output", "overwrite", "allow_overlap"),
-        takes_plan=True,
     ),
 }
 
@@ -132,8 +129,7 @@ class PassCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=hints[name], default=default, help=texts[name], **flag)
             parser.link_arguments(name, f"model.{name}")
         parser.add_argument("--dry_run", type=bool, default=False, help=DRY_RUN, **FLAG)
-        if self.kind.takes_plan:
-            parser.add_argument("--plan", type=str | None, default=None, help="Plan to apply before measuring.")
+        parser.add_argument("--plan", type=str | None, default=None, help="Plan that is in force during the pass.")
 
     def before_instantiate_classes(self) -> None:
         """Adds the pass's own callbacks to the user's."""

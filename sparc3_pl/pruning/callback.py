@@ -16,7 +16,7 @@ from sparc3_pl.pruning.plan import PrunePlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PruningCallback", "find_model"]
+__all__ = ["PruningCallback", "find_model", "pruning_of"]
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +130,15 @@ class PruningCallback(pl.Callback):
             self._applied.revert()
             self._applied = None
             log.info("the pruned values are back in place")
+
+
+def pruning_of(trainer: pl.Trainer) -> PruningCallback | None:
+    """The Trainer's ``PruningCallback``.
+
+    Raises:
+        InputError: if there are several: results and scores name one plan.
+    """
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
+    if len(callbacks) > 1:
+        raise InputError(f"trainer.callbacks holds {len(callbacks)} PruningCallbacks; apply one plan at a time")
+    return callbacks[0] if callbacks else None

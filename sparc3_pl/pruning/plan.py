@@ -415,11 +415,15 @@ class PrunePlan(_About, Shown):
         about = {"model": model, "shapes": shapes, "components": components, "settings": settings}
         return replace(self, entries=entries, **about, kept={})
 
+    @property
+    def digest(self) -> str:
+        """sha256 of its content, in hex."""
+        return FORMAT.seal(self.to_json())["sha256"]
+
     def summary(self) -> PlanSummary:
         """What results say of the plan that made them."""
         own = {item.name: getattr(self, item.name) for item in fields(PlanSummary) if hasattr(self, item.name)}
-        digest = FORMAT.seal(self.to_json())["sha256"]
-        return PlanSummary(**own, scored_model=self.fingerprint, sha256=digest)
+        return PlanSummary(**own, scored_model=self.fingerprint, sha256=self.digest)
 
     @property
     def gains(self) -> GainsFigures | None:

@@ -270,7 +270,7 @@ def _chosen(inputs: Inputs, names: Sequence[str]) -> Iterator[Block]:
 
 def _scores_of(folders: Sequence[ScoreFolder], plan: PrunePlan) -> Scores:
     """The scores that the plan was chosen from."""
-    return Scores.of(folders, plan.settings.get("layers"), plan.settings.get("left_out") or ())
+    return Scores.of(folders, plan.settings.get("layers"), plan.settings.get("left_out") or (), but=["plan"])
 
 
 def _is_large(entry: PlanWithScores) -> bool:

@@ -280,7 +280,7 @@ def require_comparable(folders: Sequence[ScoreFolder], but: Sequence[str] = ()) 
 
     Raises:
         InputError: naming every key that differs, with both values and folders: model fingerprint, method,
-            granularity, target, signed, layers, shapes.
+            granularity, target, signed, plan, layers, shapes.
     """
     if not folders:
         raise InputError("no score folder was given; name at least one")
@@ -300,7 +300,7 @@ def _differences(first: ScoreFolder, other: ScoreFolder, but: Sequence[str]) -> 
         differences.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
     if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
         differences.append(f"model.config.{key} in {other.path}")
-    for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed"):
+    for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed", "plan"):
         if key not in but and getattr(one, key) != getattr(two, key):
             differences.append(told(key, getattr(one, key), getattr(two, key)))
     if first.layers != other.layers:

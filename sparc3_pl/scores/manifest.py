@@ -113,6 +113,7 @@ class About:
     sequential: str | None = None
     relevance_account: dict[str, Any] | None = None
     at_values: bool = False
+    plan: str | None = None
 
     def components(self) -> list[Component]:
         """The kinds of component that are scored.
@@ -198,6 +199,7 @@ class Manifest(About):
             ``num_tokens``; where nothing was measured, the ``reason``.
         at_values: Whether components are scored where their values are read: a neuron at the input of the
             down-projection. Signed scores of ``gradient`` are then the target's derivative by each component's gain.
+        plan: sha256 of the plan that was in force; null: the model was scored as it is. ``model`` is the one before.
         neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
             of those that do.
         hardware: The machine that wrote the scores.
@@ -290,7 +292,8 @@ class Manifest(About):
 
 
 _ONLY_WHERE_GIVEN = (
-    "sequential", "method_args", "granularity_args", "target_args", "at_values", "unreached", "shards", "timing",
+    "sequential", "method_args", "granularity_args", "target_args", "at_values", "plan", "unreached", "shards",
+    "timing",
 )  # fmt: skip
 """Keys that most manifests do not have."""
 

@@ -21,6 +21,7 @@ from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
+from sparc3_pl.pruning.callback import pruning_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
@@ -234,6 +235,11 @@ class ScoringModule(pl.LightningModule):
                 f"model.sequential={sequential}: a model that trainer.strategy=ModelParallelStrategy shares out cannot "
                 "be run layer by layer; use model.device_map, or processes with a whole model each"
             )
+        if pruning_of(self.trainer) is not None:
+            raise InputError(
+                "a plan cannot be in force while a model is scored that trainer.strategy=ModelParallelStrategy shares "
+                "out; save the edited model (prune --save_model) and score that"
+            )
         if self.request.options.sums_on_host:
             raise InputError(
                 "model.sums_on_host=true: with trainer.strategy=ModelParallelStrategy each device keeps its part of "
@@ -298,7 +304,8 @@ class ScoringModule(pl.LightningModule):
 
     def _about(self) -> About:
         about = self.request.about(self._description, self.data.describe())
-        return replace(about, relevance_account=self._account)
+        pruning = pruning_of(self.trainer)
+        return replace(about, relevance_account=self._account, plan=None if pruning is None else pruning.load().digest)
 
     def on_predict_start(self) -> None:
         """Makes the sums where the weights are.

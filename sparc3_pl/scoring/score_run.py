@@ -192,6 +192,7 @@ def settings_of(about: About, options: Options, layers: Sequence[str], part: tup
         "target_args": about.target_args,
         "sequential": about.sequential,
         "at_values": about.at_values,
+        "plan": about.plan,
     }
     return {
         "model": {key: about.model.get(key) for key in ("fingerprint", "dtype", "config")},

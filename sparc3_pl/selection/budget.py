@@ -15,6 +15,12 @@ With alpha_i the gain of component i (the factor on what it contributes, 1 as it
 Among all changes of one cost 1/2 sum_i (F_i + ridge * mean F) d_i^2, the one that lowers a . d most is
 d_i = -c a_i / (F_i + ridge * mean F): one step of the natural policy gradient (Kakade, 2001), restricted to gains, with
 the Fisher information of general text as the metric. The scale c is found by a line search (``dose.py``).
+
+Components that act together cost more together than one by one. With ``off_diagonal`` w > 0 the cost of a change is
+1/2 d' H d, H = ridge * mean F + (1 - w) diag(F) + w F'. F' is the whole matrix as the groups of the general samples
+show it: the sum over groups of s s' by the number of tokens that are predicted, s the group's summed derivatives
+(whose mean square is their Fisher information, as above). H shrinks it towards its diagonal, which is known better
+(Ledoit and Wolf, 2004), and d is the best change in which each gain goes only where its range lets it.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
+from sparc3_pl.selection.cone import lowest_in_cone
 from sparc3_pl.selection.contrast import Contrast, Scores, Side
 from sparc3_pl.selection.lowest import Block, Passes
 
@@ -100,6 +107,27 @@ class Fisher(Side):
             for offset in range(start, stop, BLOCK):
                 yield Block(layer, offset, mean[offset : min(offset + BLOCK, stop)])
 
+    def rows(self) -> dict[str, Tensor]:
+        """By layer ``[groups of all folders, n]`` float32: their products are the whole matrix per token.
+
+        Raises:
+            InputError: if a folder has no groups.
+        """
+        folders = self.scores.folders
+        weights = self.weights or (1 / len(folders),) * len(folders)
+        parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for folder, weight in zip(folders, weights, strict=True):
+            if not folder.manifest.groups:
+                raise InputError(
+                    f"{folder.path}: contrast=budget with off_diagonal needs groups of the general samples, the more "
+                    "the better; score again with --model.groups as large as data.num_samples"
+                )
+            factors_G1 = torch.tensor(folder.manifest.group_sizes)[:, None] * math.sqrt(weight / _num_predicted(folder))
+            for layer in self.layers:
+                start, stop = self.span(layer)
+                parts[layer].append(folder.load_groups(layer)[:, start:stop] * factors_G1)
+        return {layer: torch.cat(rows) for layer, rows in parts.items()}
+
     def squared_error(self, layer: str) -> Tensor:
         raise InputError("the standard error of a Fisher information is not known")
 
@@ -125,9 +153,13 @@ class Budget(Contrast):
         gains_range: Smallest and largest factor that an edit may give. By default components are only weakened.
         weights: How much each general folder counts in F, or each of equally many in a row (the seeds of one text).
             They need not sum to 1. None: all the same.
+        off_diagonal: How much of the Fisher information of two components together counts, from 0 (none, so that each
+            component costs what it costs alone) to 1. The groups of the general scores tell it; have as many of them as
+            samples, and some hundred.
 
     Raises:
-        InputError: if the ridge is not above 0, the range does not hold 1 or is empty, or the weights are no weights.
+        InputError: if the ridge is not above 0, the range does not hold 1 or is empty, the weights are no weights or
+            off_diagonal no share.
     """
 
     needs_behaviour: ClassVar[bool] = True
@@ -139,8 +171,15 @@ class Budget(Contrast):
     fisher: bool = True
     gains_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     weights: list[float] | None = None
+    off_diagonal: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.off_diagonal, int | float) and 0 <= self.off_diagonal <= 1):
+            raise InputError(f"contrast=budget: off_diagonal={self.off_diagonal!r} is not a share from 0 to 1")
+        if self.off_diagonal and not self.fisher:
+            raise InputError(
+                f"contrast=budget: off_diagonal={self.off_diagonal} is of costs, and fisher=false; leave one out"
+            )
         weights = self.weights
         if weights is not None:
             if not self.fisher:
@@ -203,7 +242,14 @@ class Budget(Contrast):
         fisher = torch.cat([block.values for block in costs.values()])
         if not fisher.any():
             raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")
-        step = budget_steps(torch.cat([block.values for block in derivatives.values()]), fisher, self.ridge)
+        derivative = torch.cat([block.values for block in derivatives.values()])
+        if self.off_diagonal and isinstance(general, Fisher):
+            low, high = self._range()
+            diagonal = (1 - self.off_diagonal) * fisher.double() + self.ridge * fisher.double().mean()
+            rows = torch.cat(list(general.rows().values()), 1).mul_(math.sqrt(self.off_diagonal))
+            step = lowest_in_cone(derivative, diagonal, rows, down=low < 1, up=high > 1)
+        else:
+            step = budget_steps(derivative, fisher, self.ridge)
         return dict(zip(derivatives, step.split([len(b.values) for b in derivatives.values()]), strict=True))
 
     def factors(self, step: Tensor, scale: float) -> Tensor:
@@ -240,4 +286,9 @@ def _check(general: Scores, behaviour: Scores, fisher: bool) -> None:
                 f"{where} needs derivatives by gains, read where the components' values are read, and these are not; "
                 "score again"
             )
-    require_comparable([folder for _, folder in sides], but=("target", "target_args"))
+        if side == "general" and about.plan is not None:
+            raise InputError(
+                f"{where} measures costs from the model as it is, and these are scores of an edited one; score general "
+                "text again without --plan"
+            )
+    require_comparable([folder for _, folder in sides], but=("target", "target_args", "plan"))

@@ -15,6 +15,7 @@ from sparc3_pl.pruning.gains import Gains
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.budget import Fisher
 from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of, budgets_of
 from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
@@ -165,7 +166,7 @@ def make_dose(
     if not behaviour:
         raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
     scores = Scores.of(_general_side(kind, steps, protect, general, behaviour), layers)
-    sides = kind.sides(scores, Scores.of(behaviour, layers))
+    sides = kind.sides(scores, Scores.of(behaviour, layers, but=["plan"]))  # of rounds: the contrast checks it
     amount = Amount("num_neurons")
     if num_neurons is not None or share is not None:
         amount, _ = _amount(scores, among, num_neurons, None, share, None)
@@ -281,12 +282,16 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
             for layer, entries in plan.entries.items()
         }
 
+    off_diagonal = getattr(kind, "off_diagonal", 0.0)
+    rows = general.rows() if off_diagonal and isinstance(general, Fisher) else None
     return Dose(
         plan=plan,
         contrast=kind,
         steps={layer: in_order[entries.rank] for layer, entries in plan.entries.items()},
         derivatives=at_entries(behaviour.in_memory) if kind.from_derivatives else None,
         fisher=at_entries(general.in_memory) if getattr(kind, "fisher", False) else None,
+        rows=None if rows is None else {name: rows[name][:, e.index - start[name]] for name, e in plan.entries.items()},
+        off_diagonal=off_diagonal,
     )
 
 
@@ -384,7 +389,11 @@ def _outside_warnings(general: Scores) -> list[str]:
 def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]) -> list[str]:
     warnings = []
     for name, folders in (("general", general), ("behaviour", used)):
-        sets = [set(folder.manifest.data.get("sample_ids") or ()) for folder in folders]
+        # completions of an edited model are others than those of the model as it was, under the same ids
+        sets = [
+            {(folder.manifest.plan, sample) for sample in folder.manifest.data.get("sample_ids") or ()}
+            for folder in folders
+        ]
         if len(set().union(*sets)) < sum(map(len, sets)):
             warnings.append(f"{name} folders share samples, so they are not independent; score them with unequal seeds")
     if set(_sample_ids(general)) & set(_sample_ids(used)):

@@ -129,14 +129,20 @@ class Scores(Side):
 
     @classmethod
     def of(
-        cls, folders: Sequence[ScoreFolder], patterns: Sequence[str] | None = None, without: Sequence[str] = ()
+        cls,
+        folders: Sequence[ScoreFolder],
+        patterns: Sequence[str] | None = None,
+        without: Sequence[str] = (),
+        but: Sequence[str] = (),
     ) -> "Scores":
         """The scores of ``folders`` in the layers that match the glob ``patterns`` (None: all), ``without`` some.
+
+        Keys of the manifest in ``but`` may differ between the folders.
 
         Raises:
             InputError: if the folders cannot be compared, or a pattern matches no layer.
         """
-        require_comparable(folders)
+        require_comparable(folders, but)
         names = folders[0].layers
         for pattern in patterns or ():
             if not fnmatch.filter(names, pattern):

@@ -57,6 +57,9 @@ class Dose:
         steps: By layer, the change of each chosen component's gain at scale 1, in the order of the plan's entries.
         derivatives: Likewise, the derivative of what is to be lowered, by each gain; None if the contrast knows none.
         fisher: Likewise, the Fisher information per token of general text; None if the contrast does not use it.
+        rows: Likewise ``[rows, n]``, whose products are that of every two components; None if the contrast does not
+            use it.
+        off_diagonal: How much of it counts.
     """
 
     plan: PrunePlan
@@ -64,6 +67,8 @@ class Dose:
     steps: Mapping[str, Tensor]
     derivatives: Mapping[str, Tensor] | None
     fisher: Mapping[str, Tensor] | None
+    rows: Mapping[str, Tensor] | None = None
+    off_diagonal: float = 0.0
 
     def at(self, scale: float, more: Mapping[str, Any] | None = None) -> PrunePlan:
         """The plan at a scale; its settings say what is predicted to first and second order, and ``more``.
@@ -76,7 +81,7 @@ class Dose:
         factors = {layer: self.contrast.factors(step, scale) for layer, step in self.steps.items()}
         entries = {layer: replace(one, factor=factors[layer]) for layer, one in self.plan.entries.items()}
         change = None if self.derivatives is None else self._sum(self.derivatives, factors, 1)
-        rise = None if self.fisher is None else 0.5 * self._sum(self.fisher, factors, 2)
+        rise = None if self.fisher is None else self._predicted_rise(factors)
         gains = {"scale": scale, "predicted_change": change, "predicted_rise": rise}
         return replace(self.plan, entries=entries, settings=self.plan.settings | {"gains": gains | dict(more or {})})
 
@@ -93,18 +98,26 @@ class Dose:
         if self.fisher is None:
             step = torch.cat(list(self.steps.values()))
             return 1 / float(step.abs().max())
+
+        def rise_at(scale: float) -> float:
+            return self._predicted_rise({n: self.contrast.factors(step, scale) for n, step in self.steps.items()})
+
         low, high = 0.0, 1.0
-        while self._predicted_rise(high) < rise and high < self.largest_scale():
+        while rise_at(high) < rise and high < self.largest_scale():
             low, high = high, 2 * high
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._predicted_rise(middle) < rise else (low, middle)
+            low, high = (middle, high) if rise_at(middle) < rise else (low, middle)
         return high
 
-    def _predicted_rise(self, scale: float) -> float:
+    def _predicted_rise(self, factors: Mapping[str, Tensor]) -> float:
+        """Half of d' H d, nats a token, d the factors less 1."""
         assert self.fisher is not None
-        factors = {layer: self.contrast.factors(step, scale) for layer, step in self.steps.items()}
-        return 0.5 * self._sum(self.fisher, factors, 2)
+        alone = self._sum(self.fisher, factors, 2)
+        if self.rows is None:
+            return 0.5 * alone
+        together_R = sum(rows.double() @ (factors[layer] - 1).double() for layer, rows in self.rows.items())
+        return 0.5 * ((1 - self.off_diagonal) * alone + self.off_diagonal * float((together_R**2).sum()))
 
     @staticmethod
     def _sum(values: Mapping[str, Tensor], factors: Mapping[str, Tensor], power: int) -> float:

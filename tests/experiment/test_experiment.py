@@ -359,9 +359,11 @@ def test_secrets_stay_out_of_the_stages(small, passes, tmp_path):
 # --- gains ------------------------------------------------------------------------------------------------------------
 
 
-def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, tmp_path, monkeypatch):
-    """The order of the stages, what each is asked, and that a changed plan makes its control anew."""
-    asked = []
+@pytest.fixture
+def with_budget(small, tmp_path, monkeypatch):
+    """The settings of an experiment with gains on completions, and the arguments that ``prune`` was asked with."""
+    asked, text = [], tmp_path / "held.txt"
+    text.write_text("held back")
 
     def prune(**arguments):
         asked.append(arguments)
@@ -372,8 +374,6 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
         plan.save(arguments["output"], arguments["overwrite"])
 
     monkeypatch.setattr("sparc3_pl.selection.command.prune", prune)
-    text = tmp_path / "held.txt"
-    text.write_text("held back")
     settings = small | {
         "output": str(tmp_path / "gains"),
         "completions": {"data": {"prompts_source": str(tmp_path / "prompts.txt")}, "model": {"samples_per_prompt": 3}},
@@ -383,9 +383,15 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
         "texts": [{"source": str(tmp_path / "behaviour.txt")}],
         "seeds": [0],
         "plan": {"contrast": "budget", "edit": "gains", "budget": 0.01, "budget_text": [str(text)]},
-        "budgets": [0.02],
         "controls": ["permuted"],
     }
+    return settings, asked
+
+
+def test_budgets_from_completions_to_controls_at_the_same_scale(with_budget, passes, tmp_path):
+    """The order of the stages, what each is asked, and that a changed plan makes its control anew."""
+    settings, asked = with_budget
+    settings |= {"budgets": [0.02]}
     run_experiment(**settings)
     edits = ["budget-0.01", "control-permuted-0.01", "budget-0.02", "control-permuted-0.02"]
     first = ["eval completions", "score behaviour", "score general-0", "score general-text1-0", "eval before"]
@@ -402,10 +408,50 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(small, passes, t
     passes.done.clear()
     run_experiment(**settings)
     assert passes.done == []
-    text.write_text("other text")
+    (tmp_path / "held.txt").write_text("other text")
     run_experiment(**settings)
     assert len(asked) == 8  # every plan, and what was measured with it
     assert passes.done == [f"eval {name}" for name in edits]
+
+
+def test_a_round_draws_and_scores_completions_of_the_edited_model(with_budget, passes, tmp_path):
+    settings, asked = with_budget
+    run_experiment(**settings)
+    passes.done.clear(), asked.clear(), passes.typed.clear()
+    run_experiment(**settings | {"rounds": 3})
+    rounds = [f"{kind}-round{number}" for number in (2, 3) for kind in ("eval completions", "score behaviour")]
+    assert passes.done == [*rounds, "eval budget-0.01", "eval control-permuted-0.01"]  # the first round is there
+    out = tmp_path / "gains"
+    assert [a.get("budget") for a in asked] == [pytest.approx(0.01 / 3), pytest.approx(0.02 / 3), 0.01, None]
+    scored = [str(out / "scores" / f"behaviour{end}") for end in ("", "-round2", "-round3")]
+    assert [a["behaviour"] for a in asked] == [scored[:1], scored[:2], scored, scored]
+    assert all(len(a["general"]) == 2 for a in asked)
+    plans = [dict(zip(words[2::2], words[3::2], strict=False)).get("--plan") for words in passes.typed[:4]]
+    assert plans == [str(out / "plans" / f"round{number}.json") for number in (2, 2, 3, 3)]
+    configs = passes.configs[-6:-2]
+    assert [config["model"].get("seed") for config in configs[::2]] == [1, 2]
+    sources = [config["data"]["source"] for config in configs[1::2]]
+    assert sources == [str(out / f"completions-round{number}" / "completions.jsonl") for number in (2, 3)]
+    assert configs[0]["allow_overlap"] is True
+    passes.done.clear()
+    run_experiment(**settings | {"rounds": 3})
+    assert passes.done == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rounds": 0}, "rounds=0: give 1"),
+        ({"rounds": 2, "completions": None, "behaviour": {"source": "prompts.txt"}}, "rounds=2 draw completions"),
+        ({"rounds": 2, "behaviour": {"source": "prompts.txt"}}, "rounds=2 draw completions"),
+        ({"rounds": 2, "plan": {"contrast": "budget", "edit": "gains", "scale": 0.1}}, "take a part of the budget"),
+    ],
+)
+def test_rounds_that_are_refused(with_budget, passes, change, match):
+    settings, asked = with_budget
+    with pytest.raises(InputError, match=match):
+        run_experiment(**settings | change)
+    assert (passes.done, asked) == ([], [])
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------

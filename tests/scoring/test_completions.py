@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from score_checks import assert_same_scores
 
 from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.demo import PROMPTS
+from sparc3_pl.errors import InputError
 from sparc3_pl.model.source import ModelSource
-from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 
 CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false"]
 
@@ -54,6 +57,29 @@ def test_parts_are_the_whole_and_the_prompts_are_known(said, tmp_path, capsys):
     words = ["eval", "--config", "configs/eval.yaml", "--plan", plan, *measured, *CPU]
     assert main([*words, "--output", str(tmp_path / "eval")]) == 2
     assert "4 of" in capsys.readouterr().err
+
+
+def test_an_edited_model_is_scored_as_the_one_that_is_saved(said, tmp_path, capsys):
+    score(said, tmp_path / "whole")
+    plan, saved = str(tmp_path / "plan.json"), str(tmp_path / "model")
+    words = ["--general", str(tmp_path / "whole"), "--behaviour", str(tmp_path / "whole"), "--num_neurons", "9"]
+    words += ["--edit", "scale", "--alpha", "0.5", "--save_model", saved]
+    assert main(["prune", *words, "--output", plan]) == 0
+    score(said, tmp_path / "edited", "--plan", plan)
+    score(said, tmp_path / "saved", "--model.pretrained", saved)
+    as_it_is, edited, of_saved = (ScoreFolder.open(tmp_path / name) for name in ("whole", "edited", "saved"))
+    for layer in edited.layers:
+        assert torch.equal(edited.load(layer), of_saved.load(layer))
+    assert any(not torch.equal(edited.load(layer), as_it_is.load(layer)) for layer in edited.layers)
+    assert edited.manifest.plan == PrunePlan.load(plan).digest and as_it_is.manifest.plan is None
+    assert edited.manifest.model["fingerprint"] == as_it_is.manifest.model["fingerprint"]
+    with pytest.raises(InputError, match=r"plan=None in .*whole but .* in .*edited"):
+        require_comparable([as_it_is, edited])
+    score(said, tmp_path / "part1", "--part", "1/2")
+    score(said, tmp_path / "part2", "--part", "2/2", "--plan", plan)
+    capsys.readouterr()
+    assert main(["merge", *(str(tmp_path / f"part{i}") for i in (1, 2)), "--output", str(tmp_path / "merged")]) == 2
+    assert "plan" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_are_refused_before_the_weights(said, tmp_path, capsys, monkeypatch):

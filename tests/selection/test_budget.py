@@ -22,6 +22,7 @@ from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
+from sparc3_pl.selection.contrast import CONTRASTS, Scores
 from sparc3_pl.selection.dose import BudgetSource, held_back, search_scale, spend
 
 KINDS = {
@@ -158,6 +159,113 @@ def test_no_other_change_of_that_cost_lowers_more(sides):
         other = d + 0.1 * d.abs().mean() * torch.randn(len(d), generator=generator)
         other *= ((metric * d * d).sum() / (metric * other * other).sum()).sqrt()
         assert a @ other > a @ d
+
+
+# --- what components cost together ------------------------------------------------------------------------------------
+
+
+def whole_cost(sides, ridge, off_diagonal):
+    """The matrix of the cost, entry by entry, from each folder's groups."""
+    general, _ = sides
+    _, costs, _ = by_hand(sides)
+    mean, keys = sum(costs.values()) / len(costs), list(costs)
+    cost = torch.zeros(len(keys), len(keys), dtype=torch.float64)
+    for folder in general:
+        tokens = folder.manifest.num_tokens - folder.manifest.num_samples
+        for group, size in enumerate(folder.manifest.group_sizes):
+            sums = [float(folder.load_groups(layer)[group, i]) * size for layer, i in keys]
+            for i, one in enumerate(sums):
+                for j, other in enumerate(sums):
+                    cost[i, j] += off_diagonal * one * other / tokens / len(general)
+    for i, key in enumerate(keys):
+        cost[i, i] += (1 - off_diagonal) * costs[key] + ridge * mean
+    return keys, cost
+
+
+@pytest.fixture
+def grouped_sides(tmp_path, about):
+    """As ``sides``, the general folders with groups of one and two samples."""
+    general = []
+    for i, sizes in enumerate([[1, 1, 1, 1], [2, 1, 1]]):
+        draws = [{name: 100 * one for name, one in signed(70 + 9 * i + g).items()} for g in range(len(sizes))]
+        groups = {name: torch.stack([draw[name] for draw in draws]) for name in KINDS}
+        general.append(general_folder(tmp_path / f"g{i}", i, about, groups=groups, group_sizes=sizes))
+    return general, [behaviour_folder(tmp_path / "b", 9, about)]
+
+
+@pytest.mark.parametrize("off_diagonal", [0.5, 1.0])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 2.0), (1.0, 3.0)])
+def test_the_step_is_the_best_of_its_range_for_what_components_cost_together(grouped_sides, off_diagonal, low, high):
+    """The conditions of Karush, Kuhn and Tucker, by the whole matrix; without a bound the solution of H d = -a."""
+    keys, cost = whole_cost(grouped_sides, 0.1, off_diagonal)
+    derivatives, _, alone = by_hand(grouped_sides)
+    a = torch.tensor([derivatives[key] for key in keys], dtype=torch.float64)
+    contrast = CONTRASTS.make(
+        {"class_path": "budget", "init_args": {"off_diagonal": off_diagonal, "gains_range": [low, high]}}
+    )
+    general, behaviour = (Scores.of(folders) for folders in grouped_sides)
+    steps = contrast.steps(general, behaviour)
+    d = torch.cat([steps[layer] for layer in general.layers])
+    order = [(layer, i) for layer in general.layers for i in range(WIDTHS[KINDS[layer]])]
+    d = d[torch.tensor([order.index(key) for key in keys])]
+    exact = torch.linalg.solve(cost, -a)
+    slope = a + cost @ d
+    if low < 1 < high:
+        torch.testing.assert_close(d, exact, rtol=0, atol=5e-3 * float(exact.abs().max()))
+    else:
+        side = -1 if high == 1 else 1
+        assert (side * d >= 0).all() and 5 < int((d != 0).sum()) < len(d)
+        assert float(slope[d != 0].abs().max()) < 0.02 * float(a.abs().max())
+        assert (side * slope[d == 0] >= -0.02 * float(a.abs().max())).all()
+    step = torch.tensor([min(alone[key], 0) if high == 1 else alone[key] for key in keys], dtype=torch.float64)
+    if (low, high) != (1.0, 3.0):  # at the same cost it lowers more than what each costs alone would say
+        step *= ((d @ cost @ d) / (step @ cost @ step)).sqrt()
+        assert a @ d < 1.001 * (a @ step) < 0
+
+
+def test_the_predicted_rise_counts_what_components_cost_together(grouped_sides):
+    keys, cost = whole_cost(grouped_sides, 0.0, 0.7)
+    contrast = {"class_path": "budget", "init_args": {"off_diagonal": 0.7}}
+    dose = make_dose(*grouped_sides, contrast=contrast)
+    plan = dose.at(0.5)
+    factors = {(n.layer, n.index): n.factor for n in plan.neurons}
+    d = torch.tensor([factors.get(key, 1.0) - 1 for key in keys], dtype=torch.float64)
+    assert plan.settings["gains"]["predicted_rise"] == pytest.approx(float(0.5 * d @ cost @ d), rel=1e-4)
+    scale = dose.predicted_scale(1e-4)
+    assert dose.at(scale).settings["gains"]["predicted_rise"] == pytest.approx(1e-4, rel=1e-4)
+    assert plan.settings["off_diagonal"] == 0.7
+
+
+def test_what_components_cost_together_needs_groups(sides):
+    contrast = {"class_path": "budget", "init_args": {"off_diagonal": 0.5}}
+    with pytest.raises(InputError, match="needs groups of the general samples, the more the better; score again"):
+        make_dose(*sides, contrast=contrast)
+
+
+def test_the_step_follows_the_mean_derivative_of_several_rounds(sides, about, tmp_path):
+    """The second folder's is that of an edited model; every other contrast refuses to average the two."""
+    general, (first,) = sides
+    second = behaviour_folder(tmp_path / "b2", 11, about, plan="ab12")
+    _, costs, _ = by_hand(sides)
+    mean = sum(costs.values()) / len(costs)
+    plan = make_plan(general, [first, second], contrast="budget", edit="gains", scale=3.0)
+    wanted = {}
+    for (layer, i), cost in costs.items():
+        derivative = (float(first.load(layer)[i]) + float(second.load(layer)[i])) / 2
+        wanted[layer, i] = max(1 - 3.0 * derivative / (cost + 0.1 * mean), 0.0)
+    moved = {key: factor for key, factor in wanted.items() if factor < 1}
+    assert {(n.layer, n.index): n.factor for n in plan.neurons} == pytest.approx(moved, rel=1e-5)
+    with pytest.raises(InputError, match=r"plan=None in .* but ab12 in"):
+        make_plan(general, [first, second], contrast="difference", num_neurons=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [({"off_diagonal": 1.5}, "is not a share from 0 to 1"), ({"off_diagonal": 0.5, "fisher": False}, "is of costs")],
+)
+def test_shares_of_the_off_diagonal_that_are_refused(arguments, match):
+    with pytest.raises(InputError, match=match):
+        CONTRASTS.make({"class_path": "budget", "init_args": arguments})
 
 
 # --- the Fisher information -------------------------------------------------------------------------------------------
@@ -304,6 +412,7 @@ def test_matched_components_get_the_factors(sides):
         ("behaviour", {"at_values": False}, "needs derivatives by gains, read where the components' values are read"),
         ("behaviour", {"method": "lrp"}, "method=gradient in .* but lrp in"),
         ("general", {"num_samples": 36}, "no sample has a second token"),
+        ("general", {"plan": "ab12"}, "these are scores of an edited one; score general text again without --plan"),
     ],
 )
 def test_scores_that_are_not_what_it_needs(tmp_path, about, side, fields, match):
