@@ -33,6 +33,7 @@ class ModelRecord:
         architecture: Name of the class.
         dtype: What it was loaded in, such as ``float32``.
         config: What its config says of how it computes; empty in files of earlier versions.
+        dequantized: What had packed the weights, if they were packed.
         evaluated_fingerprint: In an evaluation, of the weights that were evaluated.
     """
 
@@ -42,6 +43,7 @@ class ModelRecord:
     architecture: str | None = None
     dtype: str | None = None
     config: Record = omitted(dict)
+    dequantized: str | None = omitted()
     evaluated_fingerprint: str | None = omitted()
 
 
