@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -242,19 +243,29 @@ class Budget(Contrast):
         fisher = torch.cat([block.values for block in costs.values()])
         if not fisher.any():
             raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")
-        derivative = torch.cat([block.values for block in derivatives.values()])
         if self.off_diagonal and isinstance(general, Fisher):
             low, high = self._range()
-            diagonal = (1 - self.off_diagonal) * fisher.double() + self.ridge * fisher.double().mean()
-            rows = torch.cat(list(general.rows().values()), 1).mul_(math.sqrt(self.off_diagonal))
-            step = lowest_in_cone(derivative, diagonal, rows, down=low < 1, up=high > 1)
+            step = _steps_together(general, behaviour, self.ridge, self.off_diagonal, low < 1, high > 1)
         else:
-            step = budget_steps(derivative, fisher, self.ridge)
+            step = budget_steps(torch.cat([block.values for block in derivatives.values()]), fisher, self.ridge)
         return dict(zip(derivatives, step.split([len(b.values) for b in derivatives.values()]), strict=True))
 
     def factors(self, step: Tensor, scale: float) -> Tensor:
         """The factor of each component: 1 + scale * step, within ``gains_range``."""
         return (1 + scale * step).clamp(*self._range())
+
+
+@lru_cache(maxsize=1)  # a plan asks several times, and it takes a minute for tens of thousands of components
+def _steps_together(
+    general: Fisher, behaviour: Side, ridge: float, off_diagonal: float, down: bool, up: bool
+) -> Tensor:
+    """The change of every gain at scale 1, by what components cost together."""
+    fisher, derivative = (
+        torch.cat([block.values for block in side.in_memory.values()]).double() for side in (general, behaviour)
+    )
+    rows = torch.cat(list(general.rows().values()), 1).mul_(math.sqrt(off_diagonal))
+    diagonal = (1 - off_diagonal) * fisher + ridge * fisher.mean()
+    return lowest_in_cone(derivative, diagonal, rows, down=down, up=up)
 
 
 def _check(general: Scores, behaviour: Scores, fisher: bool) -> None:
