@@ -2,8 +2,11 @@
 
 import json
 
+import bench_growth
 import bench_scoring
+import numpy as np
 import pytest
+import torch
 
 TOY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "60"]
 TOY += ["--seq-len", "12", "--prompts", "5", "--prompt-min", "2", "--prompt-max", "6", "--batch-size", "3"]
@@ -60,3 +63,23 @@ def test_both_explain_the_same_token_and_it_must_be_the_largest(monkeypatch, cap
     monkeypatch.setattr(bench_scoring.Ours, "add", add)
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench_scoring.main([*TOY, "--work", "prompts"])
+
+
+@pytest.mark.parametrize(("bound", "status"), [(1.99, 1), (2.01, 0)])
+def test_what_grows_faster_than_its_bound_fails(bound, status, monkeypatch, capsys):
+    def product(n):
+        return lambda: torch.ones(n, n) @ torch.ones(n, 1)
+
+    sizes = {n: lambda n=n: product(n) for n in (8, 16, 64)}
+    growth = bench_growth.Growth("a product", sizes, (9.0, 9.0, bound))
+    monkeypatch.setattr(bench_growth, "growths", lambda: [growth])
+    assert bench_growth.main(["--counts"]) == status
+    out = capsys.readouterr().out
+    assert "| a product | 8, 16, 64 | " in out
+    assert ("2.00 (at most" in out) and ("**above**" in out) == status
+
+
+def test_the_power_is_the_slope_of_the_logarithms():
+    sizes, costs = [1.0, 2.0, 4.0, 8.0], [3.0, 7.0, 19.0, 50.0]
+    x, y = np.log(sizes), np.log(costs)
+    assert bench_growth.power(sizes, costs) == pytest.approx(np.polyfit(x, y, 1)[0])

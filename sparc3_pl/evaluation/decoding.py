@@ -121,7 +121,8 @@ class Decoder:
         for step in range(steps):
             picked, finite = choose(logits, step, rows)
             drawn[rows, step] = picked
-            broken_at[rows[~finite & (broken_at[rows] < 0)]] = step
+            before = broken_at[rows]
+            broken_at[rows] = torch.where(finite | (before >= 0), before, step)
             goes_on = goes_on & finite & ~torch.isin(picked, end_tokens)
             staying = int(goes_on.sum())
             if step + 1 == steps or not staying:

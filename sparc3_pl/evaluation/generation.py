@@ -193,7 +193,9 @@ def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _chosen(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token of each row, and whether the row's logits were finite; of those that were not, any token."""
     finite_R = logits_RV.amax(-1).isfinite()  # NaN and +inf reach the maximum; all -inf is it
-    logits_RV = logits_RV if bool(finite_R.all()) else logits_RV.where(finite_R[:, None], 0.0)
+    # On a GPU asking whether that is needed would make the host wait.
+    if logits_RV.device.type == "cuda" or not bool(finite_R.all()):
+        logits_RV = logits_RV.where(finite_R[:, None], 0.0)
     return choose_tokens(logits_RV, uniforms_R, sampling.temperature, sampling.top_p), finite_R
 
 

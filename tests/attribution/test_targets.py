@@ -247,6 +247,27 @@ def test_logits_are_made_a_few_positions_at_a_time(monkeypatch):
     assert sizes == [4, 4, 2]  # ten tokens of completions, each position once: none is made again for the gradient
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("settings", [{}, {"logit_scale": 0.5}, {"final_logit_softcapping": 2.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_likelihood_is_autograds_to_the_bit(settings, temperature, dtype):
+    model = tiny("llama", dtype=dtype).requires_grad_(False)
+    vars(model.config).update(settings)
+    head = OutputHead(model)
+    hidden_NH = torch.randn(6, features(head.linear)[1], dtype=dtype, requires_grad=True)
+    labels_N = torch.tensor([0, 3, 3, 49, 7, 1])
+    log_p_NV = (head.logits(hidden_NH) / temperature).log_softmax(1)
+    logits_NV = head.logits(hidden_NH) / temperature
+    plain_N = logits_NV.gather(1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(1)
+    (plain_NH,) = torch.autograd.grad(plain_N.sum(), hidden_NH)
+    counted = torch.ones(1, 6, dtype=torch.bool)
+    values = likelihood.log_likelihood(hidden_NH[None], head, labels_N[None], counted, temperature)
+    (gradient_NH,) = torch.autograd.grad(values.sum(), hidden_NH)
+    assert torch.equal(gradient_NH, plain_NH)
+    assert torch.equal(values, plain_N.new_zeros(1).index_add(0, torch.zeros(6, dtype=torch.int64), plain_N))
+    close(values[0], log_p_NV[torch.arange(6), labels_N].sum())
+
+
 @contextmanager
 def gain(model, group, component, factor):
     """Multiplies what one component sends to the layer that reads it."""
