@@ -4,7 +4,7 @@ Small random Llamas are scored, completed and edited at three or four sizes of e
 line is laid through the logarithms (least squares): its slope is the power with which seconds, the peak of memory and
 the operations of matrix products grow. Exits with 1 if one is above its bound.
 
-    python scripts/bench_growth.py             # a Markdown table, in three minutes
+    python scripts/bench_growth.py             # a Markdown table, in two minutes
     python scripts/bench_growth.py --counts    # operations only, the same on any machine, in seconds
 
 Seconds are those that one thread computes, the fastest of several passes; memory is what a pass holds above what was
