@@ -70,7 +70,7 @@ def test_what_grows_faster_than_its_bound_fails(bound, status, monkeypatch, caps
     def product(n):
         return lambda: torch.ones(n, n) @ torch.ones(n, 1)
 
-    sizes = {n: lambda n=n: product(n) for n in (8, 16, 64)}
+    sizes = {n: lambda n=n: product(n) for n in (8, 16, 64, 65)}
     growth = bench_growth.Growth("a product", sizes, (9.0, 9.0, bound))
     monkeypatch.setattr(bench_growth, "growths", lambda: [growth])
     assert bench_growth.main(["--counts"]) == status
