@@ -136,7 +136,7 @@ class Ranks:
         for rank in range(1 if launcher else world):
             self._count += 1
             out = self.folder / f"rank-{self._count}.txt"
-            known = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+            known = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
             ranks = (
                 {k: str(v) for k, v in known.items()} | {"MASTER_PORT": str(port)} if world > 1 and not launcher else {}
             )

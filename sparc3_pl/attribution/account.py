@@ -24,6 +24,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
 from sparc3_pl.model.experts import experts_modules, router_of
 from sparc3_pl.model.logits import OutputHead
+from sparc3_pl.model.placement import values_of
 from sparc3_pl.model.structure import decoder, is_linear, output_head
 
 __all__ = ["RelevanceAccount", "relevance_account", "self_check"]
@@ -188,7 +189,7 @@ def _embedding_hook(entry: str, kept: dict[str, float], leaves: list[Tensor]) ->
 
 def _bias_hook(entry: str, kept: dict[str, float]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        bias = module.bias.detach()
+        bias = values_of(module, "bias").to(output.device)
         output.register_hook(lambda g: _add(kept, entry, bias, g))
 
     return hook

@@ -15,6 +15,8 @@ from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.logits import OutputHead
+from sparc3_pl.model.patching import as_forward
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.structure import features
 
 __all__ = [
@@ -218,12 +220,15 @@ def require_known_logits(model: nn.Module, sample: Sequence[int]) -> None:
     Raises:
         InputError: if the model does something to its logits that is not known here.
     """
-    device = model.get_input_embeddings().weight.device
-    if not len(sample) or device.type == "meta":
+    if not len(sample):
         return
-    input_ids = torch.tensor([list(sample[:NUM_TOKENS])], device=device)
+    input_ids = torch.tensor([list(sample[:NUM_TOKENS])], device=input_device(model))
     expected = model(input_ids=input_ids, use_cache=False).logits
-    logits = OutputHead(model).logits(last_hidden_state(model, input_ids, torch.ones_like(input_ids)))
+
+    def apart(model: nn.Module, input_ids: Tensor) -> Tensor:
+        return OutputHead(model).logits(last_hidden_state(model, input_ids, torch.ones_like(input_ids)))
+
+    logits = as_forward(apart, model, input_ids)
     far, largest = (float(t.abs().max()) for t in (logits - expected.to(logits.device), expected))
     if not far <= _TOLERANCE.get(expected.dtype, 1e-4) * largest:
         error = far / largest if largest else math.inf

@@ -19,11 +19,12 @@ from sparc3_pl.attribution.accumulators import Counts, component_scores
 from sparc3_pl.attribution.methods import Gradient, Lrp, Options, Sums
 from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.attribution.rules import RuleSet
-from sparc3_pl.attribution.targets import Attributed, Predicted, Target, as_forward, attribute
+from sparc3_pl.attribution.targets import Attributed, Predicted, Target, attribute
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.fields import FIELD_KEYS
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Component, Group, site_of
+from sparc3_pl.model.patching import as_forward
 
 __all__ = ["AttributionPatching", "IntegratedGradients", "RelevancePatching"]
 

@@ -7,6 +7,7 @@ sample costs, so no run is without it, and the score folder keeps what it said.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 from sparc3_pl.attribution.account import self_check
 from sparc3_pl.errors import InputError
-from sparc3_pl.runtime.collectives import from_rank_zero
+from sparc3_pl.model.placement import input_device
+from sparc3_pl.runtime.collectives import from_rank_zero, is_sharded
 
 __all__ = ["NUM_TOKENS", "checked_rules"]
 
@@ -29,7 +31,8 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
     """Draws up the relevance account of the beginning of one sample on rank 0; every rank judges it alike.
 
     Args:
-        model: A causal language model in eval mode, whole (not sharded yet).
+        model: A causal language model in eval mode, whole. Of one that has been sharded since, what was said of it then
+            is said again.
         sample: Token ids.
         unlisted: As in ``attn_lrp``.
 
@@ -43,12 +46,19 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
     if reason := _reason_against(model, sample):
         log.warning("the LRP rules were not checked by a relevance account: %s", reason)
         return {"relative_residual": None, "num_tokens": 0, "reason": reason}
+    if any(map(is_sharded, model.parameters())):
+        return dict(_accounts[model])
     input_ids = torch.tensor(sample[:NUM_TOKENS])[None]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     outcome = from_rank_zero(lambda: _outcome(model, input_ids.to(device), unlisted))
     if isinstance(outcome, str):
         raise InputError(outcome)
-    return {"relative_residual": outcome, "num_tokens": input_ids.shape[1]}
+    _accounts[model] = {"relative_residual": outcome, "num_tokens": input_ids.shape[1]}
+    return dict(_accounts[model])
+
+
+_accounts: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""What was said last of each model."""
 
 
 def _reason_against(model: nn.Module, sample: Sequence[int]) -> str | None:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.targets import as_forward, last_hidden_state
+from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.experts import Routed, is_routed
 from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.patching import as_forward
+from sparc3_pl.model.placement import is_offloaded, matrix_of, values_of
 from sparc3_pl.model.structure import output_head, weight_matrix
 
 __all__ = ["LayerPass", "Places", "check_tokens", "inputs_shown", "recording"]
@@ -220,10 +222,12 @@ def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], Non
         def show(x: Tensor, y: Tensor, delta: Tensor) -> None:
             if places is None:
                 check_tokens(name, x, *batch)
-            bias = getattr(module, "bias", None)
+            has_bias, offloaded = getattr(module, "bias", None) is not None, is_offloaded(module)
+            bias = values_of(module, "bias").to(y.device) if has_bias and offloaded else getattr(module, "bias", None)
             z = y if bias is None else y - bias
             by_sample = partial(_by_sample, batch_size=batch_size) if places is None else places.by_sample
-            sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_matrix(module), places))
+            weight_OI = matrix_of(module) if offloaded else weight_matrix(module)
+            sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_OI, places))
 
         if not y.requires_grad:  # nothing below carries a gradient: the graph begins here
             y.requires_grad_()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.methods import METHODS, BatchFigures, Layer, Method, Options, Sums
@@ -11,6 +12,7 @@ from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS, Component, Group
 from sparc3_pl.model.experts import is_routed
+from sparc3_pl.model.placement import input_device, is_offloaded, matrix_of, place_of
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import is_sharded, whole
@@ -76,7 +78,10 @@ class Scorer:
             if group.routed:
                 self._check_expert(group)
             module = model.get_submodule(group.layer)
-            sums = self.method.sums(group, weight_matrix(module), self.options)
+            like_OI = weight_matrix(module)
+            if is_offloaded(module):  # the sums lie where it computes
+                like_OI = torch.empty((), dtype=like_OI.dtype, device=place_of(module)).expand(like_OI.shape)
+            sums = self.method.sums(group, like_OI, self.options)
             self.layers[group.layer] = Layer(group, module, sums)
 
     def _check_expert(self, group: Group) -> None:
@@ -113,7 +118,7 @@ class Scorer:
         """
         if not self.method.needs_samples:
             return None
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         is_stand_in = not batch.attention_mask.any()  # it knows nothing that a target may want to know
         target = Predicted() if is_stand_in else self.target
         return self.method.take_in(self.model, batch.to(device), self.layers, target, self.options)
@@ -130,7 +135,7 @@ class Scorer:
         in the same order.
         """
         layer = self.layers[name]
-        weight_OI = whole(weight_matrix(layer.module).detach()) if self.method.needs_weights else None
+        weight_OI = matrix_of(layer.module) if self.method.needs_weights else None
         sums = {key: whole(tensor) for key, tensor in layer.sums.items()}
         return layer_scores(self.method, layer.group, sums, num_samples, weight_OI, self.options)
 

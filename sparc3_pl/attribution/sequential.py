@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.targets import as_forward, last_hidden_state
+from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.structure import decoder_layers, features, weight_matrix
 from sparc3_pl.statistics.lowest_of_groups import lowest_of_each_group
 

@@ -17,6 +17,7 @@ from sparc3_pl.attribution.scorers import Scorer
 from sparc3_pl.attribution.targets import last_hidden_state, last_logits
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.model.experts import one_by_one
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.structure import output_head
 from sparc3_pl.statistics.agreement import jaccard, rank_correlation
 
@@ -95,7 +96,7 @@ def neuron_scores(
 @torch.no_grad()
 def forward_change(model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor, unlisted: bool = False) -> float:
     """The largest change of a logit under the rules, relative to the largest logit; 0 if the rules are right."""
-    device, (_, head) = model.get_input_embeddings().weight.device, output_head(model)
+    device, (_, head) = input_device(model), output_head(model)
     input_ids_BT, attention_mask_BT = input_ids_BT.to(device), attention_mask_BT.to(device)
 
     def logits() -> Tensor:

@@ -2,15 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.model.logits import OutputHead
-from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.structure import decoder
 from sparc3_pl.registry import Registry
 
@@ -19,7 +18,6 @@ __all__ = [
     "Attributed",
     "Predicted",
     "Target",
-    "as_forward",
     "attribute",
     "last_hidden",
     "last_hidden_state",
@@ -130,13 +128,3 @@ def attribute(model: nn.Module, target: Target, batch: ReferenceBatch) -> Attrib
         return target(last_hidden_state(model, input_ids_BT, attention_mask_BT), OutputHead(model), batch)
 
     return as_forward(forward, model, batch.input_ids, batch.attention_mask)
-
-
-def as_forward(function: Callable[..., Any], model: nn.Module, *args: Tensor) -> Any:
-    """``function(model, *args)``, called as the model's own forward pass, with whatever hooks the model has.
-
-    The hooks of a sharded model put together the weights outside its decoder layers. They look for tensors in what the
-    function returns: it must be a tensor, or tuples and dictionaries of tensors.
-    """
-    with swapped(model, "forward", partial(function, model)):
-        return model(*args)

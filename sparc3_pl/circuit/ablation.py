@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.targets import as_forward, last_hidden_state
+from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import mlp_by_up
-from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.patching import as_forward, swapped
+from sparc3_pl.model.placement import put_values, values_of
 from sparc3_pl.model.structure import MLP, weight_matrix
 from sparc3_pl.registry import Registry
+from sparc3_pl.runtime.collectives import is_sharded
 
 __all__ = [
     "ABLATIONS",
@@ -215,10 +217,11 @@ def _without(model: nn.Module, mlp: MLP, kept: Tensor) -> Iterator[None]:
 def allows_compact(model: nn.Module, candidates: Candidates, batch: ReferenceBatch) -> bool:
     """Whether ``compact`` changes nothing on a model, tried on a batch with every second component ablated.
 
-    A model whose layers are spread over devices by hooks of their own is left as it is.
+    A model whose layers are spread over devices by hooks of their own, or over ranks, is left as it is.
     """
     blocks = [mlp for mlp in mlp_by_up(model).values() if mlp.down in candidates.readers]
-    if not blocks or any(hasattr(model.get_submodule(mlp.down), "_hf_hook") for mlp in blocks):
+    layers = [model.get_submodule(mlp.down) for mlp in blocks]
+    if not blocks or any(hasattr(layer, "_hf_hook") or is_sharded(layer.weight) for layer in layers):
         return False
     kept_N = torch.arange(candidates.count) % 2 == 0
     hidden = []
@@ -252,12 +255,14 @@ def masked_weights(model: nn.Module, candidates: Candidates, kept_N: Tensor) -> 
     before: dict[str, Tensor] = {}
     try:
         for span in candidates.spans:
-            matrix = weight_matrix(model.get_submodule(span.group.layer)).detach()
-            kept = kept_N[span.own].view(span.group.shape).to(matrix.device)
+            layer = model.get_submodule(span.group.layer)
+            kept = kept_N[span.own].view(span.group.shape)
             if not kept.all():
-                before[span.group.layer] = matrix.clone()
-                matrix.masked_fill_(~kept, 0.0)
+                values = values_of(layer)
+                before[span.group.layer] = values.clone()
+                weight_matrix(layer, values).masked_fill_(~kept.to(values.device), 0.0)
+                put_values(layer, "weight", values)
         yield
     finally:
         for name, values in before.items():
-            weight_matrix(model.get_submodule(name)).detach().copy_(values)
+            put_values(model.get_submodule(name), "weight", values)

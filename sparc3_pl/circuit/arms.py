@@ -18,7 +18,7 @@ from sparc3_pl.circuit.curves import num_kept
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS
-from sparc3_pl.model.structure import weight_matrix
+from sparc3_pl.model.placement import matrix_of
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scoring.score_run import ScoreRequest, ScoreRun
@@ -183,7 +183,7 @@ class ArmScores:
             for unit, count in chosen:
                 for key, tensor in unit.sums[name].items() if count else ():
                     sums[key] += count * tensor
-            weight = weight_matrix(layer.module).detach() if method.needs_weights else None
+            weight = matrix_of(layer.module) if method.needs_weights else None
             scores[name] = layer_scores(method, layer.group, sums, number, weight, options)
         return scores
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
-from sparc3_pl.model.source import ModelSource
+from sparc3_pl.model.placement import input_device
+from sparc3_pl.model.source import SHARDED, ModelSource
 from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Choice, Spec
+from sparc3_pl.runtime.collectives import is_rank_zero, joined_ranks
 from sparc3_pl.runtime.timing import measuring, table_text, timed, timing
 from sparc3_pl.scoring.score_run import require_fields
 
@@ -84,7 +87,6 @@ def circuit(
         "resamples": resamples, "permutations": permutations, "save_fraction": save_fraction,
         "tensorboard": tensorboard,
     }  # fmt: skip
-    check_output(output, overwrite, KIND)
     sizes = checked_fractions(fractions)
     if resamples < 0 or permutations < 1:
         raise InputError(f"resamples={resamples}, permutations={permutations}: give 0 or more, and 1 or more")
@@ -97,11 +99,26 @@ def circuit(
     )  # fmt: skip
     if any(c.object.dims == 2 for c in arms[0].request.components) and not kind.object.of_weights:
         raise InputError(f"ablation={kind.name}: single weights are ablated by zero only; give ablation: zero")
-    with sole_run(output), measuring():
+    if model.device_map == SHARDED and any(c.object.dims == 2 for c in arms[0].request.components):
+        raise InputError(
+            "model.device_map=sharded: the sums of single weights would be shared out too, which circuit cannot do; "
+            "use model.device_map=auto, or other components"
+        )
+    with ExitStack() as run_once:
+        if model.device_map == SHARDED:
+            run_once.enter_context(joined_ranks("model.device_map=sharded"))
+        if is_rank_zero():
+            check_output(output, overwrite, KIND)
+            run_once.enter_context(sole_run(output))
+        else:  # takes part in every pass, also in those that writing needs; what it writes is thrown away
+            output = f"{run_once.enter_context(TemporaryDirectory())}/circuit"
+        run_once.enter_context(measuring())
         run = _Run(model, data, kind, arms, sizes, save_fraction)
         results = run.measure(resamples, permutations)
         with timed("writing"):
             run.write(Path(output), overwrite, results, settings, save_fraction, tensorboard)
+        if not is_rank_zero():
+            return results
         if (times := timing()) is not None:
             log.info(table_text(times, "Time of circuit"))
     print_sections(circuit_sections(results))
@@ -126,8 +143,9 @@ class _Run:
         self.measured: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
         self._clock = time.perf_counter()
+        spread = None if model.device_map == SHARDED else model.device_map
         source = ModelSource(
-            model.pretrained, model.dtype, model.revision, model.device_map, model.trust_remote_code, model.dequantize
+            model.pretrained, model.dtype, model.revision, spread, model.trust_remote_code, model.dequantize
         )
         encoder = load_encoder(source)
         needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
@@ -142,15 +160,25 @@ class _Run:
         if save_fraction is not None and not num_kept(save_fraction, self.candidates.count):
             raise InputError(f"save_fraction={save_fraction} of {self.candidates.count} components is none; give more")
         self.description = describe(self.model, source)
-        self._place()
-        self._check_arms()
+        if model.device_map == SHARDED:
+            self._check_arms()  # now, while the weights are whole
+            for arm in arms:
+                arm.request.method.object.prepare(self.model)
+            self._place()
+        else:
+            self._place()
+            self._check_arms()
         self._lap("loading")
 
     def _place(self) -> None:
-        """Moves the model to the GPU, if there is one, and the pairs to the model."""
-        if self.settings.device_map is None and torch.cuda.is_available():
+        """Moves the model to the GPU (or its parts to the ranks' GPUs), if there is one, and the pairs to the model."""
+        if self.settings.device_map == SHARDED:
+            from sparc3_pl.model.fsdp import shard_over_all
+
+            shard_over_all(self.model)
+        elif self.settings.device_map is None and torch.cuda.is_available():
             self.model.to("cuda")
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         sets = [[batch.to(device) for batch in batches] for batches in self.pairs.sets]
         self.pairs = replace(self.pairs, sets=sets, tests=[batch.to(device) for batch in self.pairs.tests])
 

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sparc3_pl.attribution.targets import as_forward, last_hidden, last_hidden_state
+from sparc3_pl.attribution.targets import last_hidden, last_hidden_state
 from sparc3_pl.circuit.ablation import Replacement, ablated, masked_weights
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.kernels import onednn_linears
 from sparc3_pl.model.logits import OutputHead
+from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.runtime.timing import timed
 

@@ -1,6 +1,7 @@
 """A circuit run on a loaded model: arms are scored on discovery pairs, and their circuits measured on test pairs.
 
-Plain Python, no Trainer: one process, one device (or several by ``device_map``).
+Plain Python, no Trainer: one process, one device (or several by ``device_map``). Processes that share a model out all
+do the same.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class CircuitModel:
         pretrained: Hub id, local folder, ``FILE.gguf``, or ``demo``, the model that comes with the package.
         dtype: Precision to load the model in; ``auto``: as it was saved.
         revision: Commit, branch or tag of a hub model.
-        device_map: ``auto`` spreads the model over the GPUs of this process.
+        device_map: ``auto`` spreads the model over the GPUs of this process, and what does not fit there over the
+            host's memory and the disk; ``sharded`` shares it out over processes that ``torchrun`` has started (FSDP2).
         trust_remote_code: Run the model code that a hub repository brings. Off unless you turn it on.
         dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, where transformers can (FP8, MXFP4,
             compressed-tensors, bitsandbytes); else it is refused. GGUF files are unpacked in any case.

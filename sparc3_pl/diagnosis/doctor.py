@@ -32,6 +32,7 @@ from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.model.structure import decoder
 
@@ -92,6 +93,7 @@ def doctor(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    device_map: str | None = None,
     source: str = "demo",
     text_field: str = "text",
     num_samples: int = 3,
@@ -111,6 +113,8 @@ def doctor(
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run Python code that the checkpoint brings along.
         dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, as model.dequantize of score.
+        device_map: auto spreads the model over the GPUs of this process, and what does not fit there over the host's
+            memory and the disk. Half precision is not measured of what is there.
         source: Text for the samples, as data.source of score.
         text_field: Field of the text.
         num_samples: Number of samples.
@@ -126,11 +130,12 @@ def doctor(
     check_places("doctor", output, html, overwrite)
     if num_samples < 1 or seq_len < 4:
         raise InputError(f"num_samples={num_samples}, seq_len={seq_len}: give at least 1 sample of 4 tokens")
-    model_source = ModelSource(pretrained, "float32", revision, None, trust_remote_code, dequantize)
+    model_source = ModelSource(pretrained, "float32", revision, device_map, trust_remote_code, dequantize)
     encoder = load_encoder(model_source)
     samples = _samples(encoder, source, text_field, num_samples, seq_len)
     model = load_model(model_source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if device_map is None:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = diagnose(model, samples, pretrained=pretrained, dtype=dtype, start=start)
     texts = list(itertools.islice(TextQuery(source, text_field).texts(), TOKENIZED))
     result = replace(result, checks=(check_tokenizer(encoder, texts), *result.checks))
@@ -168,7 +173,7 @@ def diagnose(
     """
     start = time.perf_counter() if start is None else start
     named = {"pretrained": pretrained, "architecture": type(model).__name__, "dtype": dtype}
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     try:
         with attn_lrp(model):
             rules, unlisted = rule_table(model), False
@@ -186,16 +191,18 @@ def diagnose(
     exact = neuron_scores(model, *batch, unlisted)
     forward = forward_change(model, *batch, unlisted)
     padding = {side: padding_error(model, samples, side, unlisted) for side in ("right", "left")}
-    with parameters_as(model, getattr(torch, dtype)):
-        rough = neuron_scores(model, *batch, unlisted)
-    precision = precision_agreement(exact.flat, rough.flat)
-    checks = (*checks, *_judge(accounts, forward, {"float32": exact, dtype: rough}, precision, padding))
+    scores, precision = {"float32": exact}, None
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        with parameters_as(model, getattr(torch, dtype)):
+            scores[dtype] = neuron_scores(model, *batch, unlisted)
+        precision = precision_agreement(exact.flat, scores[dtype].flat)
+    checks = (*checks, *_judge(accounts, forward, scores, precision, padding))
     return Diagnosis(
         **named,
         rules=rules,
         accounts=accounts,
         forward=forward,
-        nonfinite={"float32": exact.nonfinite, dtype: rough.nonfinite},
+        nonfinite={name: neurons.nonfinite for name, neurons in scores.items()},
         precision=precision,
         padding=padding,
         checks=checks,
@@ -273,7 +280,7 @@ def _judge(
     accounts: Sequence[RelevanceAccount],
     forward: float,
     scores: dict[str, NeuronScores],
-    precision: PrecisionAgreement,
+    precision: PrecisionAgreement | None,
     padding: dict[str, float],
 ) -> Iterator[Check]:
     if any(account.router for account in accounts):
@@ -300,6 +307,10 @@ def _judge(
         advice = "" if status == "pass" else "; score with data.batch_size: 1"
         yield Check(f"padding on the {side}", status, f"scores differ by {error:.2g} of the largest{advice}")
 
+    if precision is None:
+        text = "not measured: part of the model is offloaded (device_map), and its values cannot be cast in place"
+        yield Check("half precision against float32", "warn", text)
+        return
     status = grade(precision.rank_correlation, RANK_WARN, RANK_FAIL)
     advice = "" if status == "pass" else "; score in float32"
     text = (

@@ -22,7 +22,7 @@ from sparc3_pl.data.samples import pad_right
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import Judge, judged
-from sparc3_pl.evaluation.measurement_run import input_device
+from sparc3_pl.model.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

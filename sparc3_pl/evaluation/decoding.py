@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.size import decoder_flops
 from sparc3_pl.runtime.timing import current, measuring
 
@@ -146,8 +147,7 @@ class Decoder:
         The mask is added to the attention's logits: 0 for a row's own prompt and all new tokens, -inf for the places
         between the end of its prompt and the first new token.
         """
-        device = self.model.get_input_embeddings().weight.device
-        device = self.model.device if device.type == "meta" else device
+        device = input_device(self.model)
         longest = max(map(len, prompts))
         layers: list[_Buffer] = []
         logits = None

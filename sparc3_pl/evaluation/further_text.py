@@ -15,8 +15,8 @@ from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.data.samples import pad_right
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import TEXT, TEXT_FIGURE, Measurement, Row
-from sparc3_pl.evaluation.measurement_run import input_device
 from sparc3_pl.model.likelihood import IGNORE, WindowScorer
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.statistics.paired import PairedChange, paired_change, ratio_change
 
 if TYPE_CHECKING:

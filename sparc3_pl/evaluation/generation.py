@@ -26,7 +26,9 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.kernels import onednn_linears, repacked_linears
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.size import decoder_flops
+from sparc3_pl.runtime.collectives import is_sharded
 from sparc3_pl.runtime.memory import free_memory
 from sparc3_pl.runtime.timing import current
 
@@ -391,6 +393,11 @@ class Generator:
         try:
             new_RS, broken_at = self._draw(rows)
         except torch.OutOfMemoryError:
+            if is_sharded(self.model.get_input_embeddings().weight):  # the other ranks have gone on with this pass
+                raise InputError(
+                    f"model.generation_batch_size={self.rows_per_batch}: {len(rows)} completions at once do not fit "
+                    "into memory, and ranks that share a model out cannot try fewer; lower it"
+                ) from None
             if len(rows) == 1:
                 raise
             half = len(rows) // 2
@@ -404,8 +411,7 @@ class Generator:
     @torch.inference_mode()
     def _draw(self, rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
         """New token ids of every row (whatever comes after its end), and the step at which its logits broke, or -1."""
-        device = self.model.get_input_embeddings().weight.device
-        device = self.model.device if device.type == "meta" else device
+        device = input_device(self.model)
         numbers = np.stack([uniforms(r.seed, self.sampling.max_new_tokens) for r in rows])
         uniforms_RS = torch.from_numpy(numbers).to(device)
         decoder = self._decoder_for(rows[0].ids, max(len(r.ids) for r in rows) + self.sampling.max_new_tokens)

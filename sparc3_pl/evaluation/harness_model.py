@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lm_eval.api.model import TemplateLM
 
 from sparc3_pl.data.samples import pad_right
-from sparc3_pl.evaluation.measurement_run import input_device
 from sparc3_pl.model.likelihood import IGNORE, WindowScorer
+from sparc3_pl.model.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sparc3_pl.data.evaluation_data import UnitBatch
 from sparc3_pl.evaluation.measurement import Measured, Measurement, Row, checked_rows
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparc3_pl.data.encoding import Encoder
 
-__all__ = ["MeasurementRun", "Outcome", "UnitRun", "input_device"]
+__all__ = ["MeasurementRun", "Outcome", "UnitRun"]
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,3 @@ class UnitRun(MeasurementRun):
         }
         rows = [{"measurement": one.choice.object.name, **row} for one in measured for row in one.rows]
         return Outcome(results if measured else {}, measurements=rows)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model wants its inputs. One that is offloaded as a whole fetches them from the CPU by itself."""
-    places = (model.get_input_embeddings().weight.device, model.device, torch.device("cpu"))
-    return next(device for device in places if device.type != "meta")

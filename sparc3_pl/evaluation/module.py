@@ -19,15 +19,18 @@ from sparc3_pl.evaluation.further_text import FurtherText, further_texts
 from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import KIND, Evaluation
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
 from sparc3_pl.evaluation.words import WordFilter, WordsJudge
 from sparc3_pl.io.files import check_output
+from sparc3_pl.model.fsdp import InStep
+from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import pruning_of
 from sparc3_pl.registry import Spec
@@ -36,7 +39,7 @@ from sparc3_pl.runtime.progress import Watch, show_progress
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
 from sparc3_pl.runtime.run_log import RunLog, run_folder
 from sparc3_pl.runtime.timing import timed
-from sparc3_pl.runtime.trainer import check_precision
+from sparc3_pl.runtime.trainer import check_placement, check_precision, is_sharded_run
 
 if TYPE_CHECKING:
     import transformers  # its classes are not loaded where a parser reads the types of this file
@@ -52,7 +55,8 @@ class EvaluationModule(pl.LightningModule):
     """Measures the perplexity of a causal language model on text, and what it makes of prompts.
 
     ``test_step`` takes windows of text, batches of prompts, and batches of units of your own measurements. At the end
-    what the ranks have made is gathered, and rank 0 writes the evaluation folder and prints the figures.
+    what the ranks have made is gathered, and rank 0 writes the evaluation folder and prints the figures. Under
+    Lightning's ``ModelParallelStrategy`` the model is sharded over the ranks (FSDP2), which then take passes in step.
 
     Args:
         pretrained: Hub id, local folder, ``FILE.gguf``, or ``demo``, the model that comes with the package.
@@ -146,6 +150,7 @@ class EvaluationModule(pl.LightningModule):
         self.model: transformers.PreTrainedModel | None = None
         self.run: EvaluationRun | None = None
         """Once the Trainer has started."""
+        self._in_step: InStep | None = None
         self._loaded_fingerprint: str | None = None
         """Of the model before any edit; None if the plan's own check tells it."""
         self._window: WindowSize | None = None
@@ -190,6 +195,7 @@ class EvaluationModule(pl.LightningModule):
             InputError: if the Trainer would convert the model, there is nothing to evaluate, or it cannot be read.
         """
         check_precision(self.trainer)
+        check_placement(self.trainer, self.source.device_map)
         specs: list[Spec] = [] if self.data.pairs is None else [self.data.pairs]
         if self.data.further_texts:
             self._window = window_size(self.encoder.context, self._max_length, self._stride, self._windows)
@@ -219,15 +225,23 @@ class EvaluationModule(pl.LightningModule):
         """
         if self.model is None:
             model = load_model(self.source)
+            if self._trainer is not None and is_sharded_run(self._trainer):
+                share_out(model, self.device_mesh["data_parallel"])
             if self.source.device_map is None:
                 self.model = model
             else:  # outside the module tree: nothing may move a model that is spread over devices
                 self.__dict__["model"] = model
         pruning = None if self._trainer is None else pruning_of(self._trainer)
         if self._loaded_fingerprint is None and (pruning is None or not pruning.check_fingerprint):
-            self._loaded_fingerprint = from_rank_zero(lambda: fingerprint(self.model))
+            self._loaded_fingerprint = self._fingerprint()
         if self._trainer is not None:
             self._plan_batches()
+
+    def _fingerprint(self) -> str:
+        assert self.model is not None
+        if self._trainer is not None and is_sharded_run(self._trainer):
+            return fingerprint(self.model)  # which gathers the ranks' parts
+        return from_rank_zero(lambda: fingerprint(self.model))
 
     def _plan_batches(self) -> None:
         """Of text and units; the data module cannot know the model's context."""
@@ -276,6 +290,8 @@ class EvaluationModule(pl.LightningModule):
             runs.append(UnitRun(self.model, self.encoder, self.measurements))
         self.run = EvaluationRun(evaluated, runs)
         self._watch = Watch(self.data.shares())
+        if is_sharded_run(self.trainer):
+            self._in_step = InStep(self.model)
 
     def _completion_run(self, evaluated: EvaluatedModel, kind: type[CompletionRun]) -> CompletionRun:
         assert self.model is not None
@@ -300,7 +316,7 @@ class EvaluationModule(pl.LightningModule):
         texts = [one.object.text for one in self.measurements if isinstance(one.object, FurtherText)]
         evaluated = EvaluatedModel.of(
             describe(self.model, self.source, self._loaded_fingerprint),
-            from_rank_zero(lambda: fingerprint(self.model)),
+            self._fingerprint(),
             plan,
             self.data,
             self._units,
@@ -330,6 +346,8 @@ class EvaluationModule(pl.LightningModule):
             InputError: if there was nothing to evaluate.
         """
         assert self.run is not None
+        if self._in_step is not None:
+            self._in_step.finish()
         if self.output is None:
             log.info("fast_dev_run: no results are written (give --output to write them)")
         rows = self.run.finish(

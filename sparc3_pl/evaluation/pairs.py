@@ -14,8 +14,8 @@ from sparc3_pl.data.sources import get_field, local_source, parse_filter, partit
 from sparc3_pl.data.texts import PartitionChoice
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
-from sparc3_pl.evaluation.measurement_run import input_device
 from sparc3_pl.model.likelihood import IGNORE, WindowScorer
+from sparc3_pl.model.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

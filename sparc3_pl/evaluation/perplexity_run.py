@@ -10,11 +10,12 @@ import torch
 
 from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
 from sparc3_pl.evaluation.figures import PerplexityFigures
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, input_device
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
 from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
 from sparc3_pl.io.formats import Record
 from sparc3_pl.model.likelihood import WindowScorer
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.runtime.collectives import gather_lists, is_rank_zero
 from sparc3_pl.runtime.progress import Done

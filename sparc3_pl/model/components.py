@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.experts import is_routed, routes, set_routes
+from sparc3_pl.model.placement import put_values, values_of
 from sparc3_pl.model.structure import MLP, features, is_linear, mlps, select_layers, weight_matrix
 from sparc3_pl.registry import Registry
 
@@ -159,35 +160,40 @@ class Part:
         return f"{self.layer}.{self.where}"
 
     def read(self, module: nn.Module) -> Tensor:
-        """A copy of the entries."""
-        values, index = self._locate(module)
+        """A copy of the entries; of a weight that is shared out over ranks, all of them must ask for it."""
+        if self.where == "routes":
+            return routes(module)[self.index]
+        values, index = self._locate(module, values_of(module, self._parameter))
         return values[index].clone() if self.mask is None else values[index]
 
     @torch.no_grad()
     def write(self, module: nn.Module, values: Tensor | float) -> None:
-        """Writes the entries in place."""
+        """Writes the entries in place, wherever the weight lies (as ``read``)."""
         if self.where == "routes":
             set_routes(module, routes(module).index_copy(0, self.index, torch.as_tensor(values).expand(self.count)))
             return
-        where, index = self._locate(module)
+        parameter = values_of(module, self._parameter)
+        where, index = self._locate(module, parameter)
         if self.mask is None:
             where[index] = values.to(where) if isinstance(values, Tensor) else values
         elif isinstance(values, Tensor):
             where.masked_scatter_(index, values.to(where))
         else:
             where.masked_fill_(index, values)
+        put_values(module, self._parameter, parameter)
 
     def spread(self, values: Tensor, entries: Tensor) -> Tensor:
         """``[n]`` values, one for each of ``index``, in a shape that multiplies the ``entries`` that ``read`` gives."""
         return values if self.where == "columns" else values.view(-1, *[1] * (entries.dim() - 1))
 
-    def _locate(self, module: nn.Module) -> tuple[Tensor, tuple[Tensor | slice, ...] | Tensor]:
-        if self.where == "routes":
-            return routes(module), (self.index,)
+    @property
+    def _parameter(self) -> str:
+        return "bias" if self.where == "bias" else "weight"
+
+    def _locate(self, module: nn.Module, parameter: Tensor) -> tuple[Tensor, tuple[Tensor | slice, ...] | Tensor]:
         if self.where == "bias":
-            bias = module.bias.detach()
-            return bias, (self.index.to(bias.device),)
-        matrix = weight_matrix(module).detach()
+            return parameter, (self.index.to(parameter.device),)
+        matrix = weight_matrix(module, parameter)
         if self.mask is not None:
             return matrix, self.mask.unpacked().view(matrix.shape).to(matrix.device)
         index = self.index.to(matrix.device)

@@ -84,7 +84,16 @@ class ExpertLayer(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A view ``[out, in]`` of the fused parameter: writing to it writes the parameter."""
-        return getattr(self._experts, self._parameter)[self._number, self._rows]
+        return self.of(getattr(self._experts, self._parameter))
+
+    @property
+    def owner(self) -> tuple[nn.Module, str]:
+        """The module that holds the fused parameter, and the parameter's name."""
+        return self._experts, self._parameter
+
+    def of(self, fused: Tensor) -> Tensor:
+        """The view ``[out, in]`` of the fused parameter's values, wherever they lie."""
+        return fused[self._number, self._rows]
 
 
 def is_routed(module: nn.Module) -> bool:
@@ -219,6 +228,11 @@ def set_routes(router: nn.Module, routes_E: Tensor) -> None:
         raise InputError("no expert of a layer would be left to send tokens to; choose fewer")
     if not hasattr(router, "top_k"):
         raise InputError(f"nothing is known of how a {type(router).__name__} chooses experts; use edit=zero")
+    if router.weight.is_meta:
+        raise InputError(
+            "a router is offloaded (device_map), so that its rows cannot be left out; use edit=zero, or load the model "
+            "whole"
+        )
     if isinstance(own := vars(router).get("forward"), _Rerouted):
         del router.forward
         if own.before is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction, attention_modules, wrapped_attention
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.remembered import by_structure
 from sparc3_pl.model.structure import decoder, features, is_linear
 
@@ -184,6 +185,6 @@ def _first_token(
             for part, child in module.named_children():
                 if is_linear(child):
                     undo.callback(child.register_forward_hook(keep(name, part)).remove)
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         decoder(model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return {name: (outputs[name], qkv[name]) for name in modules}

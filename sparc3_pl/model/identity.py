@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_pl.io.formats import Record, omitted
-from sparc3_pl.runtime.collectives import is_sharded, whole
+from sparc3_pl.model.placement import values_of
+from sparc3_pl.runtime.collectives import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,16 +150,12 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Where an edit has taken experts out of the routing, what it has done there is one of the values.
     """
     yield from closed_routes(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            yield name, whole(parameter)
-            continue
-        from accelerate.utils import align_module_device
-
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        with align_module_device(module, "cpu"):
-            yield name, getattr(module, leaf)
+    ties = getattr(model, "all_tied_weights_keys", {})  # an offloaded one is another object in each of its modules
+    names = [name for name, _ in model.named_parameters()]
+    for name in names:
+        if not (model.get_parameter(name).is_meta and ties.get(name) in names):
+            owner, _, leaf = name.rpartition(".")
+            yield name, values_of(model.get_submodule(owner), leaf)
 
 
 def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparc3_pl.model.kernels import onednn_linears
+from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.structure import decoder, features, output_head
 
 __all__ = ["IGNORE", "WindowScorer", "row_nll"]
@@ -86,10 +87,14 @@ class WindowScorer:
         if not self.head_only:
             logits, keep = self._own_logits(input_ids, attention_mask, scored)
             return row_nll(logits[scored[:, keep]], want[scored].to(logits.device)).to(want.device)
-        hidden_ND = self._hidden(input_ids, attention_mask)[scored]
-        size = max(1, _BLOCK // features(self.head)[0])
-        parts = [self._head_nll(*pair) for pair in zip(hidden_ND.split(size), want[scored].split(size), strict=True)]
-        return torch.cat(parts)
+
+        def forward(_: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+            hidden_ND = self._hidden(input_ids, attention_mask)[scored]
+            size = max(1, _BLOCK // features(self.head)[0])
+            pairs = zip(hidden_ND.split(size), want[scored].split(size), strict=True)
+            return torch.cat([self._head_nll(*pair) for pair in pairs])
+
+        return as_forward(forward, self.model, input_ids, attention_mask)
 
     def _head_nll(self, hidden_ND: Tensor, want_N: Tensor) -> Tensor:
         logits = self.head(hidden_ND)
@@ -108,7 +113,8 @@ class WindowScorer:
 
     def _head_is_all(self, input_ids: Tensor) -> bool:
         own = self.model(input_ids=input_ids, use_cache=False).logits
-        return torch.equal(own.float(), self.head(self._hidden(input_ids)).float())
+        apart = as_forward(lambda _, ids: self.head(self._hidden(ids)), self.model, input_ids)
+        return torch.equal(own.float(), apart.float())
 
 
 def _right_padded(attention_mask: Tensor) -> bool:

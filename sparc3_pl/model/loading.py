@@ -13,7 +13,10 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,16 +151,23 @@ def _digest_of(model: PreTrainedModel) -> str:
 
 def _load(source: ModelSource) -> PreTrainedModel:
     where = _locate(source)
-    with quiet_library(), _network(where), _as_input_error(source, where):
-        config = _causal_config(source, where)
-        quantised = None if "gguf_file" in where else quantisation_of(config)
-        if quantised is not None and quantised.dequantised == "while loading":
-            config.quantization_config = {**quantised.about, "dequantize": True}
-        model, info = auto_class(config).from_pretrained(
-            **where, **_load_options(source, where), config=config, output_loading_info=True
-        )
-        if quantised is not None and quantised.dequantised == "once loaded":
-            model = model.dequantize()
+    options = _load_options(source, where)
+    try:
+        with quiet_library(), _network(where), _as_input_error(source, where):
+            config = _causal_config(source, where)
+            quantised = None if "gguf_file" in where else quantisation_of(config)
+            if quantised is not None and quantised.dequantised == "while loading":
+                config.quantization_config = {**quantised.about, "dequantize": True}
+            model, info = auto_class(config).from_pretrained(
+                **where, **options, config=config, output_loading_info=True
+            )
+            if quantised is not None and quantised.dequantised == "once loaded":
+                model = model.dequantize()
+    except BaseException:
+        shutil.rmtree(options.get("offload_folder", ""), ignore_errors=True)
+        raise
+    if "offload_folder" in options:
+        weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
     if quantised is not None:
         model.dequantized = str(quantised)
         model._weight_conversions = None  # by which save_pretrained would quantise the weights again
@@ -300,7 +310,8 @@ def _load_options(source: ModelSource, where: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": _DTYPES[source.dtype], "ignore_mismatched_sizes": True}
     if source.device_map is not None:
         _require("accelerate", "spreading a model over devices", "model.device_map")
-        options["device_map"] = source.device_map
+        # What lies on the disk is read from the checkpoint, but for weights that the model holds in another form.
+        options |= {"device_map": source.device_map, "offload_folder": tempfile.mkdtemp(prefix="sparc3-offload-")}
     if "gguf_file" in where:
         import transformers
 

@@ -9,7 +9,10 @@ from typing import Any, Literal, get_args
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.hub import local_path
 
-__all__ = ["DType", "ModelSource"]
+__all__ = ["SHARDED", "DType", "ModelSource"]
+
+SHARDED = "sharded"
+"""Stands for a device map in commands without a Trainer: over the processes that ``torchrun`` has started (FSDP2)."""
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 

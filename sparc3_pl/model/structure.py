@@ -111,13 +111,18 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (layer.nf, layer.nx)
 
 
-def weight_matrix(layer: nn.Module) -> Tensor:
+def weight_matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """A view ``[out, in]`` of a linear layer's weight (Conv1D keeps ``[in, out]``); writing to it writes the weight.
+
+    Args:
+        layer: The layer.
+        weight: Its weight's values, where they do not lie in the layer (``placement.py``).
 
     Raises:
         InputError: if the weight is not a plain floating-point matrix (a quantised layer).
     """
-    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    weight = layer.weight if weight is None else weight
+    weight = weight if isinstance(layer, nn.Linear) else weight.T
     if not weight.is_floating_point() or tuple(weight.shape) != features(layer):
         raise InputError(
             f"a {type(layer).__name__} holds {tuple(weight.shape)} {weight.dtype} values, not a float matrix "

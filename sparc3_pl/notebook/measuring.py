@@ -19,12 +19,13 @@ from sparc3_pl.evaluation.further_text import FurtherText
 from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
 from sparc3_pl.evaluation.judges import Judge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun, input_device
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun
 from sparc3_pl.evaluation.module import check_sizes
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.identity import describe, fingerprint
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, edits_in_force, encoder_of
 from sparc3_pl.runtime.progress import Watch
 from sparc3_pl.statistics.paired import NUM_RESAMPLES

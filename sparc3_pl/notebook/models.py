@@ -81,7 +81,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
     if torch.is_inference_mode_enabled():
         raise InputError("torch.inference_mode() is on, which forbids gradients; leave that block first")
     source = _source_of(model)
-    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    asks = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     earlier = _borrowers.get(model)  # of this thread, as where a judge asks the model, too
     _borrowers[model] = threading.get_ident()
     try:
@@ -90,8 +90,8 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
         check_causal(model, source)
         yield source
     finally:
-        for parameter, asked in asks.items():
-            parameter.requires_grad_(asked)
+        for name, asked in asks.items():  # by name: an offloaded parameter is a new one after each pass
+            model.get_parameter(name).requires_grad_(asked)
         if earlier is None:
             del _borrowers[model]
 

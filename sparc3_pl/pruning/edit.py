@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import Group, Part
-from sparc3_pl.model.experts import open_experts, routes
+from sparc3_pl.model.experts import experts_modules, open_experts, routes
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
+from sparc3_pl.model.placement import is_offloaded, values_of
 from sparc3_pl.model.structure import linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen
 from sparc3_pl.pruning.plan import PrunePlan
+from sparc3_pl.runtime.collectives import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,8 +174,16 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
     plan.check()
     if check_fingerprint:
         _check_fingerprint(model, plan)
-    with contextlib.suppress(InputError):  # a plan for layers that are no experts does not need them
-        open_experts(model)
+    if any(map(is_sharded, model.parameters())):
+        for experts in experts_modules(model):
+            if layer := next((layer for layer in plan.counts() if layer.startswith(f"{experts}.")), None):
+                raise InputError(
+                    f"the plan edits {layer}, an expert's: experts cannot be edited where their weights are shared out "
+                    "over processes; use model.device_map: auto"
+                )
+    else:
+        with contextlib.suppress(InputError):  # a plan for layers that are no experts does not need them
+            open_experts(model)
     modules = dict(model.named_modules())
     for layer in plan.counts():
         if layer not in modules:
@@ -224,10 +234,13 @@ def _check_fingerprint(model: nn.Module, plan: PrunePlan) -> None:
 
 def _check_writable(modules: Mapping[str, nn.Module], name: str) -> None:
     module = modules[name]
-    if module.weight.is_meta:
-        raise InputError(f"the weights of {name} are offloaded, so they cannot be edited; load the model whole")
-    for other_name, other in modules.items():
-        if other is not module and other._parameters.get("weight") is module.weight:
+    if is_offloaded(module):
+        values_of(module)  # refused here, before anything is changed
+    others = [n for n, other in modules.items() if other is not module and other._parameters.get("weight") is not None]
+    ties = getattr(modules[""], "all_tied_weights_keys", {})  # an offloaded weight is another object in each module
+    for other_name in others:
+        pair = {f"{name}.weight", f"{other_name}.weight"}
+        if modules[other_name].weight is module.weight or any(pair == {one, two} for one, two in ties.items()):
             raise InputError(f"{name} shares its weight with {other_name}, which would change too; leave {name} out")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Part
 from sparc3_pl.model.experts import is_routed, router_of
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.structure import features, mlps, module_name
 from sparc3_pl.registry import Registry
 
@@ -149,7 +150,8 @@ class Mean(Edit):
                 f"edit=mean needs a bias to fold the mean into, but {part.layer} has none; use zero or scale"
             )
         order = part.index.argsort()
-        columns = part.read(reader)[:, order.to(reader.weight.device)]  # [hidden, n]
+        columns = part.read(reader)
+        columns = columns[:, order.to(columns.device)]  # [hidden, n]
         index = part.index[order]
         if chosen.means is None or chosen.means.dim() != 1 or len(chosen.means) <= int(index[-1]):
             raise InputError(
@@ -235,7 +237,7 @@ def mean_activations(
         for mlp in chosen:
             handle = model.get_submodule(mlp.down).register_forward_pre_hook(add(mlp.up))
             hooks.callback(handle.remove)
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         for input_ids, attention_mask in batches:
             real = attention_mask.bool().flatten()
             count += int(real.sum())

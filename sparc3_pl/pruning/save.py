@@ -19,6 +19,7 @@ from sparc3_pl.model.components import Neuron, WholeExpert
 from sparc3_pl.model.experts import experts_modules, is_routed, keep_experts, keep_neurons, router_of
 from sparc3_pl.model.loading import auto_class, quiet_library
 from sparc3_pl.model.patching import swapped
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.structure import MLP, mlps, module_name, weight_matrix
 from sparc3_pl.pruning.edit import planned_changes, pruned
 from sparc3_pl.pruning.edits import Mean, Remove, Zero
@@ -374,7 +375,7 @@ def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel
         )
     vocabulary = reference.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    device = reference.get_input_embeddings().weight.device
+    device = input_device(reference)
     with _in_eval_mode(reference):
         expected, got = (m(input_ids=ids.to(device), use_cache=False).logits.float() for m in (reference, loaded))
     difference = float((expected - got).abs().max())

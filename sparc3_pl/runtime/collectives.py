@@ -6,15 +6,23 @@ is noticed by those that started the ranks, and by the connection that it held.
 """
 
 import itertools
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["after_rank_zero", "from_rank_zero", "gather_lists", "is_rank_zero", "is_sharded", "sum_over_ranks", "whole"]
+from sparc3_pl.errors import InputError
+
+__all__ = [
+    "after_rank_zero", "from_rank_zero", "gather_lists", "is_rank_zero", "is_sharded", "joined_ranks", "sum_over_ranks",
+    "whole",
+]  # fmt: skip
 
 POLL_SECONDS = 0.1
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
@@ -25,6 +33,30 @@ _waits = itertools.count()
 
 def _many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def joined_ranks(setting: str) -> Iterator[None]:
+    """Inside the block the processes that ``torchrun`` has started are ranks of one group, on GPUs if there are any.
+
+    Args:
+        setting: What asks for it, for the message.
+
+    Raises:
+        InputError: if this process was started alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        raise InputError(
+            f"{setting} shares the model out over several processes, but this one was started alone; start them with "
+            "torchrun --nproc-per-node 2 -m sparc3_pl.cli, or give auto"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def is_sharded(tensor: Tensor) -> bool:

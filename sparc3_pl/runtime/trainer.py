@@ -32,7 +32,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.claims import sole_run
 from sparc3_pl.runtime.launcher import Launcher, NoSignals
 
-__all__ = ["Trainer", "check_precision"]
+__all__ = ["Trainer", "check_placement", "check_precision", "is_sharded_run"]
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +153,6 @@ class Trainer(pl.Trainer):
 
     def eval(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure a model as it is or with a plan applied: perplexity, judged completions, sentence pairs, tasks."""
-        if isinstance(self.strategy, ModelParallelStrategy):
-            raise InputError(
-                "trainer.strategy=ModelParallelStrategy is for score; eval of a model larger than one GPU runs in one "
-                "process: give model.device_map: auto and trainer.devices: 1 instead"
-            )
         with _clean_refusal(self), sole_run(self._output_of(model)):
             self.test(model, datamodule=datamodule, verbose=False)
 
@@ -216,6 +211,24 @@ def _environment(strategy: str | Strategy) -> ClusterEnvironment | None:
             os.environ["SLURM_NTASKS"],
         )
     return alone
+
+
+def is_sharded_run(trainer: pl.Trainer) -> bool:
+    """Whether each rank holds only its part of every weight (FSDP2), so that all must take part in every pass."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_placement(trainer: pl.Trainer, device_map: object) -> None:
+    """Refuses to place a model twice.
+
+    Raises:
+        InputError: if the strategy shares the model out, and a device map is to spread it as well.
+    """
+    if is_sharded_run(trainer) and device_map is not None:
+        raise InputError(
+            f"model.device_map={device_map!r}: trainer.strategy=ModelParallelStrategy places the model itself; leave "
+            "out one of the two"
+        )
 
 
 def check_precision(trainer: pl.Trainer) -> None:

@@ -26,8 +26,8 @@ from sparc3_pl.io.files import check_output
 from sparc3_pl.model.components import Group
 from sparc3_pl.model.identity import differing_config, fingerprint, model_config
 from sparc3_pl.model.loading import load_model
+from sparc3_pl.model.placement import matrix_of
 from sparc3_pl.model.source import ModelSource
-from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest
 from sparc3_pl.scores.partial import differing_settings
@@ -129,7 +129,7 @@ def _merged(
     load = added(parts)
     for layer, group in groups.items():
         sums = {key: load(f"{layer}/{key}") for key in parts[0].sums.keys(layer)}
-        weight_OI = None if model is None else weight_matrix(model.get_submodule(layer)).detach()
+        weight_OI = None if model is None else matrix_of(model.get_submodule(layer))
         yield layer_scores(method, group, sums, num_samples, weight_OI, parts[0].options)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.errors import InputError
@@ -28,7 +27,7 @@ from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config
 from sparc3_pl.runtime.run_log import run_folder
 from sparc3_pl.runtime.timing import timed
-from sparc3_pl.runtime.trainer import check_precision
+from sparc3_pl.runtime.trainer import check_placement, check_precision, is_sharded_run
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.partial import PartialSums
@@ -194,7 +193,7 @@ class ScoringModule(pl.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds only its part of every weight, so that all must take part in every pass."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return is_sharded_run(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Checks what would otherwise fail after the model was loaded, or hours later, and has the samples drawn.
@@ -204,6 +203,7 @@ class ScoringModule(pl.LightningModule):
                 cannot be read.
         """
         check_precision(self.trainer)
+        check_placement(self.trainer, self.source.device_map)
         if self.is_sharded:
             self._check_sharded()
         folder = run_folder(self.trainer)  # on every rank
@@ -225,11 +225,6 @@ class ScoringModule(pl.LightningModule):
             self.data.exclude(set(ids) - set(ids[number - 1 :: count]))
 
     def _check_sharded(self) -> None:
-        if self.source.device_map is not None:
-            raise InputError(
-                f"model.device_map={self.source.device_map!r}: trainer.strategy=ModelParallelStrategy places the model "
-                "itself; leave out one of the two"
-            )
         if (sequential := self.request.options.sequential) is not None:
             raise InputError(
                 f"model.sequential={sequential}: a model that trainer.strategy=ModelParallelStrategy shares out cannot "

@@ -3,12 +3,14 @@
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import check_output
+from sparc3_pl.model.source import SHARDED
 from sparc3_pl.pruning.plan import KIND as PLAN
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
@@ -139,7 +141,8 @@ def prune(
         pretrained: The model (hub id, folder, FILE.gguf). Default: the one that was scored.
         dtype: Number format in which the model is loaded and saved; auto is the checkpoint's own.
         trust_remote_code: Run Python code that the checkpoint brings along.
-        device: Device for edit=gains with budget_text: cpu, cuda, cuda:1, ...
+        device: Device for edit=gains with budget_text: cpu, cuda, cuda:1, ...; auto spreads the model over GPUs, host
+            and disk; sharded shares it out over processes that torchrun has started (FSDP2).
         mean_source: For edit=mean: text to measure the mean activations on, as data.source.
         mean_field: Field of the text in mean_source.
         mean_samples: Number of windows to measure on.
@@ -176,11 +179,23 @@ def prune(
     choice["control"] = None if control == "none" else control  # not None: on a command line "null" would mean that
     model, encoder, saved = None, None, None
     if edit == "gains" and budget_text and num_weights is None and budgets is None:
+        from sparc3_pl.runtime.collectives import is_rank_zero, joined_ranks
+
         dose = make_dose(*sides, **choice)
-        model, encoder = _load(dose.plan, pretrained, dtype, trust_remote_code, device)
-        texts = held_back(held_texts, encoder, folders, num_windows=budget_windows, length=budget_length, seed=seed)
-        plan = spend(dose, model, texts, budget, scale)
+        with joined_ranks("device=sharded") if device == SHARDED else nullcontext():
+            model, encoder = _load(dose.plan, pretrained, dtype, trust_remote_code, device)
+            texts = held_back(held_texts, encoder, folders, num_windows=budget_windows, length=budget_length, seed=seed)
+            plan = spend(dose, model, texts, budget, scale)
+            if not is_rank_zero():
+                return PruneResult(plan, Path(output))
+        if device in (SHARDED, "auto"):
+            model = None  # what is saved is loaded whole
     else:
+        if device == SHARDED:
+            raise InputError(
+                "device=sharded shares a model out for the search of edit=gains with --budget_text, and none is asked "
+                "for here; leave it out"
+            )
         choice |= {"num_weights": num_weights, "budgets": budgets, "scale": 1.0 if budget else scale}
         plan = make_plan(*sides, **choice, edit=change)
     if shrink:
@@ -275,13 +290,19 @@ def _load(
     if pretrained is None and not isinstance(scored, str):
         raise InputError("the scores do not name their model; give --pretrained")
     name = pretrained or str(scored)
+    spread = "auto" if device == "auto" else None
     revision, unpack = revision if name == scored else None, "dequantized" in plan.model
-    source = ModelSource(name, dtype, revision, None, trust_remote_code, unpack)
+    source = ModelSource(name, dtype, revision, spread, trust_remote_code, unpack)
     return _placed(load_model(source), device), load_encoder(source)
 
 
 def _placed(model: "PreTrainedModel", device: str) -> "PreTrainedModel":
-    if device == "cpu":
+    if device in ("cpu", "auto"):
+        return model
+    if device == SHARDED:
+        from sparc3_pl.model.fsdp import shard_over_all
+
+        shard_over_all(model)
         return model
     try:
         return model.to(device)

@@ -383,9 +383,10 @@ class _Losses:
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[BudgetText]) -> None:
         from sparc3_pl.model.likelihood import WindowScorer
+        from sparc3_pl.model.placement import input_device
 
         self._scorer, self._texts = WindowScorer(model), texts
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self.num_tokens = [0] * len(texts)
 
     def __call__(self) -> list[float]:

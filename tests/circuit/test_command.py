@@ -105,6 +105,24 @@ def test_scores_and_plans_are_read_by_others(made):
     assert set(remove.behaviour_samples) >= {sample["id"] for sample in named}
 
 
+def test_ranks_that_share_the_model_out_measure_the_same(made, place, ranks):
+    """On two ranks and on four, scores and curves are those of one process; the first rank alone writes."""
+    for world in (2, 4):
+        sharded = [*words(place, "--save_fraction", "0.1", output=str(world)), "--model.device_map", "sharded"]
+        started = ranks.start(sharded, world)
+        assert [rank.wait() for rank in started] == [0] * world, "\n".join(rank.text() for rank in started)
+        one, many = open_circuit(made), open_circuit(place / str(world))
+        for name, arm in one.arms.items():
+            for kind in ("curve", "necessity"):
+                for point, other in zip(getattr(arm, kind), getattr(many.arms[name], kind), strict=True):
+                    assert other.kept == point.kept
+                    assert other.logit_difference == pytest.approx(point.logit_difference, rel=1e-6, abs=1e-6)
+            want, got = (ScoreFolder.open(folder / "scores" / name) for folder in (made, place / str(world)))
+            for layer in want.layers if name != "random" else ():
+                torch.testing.assert_close(got.load(layer), want.load(layer), rtol=1e-6, atol=1e-7)
+            assert got.manifest.model == want.manifest.model
+
+
 def test_a_report_has_a_section_on_it(made):
     report = make_report([made])
     assert "Circuits: out" in report.markdown and "Faithfulness by size of the circuit" in report.html

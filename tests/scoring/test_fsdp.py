@@ -152,11 +152,6 @@ def test_what_does_not_go_with_it_is_refused(ranks, files, tmp_path, words, mess
     assert rank.text().count("\n") == 1
 
 
-def test_eval_is_refused(capsys):
-    assert main(["eval", "--config", str(CONFIG), "--trainer.devices", "1", *QUIET]) == 2
-    assert "give model.device_map: auto and trainer.devices: 1" in capsys.readouterr().err
-
-
 # --- what a rank holds ------------------------------------------------------------------------------------------------
 
 

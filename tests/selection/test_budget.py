@@ -667,6 +667,49 @@ def test_scores_are_read_once(sides, monkeypatch):
     assert sorted(reads) == sorted((name, layer) for name in ("g0", "g1", "b") for layer in KINDS)
 
 
+def test_ranks_that_share_the_model_out_find_the_same_scale(demo_folders, tmp_path, ranks):
+    folder, _, _ = demo_folders
+    sides = ["--general", str(folder / "general"), "--behaviour", str(folder / "behaviour"), *WORDS]
+    text = ["--budget", "0.02", "--budget_text", "demo:text", "--budget_windows", "2", "--budget_length", "96"]
+    assert main(["prune", *sides, *text, "--output", str(tmp_path / "one.json")]) == 0
+    started = ranks.start(["prune", *sides, *text, "--device", "sharded", "--output", tmp_path / "two.json"], 2)
+    assert [rank.wait() for rank in started] == [0, 0], "\n".join(rank.text() for rank in started)
+    one, two = (PrunePlan.load(tmp_path / name) for name in ("one.json", "two.json"))
+    assert two.settings["gains"]["scale"] == pytest.approx(one.settings["gains"]["scale"], rel=1e-6)
+    for layer, entries in one.entries.items():
+        torch.testing.assert_close(two.entries[layer].factor, entries.factor, rtol=1e-6, atol=1e-9)
+
+
+def test_a_model_that_lies_on_the_disk_in_part_gives_the_same_scale(demo_folders, tmp_path, monkeypatch):
+    from sparc3_pl.model import loading
+
+    places = {f"model.layers.{number}": "disk" if number == 2 else "cpu" for number in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    real = loading._load_options
+    monkeypatch.setattr(loading, "_load_options", lambda *args: real(*args) | {"device_map": places})
+    folder, _, _ = demo_folders
+    sides = ["--general", str(folder / "general"), "--behaviour", str(folder / "behaviour"), *WORDS]
+    text = ["--scale", "500", "--budget_text", "demo:text", "--budget_windows", "1"]
+    spread = [*sides, *text, "--device", "auto", "--output", str(tmp_path / "plan.json")]
+    assert main(["prune", *spread]) == 0
+    (measured,) = PrunePlan.load(tmp_path / "plan.json").settings["gains"]["texts"]
+    monkeypatch.setattr(loading, "_load_options", real)
+    assert main(["prune", *sides, *text, "--output", str(tmp_path / "whole.json")]) == 0
+    (whole,) = PrunePlan.load(tmp_path / "whole.json").settings["gains"]["texts"]
+    assert measured["nll_after"] == pytest.approx(whole["nll_after"], rel=1e-7) != whole["nll_before"]
+
+
+def test_a_model_is_shared_out_by_several_processes_only(demo_folders, tmp_path, capsys):
+    folder, _, _ = demo_folders
+    sides = ["--general", str(folder / "general"), "--behaviour", str(folder / "behaviour"), "--device", "sharded"]
+    text = ["--budget", "0.02", "--budget_text", "demo:text"]
+    assert main(["prune", *sides, *WORDS, *text, "--output", str(tmp_path / "plan.json")]) == 2
+    assert "device=sharded shares the model out over several processes, but this one" in capsys.readouterr().err
+    assert main(["prune", *sides, "--num_neurons", "2", "--output", str(tmp_path / "plan.json")]) == 2
+    assert "device=sharded shares a model out for the search of edit=gains" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
