@@ -9,7 +9,6 @@ from ranks import Rank
 from tiny_models import tiny
 from tiny_tokenizers import sentences, tiny_tokenizer
 
-from sparc3_pl.cli import main
 from sparc3_pl.evaluation.results import Evaluation
 
 CONFIG = Path(__file__).parents[2] / "configs" / "trainer" / "fsdp2.yaml"
@@ -82,9 +81,9 @@ def test_figures_and_completions_are_those_of_one_process(ranks, files, tmp_path
         assert_same(output, tmp_path / "one")
 
 
-def test_a_model_that_is_placed_twice_is_refused_before_it_is_loaded(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sparc3_pl.evaluation.module.load_model", lambda source: pytest.fail("loaded"))
-    words = evaluation(files, tmp_path / "out", "--model.device_map", "auto", "--trainer.devices", 1)
-    assert main(list(map(str, words))) == 2
-    assert "error: model.device_map='auto': trainer.strategy=ModelParallelStrategy places" in capsys.readouterr().err
+def test_a_model_that_is_placed_twice_is_refused(ranks, files, tmp_path):
+    (rank,) = ranks.run(evaluation(files, tmp_path / "out", "--model.device_map", "auto"))
+    assert rank.code == 2
+    assert rank.text().startswith("error: model.device_map='auto': trainer.strategy=ModelParallelStrategy places")
+    assert rank.text().count("\n") == 1
     assert not (tmp_path / "out").exists()
