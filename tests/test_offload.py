@@ -65,9 +65,9 @@ def test_eval_of_an_edited_model(spread, tmp_path):
     plan = _plan_of_third_layer(tmp_path)
     whole, auto = map(Evaluation.open, both(spread, tmp_path, [*words, "--plan", plan, "--allow_overlap"]))
     assert [row.tokens for row in auto.completions] == [row.tokens for row in whole.completions]
-    assert auto.results.perplexity.value == pytest.approx(whole.results.perplexity.value, rel=1e-6)
-    assert auto.results.model == whole.results.model
-    assert auto.results.model.evaluated_fingerprint != auto.results.model.fingerprint
+    assert auto.figures.perplexity.value == pytest.approx(whole.figures.perplexity.value, rel=1e-6)
+    assert auto.figures.model == whole.figures.model
+    assert auto.figures.model.evaluated_fingerprint != auto.figures.model.fingerprint
 
 
 def _plan_of_third_layer(folder: Path) -> Path:

@@ -169,7 +169,13 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
         "pretrained": source.pretrained,
         "revision": getattr(model.config, "_commit_hash", None) or source.revision,
         "fingerprint": known or fingerprint(model),
-        "architecture": type(model).__name__,
+        "architecture": _class_of(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model_config(model),
     } | ({"dequantized": quantised} if (quantised := getattr(model, "dequantized", None)) else {})
+
+
+def _class_of(model: nn.Module) -> type:
+    """The model's class; of a sharded one, before which FSDP2 has put a class of its own, the one that it was."""
+    kind = type(model)
+    return kind.__bases__[1] if any(map(is_sharded, model.parameters())) else kind
