@@ -163,12 +163,10 @@ def component_scores(layer: LayerPass, group: Group, *, signed: bool = False, co
     """
     assert group.axis != "both", f"{group.layer}: single weights are summed by add_weight_scores"
     along = layer if group.axis == "out" else layer.transposed()
-    return group.gathered(_signed_rows(along, counts) if signed else _absolute_rows(along, counts))
-
-
-def _signed_rows(layer: LayerPass, counts: Counts | None) -> Tensor:
-    rows_BO = _unit_products(layer).sum(1).double()
-    return rows_BO if counts is None else drop_nonfinite(rows_BO, counts)
+    if not signed:
+        return group.gathered(_absolute_rows(along, counts))
+    rows_BO = _unit_products(along).sum(1).double()
+    return group.gathered(rows_BO if counts is None else drop_nonfinite(rows_BO, counts))
 
 
 def _absolute_rows(layer: LayerPass, counts: Counts | None) -> Tensor:

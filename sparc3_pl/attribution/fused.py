@@ -137,5 +137,5 @@ def _self_check_error(device: torch.device, dtype: torch.dtype, adds: bool) -> f
         pairs = [(rows_BO, relevance_BOI[:size].sum(2))]
         if total_OI is not None:
             pairs.append((total_OI.double(), 1 + relevance_BOI[:size].sum(0)))
-        errors += [(got - want).abs().max() / want.max() for got, want in pairs]
+        errors += [(actual - want).abs().max() / want.max() for actual, want in pairs]
     return float(torch.stack(errors).max())

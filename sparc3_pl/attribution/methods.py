@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from sparc3_pl.attribution.sequential import Blocks, Sparsity
 from sparc3_pl.attribution.targets import Attributed, Target, attribute
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.components import Component, Group
 from sparc3_pl.model.structure import weight_matrix
 from sparc3_pl.registry import Registry
@@ -170,7 +171,7 @@ class Method(ABC):
         """Looks at a model whose weights are whole; afterwards they may be shared out over processes."""
         return None
 
-    def check(self, model: nn.Module, sample: Sequence[int]) -> dict[str, Any] | None:
+    def check(self, model: nn.Module, sample: Sequence[int]) -> Record | None:
         """Checks the method on one short sample before any batch; every rank must call it.
 
         Args:
@@ -362,7 +363,7 @@ class Lrp(Gradient):
         with self._rules(model):
             pass
 
-    def check(self, model: nn.Module, sample: Sequence[int]) -> dict[str, Any] | None:
+    def check(self, model: nn.Module, sample: Sequence[int]) -> Record | None:
         from sparc3_pl.attribution.precheck import checked_rules
 
         return checked_rules(model, sample, unlisted=self._unlisted)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparc3_pl.attribution.account import self_check
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.placement import input_device
 from sparc3_pl.runtime.collectives import from_rank_zero, is_sharded
 
@@ -27,7 +27,7 @@ NUM_TOKENS = 16
 """Number of tokens to check: a missing rule shows in any sentence, and memory grows with the square of the length."""
 
 
-def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = False) -> dict[str, Any]:
+def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = False) -> Record:
     """Draws up the relevance account of the beginning of one sample on rank 0; every rank judges it alike.
 
     Args:

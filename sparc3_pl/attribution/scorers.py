@@ -189,8 +189,8 @@ def require_heeded(method: Method, component: Component, target: Target, options
     for item in fields(options):
         value = getattr(options, item.name)
         if value != item.default and item.name not in heeded:
-            given = str(value).lower() if isinstance(value, bool) else value
+            text = str(value).lower() if isinstance(value, bool) else value
             raise InputError(
-                f"model.{item.name}={given} has no effect on scores of {unit} by method {name}; leave it out, or "
+                f"model.{item.name}={text} has no effect on scores of {unit} by method {name}; leave it out, or "
                 "change model.method or model.granularity"
             )

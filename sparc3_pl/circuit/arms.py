@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.curves import num_kept
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.components import COMPONENTS
 from sparc3_pl.model.placement import matrix_of
 from sparc3_pl.registry import Spec
@@ -153,7 +153,7 @@ class ArmScores:
     scorer: Scorer
     units: list[Unit]
     samples: dict[int, list[ScoredSample]]
-    account: dict[str, Any] | None = None
+    account: Record | None = None
 
     @property
     def across_kinds(self) -> str:

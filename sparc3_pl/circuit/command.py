@@ -21,7 +21,7 @@ from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.curves import checked_fractions, levels, num_kept
 from sparc3_pl.circuit.export import circuit_plan, curve_table, node_importances, write_arm_scores, write_importances
 from sparc3_pl.circuit.pairs import CircuitPairs, load_pairs
-from sparc3_pl.circuit.results import FORMAT, KIND, MARKER, CircuitResults
+from sparc3_pl.circuit.results import FORMAT, KIND, MARKER, CircuitResults, ComponentCounts, PairRecords
 from sparc3_pl.circuit.run import Bench, Measured, measure_arm, overlaps_of_arms, strength_request
 from sparc3_pl.circuit.sections import circuit_sections, curves_figure
 from sparc3_pl.circuit.settings import CircuitData, CircuitModel
@@ -33,14 +33,14 @@ from sparc3_pl.io.files import check_output, new_folder, sha256_of_file, strict_
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.checks import check_vocabulary
-from sparc3_pl.model.identity import describe
+from sparc3_pl.model.identity import ModelRecord, describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.source import SHARDED, ModelSource
 from sparc3_pl.model.structure import output_head
 from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import is_rank_zero, joined_ranks
-from sparc3_pl.runtime.timing import measuring, table_text, timed, timing
+from sparc3_pl.runtime.timing import Timing, measuring, table_text, timed, timing
 from sparc3_pl.scoring.score_run import require_fields
 
 __all__ = ["circuit"]
@@ -206,7 +206,6 @@ class _Run:
         self._lap("full and empty")
         for arm in self.arms:
             with _progress(arm.name) as progress:
-                bench.progress = progress
                 self.measured[arm.name] = measure_arm(arm, bench, sets, resamples, progress)
             self._lap(arm.name)
         orders = {arm.name: self.measured[arm.name].order_N for arm in self.arms if not arm.is_random}
@@ -221,21 +220,21 @@ class _Run:
             arms={name: measured.result for name, measured in self.measured.items()},
             full=full,
             empty=empty,
-            gap={"value": gap.value, "low": gap.low, "high": gap.high},
+            gap=gap,
             warnings=list(_warnings(bench)),
             ablation={"kind": self.ablation.name, **self.ablation.arguments},
-            components={
-                "granularity": [choice.name for choice in components],
-                "counts": self.candidates.kinds,
-                "total": self.candidates.count,
-                "targets": self.settings.targets,
-                "target": self.arms[0].request.target.name,
-            },
-            pairs={"discovery": self.pairs.about, "test": self.pairs.about_tests},
-            model=self.description,
+            components=ComponentCounts(
+                [choice.name for choice in components],
+                self.candidates.kinds,
+                self.candidates.count,
+                self.settings.targets,
+                self.arms[0].request.target.name,
+            ),
+            pairs=PairRecords(self.pairs.about, self.pairs.about_tests),
+            model=ModelRecord(**self.description),
             overlaps=overlaps,
             seconds=self.seconds,
-            timing=timing() or {},
+            timing=timing() or Timing(),
             versions=versions(),
             hardware=hardware(),
             command=command_line(),
@@ -271,7 +270,7 @@ class _Run:
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             }
-            content = FORMAT.seal(redacted(asdict(replace(results, files=files))))
+            content = FORMAT.seal(redacted(FORMAT.content(replace(results, files=files))))
             write_text(folder / MARKER, strict_json(content, indent=1) + "\n")
 
     def _write_plans(self, folder: Path, fraction: float) -> None:
@@ -327,7 +326,7 @@ def _write_events(folder: Path, results: CircuitResults) -> None:
     """The curves as TensorBoard events; the step is the number of components of the circuit."""
     from torch.utils.tensorboard import SummaryWriter
 
-    count = sum(results.components["counts"].values())
+    count = sum(results.components.counts.values())
     with SummaryWriter(str(folder)) as writer:
         for name, arm in results.arms.items():
             for kind, points in (("sufficiency", arm.curve), ("necessity", arm.necessity)):

@@ -15,6 +15,7 @@ from sparc3_pl.circuit.arms import Arm, ArmScores
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.results import CircuitResults, rows_of
 from sparc3_pl.io.files import strict_json, write_text
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.heads import attentions
 from sparc3_pl.model.structure import mlps
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
@@ -89,7 +90,7 @@ def circuit_plan(
     )
 
 
-def node_importances(model: nn.Module, candidates: Candidates, scores: ArmScores) -> dict[str, Any] | None:
+def node_importances(model: nn.Module, candidates: Candidates, scores: ArmScores) -> Record | None:
     """The scores of heads and MLPs as the graph that MIB's circuit track loads; None for other components.
 
     The form is that of the track's own graph files: ``cfg``, ``nodes`` by name (``a0.h3`` head 3 of layer 0, ``m0`` the
@@ -104,7 +105,7 @@ def node_importances(model: nn.Module, candidates: Candidates, scores: ArmScores
     if len({block.num_heads for block in blocks}) > 1 or len(blocks) != config.num_hidden_layers:
         return None
     all_scores = {name: layer.scores for name, layer in scores.of().items()}
-    nodes: dict[str, dict[str, Any]] = {"input": {"in_graph": True}, "logits": {"in_graph": True}}
+    nodes: dict[str, Record] = {"input": {"in_graph": True}, "logits": {"in_graph": True}}
     for span in heads:
         number = layer_of[span.group.layer]
         for head, score in enumerate(all_scores[span.group.layer][span.group.own].tolist()):

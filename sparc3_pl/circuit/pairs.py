@@ -10,6 +10,7 @@ from sparc3_pl.circuit.settings import CircuitData
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.statistics.paired import LEAST_UNITS
 
 __all__ = ["CircuitPairs", "load_pairs"]
@@ -35,8 +36,8 @@ class CircuitPairs:
 
     sets: list[list[ReferenceBatch]]
     tests: list[ReferenceBatch]
-    about: list[dict[str, Any]]
-    about_tests: dict[str, Any]
+    about: list[Record]
+    about_tests: Record
 
 
 def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: bool) -> CircuitPairs:
@@ -78,23 +79,23 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
 
 def _draw(
     settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
-) -> tuple[list[ReferenceBatch], dict[str, Any]]:
+) -> tuple[list[ReferenceBatch], Record]:
     """Pairs of one half, longest first, in batches of ``size``; and what is told of them."""
     from sparc3_pl.data.pairs import PAIR_TASKS
 
-    told: dict[str, Any] = {"source": settings.source, "seed": seed, "partition": half, "num_pairs": number}
-    told |= {name: asdict(settings)[name] for name in ("partition_seed", "partition_share")}
+    about: Record = {"source": settings.source, "seed": seed, "partition": half, "num_pairs": number}
+    about |= {name: asdict(settings)[name] for name in ("partition_seed", "partition_share")}
     if settings.source in PAIR_TASKS:
         batches, counts, more = _made(settings, encoder, half, number, seed, size)
     else:
         batches, counts, more = _read(settings, encoder, half, number, seed, size)
     ids = [name for batch in batches for name in batch.ids]
-    return batches, told | more | {"sample_ids": ids} | counts
+    return batches, about | more | {"sample_ids": ids} | counts
 
 
 def _made(
     settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
-) -> tuple[list[ReferenceBatch], dict[str, int], dict[str, Any]]:
+) -> tuple[list[ReferenceBatch], dict[str, int], Record]:
     from sparc3_pl.data.pairs import PairQuery, make_pairs, pad_pairs
 
     for item in fields(CircuitData):
@@ -115,7 +116,7 @@ def _made(
 
 def _read(
     settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
-) -> tuple[list[ReferenceBatch], dict[str, int], dict[str, Any]]:
+) -> tuple[list[ReferenceBatch], dict[str, int], Record]:
     from sparc3_pl.data.fields import RecordFields
     from sparc3_pl.data.reference import build_samples, pad_samples
     from sparc3_pl.data.texts import TextQuery

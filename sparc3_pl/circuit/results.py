@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sparc3_pl.circuit.curves import Level, Point
+from sparc3_pl.circuit.curves import Gap, Level, Point
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, inside, read_json, sha256_of_file
-from sparc3_pl.io.formats import Count, Format
+from sparc3_pl.io.formats import Count, Format, Record
+from sparc3_pl.model.identity import ModelRecord
+from sparc3_pl.runtime.timing import Timing
 
 __all__ = [
     "FORMAT",
@@ -31,7 +32,9 @@ __all__ = [
     "MARKER",
     "ArmResult",
     "CircuitResults",
+    "ComponentCounts",
     "Overlap",
+    "PairRecords",
     "Smallest",
     "Stability",
     "is_circuit",
@@ -99,7 +102,7 @@ class ArmResult:
     """
 
     method: str
-    method_args: dict[str, Any]
+    method_args: Record
     signed: bool
     draws: int | None
     across_kinds: str
@@ -138,6 +141,38 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class ComponentCounts:
+    """The components that circuits are chosen from.
+
+    Attributes:
+        granularity: Names of the kinds.
+        counts: How many of each.
+        total: How many of all.
+        targets: Globs of their layers; None: the kinds' own choice.
+        target: What was attributed.
+    """
+
+    granularity: list[str]
+    counts: dict[str, Count]
+    total: Count
+    targets: list[str] | None
+    target: str
+
+
+@dataclass(frozen=True)
+class PairRecords:
+    """What was drawn from where, and how many: as ``data`` in the manifest of a score folder.
+
+    Attributes:
+        discovery: Of each set of discovery pairs.
+        test: Of the test pairs.
+    """
+
+    discovery: list[Record]
+    test: Record
+
+
+@dataclass(frozen=True)
 class CircuitResults:
     """The content of ``results.json``.
 
@@ -145,31 +180,31 @@ class CircuitResults:
         arms: By name.
         full: How the model does the task as it is.
         empty: How it does with every component ablated.
-        gap: m(full) - m(empty), with ``low`` and ``high``: faithfulness is a share of it.
+        gap: m(full) - m(empty): faithfulness is a share of it.
         warnings: What a reader of the figures must know.
         ablation: ``kind`` and its arguments.
-        components: ``granularity``, ``counts`` by kind, ``total``, ``targets``.
-        pairs: ``discovery`` and ``test``: what was drawn from where, and how many.
+        components: What they are chosen from.
+        pairs: What they were chosen and tested on.
         model: As in a score folder's manifest.
         overlaps: Of every two arms' circuits, at each fraction.
         files: sha256 of the other files, by name.
         seconds: How long the parts of the run took.
-        timing: Where the time went until it was written, by what was done (``runtime.timing``).
+        timing: Where the time went until it was written, by what was done.
     """
 
     arms: dict[str, ArmResult]
     full: Level
     empty: Level
-    gap: dict[str, float]
+    gap: Gap
     warnings: list[str]
-    ablation: dict[str, Any]
-    components: dict[str, Any]
-    pairs: dict[str, Any]
-    model: dict[str, Any]
+    ablation: Record
+    components: ComponentCounts
+    pairs: PairRecords
+    model: ModelRecord
     overlaps: list[Overlap] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    timing: dict[str, Any] = field(default_factory=dict)
+    timing: Timing = field(default_factory=Timing)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str | None = None
     command: str | None = None
@@ -207,7 +242,7 @@ def open_circuit(path: str | Path) -> CircuitResults:
     return results
 
 
-def rows_of(results: CircuitResults) -> list[dict[str, Any]]:
+def rows_of(results: CircuitResults) -> list[Record]:
     """All curves as rows of one table: arm, curve, and the attributes of each point."""
     rows = []
     for name, arm in results.arms.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ class Bench:
         replacement: What is read in place of ablated components.
         fractions: Sizes of the circuits.
         seed: Of all resampling.
-        progress: Told the number of pairs after each pass.
+        progress: Told the number of pairs after each pass over the model as it is and empty.
         ends: The model as it is, and with every component ablated.
         compact: Whether neurons that are read as 0 need not be made.
     """
@@ -96,7 +95,7 @@ class Bench:
         self.compact = is_zero and allows_compact(self.model, self.candidates, self.tests[0])
         every_N = torch.ones(self.candidates.count, dtype=torch.bool)
         kept = {"full": every_N, "empty": ~every_N}
-        both = self._measure(kept)
+        both = self._measure(kept, self.progress)
         self.ends = Ends(both["full"], both["empty"], self.seed)
 
     @classmethod
@@ -116,15 +115,15 @@ class Bench:
         replacement = ablation.replacement(model, list(candidates.readers), discovery)
         return cls(model, candidates, tests, replacement, fractions, seed, progress)
 
-    def _measure(self, kept: Mapping[str, Tensor]) -> dict[str, Outcome]:
-        return measure(self.model, self.candidates, self.tests, kept, self.replacement, self.progress, self.compact)
+    def _measure(self, kept: Mapping[str, Tensor], progress: Progress) -> dict[str, Outcome]:
+        return measure(self.model, self.candidates, self.tests, kept, self.replacement, progress, self.compact)
 
     @property
     def sizes(self) -> list[int]:
         """How many components each fraction is."""
         return [num_kept(fraction, self.candidates.count) for fraction in self.fractions]
 
-    def outcomes(self, choices: Mapping[str, Choice]) -> dict[str, Outcome]:
+    def outcomes(self, choices: Mapping[str, Choice], progress: Progress) -> dict[str, Outcome]:
         """The outcome of every choice; equal ones, and those that keep all or nothing, are measured once."""
         outcomes: dict[str, Outcome] = {}
         same: dict[bytes, list[str]] = {}
@@ -132,12 +131,12 @@ class Bench:
             if choice.num_kept in (0, self.candidates.count):
                 outcomes[name] = self.ends.full if choice.num_kept else self.ends.empty
             elif self.candidates.are_weights:  # masks of millions: one at a time
-                outcomes |= self._measure({name: choice.kept_N})
+                outcomes |= self._measure({name: choice.kept_N}, progress)
             else:
                 same.setdefault(np.packbits(choice.kept_N.numpy()).tobytes(), []).append(name)
         kept = {names[0]: choices[names[0]].kept_N for names in same.values()}
         if kept:
-            once = self._measure(kept)
+            once = self._measure(kept, progress)
             outcomes |= {name: once[names[0]] for names in same.values() for name in names}
         return outcomes
 
@@ -173,7 +172,7 @@ def measure_arm(
         bench: The test.
         sets: Sets of discovery pairs, in batches.
         resamples: Bootstrap resamples of the discovery pairs behind the stability.
-        progress: Told the number of pairs after each scoring pass.
+        progress: Told the number of pairs after each pass.
 
     Raises:
         InputError: if scores or logits are not finite.
@@ -192,7 +191,7 @@ def measure_arm(
     for draw, one in enumerate(values if is_signed else ()):
         by_size = order_of(one.abs())
         choices |= {f"absolute {draw} {place}": Choice(by_size, size) for place, size in enumerate(bench.sizes)}
-    outcomes = bench.outcomes(choices)
+    outcomes = bench.outcomes(choices, progress)
 
     def outcomes_of(kind: str) -> list[list[Outcome]]:
         places = range(len(bench.sizes))
@@ -250,14 +249,10 @@ def _stability(scores: ArmScores, bench: Bench, num_sets: int, resamples: int) -
     for place, (fraction, size) in enumerate(zip(bench.fractions, bench.sizes, strict=True)):
         own = jaccards[place] if jaccards else []
         between = [agreement(one, other, size) for one, other in itertools.combinations(orders, 2)]
-        low, high = np.quantile(own, (0.025, 0.975)) if own else (math.nan, math.nan)
-        mean, sets = (float(np.mean(row)) if row else math.nan for row in (own, between))
-        rows.append(Stability(fraction, size, *map(_known, (mean, low, high, sets))))
+        low, high = np.quantile(own, (0.025, 0.975)).tolist() if own else (None, None)
+        mean, sets = (float(np.mean(row)) if row else None for row in (own, between))
+        rows.append(Stability(fraction, size, mean, low, high, sets))
     return rows
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def overlaps_of_arms(

@@ -57,7 +57,7 @@ def circuit_story(results: CircuitResults, name: str) -> Iterator[str]:
     """What a reader in a hurry should know: the smallest circuit of each method."""
     if _has_shares(results):
         words = "; ".join(_in_words(arm, title) for title, arm in results.arms.items())
-        yield f"Circuits of {name}, of {results.components['total']:,} components, by faithfulness: {words}."
+        yield f"Circuits of {name}, of {results.components.total:,} components, by faithfulness: {words}."
     yield from (f"{name}: {warning}." for warning in results.warnings)
 
 
@@ -73,11 +73,11 @@ def _in_words(arm: ArmResult, name: str) -> str:
 
 
 def _task(results: CircuitResults) -> Iterator[Block]:
-    kinds = " and ".join(f"{total:,} of kind {kind}" for kind, total in results.components["counts"].items())
+    kinds = " and ".join(f"{total:,} of kind {kind}" for kind, total in results.components.counts.items())
     ablation = " ".join([results.ablation["kind"], *(f"{k}={v}" for k, v in results.ablation.items() if k != "kind")])
-    tests, sets = results.pairs["test"], results.pairs["discovery"]
+    tests, sets = results.pairs.test, results.pairs.discovery
     yield Text(
-        f"{results.model['pretrained']}, {tests['source']}: {len(tests['sample_ids'])} test pairs, {len(sets)} x "
+        f"{results.model.pretrained}, {tests['source']}: {len(tests['sample_ids'])} test pairs, {len(sets)} x "
         f"{len(sets[0]['sample_ids'])} discovery pairs; components: {kinds}; ablation: {ablation}."
     )
     rows = [

@@ -22,6 +22,7 @@ from sparc3_pl.data.samples import SEPARATOR, pad_right
 from sparc3_pl.data.sources import local_source, text_id
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.likelihood import IGNORE
 
 __all__ = [
@@ -347,13 +348,13 @@ class EvaluationData(LightningDataModule):
             for name, value in (neutral | {"neutral_field": neutral_field, "num_neutral": num_neutral}).items():
                 if value is not None:
                     raise InputError(f"data.{name}={value!r} needs {needed}; give it, or leave data.{name} out")
-        self.pairs: dict[str, Any] | None = None
+        self.pairs: Record | None = None
         """The measurement of pairs, as ``model.measurements`` would name it."""
         if pairs_source is not None:
             fields = {"first_field": pairs_first_field, "second_field": pairs_second_field, "filter": pairs_filter}
             where = {"source": pairs_source, "split": pairs_split, "subset": pairs_subset}
             number = {} if num_pairs is None else {"num_pairs": num_pairs, "seed": seed}
-            half: dict[str, Any] = {}
+            half: Record = {}
             if pairs_partition != "all":
                 half = {"partition": pairs_partition, "partition_seed": partition_seed}
                 half["partition_share"] = partition_share
@@ -398,8 +399,8 @@ class EvaluationData(LightningDataModule):
         """
         if neutral is not None and prompts is None:
             raise InputError("neutral prompts are measured beside prompts that show the behaviour; give prompts, too")
-        given = {"text_source": text, "prompts_source": prompts, "neutral_source": neutral}
-        sources = {key: None if value is None else name for key, value in given.items()}
+        lists = {"text_source": text, "prompts_source": prompts, "neutral_source": neutral}
+        sources = {key: None if value is None else name for key, value in lists.items()}
         data = cls(**sources, prompts_field="text", **options)
         if data.text is not None:
             data.text.listed = text
@@ -569,7 +570,7 @@ class EvaluationData(LightningDataModule):
             labels[row, scored] = input_ids[row, scored]
         return WindowBatch(input_ids, mask, labels, [window.index for window in windows])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """What was read, under the names of the configuration keys; ``text_source`` or ``prompts_source`` may be null.
 
         ``protocol`` tells what perplexity depends on beside the window: how documents were joined, and the special
@@ -578,7 +579,7 @@ class EvaluationData(LightningDataModule):
         further = {"further_texts": self.further_texts} if self.further_texts else {}
         return {"text_source": self.text_source, **self._describe_text(), **further, **self._describe_prompts()}
 
-    def _describe_text(self) -> dict[str, Any]:
+    def _describe_text(self) -> Record:
         text = self.text
         if text is None:
             return {"protocol": None}
@@ -596,7 +597,7 @@ class EvaluationData(LightningDataModule):
             },
         }
 
-    def _describe_prompts(self) -> dict[str, Any]:
+    def _describe_prompts(self) -> Record:
         query = self.query
         if query is None:
             return {"prompts_source": None}
@@ -616,7 +617,7 @@ class EvaluationData(LightningDataModule):
             **self._describe_neutral(),
         }
 
-    def _describe_neutral(self) -> dict[str, Any]:
+    def _describe_neutral(self) -> Record:
         if (query := self.neutral_query) is None:
             return {}
         about = {"source": query.source, "field": query.text_field, "filter": query.filter, **query.origin}
@@ -629,7 +630,7 @@ Batch = WindowBatch | PromptBatch | NeutralBatch | UnitBatch
 _TEXT_KEYS = ("source", "field", "split", "subset", "max_bytes")
 
 
-def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
     """The further texts by name.
 
     Raises:

@@ -107,15 +107,15 @@ class RecordFields:
             MissingField: If there is no such field.
             InputError: If a value is not of the kind that belongs there.
         """
-        read: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for item in fields(self):
             field = getattr(self, item.name)
             if field is None:
                 continue
             key = f"data.{item.name}_field"
             value = get_field(record, field, key)
-            read[item.name] = None if value is None else _KINDS[item.name](value, f"{key}: {field!r}")
-        return None if None in read.values() else Values(**read)
+            values[item.name] = None if value is None else _KINDS[item.name](value, f"{key}: {field!r}")
+        return None if None in values.values() else Values(**values)
 
 
 def check_unequal(unequal: str) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from sparc3_pl.io.formats import Record
 from sparc3_pl.io.hub import first_line
 
 __all__ = ["ENDINGS", "BadFile", "Cell", "Row", "Unusable", "decoded", "ending", "open_binary", "rows", "shuffled_rows"]
@@ -44,7 +45,7 @@ class Row:
     """A record and where it stands in its file (``line 7``, ``record 7``)."""
 
     place: str
-    record: dict[str, Any]
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class _LineRows:
         """The first line of each row, and the row unparsed, from where the file stands."""
         raise NotImplementedError
 
-    def record(self, line: _Line, raw: Any) -> dict[str, Any]:
+    def record(self, line: _Line, raw: Any) -> Record:
         raise NotImplementedError
 
     def _row(self, line: _Line, raw: Any) -> Row:
@@ -210,7 +211,7 @@ class _TextRows(_LineRows):
     def scan(self, file: IO[bytes], number: int) -> Iterator[tuple[_Line, None]]:
         return ((line, None) for line in _lines(file, number))
 
-    def record(self, line: _Line, raw: None) -> dict[str, Any]:
+    def record(self, line: _Line, raw: None) -> Record:
         return {"text": line.text().rstrip("\r\n")}
 
 
@@ -220,7 +221,7 @@ class _JsonLineRows(_LineRows):
     def scan(self, file: IO[bytes], number: int) -> Iterator[tuple[_Line, None]]:
         return ((line, None) for line in _lines(file, number) if line.data.strip())
 
-    def record(self, line: _Line, raw: None) -> dict[str, Any]:
+    def record(self, line: _Line, raw: None) -> Record:
         return _object(_json(line.text().strip(), line.number), f"line {line.number}")
 
 
@@ -263,14 +264,14 @@ class _CsvRows(_LineRows):
             if cells and not (len(cells) == 1 and cells[0].isspace()):
                 yield row_lines[0], cells
 
-    def record(self, line: _Line, raw: list[str]) -> dict[str, Any]:
+    def record(self, line: _Line, raw: list[str]) -> Record:
         if any(raw[len(self._names) :]):
             raise BadFile(
                 f"line {line.number} has {len(raw)} cells for {len(self._names)} columns; {_REPAIR}, or put cells that "
                 "hold the separator in double quotes"
             )
         cells = itertools.chain((Cell(cell) if cell else None for cell in raw), itertools.repeat(None))
-        record: dict[str, Any] = {name: cell for name, cell in zip(self._names, cells, strict=False) if name}
+        record: Record = {name: cell for name, cell in zip(self._names, cells, strict=False) if name}
         return record | {name: _repeated(name) for name in self._repeated if name}
 
 
@@ -373,7 +374,7 @@ def _repeated(name: str) -> Unusable:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
     value = dict(pairs)
     if len(value) < len(pairs):
         value |= {name: _repeated(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1}
@@ -408,7 +409,7 @@ def _json_errors(number: int) -> Iterator[None]:
         raise BadFile(f"line {number} is JSON that cannot be held ({first_line(error)}); {_REPAIR}") from error
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: Any, place: str) -> Record:
     if not isinstance(value, dict):
         raise BadFile(f"{place} is JSON but not an object in braces; {_REPAIR}")
     return value

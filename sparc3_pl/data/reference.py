@@ -30,6 +30,7 @@ from sparc3_pl.data.samples import (
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.data.texts import PartitionChoice, TextQuery
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.collectives import gather_lists
 
 __all__ = ["ReferenceBatch", "ReferenceData", "build_samples", "build_targets"]
@@ -293,7 +294,7 @@ class ReferenceData(LightningDataModule):
         self._excluded: set[str] = set()
 
     @classmethod
-    def of_records(cls, records: Sequence[dict[str, Any]], name: str, **options: Any) -> Self:
+    def of_records(cls, records: Sequence[Record], name: str, **options: Any) -> Self:
         """Samples of records that somebody holds in memory, in their order.
 
         Args:
@@ -423,7 +424,7 @@ class ReferenceData(LightningDataModule):
             batches += [[]] * (max(gather_lists([len(batches)])) - len(batches))
         return DataLoader(batches, batch_size=None, collate_fn=partial(pad_samples, pad_id=self._pad_id))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """The manifest's ``data`` entry: where the samples come from, which they are, and what was left out."""
         query = self.query
         return {
@@ -453,7 +454,7 @@ class ReferenceData(LightningDataModule):
         }
 
 
-def _check_made(source: str, unused: dict[str, Any]) -> None:
+def _check_made(source: str, unused: Record) -> None:
     """Refuses settings of data that is read, where it is made."""
     for name, value in unused.items():
         raise InputError(

@@ -93,12 +93,12 @@ class RunningText:
         if not ids:
             return 0.0
         records = self._records()
-        name, known, total, size = "text" if self.verbatim else self.field, 0, 0, 0
+        name, num_known, total, size = "text" if self.verbatim else self.field, 0, 0, 0
         for record in records:
             text = get_field(record, name)
             total += len(text)
-            known += len(text) if encoder.identity(text) in ids else 0
+            num_known += len(text) if encoder.identity(text) in ids else 0
             size += len((text + ("\n" if self.verbatim else SEPARATOR)).encode())
             if self.max_bytes is not None and size >= self.max_bytes:
                 break
-        return known / total if total else 0.0
+        return num_known / total if total else 0.0

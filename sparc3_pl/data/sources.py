@@ -20,6 +20,7 @@ from sparc3_pl.data.local_files import ENDINGS, BadFile, Cell, Row, Unusable, de
 from sparc3_pl.data.local_files import rows as file_rows
 from sparc3_pl.data.local_files import shuffled_rows as shuffled_file_rows
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.io.hub import first_line, hub_available, hub_name, local_path, offline
 
 __all__ = [
@@ -84,7 +85,7 @@ def local_source(source: str, key: str = "data.source") -> Path | None:
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-class Records(Iterator[dict[str, Any]]):
+class Records(Iterator[Record]):
     """The records of a data set, one by one.
 
     Attributes:
@@ -101,7 +102,7 @@ class Records(Iterator[dict[str, Any]]):
         self._rows = rows
         self._name = name
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Record:
         try:
             row = next(self._rows)
         except BadFile as error:
@@ -152,7 +153,7 @@ def read_records(
     return _read_files([path], seed, name)
 
 
-def listed_records(records: Iterable[dict[str, Any]], name: str) -> Records:
+def listed_records(records: Iterable[Record], name: str) -> Records:
     """Records that somebody holds in memory, in their order.
 
     Args:
@@ -326,7 +327,7 @@ class MissingField(InputError):
     """A record has no such field. Where records differ in their fields, another may have it."""
 
 
-def get_field(record: dict[str, Any], field: str, key: str = "data.text_field") -> Any:
+def get_field(record: Record, field: str, key: str = "data.text_field") -> Any:
     """A field of a record, dots for nesting (``prompt.text``). None where it, or what it lies in, is null or NaN.
 
     Raises:
@@ -382,7 +383,7 @@ class Condition:
     op: str
     value: float | int | str | bool
 
-    def holds(self, record: dict[str, Any], key: str = "data.filter") -> bool | None:
+    def holds(self, record: Record, key: str = "data.filter") -> bool | None:
         """Whether the record passes; None if its field is null.
 
         Raises:
@@ -417,7 +418,7 @@ class Filter:
     conditions: tuple[Condition, ...]
     key: str = "data.filter"
 
-    def passes(self, record: dict[str, Any]) -> bool | None:
+    def passes(self, record: Record) -> bool | None:
         """True or False; None if no condition is false but some field is null, so that nulls can be counted."""
         results = [condition.holds(record, self.key) for condition in self.conditions]
         if False in results:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sparc3_pl.data.fields import RecordFields, TextRecord, checked_text
 from sparc3_pl.data.sources import (
@@ -20,6 +20,7 @@ from sparc3_pl.data.sources import (
     text_id,
 )
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 
 __all__ = ["PartitionChoice", "TextQuery"]
 
@@ -70,7 +71,7 @@ class TextQuery:
     counts: Counter[str] = field(default_factory=Counter)
     origin: dict[str, str | None] = field(default_factory=lambda: {"revision": None, "drawn_from": None})
     made_from: dict[str, list[str]] = field(default_factory=dict)
-    listed: Sequence[dict[str, Any]] | None = None
+    listed: Sequence[Record] | None = None
 
     def __post_init__(self) -> None:
         if self.half not in ("all", "attribution", "evaluation"):

@@ -186,7 +186,8 @@ def diagnose(
             )
     else:
         accounts = tuple(relevance_account(model, sample[None].to(device)) for sample in samples)
-        checks = (_rules_check(rules), _account_check(accounts))
+        has_rules = Check("rules", "pass", f"each of {len(rules)} modules and products has one")
+        checks = (has_rules, _account_check(accounts))
     batch = padded(samples)
     exact = neuron_scores(model, *batch, unlisted)
     forward = forward_change(model, *batch, unlisted)
@@ -260,10 +261,6 @@ def _tried(
     advice = "score it with model.unlisted_family: true" if balance.status == "pass" else "another is missing or wrong"
     reason = f"model type {family!r} is not listed, but each of {len(rules)} modules and products has one; {advice}"
     return rules, accounts, (Check("rules", "warn" if balance.status == "pass" else "fail", reason), balance)
-
-
-def _rules_check(rules: dict[str, str]) -> Check:
-    return Check("rules", "pass", f"each of {len(rules)} modules and products has one")
 
 
 def _account_check(accounts: Sequence[RelevanceAccount]) -> Check:

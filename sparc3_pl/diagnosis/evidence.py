@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from sparc3_pl.document.blocks import Block, Checks, Numbers, Picture, Section, 
 from sparc3_pl.document.publish import as_json, check_places, publish
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 from sparc3_pl.selection.contrast import Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.contrast import contrast as contrast_of
@@ -133,7 +134,7 @@ class Evidence:
         """The worst of all checks."""
         return worst(self.checks)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The content of the JSON file."""
         strongest = {"0.01": self.strongest.top_1, "0.05": self.strongest.top_5}
         t = None if self.t is None else [self.t.median, self.t.share]

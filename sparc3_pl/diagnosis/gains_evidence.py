@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparc3_pl.document.blocks import Checks, Section, Table, count, number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
+from sparc3_pl.io.formats import Record
 from sparc3_pl.selection.budget import Budget
 from sparc3_pl.selection.contrast import Scores, Vector
 from sparc3_pl.selection.lowest import collect
@@ -70,7 +71,7 @@ class GainsEvidence:
         """The worst of all checks."""
         return worst(self.checks)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The content of the JSON file."""
         return {"verdict": self.verdict, "contrast": "budget"} | asdict(self)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from sparc3_pl.document.blocks import number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
+from sparc3_pl.io.formats import Record
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 from sparc3_pl.scores.manifest import Manifest, ScoredSample
 from sparc3_pl.selection.contrast import Scores, strongest
@@ -89,7 +89,7 @@ class FolderAudit:
     """
 
     name: str
-    about: dict[str, Any]
+    about: Record
     num_layers: int
     num_scores: int
     counts: dict[str, int]

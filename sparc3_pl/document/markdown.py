@@ -16,7 +16,6 @@ from sparc3_pl.document.blocks import (
     SideBySide,
     Table,
     Text,
-    TextPair,
 )
 
 __all__ = ["markdown"]
@@ -46,15 +45,15 @@ def _block(block: Block) -> str:
         case Code(text, title):
             return _join(_bold(title), _fenced(text))
         case SideBySide():
-            return "\n\n".join(_pair(block, pair) for pair in block.pairs)
+            texts = (
+                f"{pair.prompt}\n--- {block.before}\n{pair.before}\n--- {block.after}\n{pair.after}"
+                for pair in block.pairs
+            )
+            notes = (_plain(pair.note) for pair in block.pairs)
+            return "\n\n".join(map(_join, map(_fenced, texts), notes))
         case Folded(summary, blocks, warning):
             inner = "\n\n".join(_block(one) for one in blocks)
             return f"<details><summary>{_plain(f'{summary} {warning}'.strip())}</summary>\n\n{inner}\n\n</details>"
-
-
-def _pair(block: SideBySide, pair: TextPair) -> str:
-    texts = f"{pair.prompt}\n--- {block.before}\n{pair.before}\n--- {block.after}\n{pair.after}"
-    return _join(_fenced(texts), _plain(pair.note))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparc3_pl.document.blocks import Section
 from sparc3_pl.document.page import PAGE, page
 from sparc3_pl.document.verdicts import Status
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
+from sparc3_pl.io.formats import Record
 from sparc3_pl.io.provenance import command_line, now, versions
 
 __all__ = ["as_json", "check_places", "publish", "result_kind"]
@@ -42,7 +42,7 @@ def result_kind(kind: str) -> FileKind:
     return FileKind.json(f"a result of {kind}", lambda data: data.get("kind") == kind)
 
 
-def as_json(kind: str, content: dict[str, Any]) -> str:
+def as_json(kind: str, content: Record) -> str:
     """``content`` as JSON, with its kind, by which ``report`` recognises it, and the versions and command that made it.
 
     A figure that is not finite becomes null.

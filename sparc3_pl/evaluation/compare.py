@@ -150,13 +150,13 @@ class Comparison(Shown):
 
     def changes_of_prompts(self) -> dict[str, PairedChange]:
         """Of what judges say of completions, of their fluency, and of completions of neutral prompts."""
-        shown = _by_title(self.toxicity, self.judges)
+        by_title = _by_title(self.toxicity, self.judges)
         fluency = {title: getattr(self, name) for name, title in FLUENCY.items()}
-        shown |= {title: change for title, change in fluency.items() if change is not None}
+        by_title |= {title: change for title, change in fluency.items() if change is not None}
         if (neutral := self.neutral) is not None:
             changes = _by_title(neutral.toxicity, neutral.judges)
-            shown |= {f"neutral prompts: {title}": change for title, change in changes.items()}
-        return shown
+            by_title |= {f"neutral prompts: {title}": change for title, change in changes.items()}
+        return by_title
 
     def changes_of_units(self) -> dict[str, PairedChange]:
         """Of measurements of the user's own."""
@@ -438,8 +438,8 @@ def _disagreement(
         what = "on whether there is a change: the interval of one holds zero, that of another does not"
     else:
         return None
-    said = [f"{name} {c.change:+.4f} ({interval(c.low, c.high, c.num_pairs, '+.4f')})" for name, c in changes.items()]
-    return f"the judges disagree {what}: {', '.join(said)}"
+    parts = [f"{name} {c.change:+.4f} ({interval(c.low, c.high, c.num_pairs, '+.4f')})" for name, c in changes.items()]
+    return f"the judges disagree {what}: {', '.join(parts)}"
 
 
 def _fluency_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> dict[str, PairedChange | None]:
@@ -452,9 +452,9 @@ def _fluency_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> 
     changes: dict[str, PairedChange | None] = {}
     for name, of_row in values.items():
         sides = [[[of_row(pair[side]) for pair in rows] for rows in prompts] for side in (0, 1)]
-        known = prompts and not any(None in rows for side in sides for rows in side)
+        is_known = prompts and not any(None in rows for side in sides for rows in side)
         means = (_floats(np.mean(rows) for rows in side) for side in sides)
-        changes[name] = paired_change(*means, lower_is_better=name == "empty", **options) if known else None
+        changes[name] = paired_change(*means, lower_is_better=name == "empty", **options) if is_known else None
     return changes
 
 

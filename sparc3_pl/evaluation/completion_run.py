@@ -244,8 +244,8 @@ class CompletionRun(MeasurementRun):
         _update(self.toxicity, rows, [row.scores for row in rows])
         for name, metric in self.further_toxicity.items():
             _update(metric, rows, [row.judges.get(name, {}) for row in rows])
-        made = [row for row in rows if row.completion is not None]
-        self.fluency.update([row.tokens for row in made], [str(row.completion) for row in made])
+        whole = [row for row in rows if row.completion is not None]
+        self.fluency.update([row.tokens for row in whole], [str(row.completion) for row in whole])
         self.rows += rows
         label, by_prompt = main_label(self.toxicity.labels), {}
         for row in rows:

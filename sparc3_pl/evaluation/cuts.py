@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -22,6 +22,7 @@ from sparc3_pl.data.samples import pad_right
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import Judge, judged
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.placement import input_device
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class _Cut:
 
 def cut_samples(
     texts: Sequence[CutText], judge: Judge, rule: CutRule, encoder: Encoder, load: Callable[[], PreTrainedModel]
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Cuts before bad words, the first of each text, and before harmless ones.
 
     Args:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sparc3_pl.io.formats import Count, MaybeNumber, Number, Record, omitted
 from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.pruning.plan import PlanSummary
+from sparc3_pl.runtime.timing import Timing
 
 __all__ = [
     "Generation",
@@ -191,7 +192,7 @@ class Results:
         neutral: Of neutral prompts; None without such.
         measurements: By measurement of the user's own and figure.
         measurement_settings: By measurement.
-        timing: Where the time went (``runtime.timing``).
+        timing: Where the time went.
         files: sha256 of the other files, by name; empty before they are written, as the rest is.
         versions: Of Python and the packages.
         hardware: The machine.
@@ -217,7 +218,7 @@ class Results:
     neutral: NeutralFigures | None = omitted()
     measurements: dict[str, dict[str, Number]] = omitted(dict)
     measurement_settings: dict[str, MeasurementRecord] = omitted(dict)
-    timing: Record | None = omitted()
+    timing: Timing | None = omitted()
     files: dict[str, str] = omitted(dict)
     versions: dict[str, str] = omitted(dict)
     hardware: str | None = omitted()

@@ -15,6 +15,7 @@ from sparc3_pl.data.running_text import RunningText
 from sparc3_pl.data.samples import pad_right
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import TEXT, TEXT_FIGURE, Measurement, Row
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.likelihood import IGNORE, WindowScorer
 from sparc3_pl.model.placement import input_device
 from sparc3_pl.statistics.paired import PairedChange, paired_change, ratio_change
@@ -81,7 +82,7 @@ class FurtherText(Measurement):
         key = f"data.further_texts.{self.label}.source"
         return RunningText(self.source, self.field, self.split, self.subset, self.max_bytes, key, self.listed)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Its settings, without the text itself."""
         return {name: value for name, value in super().describe().items() if name != "listed"}
 
@@ -140,7 +141,7 @@ class FurtherText(Measurement):
         return {TEXT_FIGURE: PairedChange(**own)}
 
 
-def further_texts(texts: Mapping[str, Mapping[str, Any]], window: WindowSize, batch_size: int) -> list[dict[str, Any]]:
+def further_texts(texts: Mapping[str, Mapping[str, Any]], window: WindowSize, batch_size: int) -> list[Record]:
     """The measurements of ``data.further_texts``, as ``model.measurements`` would name them."""
     size = {"max_length": window.max_length, "stride": window.stride, "windows": window.windows}
     return [

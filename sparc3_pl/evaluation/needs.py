@@ -79,8 +79,8 @@ def _of_completions(
         size = rows * of_row
     text = sum(len(prompt.encode()) for prompt in prompts)
     line = text / len(prompts) + new * text / max(1, sum(lengths)) + _FIELDS_OF_A_LINE
-    shown = "" if rows is None else f"{rows} at once of {number:,}, "
+    at_once = "" if rows is None else f"{rows} at once of {number:,}, "
     batch = Need(
-        "completions", "device", size, f"{shown}up to {max(lengths) + new} tokens", "lower model.max_new_tokens"
+        "completions", "device", size, f"{at_once}up to {max(lengths) + new} tokens", "lower model.max_new_tokens"
     )
     return [batch, Need("completions", "disk", int(number * line), f"{number:,} lines, about", "give another --output")]

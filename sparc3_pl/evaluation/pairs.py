@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.samples import pad_right
@@ -14,6 +14,7 @@ from sparc3_pl.data.sources import get_field, local_source, parse_filter, partit
 from sparc3_pl.data.texts import PartitionChoice
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.likelihood import IGNORE, WindowScorer
 from sparc3_pl.model.placement import input_device
 
@@ -102,7 +103,7 @@ class SentencePairs(Measurement):
         if self.partition not in get_args(PartitionChoice):
             raise InputError(f"{_KEY}.partition={self.partition!r} is not known; use all, attribution or evaluation")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Its settings; nothing of halves where there are none, so that earlier evaluations compare."""
         settings = asdict(self)
         halves = ("partition", "partition_seed", "partition_share") if self.partition == "all" else ()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from sparc3_pl.io.formats import Record
+
 __all__ = ["FLUENCY", "CompletionRow", "WindowRow", "from_json", "is_empty"]
 
 R = TypeVar("R")
@@ -32,7 +34,7 @@ class WindowRow:
     nll: float
     num_tokens: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """Its line of ``windows.jsonl``."""
         return asdict(self)
 
@@ -75,11 +77,11 @@ class CompletionRow:
     redraws: int | None = None
     prefix_scores: dict[str, list[float]] = field(default_factory=dict)
 
-    def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
+    def to_json(self, *, tokens: bool = False) -> Record:
         """Its line of ``completions.jsonl``, with its token ids if they are asked for."""
-        told = {"tokens": tokens, "judges": bool(self.judges), "prefix_scores": bool(self.prefix_scores)}
-        told["redraws"] = self.redraws is not None
-        return {name: value for name, value in asdict(self).items() if told.get(name, True)}
+        is_kept = {"tokens": tokens, "judges": bool(self.judges), "prefix_scores": bool(self.prefix_scores)}
+        is_kept["redraws"] = self.redraws is not None
+        return {name: value for name, value in asdict(self).items() if is_kept.get(name, True)}
 
 
 def is_empty(text: str) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
+from sparc3_pl.io.formats import Record
 from sparc3_pl.statistics.paired import PairedChange, mcnemar_p_value
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _FEWSHOT_SEED = 1234
 """The harness' own default: examples that a task shows are those that its command line shows."""
 
 
-def task_specs(tasks: Sequence[str], folder: str | None, limit: int | None, batch_size: int) -> list[dict[str, Any]]:
+def task_specs(tasks: Sequence[str], folder: str | None, limit: int | None, batch_size: int) -> list[Record]:
     """How ``model.measurements`` would name these tasks."""
     shared = {"folder": folder, "limit": limit, "batch_size": batch_size}
     return [{"class_path": "task", "init_args": {"task": task, **shared}} for task in tasks]
@@ -63,8 +64,8 @@ class TaskAccuracy(Measurement):
         self.batch_size = 4 * batch_size  # items: long sequences meet long ones, so that little is padding
         self._model: tuple[PreTrainedModel, Any] | None = None
 
-    def describe(self) -> dict[str, Any]:
-        about: dict[str, Any] = {"folder": None if self.folder is None else Path(self.folder).resolve().name}
+    def describe(self) -> Record:
+        about: Record = {"folder": None if self.folder is None else Path(self.folder).resolve().name}
         if "_task" in vars(self):
             about |= {
                 "lm_eval": version("lm_eval"),
@@ -210,7 +211,7 @@ def _loaded_task(name: str, folder: str | None) -> Task:
     return tasks[name]
 
 
-def _with_files_beside(manager: TaskManager, name: str, folder: str | None) -> str | dict[str, Any]:
+def _with_files_beside(manager: TaskManager, name: str, folder: str | None) -> str | Record:
     """The task's name; or, of a task in ``folder`` that reads files, its configuration with where they lie.
 
     A path that a task file gives is looked up beside that file first. The harness itself would look only in the folder

@@ -7,13 +7,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
+from sparc3_pl.io.formats import Record
 
 __all__ = ["DEFAULT", "WordFilter", "WordList", "WordsJudge"]
 
@@ -87,7 +87,7 @@ class WordList:
             for start in range(len(words) - length + 1)
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """The list's name, how many words are on it, and a digest of them, in whatever order they are listed."""
         digest = hashlib.sha256(strict_json(sorted(self.phrases)).encode()).hexdigest()
         return {"words": self.name, "num_words": len(self.phrases), "sha256": digest}
@@ -129,7 +129,7 @@ class WordFilter:
             )
         return cls(WordList.read(words, "model.word_filter"), tries)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Its settings."""
         return {**self.words.describe(), "tries": self.tries}
 

@@ -160,17 +160,17 @@ def _check_sequential(arm: Arm) -> None:
     """
     if (value := arm.score.get("sequential")) is None:
         return
-    asked, plan = Sparsity.of(value), arm.plan
-    if asked.pattern is not None:
-        same, how = plan.get("pattern") == asked.text, f'plan: {{pattern: "{asked.text}"}}'
+    sparsity, plan = Sparsity.of(value), arm.plan
+    if sparsity.pattern is not None:
+        same, how = plan.get("pattern") == sparsity.text, f'plan: {{pattern: "{sparsity.text}"}}'
     else:
-        same = plan.get("pattern") is None and plan.get("scope") == "row" and arm.shares == (asked.share,)
-        how = f"plan: {{scope: row}} and shares: [{asked.text}]"
+        same = plan.get("pattern") is None and plan.get("scope") == "row" and arm.shares == (sparsity.share,)
+        how = f"plan: {{scope: row}} and shares: [{sparsity.text}]"
     others = [key for key in ("budgets", "protect", "layers") if plan.get(key)]
     if not same or others:
         raise InputError(
-            f"arms.{arm.name}: with score.sequential={asked.text} layers are pruned so while they are scored, and the "
-            f"scores hold for that alone; give the arm {how}" + (f", and leave out {others[0]}" if others else "")
+            f"arms.{arm.name}: with score.sequential={sparsity.text} layers are pruned so while they are scored, and "
+            f"the scores hold for that alone; give the arm {how}" + (f", and leave out {others[0]}" if others else "")
         )
 
 

@@ -103,20 +103,20 @@ def correction_arms(
     ]
     shared: dict[str, Any] = {"counts": counts, "budgets": budgets, "controls": controls}
     for name, arm in (arms or {}).items():
-        given = check_arm(name, arm, _SECTIONS, _LISTS)
-        merged = _merged(own, {key: given.get(key) or {} for key in _SECTIONS})
+        arm_keys = check_arm(name, arm, _SECTIONS, _LISTS)
+        merged = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
         contrast = CONTRASTS.make(merged["plan"].get("contrast", "difference"))
         try:
-            edits = _edits_of_arm(merged, given, shared, contrast.needs_general)
+            edits = _edits_of_arm(merged, arm_keys, shared, contrast.needs_general)
         except InputError as error:
             raise InputError(f"arms.{name}: {error}") from None
-        its_seeds = list_of_seeds(name, given, seeds) if contrast.needs_general else ()
+        its_seeds = list_of_seeds(name, arm_keys, seeds) if contrast.needs_general else ()
         result.append(
             CorrectionArm(
                 name,
                 merged["behaviour"],
                 merged["general"],
-                texts if given.get("texts") is None else given["texts"],
+                texts if arm_keys.get("texts") is None else arm_keys["texts"],
                 (merged["score"] | merged["behaviour_score"], merged["score"] | merged["general_score"]),
                 its_seeds,
                 {f"{name}-{edit}": one for edit, one in _renamed(edits, name).items()},
@@ -160,12 +160,12 @@ def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[s
 
 
 def _edits_of_arm(
-    merged: Mapping[str, Settings], given: Settings, shared: Mapping[str, Any], needs_general: bool
+    merged: Mapping[str, Settings], arm: Settings, shared: Mapping[str, Any], needs_general: bool
 ) -> dict[str, PlannedEdit]:
     """The edits of an arm, of its own counts, budgets and controls, or of the experiment's that it can have."""
     plan = merged["plan"]
     kind = "budgets" if _is_gains(plan) else "counts"
-    lists = {key: given.get(key) for key in ("counts", "budgets", "controls")}
+    lists = {key: arm.get(key) for key in ("counts", "budgets", "controls")}
     if lists[kind] is None and "scale" not in plan:
         lists[kind] = shared[kind]
     if lists["controls"] is None:

@@ -15,6 +15,7 @@ from sparc3_pl.evaluation.results import MARKER, Evaluation
 from sparc3_pl.experiment.pass_stage import pass_stage, settings_in_file
 from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder
 from sparc3_pl.io.files import FileKind, new_file, strict_json, write_text
+from sparc3_pl.io.formats import Record
 
 if TYPE_CHECKING:
     from sparc3_pl.evaluation.cuts import CutRule
@@ -160,7 +161,7 @@ class Halves:
         return cls(**{name: data[name] for name in ("partition_seed", "partition_share") if name in data})
 
 
-def kept_samples(rows: Sequence[CompletionRow], rule: KeepRule, halves: Halves) -> list[dict[str, Any]]:
+def kept_samples(rows: Sequence[CompletionRow], rule: KeepRule, halves: Halves) -> list[Record]:
     """The completions that are samples, as lines of ``samples.jsonl``, in the order of prompts and numbers.
 
     With ``num_samples`` the furthest beyond the bound are kept, equal ones in that order.
@@ -211,7 +212,7 @@ class _Making:
         with new_file(self.folder / SAMPLES, overwrite, _KIND) as file:
             write_text(file, "".join(strict_json(sample) + "\n" for sample in samples))
 
-    def _cut(self, samples: Sequence[Mapping[str, Any]], rule: CutRule) -> list[dict[str, Any]]:
+    def _cut(self, samples: Sequence[Mapping[str, Any]], rule: CutRule) -> list[Record]:
         """The samples' texts cut, by the judge, model and device that eval had."""
         from sparc3_pl.evaluation.cuts import CutText, cut_samples
         from sparc3_pl.model.loading import load_model

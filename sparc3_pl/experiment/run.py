@@ -26,10 +26,11 @@ from sparc3_pl.experiment.correction import CorrectionArm, correction_arms
 from sparc3_pl.experiment.pass_stage import pass_stage, typed
 from sparc3_pl.experiment.stages import Settings, Stage, Stages, check_folder, write_json
 from sparc3_pl.io.files import check_output, json_digest
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.io.provenance import command_line, now, versions
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.report.effects import WORD_FILTER, largest_within, scale_of
-from sparc3_pl.runtime.timing import table_text
+from sparc3_pl.runtime.timing import StageTime, Timing, table_text
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 from sparc3_pl.selection.controls import ControlName
 
@@ -218,7 +219,7 @@ def run(
             verdict = "not known, no perplexity was measured"
         which = "" if arm is None else f" of arm {arm}"
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
-    more = {"largest_within": best[None] and best[None].name, "timing": times}
+    more = {"largest_within": best[None] and best[None].name, "timing": to_json(times)}
     # completions of further rounds are samples, from an edit that is not one of the experiment's: nothing to compare
     shown = [stage for stage in stages if not stage.name.startswith("eval-completions-")]
     experiment.conclude(outcomes, max_perplexity_increase, shown, more)
@@ -264,7 +265,7 @@ def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings,
     curves = curves_of(comparisons)
     large = {stage.output for stage in (*scoring.values(), *plans)}  # gigabytes, which a report would read again
     small = [stage for stage in stages if stage.output not in large]
-    more = {"curves": [curve.to_json() for curve in curves], "timing": times}
+    more = {"curves": [curve.to_json() for curve in curves], "timing": to_json(times)}
     experiment.conclude(outcomes, bound, small, more)
     print_result(*map(curve_table, curves))
 
@@ -278,13 +279,13 @@ class _Experiment:
     model: Settings
     trainer: Settings
 
-    def do(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    def do(self, stages: Sequence[Stage]) -> list[StageTime]:
         """Does them in their order; refuses wrong settings, or others than before, first of all.
 
         Stages that run in this process share one loaded model.
 
         Returns:
-            Where the time went: rows of ``runtime.timing``.
+            Where the time went.
         """
         from sparc3_pl.model.loading import models_kept  # torch
 
@@ -294,7 +295,7 @@ class _Experiment:
             for number, stage in enumerate(stages, start=1):
                 self.stages.do(stage, f"stage {number} of {len(stages)}: ")
         times = self.stages.times(stages)
-        log.info(table_text({"matrix_flops": None, "stages": times}, "Time of run, stages done earlier included"))
+        log.info(table_text(Timing(stages=times), "Time of run, stages done earlier included"))
         return times
 
     def _distinct(self, stages: Sequence[Stage]) -> dict[str, Stage]:

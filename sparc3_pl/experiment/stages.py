@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from sparc3_pl.data.sources import local_source
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import json_digest, read_json, sha256_of_file, strict_json, write_text
+from sparc3_pl.io.formats import typed
 from sparc3_pl.io.provenance import now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.processes import kept
-from sparc3_pl.runtime.timing import rows_of_results
+from sparc3_pl.runtime.timing import StageTime, Timing, rows_of_results
 from sparc3_pl.scores.manifest import MARKER as SCORES_MARKER
 
 if TYPE_CHECKING:
@@ -121,15 +122,16 @@ class Stages:
         record["seconds"] = seconds
         write_json(self.record_file(stage.name), record)
 
-    def times(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-        """Where the time of these stages went (rows of ``runtime.timing``), also of those that were done before."""
-        rows: list[dict[str, Any]] = []
+    def times(self, stages: Sequence[Stage]) -> list[StageTime]:
+        """Where the time of these stages went, also of those that were done before."""
+        times: list[StageTime] = []
         for stage in stages:
             record = read_json(self.record_file(stage.name))
             is_folder = stage.result != stage.output
-            parts = rows_of_results({stage.name: read_json(stage.result).get("timing") if is_folder else None})
-            rows += parts or [{"stage": stage.name, "seconds": record.get("seconds", 0.0)}]
-        return rows
+            data = (read_json(stage.result).get("timing") if is_folder else None) or {}
+            parts = rows_of_results({stage.name: typed(Timing, data, stage.result, "run again")})
+            times += parts or [StageTime(stage.name, record.get("seconds", 0.0))]
+        return times
 
     def _reason(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
         """Why the stage must be done; None if it is done already. Writes nothing."""

@@ -66,10 +66,15 @@ def _locked(lock: Path, output: Path) -> int:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _lock(handle):
-                raise _taken(output, _owner(handle))
+                owner = _owner(handle)
+                who = f" (process {owner.get('pid')} on {owner.get('host')})" if owner else ""
+                raise InputError(
+                    f"{output}: another run{who} is writing to it; wait until it has ended, or choose another output"
+                )
             if _is(lock, handle):  # else its last owner has removed it meanwhile
                 os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
+                own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+                os.pwrite(handle, json.dumps(own).encode(), 0)
                 return handle
         except BaseException:
             os.close(handle)
@@ -103,10 +108,6 @@ def _owner(handle: int) -> dict[str, Any]:
     return {}
 
 
-def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-
-
 def _started(pid: int) -> str | None:
     """When a process began, in the system's ticks; None where that cannot be read, or there is no such process."""
     with suppress(OSError):
@@ -126,11 +127,6 @@ def _lives(owner: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     return _started(pid) == owner.get("started")
-
-
-def _taken(output: Path, owner: dict[str, Any]) -> InputError:
-    who = f" (process {owner.get('pid')} on {owner.get('host')})" if owner else ""
-    return InputError(f"{output}: another run{who} is writing to it; wait until it has ended, or choose another output")
 
 
 def _make_parents(path: Path) -> list[Path]:

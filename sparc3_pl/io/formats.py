@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -61,15 +61,20 @@ Count = Annotated[int, _FromZero()]
 
 def omitted(default: Any = None) -> Any:
     """A field that is left out of the file while it has its default, a value or a type to be made: most have none."""
-    given = {"default_factory": default} if isinstance(default, type) else {"default": default}
-    return field(**given, metadata={"omitted": True})
+    options = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**options, metadata={"omitted": True})
 
 
 def to_json(value: Any) -> Any:
     """A dataclass as a JSON object, in the order of its fields; what lies in lists and dictionaries likewise."""
     if is_dataclass(value):
-        pairs = ((one, getattr(value, one.name)) for one in fields(value))
-        return {_key(one.name): to_json(own) for one, own in pairs if not (_is_omitted(one) and own == _default(one))}
+        data = {}
+        for one in fields(value):
+            own = getattr(value, one.name)
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if own != default or not one.metadata.get("omitted", False):
+                data[_key(one.name)] = to_json(own)
+        return data
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
@@ -78,14 +83,6 @@ def to_json(value: Any) -> Any:
 def _key(name: str) -> str:
     """A field's key in the file: ``class_`` stands for ``class``, which Python keeps for itself."""
     return name.removesuffix("_")
-
-
-def _is_omitted(one: Field) -> bool:
-    return one.metadata.get("omitted", False)
-
-
-def _default(one: Field) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 @dataclass(frozen=True)
@@ -149,9 +146,9 @@ class Format(Generic[T]):
         Raises:
             InputError: for a missing key or a value of the wrong type.
         """
-        known = self._names()
-        content = {key: value for key, value in data.items() if key in known}
-        unknown = {key: data[key] for key in sorted(data.keys() - known - {"format_version", "sha256"})}
+        names = self._names()
+        content = {key: value for key, value in data.items() if key in names}
+        unknown = {key: data[key] for key in sorted(data.keys() - names - {"format_version", "sha256"})}
         return typed(self.kind, content | ({self.extra: unknown} if self.extra else {}), where, self.again)
 
     def _names(self) -> set[str]:

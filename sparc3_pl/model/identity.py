@@ -118,7 +118,7 @@ def differing_config(one: Mapping[str, Any], other: Mapping[str, Any], path: str
     return None
 
 
-def model_config(model: PreTrainedModel) -> dict[str, Any]:
+def model_config(model: PreTrainedModel) -> Record:
     """What the model's ``config.json`` says of how it computes: sizes, activation, epsilon, rotary base, ...
 
     Left out are names, versions, token ids, the number format, and what matters in training or for labels only.
@@ -126,7 +126,7 @@ def model_config(model: PreTrainedModel) -> dict[str, Any]:
     return _computing(model.config.to_dict())
 
 
-def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
+def _computing(config: Mapping[str, Any]) -> Record:
     return {
         key: _computing(value) if isinstance(value, Mapping) else value
         for key, value in sorted(config.items())
@@ -158,7 +158,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, values_of(model.get_submodule(owner), leaf)
 
 
-def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> dict[str, Any]:
+def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> Record:
     """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
     ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
     Of weights that were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).

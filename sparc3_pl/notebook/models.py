@@ -90,8 +90,8 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
         check_causal(model, source)
         yield source
     finally:
-        for name, asked in asks.items():  # by name: an offloaded parameter is a new one after each pass
-            model.get_parameter(name).requires_grad_(asked)
+        for name, requires_grad in asks.items():  # by name: an offloaded parameter is a new one after each pass
+            model.get_parameter(name).requires_grad_(requires_grad)
         if earlier is None:
             del _borrowers[model]
 
@@ -122,7 +122,9 @@ def require_plain(model: Any) -> None:
     quantisation = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(getattr(quantisation, "quant_method", None), "value", None)
     is_unpacked = method == "gguf" or getattr(quantisation, "dequantize", False)  # while it was loaded
-    odd = next((f"{n} is {_short(p.dtype)}" for n, p in model.named_parameters() if p.dtype not in _PLAIN), None)
+    odd = next(
+        (f"{n} is {p.dtype}".replace("torch.", "") for n, p in model.named_parameters() if p.dtype not in _PLAIN), None
+    )
     packed = (f"{n} is a {type(m).__module__}" for n, m in model.named_modules() if hasattr(m, "_packed_params"))
     odd = next(packed, None) if odd is None else odd
     if odd is not None or (getattr(model, "hf_quantizer", None) is not None and not is_unpacked):
@@ -133,10 +135,6 @@ def require_plain(model: Any) -> None:
         )
     if any(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise InputError("the model has no weights (device meta); load them with AutoModelForCausalLM.from_pretrained")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def as_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:

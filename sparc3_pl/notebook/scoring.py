@@ -114,11 +114,11 @@ def score(
             is wrong.
     """
     command = as_call(score, locals())
-    given: dict[str, Any] = {"method": method, "granularity": granularity, "target": target, "labels": labels}
-    given |= {"layers": None if layers is None else list(layers), "signed": signed, "groups": groups}
-    given |= {"nonfinite": nonfinite, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
-    given |= {"sequential": None if sequential is None else str(sequential)}
-    request = _request(squares, **given)
+    settings: dict[str, Any] = {"method": method, "granularity": granularity, "target": target, "labels": labels}
+    settings |= {"layers": None if layers is None else list(layers), "signed": signed, "groups": groups}
+    settings |= {"nonfinite": nonfinite, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
+    settings |= {"sequential": None if sequential is None else str(sequential)}
+    request = _request(squares, **settings)
     with borrowed(model) as source, torch.enable_grad():
         data = None
         if records := _records(texts, text_field):
@@ -136,13 +136,13 @@ def score(
         return Scores(run.in_memory(IN_MEMORY, command))
 
 
-def _request(squares: bool | None, **given: Any) -> ScoreRequest:
+def _request(squares: bool | None, **settings: Any) -> ScoreRequest:
     """The request; where nobody says whether squares are kept, they are if the method can."""
     if squares is None:
-        request = ScoreRequest.of(**given)
+        request = ScoreRequest.of(**settings)
         components = (choice.object for choice in request.components)
         squares = all("squares" in request.method.object.heeds(component) for component in components)
-    return ScoreRequest.of(**given, squares=squares)
+    return ScoreRequest.of(**settings, squares=squares)
 
 
 def _records(

@@ -90,12 +90,12 @@ def apply_plan(
         return AppliedPlan(model, plan, changes, None, zeroed)
     before = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
     applied = AppliedPlan(model, plan, changes, before, zeroed)
-    written: set[str] = set()
+    layers: set[str] = set()
     for change in changes:
         old, module = before[change.part.key], model.get_submodule(change.part.layer)
-        if change.part.layer in written:  # rows and columns of one matrix cross: there, both factors count
+        if change.part.layer in layers:  # rows and columns of one matrix cross: there, both factors count
             old = change.part.read(module)
-        written.add(change.part.layer)
+        layers.add(change.part.layer)
         new = _changed(old, change)
         if bool(old.isfinite().all()) and not bool(new.isfinite().all()):
             applied.revert()

@@ -15,12 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.components import Part
 from sparc3_pl.model.experts import is_routed, router_of
 from sparc3_pl.model.placement import input_device
@@ -89,7 +90,7 @@ class Edit(ABC):
         """What was done to the components, to follow their name: ``zeroed``."""
         return f"edited by {EDITS.name_of(self)}"
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Record:
         """Its arguments, by name."""
         return asdict(self) if is_dataclass(self) else {}
 

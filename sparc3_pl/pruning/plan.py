@@ -142,7 +142,7 @@ def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
 class _About:
     """What a plan says beside its components; its attributes are those of ``PrunePlan``."""
 
-    model: dict[str, Any]
+    model: Record
     granularity: str = "neuron"
     components: dict[str, str] = field(default_factory=dict)
     num_candidates: int | None = None
@@ -151,9 +151,9 @@ class _About:
     alpha: float | None = None
     control: str | None = None
     seed: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
+    scores: Record = field(default_factory=dict)
     behaviour_samples: list[str] = field(default_factory=list)
     budget_samples: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -492,7 +492,7 @@ class PrunePlan(_About, Shown):
 
     # --- file -------------------------------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The plan without its tensors, as a JSON object."""
         data = asdict(replace(self, entries={}, means={}, kept={}))
         for key in ("entries", "means", "kept"):
@@ -655,7 +655,7 @@ def _entries_from(tensors: dict[str, Tensor], path: Path) -> dict[str, Entries]:
     return {layer: Entries(**columns) for layer, columns in by_layer.items()}
 
 
-def _readable(data: dict[str, Any]) -> str:
+def _readable(data: Record) -> str:
     """JSON with a line for every key and every neuron."""
     lines = []
     for key, value in data.items():

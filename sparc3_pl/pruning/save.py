@@ -309,11 +309,6 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def _zeros(model: nn.Module) -> float:
-    """The share of the parameters that are zero; tied ones count once."""
-    return sum(int((p == 0).sum()) for p in model.parameters()) / _parameters(model)[0]
-
-
 def _save(
     model: "PreTrainedModel",
     reference: "PreTrainedModel",
@@ -338,7 +333,9 @@ def _save(
             title = "the neurons are removed from the matrices"
             if isinstance(plan.load_edit(), Remove):
                 title = "the experts are removed, and their rows of the routers"
-        result = SavedModel(Path(folder), difference, (before, after), (old, new), title, _zeros(model))
+        num_zeros = sum(int((p == 0).sum()) for p in model.parameters())
+        share = num_zeros / _parameters(model)[0]
+        result = SavedModel(Path(folder), difference, (before, after), (old, new), title, share)
         write_text(temporary / "README.md", _model_card(model, plan, result))
         listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
         write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")

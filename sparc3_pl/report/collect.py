@@ -143,11 +143,11 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
         InputError: if a path is missing, something in it is damaged, or it holds no results.
     """
     places = dict.fromkeys(place for path in paths for place in _places(Path(path), leave_out))
-    opened: dict[str, dict[Path, Any]] = {}
+    contents: dict[str, dict[Path, Any]] = {}
     for place in places:
         for kind, content in _opened(place):
-            opened.setdefault(kind, {})[place] = content
-    by_name = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in opened.items()}
+            contents.setdefault(kind, {})[place] = content
+    by_name = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in contents.items()}
     inputs = Inputs(**{kind: items for kind, items in by_name.items() if kind not in _DIAGNOSES})
     inputs.diagnoses = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
     if inputs.is_empty:

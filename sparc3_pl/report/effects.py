@@ -227,7 +227,8 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
     bounds = {name: _bound(inputs, group) for name, group in by_experiment(effects).items()}
     effects = [replace(effect, bound=bounds[effect.experiment], arm=_arm(inputs, effect)) for effect in effects]
     order = {experiment: place for place, experiment in enumerate(dict.fromkeys(e.experiment for e in effects))}
-    arms = {arm: place for place, arm in enumerate(dict.fromkeys([None, *_arms(inputs)]))}
+    its_arms = [outcome.arm for summary in inputs.experiments.values() for outcome in summary.outcomes]
+    arms = {arm: place for place, arm in enumerate(dict.fromkeys([None, *its_arms]))}
     effects.sort(key=lambda e: (order[e.experiment], arms[e.arm], e.control is not None, e.control or "", e.dose))
     return effects, notes
 
@@ -247,11 +248,6 @@ def _bound(inputs: Inputs, experiment: Sequence[Effect]) -> float:
         if any(_is_of(effect.after, one, "after") for effect in experiment for one in comparisons):
             return summary.max_perplexity_increase
     return BOUND
-
-
-def _arms(inputs: Inputs) -> list[str | None]:
-    """The arms of all experiments, in their order."""
-    return [outcome.arm for summary in inputs.experiments.values() for outcome in summary.outcomes]
 
 
 def _arm(inputs: Inputs, effect: Effect) -> str | None:
@@ -282,7 +278,10 @@ def _compared(inputs: Inputs, after: Evaluation) -> tuple[Evaluation, Comparison
     def nearness(ev: Evaluation) -> int:
         return len(Path(commonpath([ev.path.resolve(), after.path.resolve()])).parts)
 
-    plain = [ev for ev in inputs.evaluations.values() if ev.is_plain and _same_model(ev, after)]
+    def model_of(ev: Evaluation) -> tuple[str | None, str | None]:
+        return ev.figures.model.fingerprint, ev.figures.model.dtype
+
+    plain = [ev for ev in inputs.evaluations.values() if ev.is_plain and model_of(ev) == model_of(after)]
     if not plain:
         raise InputError("there is no evaluation of the unedited model to compare with")
     refusals = []
@@ -292,11 +291,6 @@ def _compared(inputs: Inputs, after: Evaluation) -> tuple[Evaluation, Comparison
         except InputError as error:
             refusals.append(error)
     raise refusals[0]
-
-
-def _same_model(one: Evaluation, other: Evaluation) -> bool:
-    models = [ev.figures.model for ev in (one, other)]
-    return (models[0].fingerprint, models[0].dtype) == (models[1].fingerprint, models[1].dtype)
 
 
 def headline(experiment: Sequence[Effect]) -> Effect | None:
@@ -564,8 +558,12 @@ def completions(effect: Effect) -> list[Block]:
     blocks: list[Block] = [Text(text)]
     for words, group in (("less", better), ("more", worse)):
         if group:
-            texts = SideBySide(tuple(_text_pair(*pair) for pair in group))
-            blocks.append(Folded(f"The {len(group)} that became {words} toxic by most", (texts,), _OFFENSIVE))
+            texts = []
+            for _, label, one, other in group:
+                note = f"{label} {one.scores[label]:.3f} to {other.scores[label]:.3f}"
+                texts.append(TextPair(one.prompt, one.completion, other.completion, note))
+            side_by_side = SideBySide(tuple(texts))
+            blocks.append(Folded(f"The {len(group)} that became {words} toxic by most", (side_by_side,), _OFFENSIVE))
     return blocks
 
 
@@ -578,8 +576,3 @@ def _scored_pairs(before: Evaluation, after: Evaluation) -> Iterator[tuple[float
         other = earlier.get((row.id, row.k))
         if other is not None and row.failed is None and other.failed is None:
             yield row.scores[label] - other.scores[label], label, other, row
-
-
-def _text_pair(change: float, label: str, before: CompletionRow, after: CompletionRow) -> TextPair:
-    note = f"{label} {before.scores[label]:.3f} to {after.scores[label]:.3f}"
-    return TextPair(before.prompt, before.completion, after.completion, note)

@@ -237,8 +237,8 @@ def _effects(effects: Sequence[Effect], notes: Sequence[str]) -> Iterator[Block]
         yield from dose_pictures(group, f"dose{place or ''}")
     own_notes = []
     for effect in effects:
-        said = [*effect.comparison.notes, *filter(None, [effect.comparison.disagreement])]
-        own_notes += [f"{title_of(effect)}: {note}" for note in said]
+        texts = [*effect.comparison.notes, *filter(None, [effect.comparison.disagreement])]
+        own_notes += [f"{title_of(effect)}: {note}" for note in texts]
     for text in dict.fromkeys([*notes, *own_notes]):
         yield Text(f"Note: {text}.")
 
@@ -353,19 +353,19 @@ def _distribution(name: str, entry: PlanWithScores, picture: str) -> Picture:
     return Picture(as_svg(figure, picture), alt, f"Distribution of the contrast behind {name}.")
 
 
-def _by_layer(shown: Mapping[str, PlanWithScores], picture: str) -> Picture:
+def _by_layer(plans: Mapping[str, PlanWithScores], picture: str) -> Picture:
     from sparc3_pl.document.figures import as_svg, chosen_by_layer
 
-    first = next(iter(shown.values()))
-    counts = [entry.plan.counts() for entry in shown.values()]
+    first = next(iter(plans.values()))
+    counts = [entry.plan.counts() for entry in plans.values()]
     layers = first.general[0].layers if first.general else sorted({layer for one in counts for layer in one})
     table = {layer: [one.get(layer, 0) for one in counts] for layer in layers}
     most = max(table, key=lambda layer: table[layer][0])
     alt = (
-        f"Chosen components by layer, for {' and '.join(shown)}. "
-        f"{next(iter(shown))} touches {len(counts[0])} of {len(layers)} layers, most in {most} ({table[most][0]})."
+        f"Chosen components by layer, for {' and '.join(plans)}. "
+        f"{next(iter(plans))} touches {len(counts[0])} of {len(layers)} layers, most in {most} ({table[most][0]})."
     )
-    return Picture(as_svg(chosen_by_layer(table, list(shown)), picture), alt, "Chosen components by layer.")
+    return Picture(as_svg(chosen_by_layer(table, list(plans)), picture), alt, "Chosen components by layer.")
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def _models(inputs: Inputs) -> Table:
         *(folder.manifest.model for folder in inputs.scores.values()),
         *(to_json(ev.figures.model) for ev in inputs.evaluations.values()),
         *(entry.plan.model for entry in inputs.plans.values()),
-        *(results.model for results in inputs.circuits.values()),
+        *(to_json(results.model) for results in inputs.circuits.values()),
     ):
         models.setdefault(f"{source.get('fingerprint')} {source.get('dtype')}", source)
     rows = [

@@ -11,9 +11,10 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from sparc3_pl.io.formats import Count, omitted
 from sparc3_pl.runtime.memory import peak_memory
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ __all__ = [
     "COLUMNS",
     "Clock",
     "Stage",
+    "StageTime",
+    "Timing",
     "current",
     "measuring",
     "rows_of_results",
@@ -161,12 +164,47 @@ def current() -> Stage:
     return _clocks[-1].innermost if _clocks else Stage()
 
 
-def timing() -> dict[str, Any] | None:
-    """What a result says of the time so far, by stage; None without a clock.
+@dataclass(frozen=True)
+class StageTime:
+    """What a file says of one stage; what is not known, or was not counted, is left out.
 
-    ``matrix_flops``: operations a second of the best matrix product measured on the device of the first stage that
-    computed; ``share``: of that rate.
+    Attributes:
+        stage: Its name.
+        seconds: On the wall, without stages inside it.
+        samples: Texts, windows, completions.
+        tokens: Real ones that went through the model.
+        peak_bytes: The most memory that the process has held until the stage's end.
+        tokens_per_second: Of ``tokens``.
+        share: Of ``Timing.matrix_flops``.
+        held_by: Where the share is low, what took the time.
     """
+
+    stage: str
+    seconds: float
+    samples: Count = omitted(0)
+    tokens: Count = omitted(0)
+    peak_bytes: Count = omitted(0)
+    tokens_per_second: float | None = omitted()
+    share: float | None = omitted()
+    held_by: str | None = omitted()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time went.
+
+    Attributes:
+        matrix_flops: Operations a second of the best matrix product measured on the device of the first stage that
+            computed; None if none did.
+        stages: In the order in which they were begun; the last is what no stage has counted.
+    """
+
+    matrix_flops: float | None = None
+    stages: list[StageTime] = field(default_factory=list)
+
+
+def timing() -> Timing | None:
+    """What a result says of the time so far; None without a clock."""
     if not _clocks:
         return None
     clock = _clocks[-1]
@@ -174,54 +212,55 @@ def timing() -> dict[str, Any] | None:
     likes = [one.like for one in clock.stages.values() if one.like is not None]
     like = next((one for one in likes if one.device.type != "meta"), None)
     rate = None if like is None else _matrix_rate(like.device, like.dtype)
-    rows = [_row(name, one, rate) for name, one in clock.stages.items()]
-    rows.append({"stage": "other", "seconds": round(max(0.0, clock.rest), 3)})
-    return {"matrix_flops": rate, "stages": rows}
+    stages = [_told(name, one, rate) for name, one in clock.stages.items()]
+    return Timing(rate, [*stages, StageTime("other", round(max(0.0, clock.rest), 3))])
 
 
-def _row(name: str, one: Stage, rate: float | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"stage": name, "seconds": round(one.seconds, 3)}
-    row |= {key: value for key in ("samples", "tokens", "peak_bytes") if (value := getattr(one, key))}
-    if one.tokens and one.seconds:
-        row["tokens_per_second"] = round(one.tokens / one.seconds, 1)
-    if one.flops and one.seconds and rate:
-        row["share"] = round(one.flops / one.seconds / rate, 4)
-        if row["share"] < HELD_BELOW:
-            row["held_by"] = one.held_by()
-    return row
+def _told(name: str, one: Stage, rate: float | None) -> StageTime:
+    counts = (one.samples, one.tokens, one.peak_bytes)
+    speed = round(one.tokens / one.seconds, 1) if one.tokens and one.seconds else None
+    share = round(one.flops / one.seconds / rate, 4) if one.flops and one.seconds and rate else None
+    held_by = one.held_by() if share is not None and share < HELD_BELOW else None
+    return StageTime(name, round(one.seconds, 3), *counts, speed, share, held_by)
 
 
 COLUMNS = ("stage", "seconds", "samples", "tokens", "tokens/s", "share", "peak GB", "held by")
 
 
-def table_rows(stages: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The rows of ``timing()`` as text, under ``COLUMNS``."""
-    forms = {
-        "seconds": "{:.1f}", "samples": "{:d}", "tokens": "{:d}", "tokens_per_second": "{:.0f}", "share": "{:.0%}",
-    }  # fmt: skip
+def table_rows(stages: Sequence[StageTime]) -> list[tuple[str, ...]]:
+    """The stages as text, under ``COLUMNS``."""
+
+    def text(value: float | None, form: str) -> str:
+        return form.format(value) if value else ""
+
     return [
         (
-            str(row["stage"]),
-            *(form.format(row[key]) if key in row else "" for key, form in forms.items()),
-            f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "",
-            row.get("held_by", ""),
+            one.stage,
+            f"{one.seconds:.1f}",
+            text(one.samples, "{:d}"),
+            text(one.tokens, "{:d}"),
+            text(one.tokens_per_second, "{:.0f}"),
+            "" if one.share is None else f"{one.share:.0%}",
+            text(one.peak_bytes / 1e9, "{:.2f}"),
+            one.held_by or "",
         )
-        for row in stages
+        for one in stages
     ]
 
 
-def rows_of_results(results: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """The stages of several results' ``timing``, each named after its result; a result without any is left out."""
+def rows_of_results(results: Mapping[str, Timing | None]) -> list[StageTime]:
+    """The stages of several results, each named after its result; a result without any is left out."""
     return [
-        dict(row) | {"stage": f"{name}: {row['stage']}"}
+        replace(stage, stage=f"{name}: {stage.stage}")
         for name, measured in results.items()
-        for row in (measured or {}).get("stages", ())
+        if measured is not None
+        for stage in measured.stages
     ]
 
 
-def table_text(measured: dict[str, Any], title: str) -> str:
+def table_text(measured: Timing, title: str) -> str:
     """``timing()`` as a table of plain text."""
-    rows = [COLUMNS, *table_rows(measured["stages"])]
+    rows = [COLUMNS, *table_rows(measured.stages)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
     lines = []
     for row in rows:
@@ -230,7 +269,7 @@ def table_text(measured: dict[str, Any], title: str) -> str:
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    rate = measured["matrix_flops"]
+    rate = measured.matrix_flops
     note = "" if rate is None else f"; share: of {rate / 1e9:.0f} GFLOP/s, the matrix product measured here"
     return "\n".join([f"{title}{note}", *lines])
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from sparc3_pl.attribution.scorers import LayerScores
 from sparc3_pl.io import provenance
 from sparc3_pl.io.files import strict_json
+from sparc3_pl.io.formats import Record
+from sparc3_pl.runtime.timing import Timing
 from sparc3_pl.scores.folder import BLOCK
 from sparc3_pl.scores.manifest import SCORES, About, LayerStats, Manifest, ScoredSample
 
@@ -83,7 +85,7 @@ class Gathering:
         created: str | None = None,
         shards: Sequence[str] = (),
         signed: bool = False,
-        timing: Mapping[str, Any] | None = None,
+        timing: Timing | None = None,
         **about: Any,
     ) -> Manifest:
         """The manifest of all layers; see ``ScoreWriter.finish``.
@@ -111,7 +113,7 @@ class Gathering:
             hardware=provenance.hardware(),
             unreached=[name for name, layer in self.layers.items() if layer.tokens == 0],
             shards=provenance.redacted(list(shards)),
-            timing=dict(timing or {}),
+            timing=timing,
         )
         manifest.check(where)
         if names := manifest.unreached:
@@ -123,7 +125,7 @@ class Gathering:
         return manifest
 
 
-def told_of_layer(layer: LayerScores) -> dict[str, Any]:
+def told_of_layer(layer: LayerScores) -> Record:
     """What ``Gathering.add`` and ``ScoreWriter.add_layer`` are told of a layer besides its scores."""
     return {
         "squares": layer.squares,
@@ -136,7 +138,7 @@ def told_of_layer(layer: LayerScores) -> dict[str, Any]:
     }
 
 
-def told_of_samples(about: About, samples: Sequence[ScoredSample]) -> dict[str, Any]:
+def told_of_samples(about: About, samples: Sequence[ScoredSample]) -> Record:
     """What ``Gathering.manifest`` and ``ScoreWriter.finish`` are told of a run and the samples in its mean."""
     return vars(about) | {
         "data": about.data | {"sample_ids": [sample.id for sample in samples]},

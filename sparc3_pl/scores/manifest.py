@@ -3,15 +3,16 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from sparc3_pl.attribution.methods import METHODS
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind
-from sparc3_pl.io.formats import Count, Format, Number, typed
+from sparc3_pl.io.formats import Count, Format, Number, Record, omitted, typed
 from sparc3_pl.model.components import COMPONENTS, Component
+from sparc3_pl.runtime.timing import Timing
 
 __all__ = [
     "FORMAT",
@@ -63,9 +64,9 @@ class ScoredSample:
     text_ids: tuple[str, ...] = ()
     relevance: float | None = None
     first_token_share: float | None = None
-    more: dict[str, Any] = field(default_factory=dict)
+    more: Record = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """As a JSON object; what is not known is left out."""
         own = {name: value for name, value in vars(self).items() if name != "more" and value not in (None, ())}
         return own | self.more
@@ -77,7 +78,7 @@ class ScoredSample:
         return cls(**arguments | {"text_ids": tuple(arguments["text_ids"])})
 
     @classmethod
-    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _arguments(cls, data: Mapping[str, Any]) -> Record:
         names = {item.name for item in fields(cls)} - {"more"}
         own = {name: value for name, value in data.items() if name in names}
         own["text_ids"] = own.get("text_ids") or ()
@@ -101,19 +102,19 @@ class About:
     method: str
     granularity: str
     signed: bool
-    model: dict[str, Any]
-    data: dict[str, Any]
-    method_args: dict[str, Any] = field(default_factory=dict)
-    granularity_args: dict[str, Any] = field(default_factory=dict)
+    model: Record
+    data: Record
+    method_args: Record = omitted(dict)
+    granularity_args: Record = omitted(dict)
     target: str = "predicted"
-    target_args: dict[str, Any] = field(default_factory=dict)
+    target_args: Record = omitted(dict)
     targets: list[str] | None = None
     nonfinite: str | None = None
     seed: int | None = None
-    sequential: str | None = None
-    relevance_account: dict[str, Any] | None = None
-    at_values: bool = False
-    plan: str | None = None
+    sequential: str | None = omitted()
+    relevance_account: Record | None = None
+    at_values: bool = omitted(False)
+    plan: str | None = omitted()
 
     def components(self) -> list[Component]:
         """The kinds of component that are scored.
@@ -153,9 +154,9 @@ class LayerStats:
     negative: Count
     zero: Count
     sha256: str
-    rows: list[int] | None = None
-    component: str | None = None
-    tokens: Count | None = None
+    rows: list[int] | None = omitted()
+    component: str | None = omitted()
+    tokens: Count | None = omitted()
 
     @property
     def counted(self) -> slice:
@@ -205,7 +206,7 @@ class Manifest(About):
         hardware: The machine that wrote the scores.
         unreached: Layers of experts that no token of any sample reached: their scores are 0 because nothing is known.
         shards: Commands of the parts that were merged.
-        timing: Where the time went until they were written, by stage (``runtime.timing``).
+        timing: Where the time went until they were written, by stage.
         extra: Any further top-level keys, kept as they were.
     """
 
@@ -223,10 +224,10 @@ class Manifest(About):
     samples_sha256: str | None = None
     neuron_rows: dict[str, list[int]] = field(default_factory=dict)
     hardware: str | None = None
-    unreached: list[str] = field(default_factory=list)
-    shards: list[str] = field(default_factory=list)
-    timing: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
+    unreached: list[str] = omitted(list)
+    shards: list[str] = omitted(list)
+    timing: Timing | None = omitted()
+    extra: Record = field(default_factory=dict)
 
     @property
     def num_scores(self) -> int:
@@ -234,18 +235,9 @@ class Manifest(About):
         counted = (layer.counted for layer in self.layers.values())
         return sum(part.stop - part.start for part in counted)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """As the JSON object, ``extra`` spread out, with its own sha256 as the last key."""
-        data = asdict(self)
-        extra = data.pop("extra")
-        for name in _ONLY_WHERE_GIVEN:
-            if not data[name]:
-                del data[name]
-        for layer in data["layers"].values():
-            for name in ("rows", "component", "tokens"):
-                if layer[name] is None:
-                    del layer[name]
-        return FORMAT.seal(data | extra)
+        return FORMAT.seal(FORMAT.content(self))
 
     def text(self) -> str:
         """The content of ``manifest.json``."""
@@ -290,12 +282,6 @@ class Manifest(About):
             if not (len(span) == 2 and all(i in whole for i in span) and span[0] < span[1]):
                 raise InputError(f"{where}: {key} of layer {name} are {span!r}; the file is damaged, score again")
 
-
-_ONLY_WHERE_GIVEN = (
-    "sequential", "method_args", "granularity_args", "target_args", "at_values", "plan", "unreached", "shards",
-    "timing",
-)  # fmt: skip
-"""Keys that most manifests do not have."""
 
 FORMAT = Format(
     Manifest, "a score folder's manifest", FORMAT_VERSION, "score again", extra="extra", check=Manifest.check

@@ -39,8 +39,8 @@ class ScoresInMemory(ScoreFolder):
             scores = gathering.add(layer.group.layer, layer.scores, **told_of_layer(layer)).clone()
             self._layers[layer.group.layer] = replace(layer, scores=scores)
         self._squares, self._groups = gathering.squares, gathering.groups
-        told = told_of_samples(about, self._samples)
-        self.manifest = gathering.manifest(self.path, **told, samples=self._samples, command=command)
+        about_samples = told_of_samples(about, self._samples)
+        self.manifest = gathering.manifest(self.path, **about_samples, samples=self._samples, command=command)
 
     def write(self, folder: str | Path, overwrite: bool = False) -> Manifest:
         """Writes the folder that the command would have written, but for its ``config.yaml``.

@@ -29,6 +29,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.claims import sole_run
 from sparc3_pl.io.files import fsync, read_json, strict_json, write_text, writing
+from sparc3_pl.io.formats import Record
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scores.sums import LayerTensors, SumsFile, added, sums_of, write_sums
@@ -72,7 +73,7 @@ class PartialSums:
         self.ids: frozenset[str] = frozenset()
         """The ids of the samples that earlier runs have scored."""
 
-    def take_up(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def take_up(self, settings: Mapping[str, Any]) -> Record:
         """Claims the output until ``remove``, and folds what earlier runs have left into one base; on rank 0 only.
 
         Raises:
@@ -87,7 +88,8 @@ class PartialSums:
         generation = self._generation_of(live[0].path) if live else 0
         if live and (len(live) > 1 or not live[0].path.name.endswith(_BASE)):
             generation += 1
-            self._fold(live, generation)
+            samples = [sample for file in live for sample in file.samples]
+            self._write(self.folder / f"{generation:06d}{_BASE}", live[0].shapes, added(live), samples)
         else:
             for file in live:
                 file.verify()  # now, not when it is added to hours of work
@@ -141,22 +143,18 @@ class PartialSums:
         """
         paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: (not path.name.endswith(_BASE), path.name))
         latest = max(map(self._generation_of, paths), default=0)  # its base may be gone: it was damaged and deleted
-        found: list[SumsFile] = []
-        held: set[str] = set()
+        files: list[SumsFile] = []
+        ids: set[str] = set()
         for path in paths:
             if self._generation_of(path) != latest:
                 continue
             file = SumsFile(path)
-            if held & file.ids:
+            if ids & file.ids:
                 log.warning("%s: holds samples that another file holds too; they are counted once", path)
                 continue
-            held |= file.ids
-            found.append(file)
-        return found
-
-    def _fold(self, files: Sequence[SumsFile], generation: int) -> None:
-        samples = [sample for file in files for sample in file.samples]
-        self._write(self.folder / f"{generation:06d}{_BASE}", files[0].shapes, added(files), samples)
+            ids |= file.ids
+            files.append(file)
+        return files
 
     def _write(
         self,

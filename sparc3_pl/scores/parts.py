@@ -15,7 +15,7 @@ from torch import Tensor
 from sparc3_pl.attribution.methods import Options
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text
-from sparc3_pl.io.formats import Format
+from sparc3_pl.io.formats import Format, Record
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.model.components import Group
 from sparc3_pl.scores.manifest import About, ScoredSample
@@ -117,7 +117,7 @@ class PartContent:
     """
 
     shard: tuple[int, int]
-    settings: dict[str, Any]
+    settings: Record
     about: PartAbout
     tensors: dict[str, str]
     samples_sha256: str

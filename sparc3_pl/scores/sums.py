@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import open_tensors, writing
+from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.collectives import whole
 from sparc3_pl.scores.manifest import ScoredSample, samples_from
 
@@ -165,7 +166,7 @@ def _header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], records: str, dig
     return struct.pack("<Q", len(text)) + text
 
 
-def samples_digest(records: list[dict[str, Any]]) -> str:
+def samples_digest(records: list[Record]) -> str:
     """The sha256 of the records of samples, as JSON objects."""
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 

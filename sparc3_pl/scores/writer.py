@@ -1,6 +1,6 @@
 """Writes a score folder, whole or not at all."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparc3_pl.attribution.scorers import LayerScores
 from sparc3_pl.io.files import inside, new_folder, save_tensors, write_text
+from sparc3_pl.runtime.timing import Timing
 from sparc3_pl.scores.gathering import Gathering, samples_text, told_of_layer, told_of_samples
 from sparc3_pl.scores.manifest import (
     GROUPS,
@@ -117,7 +118,7 @@ class ScoreWriter:
         created: str | None = None,
         shards: Sequence[str] = (),
         signed: bool = False,
-        timing: Mapping[str, Any] | None = None,
+        timing: Timing | None = None,
         **about: Any,
     ) -> Manifest:
         """Writes manifest and samples; the folder takes its name when the ``with`` block ends.
@@ -162,7 +163,7 @@ def write_scores(
     shards: Sequence[str] = (),
     command: str | None = None,
     created: str | None = None,
-    timing: Mapping[str, Any] | None = None,
+    timing: Timing | None = None,
 ) -> Manifest:
     """Writes the scores of a whole run, in one process or merged, as a score folder.
 
@@ -187,5 +188,7 @@ def write_scores(
             writer.add_layer(layer.group.layer, layer.scores, **told_of_layer(layer))
         if config is not None:
             writer.add_text("config.yaml", config)
-        told = told_of_samples(about, samples)
-        return writer.finish(**told, samples=samples, shards=shards, command=command, created=created, timing=timing)
+        about_samples = told_of_samples(about, samples)
+        return writer.finish(
+            **about_samples, samples=samples, shards=shards, command=command, created=created, timing=timing
+        )

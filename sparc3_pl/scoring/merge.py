@@ -89,15 +89,15 @@ def _require_whole(parts: Sequence[ScorePart]) -> None:
 
 
 def _require_disjoint(parts: Sequence[ScorePart]) -> None:
-    held: dict[str, ScorePart] = {}
+    part_of: dict[str, ScorePart] = {}
     for part in parts:
-        both = [identity for identity in sorted(part.sums.ids) if identity in held]
+        both = [identity for identity in sorted(part.sums.ids) if identity in part_of]
         if both:
             raise InputError(
-                f"{part.path}: {len(both)} of its samples are in {held[both[0]].path} too (first id: {both[0]}), so "
+                f"{part.path}: {len(both)} of its samples are in {part_of[both[0]].path} too (first id: {both[0]}), so "
                 "they would count twice; give each part once"
             )
-        held |= dict.fromkeys(part.sums.ids, part)
+        part_of |= dict.fromkeys(part.sums.ids, part)
 
 
 def _write(

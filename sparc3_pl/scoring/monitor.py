@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from sparc3_pl.runtime.progress import Done, RunningMean, Watch, duration, show_progress
 from sparc3_pl.runtime.run_config import shown_settings
@@ -93,14 +92,10 @@ class ScoringMonitor(Callback):
             return
         folder = ScoreFolder.open(pl_module.output)
         for name in folder.layers:
-            values = _at_most(folder.load(name).flatten(), MAX_HISTOGRAM_VALUES)
-            self._log.histogram(f"score/{name}", values, self._seen)
+            values = folder.load(name).flatten()
+            evenly_spaced = values[:: -(-len(values) // MAX_HISTOGRAM_VALUES)]
+            self._log.histogram(f"score/{name}", evenly_spaced, self._seen)
         sums = {name: layer.sum for name, layer in folder.manifest.layers.items()}
         self._log.figure("score/relevance_by_layer", relevance_by_layer(sums), self._seen)
         if (settings := shown_settings(trainer)) is not None:
             self._log.settings(settings, {"score/final_total_relevance": folder.manifest.total_relevance})
-
-
-def _at_most(values: Tensor, count: int) -> Tensor:
-    """Evenly spaced ``values``, at most ``count``."""
-    return values[:: -(-len(values) // count)]

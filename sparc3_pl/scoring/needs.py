@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from sparc3_pl.attribution.methods import Options
 from sparc3_pl.document.needs import Need
 from sparc3_pl.model.footprint import activation_bytes, num_layers, skeleton_in_dtype, weight_bytes
 from sparc3_pl.model.source import ModelSource
@@ -44,7 +43,8 @@ def needs_of(request: ScoreRequest, source: ModelSource, batch_size: int, length
     scorer = request_on_device.scorer(skeleton)
     sums = sum(tensor.nbytes for layer in scorer.sums.values() for tensor in layer.values())
     options = request.options
-    scores = sum(_bytes_on_disk(math.prod(layer.group.shape), options) for layer in scorer.layers.values())
+    count = sum(math.prod(layer.group.shape) for layer in scorer.layers.values())
+    scores = 4 * count * (1 + options.squares + options.groups)
     name, at = str(dtype).removeprefix("torch."), "host" if options.sums_on_host else "device"
     needs = [
         Need("weights", "device", weights, f"{weights // dtype.itemsize:,} parameters, {name}", _SMALLER_BATCH),
@@ -57,7 +57,3 @@ def needs_of(request: ScoreRequest, source: ModelSource, batch_size: int, length
             kept = kept // num_layers(skeleton) + num_layers(skeleton) * words
         needs.append(Need("activations", "device", kept, f"{batch_size} x {length} tokens"))
     return [*needs, Need("scores", "disk", scores, "float32", _ON_DISK)]
-
-
-def _bytes_on_disk(count: int, options: Options) -> int:
-    return 4 * count * (1 + options.squares + options.groups)

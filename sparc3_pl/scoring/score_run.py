@@ -18,6 +18,7 @@ from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.fields import FIELD_KEYS
 from sparc3_pl.data.samples import Sample
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.components import COMPONENTS, Component, Group
 from sparc3_pl.model.size import decoder_flops
 from sparc3_pl.registry import Choice, Spec
@@ -146,12 +147,12 @@ def as_unlisted(method: Spec) -> Spec:
     return {"class_path": choice.name, "init_args": {**choice.arguments, "unlisted": True}}
 
 
-def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
+def require_fields(request: ScoreRequest, names: Collection[str]) -> None:
     """Refuses samples that lack what target or method needs, or hold what nothing heeds.
 
     Args:
         request: What is scored.
-        given: Names of the fields that come with the samples.
+        names: Names of the fields that come with the samples.
 
     Raises:
         InputError: with the configuration key of the first such field.
@@ -160,12 +161,12 @@ def require_fields(request: ScoreRequest, given: Collection[str]) -> None:
     needs = dict.fromkeys(target.needs, f"model.target={name}")
     needs |= dict.fromkeys(request.method.object.needs, f"model.method={request.method.name}")
     for field, what in needs.items():
-        if field not in given:
+        if field not in names:
             raise InputError(f"{what} needs {FIELD_KEYS.get(field, field)}; give it")
     # Labels and pairs are for methods and measurements too; a completion and its weight say what the target should be.
     heeded = target.reads if needs_target else frozenset(("completion_mask",))
     for field in ("completion_mask", "weight", "token_weight"):
-        if field in given and heeded is not None and field not in heeded:
+        if field in names and heeded is not None and field not in heeded:
             what = f"model.target={name}" if needs_target else f"model.method={request.method.name}"
             raise InputError(
                 f"{FIELD_KEYS[field]}: {what} does not heed it; leave it out, or set model.target: completion"
@@ -183,7 +184,7 @@ def check_samples(request: ScoreRequest, samples: Sequence[Sample]) -> None:
         request.method.object.check_samples([sample.numbers for sample in samples])
 
 
-def settings_of(about: About, options: Options, layers: Sequence[str], part: tuple[int, int] | None) -> dict[str, Any]:
+def settings_of(about: About, options: Options, layers: Sequence[str], part: tuple[int, int] | None) -> Record:
     """What sums must have in common to be added up."""
     newer = {
         "method_args": about.method_args,

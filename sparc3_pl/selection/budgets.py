@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.registry import Registry, Spec
 from sparc3_pl.selection.contrast import Side
 
@@ -33,7 +33,7 @@ class Budgets(ABC):
             InputError: if they cannot be told from these.
         """
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Record:
         """Its arguments, by name."""
         return asdict(self) if is_dataclass(self) else {}
 

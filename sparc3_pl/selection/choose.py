@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.pruning.edits import EDITS, Edit
 from sparc3_pl.pruning.gains import Gains
@@ -104,7 +105,8 @@ def make_plan(
         amount, own_shares = Amount("num_neurons"), {}
     question = _with_amount(Question(*sides, kind, among, amount, protect))
     if sides[0].holds_weights and type(steps).exchanged is Control.exchanged:
-        entries = _weights(question, steps, change)
+        _refuse_factors(change, torch.zeros(1))
+        entries = {layer: Entries.of_weights(mask) for layer, mask in question.masks(steps.values(question))}
     else:
         chosen = steps.exchanged(question, question.select(steps.values(question)))
         entries = _entries(chosen, sides[0], change)
@@ -185,7 +187,7 @@ def make_dose(
 def _gains_plan(
     general: Sequence[ScoreFolder],
     behaviour: Sequence[ScoreFolder],
-    given: Mapping[str, Any],
+    amounts: Mapping[str, Any],
     kind: Contrast,
     among: Scope,
     layers: Sequence[str] | None,
@@ -196,12 +198,12 @@ def _gains_plan(
     scale: float | None,
 ) -> PrunePlan:
     """The plan of gains at a scale."""
-    if given["num_weights"] is not None or budgets is not None:
+    if amounts["num_weights"] is not None or budgets is not None:
         raise InputError("edit=gains is for neurons, heads and channels: leave out num_weights and budgets")
     if scale is None:
         raise InputError("edit=gains needs a scale, or a budget to find it by (make_dose and spend, or prune --budget)")
     dose = make_dose(
-        general, behaviour, num_neurons=given["num_neurons"], share=given["share"], contrast=kind, layers=layers,
+        general, behaviour, num_neurons=amounts["num_neurons"], share=amounts["share"], contrast=kind, layers=layers,
         protect=protect, control=control, seed=seed, scope=among,
     )  # fmt: skip
     return dose.at(scale)
@@ -313,35 +315,29 @@ def _amount(
     num_weights: int | None,
     share: float | None,
     budgets: Spec | Budgets | None,
-) -> tuple[Amount, dict[str, Any]]:
+) -> tuple[Amount, Record]:
     """How many to choose, in the one way that was given and fits the scores, and what the plan says of it besides."""
     amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-    given = {name: value for name, value in amounts.items() if value is not None}
+    settings = {name: value for name, value in amounts.items() if value is not None}
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
-    name, values = SCOPES.name_of(scope), ", ".join(f"{key}={value}" for key, value in given.items())
+    name, values = SCOPES.name_of(scope), ", ".join(f"{key}={value}" for key, value in settings.items())
     if budgets is not None:
         if not scope.takes_budgets:
             raise InputError(f"budgets give every layer a share of its own, but scope={name}; use scope=row or layer")
-        if other in given or own in given:
+        if other in settings or own in settings:
             raise InputError(f"budgets are shares, but {values} is a number; give share, or nothing besides a file")
         kind = budgets_of(budgets)
         shares = kind.shares(scores, Amount(own, None, share).share)
         arguments = {} if isinstance(kind, FileBudgets) else kind.arguments()
         return Amount(own, None, share, shares), {"budgets": BUDGETS.name_of(kind), **arguments, "shares": shares}
     if not scope.takes_amount:
-        if given:
+        if settings:
             raise InputError(f"scope={name} says by itself how many are chosen; leave out {values}")
         return Amount(own), {}
-    if len(given) != 1 or other in given:
+    if len(settings) != 1 or other in settings:
         values = values or "neither was given"
         raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({values})")
-    return Amount(own, given.get(own), share), {}
-
-
-def _weights(question: Question, control: Control, edit: Edit) -> dict[str, Entries]:
-    """Chosen single weights, as masks or lists, whichever is smaller."""
-    _refuse_factors(edit, torch.zeros(1))
-    return {layer: Entries.of_weights(mask) for layer, mask in question.masks(control.values(question))}
+    return Amount(own, settings.get(own), share), {}
 
 
 def _refuse_factors(edit: Edit, values: torch.Tensor) -> None:
@@ -430,7 +426,7 @@ def _weight_warnings(behaviour: Sequence[ScoreFolder]) -> list[str]:
     return []
 
 
-def _provenance(folders: Sequence[ScoreFolder]) -> list[dict[str, Any]]:
+def _provenance(folders: Sequence[ScoreFolder]) -> list[Record]:
     """What a plan says of the scores that it came from: names, never paths."""
     return [
         {

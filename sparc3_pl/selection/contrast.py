@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.registry import Registry, Spec
 from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, require_comparable
 from sparc3_pl.selection.lowest import Block, Passes, all_finite, collect, cut_lowest
@@ -296,11 +297,11 @@ class Contrast(ABC):
         """The factors of components with these steps; if ``gives_steps``."""
         raise NotImplementedError
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Record:
         """Its arguments, by name."""
         return asdict(self) if is_dataclass(self) else {}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """Its arguments as ``named_in_plan`` finds them in a plan's settings: a user's own under one key."""
         arguments = self.arguments()
         return arguments if CONTRASTS.name_of(self) in CONTRASTS or not arguments else {"contrast": arguments}

@@ -352,9 +352,8 @@ def held_back(
         query = TextQuery(
             source.source, source.field, source.filter, source.split, source.subset, seed, prefix="budget_",
             source_key="budget_text",
+            listed=None if source.listed is None else [{source.field: text} for text in source.listed],
         )  # fmt: skip
-        if source.listed is not None:
-            query.listed = [{source.field: text} for text in source.listed]
         left_out = 0
 
         def unseen(query: TextQuery = query):

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.registry import Registry
 from sparc3_pl.selection.budgets import block_of
@@ -102,7 +103,7 @@ class Scope(ABC):
         for layer, (index, _) in self.select(passes, side, amount).items():
             yield layer, BitMask.of_index(index, _sizes(side)[layer])
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Record:
         """Its arguments, by name."""
         return asdict(self) if is_dataclass(self) else {}
 

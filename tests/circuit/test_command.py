@@ -66,7 +66,7 @@ def made(place):
 def test_the_folder_holds_what_was_measured(made, capsys):
     results = open_circuit(made)
     assert set(results.arms) == {"lrp", "gradient", "random"}
-    assert results.components["counts"] == {"neuron": 48, "head": 8}
+    assert results.components.counts == {"neuron": 48, "head": 8}
     assert [point.kept for point in results.arms["lrp"].curve] == [5, 28, 56]
     assert results.full.accuracy == 1.0 and results.ablation == {"kind": "zero"}
     rows = list(csv.DictReader((made / "curve.csv").open()))
@@ -75,7 +75,7 @@ def test_the_folder_holds_what_was_measured(made, capsys):
     assert float(rows[10]["logit_difference"]) == pytest.approx(value)
     assert (made / "curves.svg").read_text().count("<svg") == 1
     assert json.loads((made / "importances" / "lrp" / "importances.json").read_text())["cfg"]["n_heads"] == 4
-    tests, (sets,) = results.pairs["test"], results.pairs["discovery"]
+    tests, (sets,) = results.pairs.test, results.pairs.discovery
     assert len(tests["sample_ids"]) == len(sets["sample_ids"]) == 12
     assert not set(tests["sample_ids"]) & set(sets["sample_ids"])
 
@@ -159,7 +159,7 @@ def test_ablation_by_the_paired_sentence(place):
     )
     results = open_circuit(place / "patched")
     assert results.ablation == {"kind": "counterfactual"} and not results.overlaps
-    assert results.components["granularity"] == ["head"]
+    assert results.components.granularity == ["head"]
     assert not (place / "patched" / "plans").exists()
 
 
@@ -251,7 +251,7 @@ def test_a_function_for_a_notebook(place):
     data = CircuitData(source=str(place / "pairs.jsonl"), num_samples=8, num_test=8)
     model = CircuitModel(str(place / "model"), methods=["wanda"], granularity=["mlp"], targets=["*.0.mlp.down_proj"])
     results = circuit(model, data, fractions=[0.5, 1.0], resamples=0, output=str(place / "mlp"))
-    assert results.components["counts"] == {"mlp": 1}
+    assert results.components.counts == {"mlp": 1}
     assert any("of 1 components are none" in text for text in results.warnings)
     assert torch.is_grad_enabled()
 

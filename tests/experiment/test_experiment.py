@@ -86,7 +86,7 @@ def test_it_says_where_the_time_went(experiment):
     scores = ScoreFolder.open(experiment / "out" / "scores" / "general-1").manifest
     assert rows["score-general-1: scoring"]["tokens"] == scores.num_tokens
     assert 0 < rows["score-general-1: scoring"]["share"] < 2
-    assert {row["stage"] for row in scores.timing["stages"]} >= {"loading", "reading", "scoring", "other"}
+    assert {stage.stage for stage in scores.timing.stages} >= {"loading", "reading", "scoring", "other"}
     assert rows["eval-before: perplexity"]["peak_bytes"] > 1e8
     assert rows["plan-prune-5"]["seconds"] > 0
 

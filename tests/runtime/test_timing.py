@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny
 
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.model.structure import linear_layers, output_head
 from sparc3_pl.runtime import timing as clocks
@@ -54,19 +55,19 @@ def test_what_was_done_is_told_beside_the_measured_rate(monkeypatch):
             time.sleep(0.05)
         clock.stages["fast"].seconds, clock.stages["slow"].seconds = 0.1, 0.1
         measured = timing()
-    fast, slow, other = measured["stages"]
-    assert measured["matrix_flops"] == 1e6
-    assert (fast["tokens_per_second"], fast["share"], fast["samples"]) == (100, 0.5, 2)
-    assert "held_by" not in fast
-    assert slow["share"] == 0.1
-    assert slow["held_by"] == "padding (10%)"
-    assert other["stage"] == "other"
+    fast, slow, other = measured.stages
+    assert measured.matrix_flops == 1e6
+    assert (fast.tokens_per_second, fast.share, fast.samples) == (100, 0.5, 2)
+    assert "held_by" not in to_json(fast)
+    assert slow.share == 0.1
+    assert slow.held_by == "padding (10%)"
+    assert other.stage == "other"
     lines = table_text(measured, "Time of eval").splitlines()
     assert lines[0].startswith("Time of eval; share: of 0 GFLOP/s")
     assert [line.split()[0] for line in lines[1:]] == ["stage", "fast", "slow", "other"]
     assert "50%" in lines[2]
     rows = rows_of_results({"a": measured, "b": None})
-    assert [row["stage"] for row in rows] == ["a: fast", "a: slow", "a: other"]
+    assert [row.stage for row in rows] == ["a: fast", "a: slow", "a: other"]
 
 
 def test_what_a_slow_stage_was_held_by():
