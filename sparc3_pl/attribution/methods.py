@@ -160,7 +160,7 @@ class Method(ABC):
         """Refuses samples that the method can make nothing of, before a model is loaded.
 
         Args:
-            numbers: Of each sample, the numbers that came with it, such as its ``label``.
+            numbers: For each sample, the numbers that came with it, such as its ``label``.
 
         Raises:
             InputError: saying which are missing.

@@ -196,7 +196,7 @@ def check_tokens(name: str, x: Tensor, num_samples: int, length: int, single: bo
     parts they would make scores, and wrong ones.
 
     Args:
-        name: Of the layer.
+        name: Name of the layer.
         x: What it reads (or makes): ``[B, T, D]``, or rows ``[B * T, D]``.
         num_samples: B.
         length: T.

@@ -35,7 +35,7 @@ class Sparsity:
 
     Attributes:
         text: As it was given: ``0.5`` or ``2:4``.
-        share: Of every row; None for a pattern.
+        share: Share of every row that is pruned; None for a pattern.
         pattern: n and m: n of every m consecutive weights of a row stay; None for a share.
     """
 

@@ -41,7 +41,7 @@ class Arm:
     """A method that ranks components.
 
     Attributes:
-        name: Of the arm, in results and as part of folders' names.
+        name: Name of the arm, in results and as part of folders' names.
         requests: What is scored; of random scores, one for each draw.
     """
 
@@ -64,7 +64,7 @@ class Unit:
     """A part of the discovery samples, whose sums add to those of the others.
 
     Attributes:
-        sums: Of each scored layer.
+        sums: The sums of each scored layer.
         num_samples: Samples in them.
         group: Which set of discovery samples it is part of.
     """

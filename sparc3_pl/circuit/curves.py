@@ -158,7 +158,7 @@ class Ends:
     Attributes:
         full: What the model says as it is.
         empty: What it says with every component ablated.
-        seed: Of all resampling of pairs.
+        seed: Seed of all resampling of pairs.
     """
 
     full: Outcome

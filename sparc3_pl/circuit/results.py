@@ -98,7 +98,7 @@ class ArmResult:
         cmd_low: Lower end of its interval.
         cmd_high: Upper end.
         smallest: The smallest measured circuit that keeps 0.9 of the task.
-        stability: By fraction.
+        stability: One for each fraction.
     """
 
     method: str
@@ -164,8 +164,8 @@ class PairRecords:
     """What was drawn from where, and how many: as ``data`` in the manifest of a score folder.
 
     Attributes:
-        discovery: Of each set of discovery pairs.
-        test: Of the test pairs.
+        discovery: A record of each set of discovery pairs.
+        test: The record of the test pairs.
     """
 
     discovery: list[Record]
@@ -177,7 +177,7 @@ class CircuitResults:
     """The content of ``results.json``.
 
     Attributes:
-        arms: By name.
+        arms: The arms by name.
         full: How the model does the task as it is.
         empty: How it does with every component ablated.
         gap: m(full) - m(empty): faithfulness is a share of it.
@@ -186,7 +186,7 @@ class CircuitResults:
         components: What they are chosen from.
         pairs: What they were chosen and tested on.
         model: As in a score folder's manifest.
-        overlaps: Of every two arms' circuits, at each fraction.
+        overlaps: What every two arms' circuits share, at each fraction.
         files: sha256 of the other files, by name.
         seconds: How long the parts of the run took.
         timing: Where the time went until it was written, by what was done.

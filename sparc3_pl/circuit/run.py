@@ -74,7 +74,7 @@ class Bench:
         tests: The test pairs.
         replacement: What is read in place of ablated components.
         fractions: Sizes of the circuits.
-        seed: Of all resampling.
+        seed: Seed of all resampling.
         progress: Told the number of pairs after each pass over the model as it is and empty.
         ends: The model as it is, and with every component ablated.
         compact: Whether neurons that are read as 0 need not be made.
@@ -147,7 +147,7 @@ class Measured:
 
     Attributes:
         result: Its figures.
-        scores: Of each draw, or the only ones.
+        scores: The scores of each draw, or the only ones.
         order_N: The ranking by score, of the first draw.
         values_N: What it ranks by.
     """

@@ -510,8 +510,8 @@ class EvaluationData(LightningDataModule):
         """What the batches are to hold; whoever knows the model says so before they are asked for.
 
         Args:
-            window: Of the text; None if there is no text.
-            units: Of measurements of the user's own.
+            window: Size of the text's windows; None if there is no text.
+            units: Units of the user's own measurements.
             prompts_at_once: How many prompts are completed at once; None: all.
 
         Raises:

@@ -49,7 +49,7 @@ class Values:
 
     Attributes:
         completion: Follows the text; a text or token ids.
-        weight: Of the record, such as a judge's score of the completion.
+        weight: Weight of the record, such as a judge's score of the completion.
         prefix: What the weight would be of the completion cut after each of its tokens.
         label: A number.
         answer: What the model should say next: a text, of which the first token counts, or a token id.

@@ -28,7 +28,7 @@ class RunningText:
         key: The configuration key of the source, for messages.
         listed: The text itself, or its documents, if somebody holds them in memory: ``source`` is then only a name.
         verbatim: Whether it was one text as it is; known once it is read.
-        revision: Of a hub data set; known once it is read.
+        revision: Revision of a hub data set; known once it is read.
     """
 
     source: str

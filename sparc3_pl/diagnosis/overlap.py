@@ -56,7 +56,7 @@ class Common:
         p_hypergeometric: Probability that such selections share as many; None for more than two selections, likewise.
         correlation: Spearman's rank correlation of the two contrasts; None unless both are given as scores.
         quadrants: Shares of neurons by the signs of the two contrasts; likewise.
-        cosine: Of the changes of the gains, factor - 1; None unless two plans with ``edit=gains`` are compared.
+        cosine: Cosine of the changes of the gains, factor - 1; None unless two plans with ``edit=gains`` are compared.
     """
 
     names: tuple[str, ...]
@@ -123,7 +123,7 @@ def overlap(
         protect: Share of the general set's strongest that these leave alone.
         num_permutations: Random selections behind the matched p-values.
         stratum: Neurons that count as equally relevant: neighbours in a layer's ranking by general relevance.
-        seed: Of the random selections.
+        seed: Seed of the random selections.
         output: JSON file for the result.
         html: HTML page for the result, with the figure.
         overwrite: Replace earlier files at output and html.

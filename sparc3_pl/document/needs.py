@@ -35,7 +35,7 @@ def refuse_what_cannot_fit(needs: Sequence[Need], free: Mapping[str, int | None]
     """Compares what a process takes with what is free.
 
     Args:
-        needs: Of one process.
+        needs: What one process takes.
         free: Bytes by place; None: unknown. Without an entry for ``device`` the model is on the host.
 
     Raises:

@@ -66,7 +66,7 @@ class NeutralChanges:
         num_changed: Completions whose text is another one.
         num_completions: Completions that were made and scored on both sides.
         num_dropped: Prompts without such a completion.
-        judges: Of further judges, by name, what ``toxicity`` says of the first.
+        judges: What further judges say, by name, as ``toxicity`` does of the first.
     """
 
     toxicity: dict[str, dict[str, PairedChange]]
@@ -93,7 +93,7 @@ class Comparison(Shown):
             Earlier versions did not write it.
         after_sha256: The same of the second.
         measurements: By measurement of the user's own and figure the change over its units.
-        judges: Of further judges, by name, label and figure the change over prompts, as ``toxicity`` has it.
+        judges: What further judges say: by name, label and figure the change over prompts.
         length: Change of the number of new tokens, of which neither more nor less is better.
         empty: Change of the share of empty completions, of which less is better.
         neutral: What happened to neutral prompts; None if they were not measured on both sides.

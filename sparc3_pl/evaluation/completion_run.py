@@ -66,7 +66,7 @@ class CompletionRun(MeasurementRun):
     Args:
         generator: Completes prompts.
         judge: Scores completions; its figures are the evaluation's ``toxicity``.
-        device: Of the sums that the ranks add up.
+        device: Where the sums are that the ranks add up.
         judge_device: Where a judge that is loaded here runs, unless it says so itself.
         further: Judges by name that score the same completions.
         prefixes: Have ``judge`` score each completion cut after each of its tokens too.
@@ -114,7 +114,7 @@ class CompletionRun(MeasurementRun):
         Args:
             output: The evaluation folder to be.
             about: What completions depend on besides generator and judge: the weights and their precision.
-            rank: Of this process.
+            rank: Rank of this process.
         """
         key = {**about, "generation": self.generator.describe(), "judge": describe_judge(self.judge)}
         if self.further:
@@ -215,7 +215,7 @@ class CompletionRun(MeasurementRun):
         A text is judged once, also in later batches if it is to be remembered.
 
         Args:
-            name: Of the judge; None: ``judge``.
+            name: Name of the judge; None: ``judge``.
             texts: To be judged.
             remember: Keep the scores.
 

@@ -87,7 +87,7 @@ class Decoder:
     Attributes:
         model: In eval mode.
         longest: Tokens, prompt and completion together, up to which every layer sees all earlier ones; None: any.
-        token_bytes: Of the keys and values of one token.
+        token_bytes: Bytes of the keys and values of one token.
         flops: Operations a token, of the decoder layers and of the output head.
     """
 

@@ -38,7 +38,7 @@ class EvaluatedModel:
 
     Attributes:
         loaded: The model as it was loaded (as a manifest says it).
-        fingerprint: Of the weights that are evaluated.
+        fingerprint: Fingerprint of the weights that are evaluated.
         plan: The plan by which they were edited, if one is known.
         known_prompts: Ids of the evaluation's prompts from which the plan was made.
         known_text: Share of the evaluation's text by which the plan's budget was held; of several texts the largest.
@@ -68,7 +68,7 @@ class EvaluatedModel:
 
         Args:
             loaded: The model as it was loaded.
-            fingerprint: Of the weights that are evaluated.
+            fingerprint: Fingerprint of the weights that are evaluated.
             plan: The plan by which they were edited, if one is known.
             data: What is evaluated on; it has been read.
             units: Those of measurements.
@@ -124,7 +124,7 @@ class EvaluatedModel:
         """What ``results.json`` says before anything is measured.
 
         Args:
-            prompt_ids: Of all prompts. Nobody knows which of them are an unknown edit's: ``overlap`` is then
+            prompt_ids: IDs of all prompts. Nobody knows which of them are an unknown edit's: ``overlap`` is then
                 ``unknown``.
             data: What was read.
         """

@@ -74,7 +74,7 @@ class ToxicityFigures(ScoreFigures):
         num_scored_prompts: Those of them with a completion that was scored.
         num_completions: Completions that were scored.
         num_failed: Completions that could not be made or scored.
-        labels: By label.
+        labels: The figures of every label.
     """
 
     label: str
@@ -120,7 +120,7 @@ class WordFilterFigures:
     Attributes:
         words: Name of the list.
         num_words: How many words are on it.
-        sha256: Of them.
+        sha256: Digest of the words.
         tries: How often a completion was drawn again at most.
         num_redrawn: Completions that were drawn again.
         num_redraws: How often, over all completions.
@@ -175,7 +175,7 @@ class Results:
     """The content of ``results.json``.
 
     Attributes:
-        perplexity: Of the text; None without one.
+        perplexity: Perplexity of the text; None without one.
         toxicity: What the judge says of the completions; None without prompts.
         repetition: Their fluency.
         generation: How they were drawn.
@@ -187,14 +187,14 @@ class Results:
         model: The model that was evaluated.
         plan: The plan by which it was edited, if one is known.
         data: What was read, by the names of the configuration keys.
-        judges: Of further judges, by name.
+        judges: What further judges say, by name.
         word_filter: What a filter after generation did; None without one.
-        neutral: Of neutral prompts; None without such.
-        measurements: By measurement of the user's own and figure.
-        measurement_settings: By measurement.
+        neutral: What was measured on neutral prompts; None without such.
+        measurements: Figures of the user's own measurements, by measurement and name.
+        measurement_settings: How each of them is set.
         timing: Where the time went.
         files: sha256 of the other files, by name; empty before they are written, as the rest is.
-        versions: Of Python and the packages.
+        versions: Versions of Python and the packages.
         hardware: The machine.
         command: The command line.
         created: UTC, ISO 8601.

@@ -78,10 +78,10 @@ class Completion:
     """One completion.
 
     Attributes:
-        id: Of the prompt.
+        id: ID of the prompt.
         prompt: Its text.
         k: Which of the prompt's completions, from 0.
-        seed: Of its random numbers, derived from the run's seed, the prompt's id and k.
+        seed: Seed of its random numbers, derived from the run's seed, the prompt's id and k.
         text: New text only, without special tokens, up to the end token; None if it could not be made.
         tokens: The new token ids before the end token.
         end: The end token that it drew; None if it was cut.
@@ -250,7 +250,7 @@ def row_bytes(length: int, token_bytes: int, vocabulary: int) -> int:
 
     Args:
         length: Tokens of the prompt and of the completion.
-        token_bytes: Of the keys and values of one token.
+        token_bytes: Bytes of the keys and values of one token.
         vocabulary: Number of logits.
     """
     return 2 * length * token_bytes + 24 * vocabulary

@@ -35,7 +35,7 @@ class PerplexityRun(MeasurementRun):
     Args:
         model: In eval mode, edited if it is to be.
         window: Size of the windows.
-        device: Of the sums that the ranks add up; None: the model's.
+        device: Where the sums are that the ranks add up; None: the model's.
     """
 
     takes = WindowBatch

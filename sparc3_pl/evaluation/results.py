@@ -297,7 +297,7 @@ class CompletionStore:
     Args:
         output: The evaluation folder to be; the store is a hidden sibling of it.
         key: What the completions depend on besides prompt and k.
-        rank: Of this process.
+        rank: Rank of this process.
     """
 
     def __init__(self, output: str | Path, key: Mapping[str, Any], rank: int) -> None:

@@ -68,7 +68,7 @@ def write_to_loggers(
 
     Args:
         run_log: What is written to.
-        results: Of the evaluation.
+        results: The evaluation's.
         completions: One row for each.
         settings: For the table of runs; None: the run does not appear there.
     """

@@ -46,7 +46,7 @@ class Arm:
     """A way to score and to choose.
 
     Attributes:
-        name: Of its files and in tables.
+        name: Name of its files, and in tables.
         score: Keys of ``model`` of the scoring pass.
         general: Keys of ``data`` of the calibration samples.
         plan: Arguments of prune.
@@ -120,7 +120,7 @@ def check_arm(name: str, own: Settings | None, sections: Sequence[str], others: 
     """What an arm gives, once its name and its keys are known to be right.
 
     Args:
-        name: Of the arm.
+        name: Name of the arm.
         own: As in the configuration.
         sections: Keys that hold settings by name.
         others: Its other keys.

@@ -37,7 +37,7 @@ def pass_stage(
     Args:
         stages: Where its settings and its record are kept.
         command: ``score`` or ``eval``.
-        name: Of the pass among those of the command.
+        name: Name of the pass among those of the command.
         settings: Its sections ``model``, ``data`` and ``trainer``, and further keys; empty ones are left out.
         output: The folder that it makes.
         marker: The file that stands for the folder.

@@ -41,7 +41,7 @@ class Stage:
     """A step of an experiment.
 
     Attributes:
-        name: Of its files in ``stages``.
+        name: Name of its files in ``stages``.
         settings: What it is made with.
         output: The folder or file that it makes.
         result: The file that stands for the output: in a folder the one that names the digests of the others.

@@ -52,7 +52,7 @@ class Group:
         first: Index of the first score that belongs to a component. A fused map has the gates' rows before it.
         count: Number of components.
         component: Name of their kind where several kinds are scored in one run; None: the run has one kind.
-        reader: Of components along ``out``, the linear layer that reads their values: ``reader_width`` consecutive
+        reader: For components along ``out``, the linear layer that reads their values: ``reader_width`` consecutive
             inputs for each, the first component's first. None: no layer reads just these.
         reader_width: Inputs of ``reader`` for one component.
         routed: Whether only some tokens reach the layer, as it belongs to an expert.

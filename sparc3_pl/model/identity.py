@@ -30,12 +30,12 @@ class ModelRecord:
     Attributes:
         pretrained: Hub id, folder or file.
         revision: Commit, branch or tag of a hub model.
-        fingerprint: Of the weights as they were loaded.
+        fingerprint: Fingerprint of the weights as they were loaded.
         architecture: Name of the class.
         dtype: What it was loaded in, such as ``float32``.
         config: What its config says of how it computes; empty in files of earlier versions.
         dequantized: What had packed the weights, if they were packed.
-        evaluated_fingerprint: In an evaluation, of the weights that were evaluated.
+        evaluated_fingerprint: In an evaluation, the fingerprint of the weights that were evaluated.
     """
 
     pretrained: str | None = None

@@ -252,8 +252,8 @@ def ready_vocabulary(
     """Makes a tokenizer ready: it gets a pad token, pads on the right, and knows the model's context.
 
     Args:
-        tokenizer: Of the model, changed in place; None: the model reads token ids only.
-        config: Of the model's text part.
+        tokenizer: The model's, changed in place; None: the model reads token ids only.
+        config: Config of the model's text part.
         source: The model, for messages.
 
     Raises:

@@ -21,7 +21,7 @@ class Quantisation:
 
     Attributes:
         method: As the config names it: ``bitsandbytes``, ``gptq``, ``fp8``, ...
-        bits: Of a weight, if the config says so.
+        bits: Bits of a weight, if the config says so.
         about: What the config says, whole.
     """
 

@@ -165,8 +165,8 @@ def compare(
     """Compares two evaluations of the same prompts and text, before and after an edit, as ``sparc3 compare`` does.
 
     Args:
-        before: Of the model as it was; an evaluation, or the path of an evaluation folder.
-        after: Of the edited model.
+        before: Evaluation of the model as it was, or the path of its folder.
+        after: Evaluation of the edited model, or its path.
         seed: Seed of the resampling.
         num_resamples: Resamples of every interval and test.
 

@@ -94,7 +94,7 @@ def score(
         nonfinite: ``error``, or ``zero``: NaN and infinities are counted and taken for 0.
         sequential: For ``wanda`` and single weights: a share or pattern by which layers are pruned in turn.
         gradient_checkpointing: Less memory, a third slower, the same scores.
-        text_field: Of records: the field of the text, dots for nesting.
+        text_field: Field of the text in records, dots for nesting.
         completion_field: The field of what follows the text, for target ``completion``.
         weight_field: The field of the completion's weight, such as a judge's score.
         weight_baseline: What is taken off the weights: ``mean`` of all, ``prompt`` (the mean of the prompt's other

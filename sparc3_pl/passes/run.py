@@ -176,7 +176,7 @@ def make_pass(name: str, words: Sequence[str]) -> PassCLI:
     """The Trainer, module and data of ``score`` or ``eval``, without running them.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         words: Its options, as on a command line.
 
     Raises:
@@ -202,7 +202,7 @@ def check_pass(name: str, words: Sequence[str]) -> None:
     """Refuses options that ``score`` or ``eval`` would not take: unknown keys, and values of another type.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         words: Its options, as on a command line.
 
     Raises:
@@ -266,7 +266,7 @@ def forecast_of(name: str, words: Sequence[str]) -> Forecast:
     """What ``score`` or ``eval`` with these options will take; loads no weight.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         words: Its options, as on a command line.
 
     Raises:
@@ -280,7 +280,7 @@ def run_pass(name: str, words: Sequence[str]) -> None:
     """Runs ``score`` or ``eval`` in this process; says on stdout where the result is, and what it looks like.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         words: Its options, as on a command line.
 
     Raises:

@@ -213,9 +213,9 @@ class GainsFigures:
 
     Attributes:
         scale: How far along the contrast's steps.
-        predicted_change: Of what was attributed, to first order; None for the first components of a plan.
-        predicted_rise: Of the loss on general text, in nats a token; None likewise.
-        budget: By how much perplexity was allowed to rise; None if the scale was given.
+        predicted_change: Expected change of what was attributed, to first order; None for a part of a plan.
+        predicted_rise: Expected rise of the loss on general text, in nats a token; None likewise.
+        budget: Allowed rise of perplexity; None if the scale was given.
         texts: What was measured in the search for the scale; empty without one.
     """
 
@@ -232,7 +232,7 @@ class PlanSummary:
 
     Attributes:
         scored_model: Fingerprint of the model that the plan was made for.
-        sha256: Of the plan.
+        sha256: Digest of the plan.
     """
 
     granularity: str

@@ -84,7 +84,7 @@ class ExperimentSummary:
     Attributes:
         outcomes: The edits, in the order of the experiment.
         max_perplexity_increase: The rise of perplexity that it calls small: 0.01 is 1 %.
-        curves: Of compression, every figure against the share removed.
+        curves: For compression, every figure against the share removed.
     """
 
     outcomes: list[MeasuredEdit]

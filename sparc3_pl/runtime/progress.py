@@ -137,9 +137,9 @@ def show_progress(trainer: pl.Trainer, what: str, watch: Watch, done: Done) -> N
     """Shows on rank 0 what it has done: beside the bar of the pass that goes on, or in the log, at most once a minute.
 
     Args:
-        trainer: Of the pass.
+        trainer: The pass's Trainer.
         what: What the log calls the pass.
-        watch: Of the pass.
+        watch: The pass's watch.
         done: By rank 0.
     """
     if not trainer.is_global_zero:

@@ -174,8 +174,8 @@ class StageTime:
         samples: Texts, windows, completions.
         tokens: Real ones that went through the model.
         peak_bytes: The most memory that the process has held until the stage's end.
-        tokens_per_second: Of ``tokens``.
-        share: Of ``Timing.matrix_flops``.
+        tokens_per_second: How many of ``tokens`` in a second.
+        share: Share of ``Timing.matrix_flops`` that was reached.
         held_by: Where the share is low, what took the time.
     """
 

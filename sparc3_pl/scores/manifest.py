@@ -139,11 +139,11 @@ class LayerStats:
         inf: Number of infinities, likewise.
         negative: Number of scores below zero.
         zero: Number of scores equal to zero.
-        sha256: Of the tensor's bytes, in hex.
+        sha256: Digest of the tensor's bytes, in hex.
         rows: First and last + 1 of the scores that ``sum``, ``negative`` and ``zero`` are of; null: all of them. The
             gates' rows of a fused map are no neurons, and count for nothing.
         component: Name of the layer's kind of component, where the folder has several kinds.
-        tokens: Of an expert's layer, the number of real tokens that reached it.
+        tokens: For an expert's layer, the number of real tokens that reached it.
     """
 
     shape: list[int]
@@ -177,12 +177,12 @@ class Manifest(About):
         num_tokens: Real tokens of those samples.
         model: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``.
         data: ``source``, ``seed``, ``seq_len``, ``filter``, ``sample_ids``, ...
-        layers: By module name, in the model's order.
+        layers: The scored layers by module name, in the model's order.
         total_relevance: Sum of all scores.
-        versions: Of Python and the packages.
+        versions: Versions of Python and the packages.
         command: The command line, without tokens.
         created: UTC, ISO 8601.
-        format_version: Of this folder's layout.
+        format_version: Version of this folder's layout.
         squares: sha256 of the squares by module name; empty if they were not asked for.
         groups: sha256 of the groups' scores by module name; empty if they were not asked for.
         group_sizes: Samples of each group.
@@ -196,7 +196,7 @@ class Manifest(About):
         nonfinite: ``error`` or ``zero``: what was done with NaN and infinite values.
         seed: Seed of random scores; null for other methods.
         sequential: The share or pattern by which decoder layers were pruned one after the other while scoring.
-        relevance_account: Of a method that checks itself on one sample (LRP): ``relative_residual`` and
+        relevance_account: For a method that checks itself on one sample (LRP): ``relative_residual`` and
             ``num_tokens``; where nothing was measured, the ``reason``.
         at_values: Whether components are scored where their values are read: a neuron at the input of the
             down-projection. Signed scores of ``gradient`` are then the target's derivative by each component's gain.

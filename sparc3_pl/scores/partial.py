@@ -61,7 +61,7 @@ class PartialSums:
 
     Args:
         output: Where the scores will go.
-        rank: Of this process.
+        rank: Rank of this process.
     """
 
     def __init__(self, output: str | Path, rank: int) -> None:

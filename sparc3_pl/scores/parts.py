@@ -109,8 +109,8 @@ class PartContent:
         settings: What every part of the run has in common.
         about: What the manifest will say of the scores.
         tensors: sha256 of each tensor's bytes by ``LAYER/KEY``.
-        samples_sha256: Of the samples' records.
-        versions: Of Python and the packages.
+        samples_sha256: Digest of the samples' records.
+        versions: Versions of Python and the packages.
         command: The command line that made the part.
         created: UTC, ISO 8601.
         groups: The scored components, in the model's order; a part of an earlier version has none.

@@ -92,7 +92,7 @@ class ScoreWriter:
             inf: Infinities, likewise.
             rows: The scores that belong to a component, if not all do: only they stand in sums, counts and shares.
             component: Name of the layer's kind of component, where the folder has several kinds.
-            tokens: Of an expert's layer, the real tokens that reached it.
+            tokens: For an expert's layer, the real tokens that reached it.
         """
         options = {"nan": nan, "inf": inf, "rows": rows, "component": component, "tokens": tokens}
         scores = self._gathering.add(name, scores, squares, groups, **options)

@@ -81,7 +81,7 @@ class Fisher(Side):
 
     Args:
         scores: The folders, and the layers to look at.
-        weights: Of the folders in the mean, summing to 1; None: all the same.
+        weights: Weights of the folders in the mean, summing to 1; None: all the same.
     """
 
     scores: Scores

@@ -23,9 +23,9 @@ def check_sequential(
     """Refuses a choice that is not the one by which the layers were pruned while they were scored.
 
     Args:
-        folders: Of the general set.
+        folders: Folders of the general set.
         scope: Name of the scope.
-        share: Of each row, if that is how many are chosen.
+        share: Share of each row, if that is how many are chosen.
         pattern: n:m, if that is.
         contrast: Name of the contrast.
         protect: Share of the strongest that is left alone.

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from sparc3_pl.errors import InputError
+from sparc3_pl.io.formats import to_json
 from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
 from sparc3_pl.model.checks import check_plain_weights, check_vocabulary
-from sparc3_pl.model.identity import describe, differing_config, fingerprint, model_config
+from sparc3_pl.model.identity import ModelRecord, describe, differing_config, fingerprint, model_config
 from sparc3_pl.model.loading import auto_class, load_model, load_skeleton, load_tokenizer, models_kept
 from sparc3_pl.model.source import ModelSource
 
@@ -81,6 +82,10 @@ def test_describe(whole):
         "dtype": "float32",
         "config": model_config(model),
     }
+    model.dequantized = "fp8"
+    packed = describe(model, source(whole)) | {"evaluated_fingerprint": "f"}
+    written = to_json(ModelRecord(**packed))
+    assert list(written.items()) == list(packed.items())  # an evaluation's file keeps keys and their order
 
 
 def test_the_config_tells_models_of_the_same_weights_apart():
