@@ -145,7 +145,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with (
         pytest.raises(InputError, match=r"No space left on device\); free some space") as caught,
         ScoreWriter(tmp_path / "s") as writer,
