@@ -57,7 +57,7 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
     return dict(_accounts[model])
 
 
-_accounts: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+_accounts: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 """What was said last of each model."""
 
 
