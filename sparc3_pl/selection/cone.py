@@ -12,7 +12,7 @@ from sparc3_pl.errors import InputError
 __all__ = ["lowest_in_cone"]
 
 _TOLERANCE = 1e-4
-_MOST = 5_000
+_MOST = 2_000
 
 
 def lowest_in_cone(
@@ -55,7 +55,7 @@ def lowest_in_cone(
         gradient_N = slope_N + product(y_N)
         new_N = (y_N - length * gradient_N).clamp(low, high)
         change_N = new_N - y_N
-        if float(change_N @ product(change_N)) > float(change_N @ change_N) / length * (1 + 1e-6):
+        if float(change_N @ product(change_N)) > float(change_N @ change_N) / length * (1 + 1e-3):
             length /= 2
             continue
         if change_N.norm() <= _TOLERANCE * length * new_N.norm():
