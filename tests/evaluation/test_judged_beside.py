@@ -1,6 +1,7 @@
 """Completions that are judged while the next ones are drawn: the same as in turns, whatever takes long."""
 
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Drawn:
         return [Completion(i, i, k, 0, f"{i}{k}", (1, k)) for i in ids for k in range(2)]
 
     def describe(self):
-        return {}
+        return {**asdict(self.sampling), "eos_token_ids": [0]}
 
     def text(self, tokens):
         return " ".join(map(str, tokens))
