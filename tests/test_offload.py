@@ -109,3 +109,55 @@ def test_elicit(spread, tmp_path):
         samples.append((tmp_path / name / "samples.jsonl").read_text())
     assert samples[0] == samples[1] != ""
     assert spread == [9]
+
+
+def test_run(spread, tmp_path):
+    settings = {
+        "trainer": TRAINER,
+        "score": {"squares": False},
+        "general": {"source": "demo", "num_samples": 3, "seq_len": 16},
+        "behaviour": {"source": "demo:prompts", "text_field": "prompt.text", "num_samples": 3},
+        "seeds": [0],
+        "plan": {"num_neurons": 5, "layers": ["model.layers.2.*"]},
+        "controls": [],
+        "eval_model": {"max_new_tokens": 4},
+        "eval_data": {"text_source": "demo:text", "text_max_bytes": 1500, "prompts_source": "demo:prompts_heldout"}
+        | {"prompts_field": "prompt.text", "num_prompts": 2},
+    }
+    outcomes = []
+    for name, more in (("whole", {}), ("auto", {"device_map": "auto"})):
+        own = {"model": {"pretrained": "demo"} | more, "output": str(tmp_path / name)}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings | own))
+        assert main(["run", "--config", str(tmp_path / f"{name}.yaml")]) == 0
+        after = Evaluation.open(tmp_path / name / "evaluations" / "prune-5")
+        outcomes.append(([row.tokens for row in after.completions], after.figures.perplexity.value))
+    assert outcomes[1][0] == outcomes[0][0]
+    assert outcomes[1][1] == pytest.approx(outcomes[0][1], rel=1e-6)
+    before = Evaluation.open(tmp_path / "auto" / "evaluations" / "before").figures.perplexity.value
+    assert outcomes[1][1] != before
+    assert spread and set(spread) == {9}
+
+
+def test_from_python(spread):
+    """An offloaded model that the caller has loaded is scored, edited and measured as one that lies in memory."""
+    import sparc3_pl
+    from sparc3_pl.data.encoding import load_encoder
+    from sparc3_pl.model.source import ModelSource
+
+    tokenizer = load_encoder(ModelSource()).tokenizer
+    texts = ["The weather was fine, and they walked along the river.", "A house stood on the hill for years."]
+    results = []
+    for device_map in (None, "auto"):
+        model = loading.load_model(ModelSource(device_map=device_map)).eval()
+        general = sparc3_pl.score(model, tokenizer, texts)
+        behaviour = sparc3_pl.score(model, tokenizer, ["You are the worst of all people", "I hate all of them so much"])
+        plan = sparc3_pl.choose(general, behaviour, num_neurons=20, layers=["model.layers.2.*"])
+        with sparc3_pl.edited(model, plan):
+            after = sparc3_pl.evaluate(model, tokenizer, text="\n".join(texts * 3))
+        before = sparc3_pl.evaluate(model, tokenizer, text="\n".join(texts * 3))
+        places = {(neuron.layer, neuron.index) for neuron in plan.neurons}
+        results.append((places, after.figures.perplexity.value, before.figures.perplexity.value))
+    assert spread == [9]
+    assert results[0][0] == results[1][0]
+    assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-6)
+    assert results[1][1] != results[1][2]
