@@ -173,7 +173,7 @@ def _edits_of_arm(
         lists["controls"] = [
             CONTROLS.name_of(control)
             for control in fitting
-            if _can_have(plan, CONTROLS.name_of(control)) and (needs_general or not control.uses_general)
+            if _can_have(merged, CONTROLS.name_of(control)) and (needs_general or not control.uses_general)
         ]
     return _edits(plan, merged["score"], lists["counts"], lists["budgets"], lists["controls"])
 
@@ -183,9 +183,15 @@ def _is_gains(plan: Settings) -> bool:
     return (edit.get("class_path") if isinstance(edit, Mapping) else edit) in _GAINS
 
 
-def _can_have(plan: Settings, control: str) -> bool:
-    """Whether a control goes with the edit of a plan."""
-    return CONTROLS.make(control).for_steps if _is_gains(plan) else control != "permuted"
+def _can_have(sections: Mapping[str, Settings], control: str) -> bool:
+    """Whether a control goes with the edit of a plan and with what is scored."""
+    if _holds_weights(sections["score"]) and not CONTROLS.make(control).for_weights:
+        return False
+    return CONTROLS.make(control).for_steps if _is_gains(sections["plan"]) else control != "permuted"
+
+
+def _holds_weights(score: Settings) -> bool:
+    return score.get("granularity") == "weight"
 
 
 def _edits(
@@ -197,7 +203,9 @@ def _edits(
 ) -> dict[str, PlannedEdit]:
     """The edits by name: of growing size, or budget, and their controls."""
     for control in controls:
-        if not _can_have(plan, control):
+        if _holds_weights(score) and not CONTROLS.make(control).for_weights:
+            raise InputError(f"controls: {control} is not for weight scores; use random")
+        if not _can_have({"plan": plan, "score": score}, control):
             others = "permuted or random_matched" if _is_gains(plan) else "random_matched"
             raise InputError(f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}")
     if not _is_gains(plan):
@@ -230,7 +238,7 @@ def _size_key(plan: Settings, score: Settings) -> str:
     Raises:
         InputError: if there is none.
     """
-    key = "num_weights" if score.get("granularity") == "weight" else "num_neurons"
+    key = "num_weights" if _holds_weights(score) else "num_neurons"
     if not isinstance(plan.get(key), int):
         raise InputError(f"plan.{key}={plan.get(key)!r}: say how many to choose; give a whole number")
     return key

@@ -165,6 +165,8 @@ class Control:
     uses_behaviour: ClassVar[bool] = True
     uses_general: ClassVar[bool] = False
     """Whether it is drawn by general scores, and not only from the components that these list."""
+    for_weights: ClassVar[bool] = True
+    """Whether it can be drawn among single weights."""
     for_steps: ClassVar[bool] = True
     """Whether it can be the control of an edit whose components have a step each."""
 
@@ -224,6 +226,7 @@ class RandomMatched(Control):
     """For every chosen neuron, another of its layer with a similar general score."""
 
     uses_general = True
+    for_weights = False
 
     def values(self, question: Question) -> Passes:
         if question.general.holds_weights:

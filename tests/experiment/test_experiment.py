@@ -457,6 +457,21 @@ def test_rounds_that_are_refused(with_budget, passes, change, match):
 # --- arms -------------------------------------------------------------------------------------------------------------
 
 
+def test_controls_that_single_weights_cannot_have(small, passes, tmp_path):
+    """Those of the experiment are left out for an arm of weights; its own, and those of weights alone, are refused."""
+    weights = {"score": {"granularity": "weight"}, "plan": {"num_neurons": None, "num_weights": 5}}
+    sections = {"plan": {"num_neurons": 4}, "behaviour": {"source": "b"}, "general": {"source": "g"}}
+    lists = {"texts": [], "seeds": [0], "counts": None, "budgets": None, "controls": ["random_matched", "random"]}
+    _, arm = correction_arms({"weights": weights}, sections, **lists)
+    assert list(arm.edits) == ["weights-prune-5", "weights-control-random"]
+    with pytest.raises(InputError, match=r"arms.weights: controls: random_matched is not for weight scores; use rand"):
+        correction_arms({"weights": weights | {"controls": ["random_matched"]}}, sections, **lists)
+    own = small | {"score": {"granularity": "weight"}, "plan": {"num_weights": 5}, "output": str(tmp_path / "other")}
+    with pytest.raises(InputError, match="controls: random_matched is not for weight scores; use random"):
+        run_experiment(**own)
+    assert passes.done == []
+
+
 def test_arms_join_an_experiment_that_is_done(small, passes, tmp_path):
     """Other ways to choose beside the experiment's own: only what is new is scored, planned and measured."""
     labelled = {"source": str(tmp_path / "prompts.txt"), "label_field": "toxicity"}
