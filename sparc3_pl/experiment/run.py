@@ -221,7 +221,8 @@ def run(
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
     more = {"largest_within": best[None] and best[None].name, "timing": to_json(times)}
     # completions of further rounds are samples, from an edit that is not one of the experiment's: nothing to compare
-    shown = [stage for stage in stages if not stage.name.startswith("eval-completions-")]
+    drawn = {experiment.drawn_in(number) for number in range(2, rounds + 1)}
+    shown = [stage for stage in stages if stage.output not in drawn]
     experiment.conclude(outcomes, max_perplexity_increase, shown, more)
     print_result(outcome_table(outcomes), *lines)
 
@@ -329,6 +330,10 @@ class _Experiment:
         settings = {"model": self.model | completions.get("model", {}), "data": completions.get("data", {})}
         return self._pass("eval", "completions", settings, self.folder / "completions", EVALUATION_MARKER)
 
+    def drawn_in(self, number: int) -> Path:
+        """The folder of the completions of a further round."""
+        return self.folder / f"completions-round{number}"
+
     def round_stages(
         self,
         number: int,
@@ -351,8 +356,8 @@ class _Experiment:
             "data": completions.get("data", {}),
             "allow_overlap": True,  # they are samples: nothing is measured on them
         }
-        plans, folder = {"plan": planning.result}, self.folder / f"completions-{name}"
-        said = self._pass("eval", f"completions-{name}", drawing, folder, EVALUATION_MARKER, plans)
+        plans = {"plan": planning.result}
+        said = self._pass("eval", f"completions-{name}", drawing, self.drawn_in(number), EVALUATION_MARKER, plans)
         behaviour = way.behaviour | {"source": str(said.result.with_name("completions.jsonl"))}
         reads = {"completions": said.result}
         scoring = self._scoring_stage(f"behaviour-{name}", way.scores[0], behaviour, reads, plans)

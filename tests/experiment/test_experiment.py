@@ -438,6 +438,16 @@ def test_a_round_draws_and_scores_completions_of_the_edited_model(with_budget, p
     assert passes.done == []
 
 
+def test_the_report_has_the_edits_of_an_arm_of_any_name_but_no_round(with_budget, passes, tmp_path, monkeypatch):
+    inputs = []
+    monkeypatch.setattr("sparc3_pl.report.command.report", lambda paths, **_: inputs.extend(paths))
+    settings, _ = with_budget
+    run_experiment(**settings | {"rounds": 2, "arms": {"completions": {"plan": {"budget": 0.02}}}, "controls": []})
+    out = tmp_path / "gains"
+    assert str(out / "evaluations" / "completions-budget-0.02") in inputs
+    assert str(out / "completions") in inputs and str(out / "completions-round2") not in inputs
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
