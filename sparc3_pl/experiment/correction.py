@@ -173,7 +173,8 @@ def _edits_of_arm(
         lists["controls"] = [
             CONTROLS.name_of(control)
             for control in fitting
-            if _can_have(merged, CONTROLS.name_of(control)) and (needs_general or not control.uses_general)
+            if _objection(plan, merged["score"], CONTROLS.name_of(control)) is None
+            and (needs_general or not control.uses_general)
         ]
     return _edits(plan, merged["score"], lists["counts"], lists["budgets"], lists["controls"])
 
@@ -183,11 +184,14 @@ def _is_gains(plan: Settings) -> bool:
     return (edit.get("class_path") if isinstance(edit, Mapping) else edit) in _GAINS
 
 
-def _can_have(sections: Mapping[str, Settings], control: str) -> bool:
-    """Whether a control goes with the edit of a plan and with what is scored."""
-    if _holds_weights(sections["score"]) and not CONTROLS.make(control).for_weights:
-        return False
-    return CONTROLS.make(control).for_steps if _is_gains(sections["plan"]) else control != "permuted"
+def _objection(plan: Settings, score: Settings, control: str) -> str | None:
+    """Why a control does not go with what is scored or with the edit of a plan; None if it does."""
+    if _holds_weights(score) and not CONTROLS.make(control).for_weights:
+        return f"controls: {control} is not for weight scores; use random"
+    if CONTROLS.make(control).for_steps if _is_gains(plan) else control != "permuted":
+        return None
+    others = "permuted or random_matched" if _is_gains(plan) else "random_matched"
+    return f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}"
 
 
 def _holds_weights(score: Settings) -> bool:
@@ -203,11 +207,8 @@ def _edits(
 ) -> dict[str, PlannedEdit]:
     """The edits by name: of growing size, or budget, and their controls."""
     for control in controls:
-        if _holds_weights(score) and not CONTROLS.make(control).for_weights:
-            raise InputError(f"controls: {control} is not for weight scores; use random")
-        if not _can_have({"plan": plan, "score": score}, control):
-            others = "permuted or random_matched" if _is_gains(plan) else "random_matched"
-            raise InputError(f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}")
+        if (objection := _objection(plan, score, control)) is not None:
+            raise InputError(objection)
     if not _is_gains(plan):
         if budgets:
             raise InputError(f"budgets={list(budgets)} are for plan.edit=gains; give counts, or leave them out")

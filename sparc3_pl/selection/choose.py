@@ -284,8 +284,7 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
             for layer, entries in plan.entries.items()
         }
 
-    off_diagonal = getattr(kind, "off_diagonal", 0.0)
-    rows = general.rows() if off_diagonal and isinstance(general, Fisher) else None
+    rows = general.rows() if getattr(kind, "off_diagonal", 0) and isinstance(general, Fisher) else None
     return Dose(
         plan=plan,
         contrast=kind,
@@ -293,7 +292,6 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
         derivatives=at_entries(behaviour.in_memory) if kind.from_derivatives else None,
         fisher=at_entries(general.in_memory) if getattr(kind, "fisher", False) else None,
         rows=None if rows is None else {name: rows[name][:, e.index - start[name]] for name, e in plan.entries.items()},
-        off_diagonal=off_diagonal,
     )
 
 

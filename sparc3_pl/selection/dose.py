@@ -57,9 +57,8 @@ class Dose:
         steps: By layer, the change of each chosen component's gain at scale 1, in the order of the plan's entries.
         derivatives: Likewise, the derivative of what is to be lowered, by each gain; None if the contrast knows none.
         fisher: Likewise, the Fisher information per token of general text; None if the contrast does not use it.
-        rows: Likewise ``[rows, n]``, whose products are that of every two components; None if the contrast does not
-            use it.
-        off_diagonal: How much of it counts.
+        rows: Likewise ``[rows, n]``, whose products are that of every two components; None if the contrast, whose
+            ``off_diagonal`` says how much of it counts, does not use it.
     """
 
     plan: PrunePlan
@@ -68,7 +67,6 @@ class Dose:
     derivatives: Mapping[str, Tensor] | None
     fisher: Mapping[str, Tensor] | None
     rows: Mapping[str, Tensor] | None = None
-    off_diagonal: float = 0.0
 
     def at(self, scale: float, more: Mapping[str, Any] | None = None) -> PrunePlan:
         """The plan at a scale; its settings say what is predicted to first and second order, and ``more``.
@@ -117,7 +115,8 @@ class Dose:
         if self.rows is None:
             return 0.5 * alone
         together_R = sum(rows.double() @ (factors[layer] - 1).double() for layer, rows in self.rows.items())
-        return 0.5 * ((1 - self.off_diagonal) * alone + self.off_diagonal * float((together_R**2).sum()))
+        share = self.contrast.off_diagonal  # type: ignore[attr-defined]
+        return 0.5 * ((1 - share) * alone + share * float((together_R**2).sum()))
 
     @staticmethod
     def _sum(values: Mapping[str, Tensor], factors: Mapping[str, Tensor], power: int) -> float:
