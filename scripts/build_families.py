@@ -36,49 +36,51 @@ EVERYTHING = (*FAMILIES, *MORE_FAMILIES, *WRAPPED, *MIXTURES)
 INTRODUCTION = """\
 # Model families
 
-This page is made by `python scripts/build_families.py`, which measures tiny random models of every family (two layers;
-float64 for the account, float32 for the rest). A test measures them again. Real models have the same modules and more
-of them: `sparc3 doctor --pretrained NAME` says the same of yours.
+This page lists the model families that `lrp` supports, those that it refuses, and the quantised checkpoints that
+load. `python scripts/build_families.py` makes it by measuring a tiny random model of every family (two layers; float64
+for the account, float32 for the rest); a test measures them again. Real models have the same modules, only more of
+them; `sparc3 doctor --pretrained NAME` checks yours.
 
-- *residual*: the share of the logit that the relevance account of AttnLRP leaves unexplained. It is rounding: some
-  models compute norms, softmax or routers in float32 whatever their precision.
+- *residual*: the share of the logit that the relevance account of AttnLRP leaves unexplained. It is rounding error:
+  some models compute norms, softmax or routers in float32 whatever their precision.
 - *rules*: the operations that have a rule of their own. Linear layers, embeddings and rotary angles pass the plain
   gradient on.
 - *components*: what `model.granularity` may be.
-- *reload*: the largest difference of a logit between a pruned model in memory and the same model, saved and loaded.
-- *refused*: methods by which its neurons cannot be scored, and circuits where they cannot be made of them. These
-  compare or replace values at every token, and an expert of a mixture has none at the tokens that go elsewhere
+- *reload*: the largest difference in any logit between a pruned model in memory and the same model saved and loaded.
+- *refused*: methods that cannot score the family's neurons, and `circuit` where it cannot be run on them. These
+  compare or replace values at every token, but an expert of a mixture has no value at the tokens that go elsewhere
   ([mixtures of experts](howto/experts.md#what-is-refused)).
 """
 
 REFUSED = """\
 ## Refused by `lrp`
 
-An operation of these has no rule, or there is no place where a rule could act; `model.unlisted_family` does not help.
-`gradient`, `wanda`, `magnitude` and `random` score them, as far as their layers are linear maps.
+An operation of these families has no rule, or there is no place where a rule could act; `model.unlisted_family` does
+not help. `gradient`, `wanda`, `magnitude` and `random` can still score those of their layers that are linear maps.
 
-| model type | why |
+| model type | reason |
 |---|---|
 """
 
 OTHERS = """
-Any other family is refused until it is asked for: [your own model family](howto/own-model-family.md).
+`lrp` refuses any other family too, unless you set `model.unlisted_family`
+([your own model family](howto/own-model-family.md)).
 
 ## Quantised checkpoints
 
 A checkpoint with packed weights, of any family, is refused before its weights are read. With `model.dequantize: true`
-(`score`, `eval`, `circuit`; `doctor --dequantize`) the plain weights that it stands for are loaded instead, in
-`model.dtype` and in the memory of plain weights. The manifest says so (`dequantized`), `prune` unpacks the checkpoint
-of such scores by itself, and `--save_model` writes plain weights.
+(`score`, `eval`, `circuit`; `doctor --dequantize`) its weights are unpacked to plain ones in `model.dtype`, which take
+the memory of plain weights. The manifest says so (`dequantized`), `prune` unpacks the checkpoint of such scores by
+itself, and `--save_model` writes plain weights.
 
 | quantised by | with `model.dequantize: true` | checked |
 |---|---|---|
 | `fp8` (in blocks) | unpacked while it is loaded | on tiny Llama and Qwen3-MoE checkpoints |
 | `mxfp4`, `mxfp8` | unpacked while it is loaded | not run |
 | `compressed-tensors`, with its package | unpacked while it is loaded | not run |
-| `bitsandbytes`, with its package | unpacked once it is loaded | not run: only that transformers is asked to |
-| `gptq`, `awq` and others | refused: transformers cannot unpack them | that they are refused |
-| GGUF | unpacked in any case | on SmolLM2 |
+| `bitsandbytes`, with its package | unpacked after it is loaded | only that transformers is asked to unpack it |
+| `gptq`, `awq` and others | refused, because transformers cannot unpack them | that they are refused |
+| GGUF | always unpacked, with or without the key | on SmolLM2 |
 """
 
 HEADER = """\
