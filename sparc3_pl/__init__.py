@@ -1,7 +1,7 @@
 """Attribution-guided pruning of language models after SparC3 (arXiv 2506.13727), on PyTorch Lightning.
 
-For a model that is loaded: ``score``, ``choose``, ``edited``, ``evaluate``, ``compare``. They are imported when they
-are first asked for; for type checkers they stand in ``__init__.pyi``.
+Its functions ``score``, ``choose``, ``edited``, ``evaluate`` and ``compare`` work on a model that is loaded. They are
+imported when they are first asked for; for type checkers they are listed in ``__init__.pyi``.
 """
 
 from importlib import import_module

@@ -4,7 +4,7 @@ __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """What a user can cause and mend.
+    """An error that the user can cause and mend.
 
     The message is one line that names what is wrong, which value, and the way out. The command line prints it
     without a traceback and exits with code 2. Our own mistakes are ``assert``ed instead.

@@ -47,7 +47,7 @@ class Registry(Generic[T]):
     """The implementations of one idea.
 
     Args:
-        kind: What they are, in the singular: it stands in error messages.
+        kind: The idea in error messages, in the singular: ``method``.
         base: The class that all of them extend.
         builtin: Class path by short name. Modules are imported when one of their classes is asked for.
     """
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind}={path}: its arguments do not fit ({error}); see its documentation") from None
 
     def choose(self, spec: Spec | T) -> Choice[T]:
-        """The implementation that ``spec`` names, with what files say of it.
+        """The implementation that ``spec`` names, with the name and arguments that files give it.
 
         Raises:
             InputError: as ``make``.
@@ -101,7 +101,7 @@ class Registry(Generic[T]):
         return self.make({"class_path": name, "init_args": dict(arguments or {})})
 
     def name_of(self, implementation: T) -> str:
-        """How files name it: the short name of a built-in class, the class path of any other."""
+        """The name of an implementation in files: a built-in class's short name, any other's class path."""
         kind = type(implementation)
         path = f"{kind.__module__}.{kind.__qualname__}"
         return next((name for name, other in self._paths.items() if other == path), path)

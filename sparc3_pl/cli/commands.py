@@ -90,7 +90,7 @@ def execute(args: Sequence[str] | None = None) -> None:
     """Runs one command in this process.
 
     Args:
-        args: The command's name and its options; stand for ``sys.argv[1:]``.
+        args: The command's name and its options; None: ``sys.argv[1:]``.
 
     Raises:
         InputError: if what the user gave is wrong.

@@ -24,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command line.
 
     Args:
-        args: Stand for ``sys.argv[1:]``.
+        args: The command's name and its options; None: ``sys.argv[1:]``.
 
     Returns:
         The exit code.

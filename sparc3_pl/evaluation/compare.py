@@ -62,11 +62,11 @@ class NeutralChanges:
     """What an edit did to the completions of neutral prompts, which it should leave as they are.
 
     Attributes:
-        toxicity: By label and figure (``mean``, ``share``) the change over prompts.
-        num_changed: Completions whose text is another one.
+        toxicity: Changes over prompts, by label and figure (``mean``, ``share``).
+        num_changed: Completions whose text differs.
         num_completions: Completions that were made and scored on both sides.
         num_dropped: Prompts without such a completion.
-        judges: What further judges say, by name, as ``toxicity`` does of the first.
+        judges: The same for further judges, by name.
     """
 
     toxicity: dict[str, dict[str, PairedChange]]
@@ -84,20 +84,20 @@ class Comparison(Shown):
         before: Folder of the first evaluation.
         after: Folder of the second.
         perplexity: Change of perplexity; None if the evaluations have none.
-        toxicity: By label and figure (``mean``, ``expected_maximum``, ``probability``, ``share``) the change over
-            prompts.
-        uniqueness: Change of the response uniqueness ratio, of which more is better.
+        toxicity: Changes over prompts, by label and figure (``mean``, ``expected_maximum``, ``probability``,
+            ``share``).
+        uniqueness: Change of the response uniqueness ratio; higher is better.
         num_dropped: Prompts without a completion that was scored on both sides.
         notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
         before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
             Earlier versions did not write it.
-        after_sha256: The same of the second.
-        measurements: By measurement of the user's own and figure the change over its units.
-        judges: What further judges say: by name, label and figure the change over prompts.
-        length: Change of the number of new tokens, of which neither more nor less is better.
-        empty: Change of the share of empty completions, of which less is better.
+        after_sha256: Digest of the second evaluation's results, likewise.
+        measurements: Changes over the units of the user's own measurements, by measurement and figure.
+        judges: Changes over prompts of further judges' scores, by judge, label and figure.
+        length: Change of the number of new tokens; neither direction is better.
+        empty: Change of the share of empty completions; lower is better.
         neutral: What happened to neutral prompts; None if they were not measured on both sides.
-        disagreement: Where judges do not say the same of the mean score's change: in what, and what each says.
+        disagreement: How the judges contradict each other about the change of the mean score; None if they do not.
     """
 
     before: str
@@ -149,7 +149,7 @@ class Comparison(Shown):
         return self.changes_of_prompts() | self.changes_of_units()
 
     def changes_of_prompts(self) -> dict[str, PairedChange]:
-        """Of what judges say of completions, of their fluency, and of completions of neutral prompts."""
+        """Changes over prompts: the judges' scores and fluency of completions, the judges' scores of neutral ones."""
         by_title = _by_title(self.toxicity, self.judges)
         fluency = {title: getattr(self, name) for name, title in FLUENCY.items()}
         by_title |= {title: change for title, change in fluency.items() if change is not None}
@@ -159,7 +159,7 @@ class Comparison(Shown):
         return by_title
 
     def changes_of_units(self) -> dict[str, PairedChange]:
-        """Of measurements of the user's own."""
+        """Changes over the units of the user's own measurements."""
         return {
             f"{name}: {value.replace('_', ' ')}": change
             for name, by_value in self.measurements.items()
@@ -199,7 +199,7 @@ class Comparison(Shown):
 def _by_title(
     toxicity: Mapping[str, Mapping[str, PairedChange]], judges: Mapping[str, Mapping[str, Mapping[str, PairedChange]]]
 ) -> dict[str, PairedChange]:
-    """What the judges say, by ``LABEL: FIGURE``, that of further judges by ``NAME: LABEL: FIGURE``."""
+    """The judges' changes by ``LABEL: FIGURE``, those of further judges by ``NAME: LABEL: FIGURE``."""
     return {
         f"{f'{judge}: {label}' if judge else label}: {name.replace('_', ' ')}": change
         for judge, by_label in {"": toxicity, **judges}.items()
@@ -270,7 +270,7 @@ def write_comparison(
 def compare_evaluations(
     before: Evaluation, after: Evaluation, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> Comparison:
-    """The same without reading, writing and printing.
+    """Compare two evaluations in memory, as ``compare`` does with folders; nothing is written or printed.
 
     Raises:
         InputError: if the two do not measure the same.
@@ -344,7 +344,11 @@ Pair = tuple[CompletionRow, CompletionRow]
 def _completion_pairs(
     before: Evaluation, after: Evaluation, kind: Literal["completions", "neutral"]
 ) -> dict[str, list[Pair]]:
-    """By prompt the (before, after) rows of the same k that were scored on both sides; maybe none."""
+    """Pairs (before, after) of each prompt's rows of the same k, scored on both sides, by prompt; a list may be empty.
+
+    Raises:
+        InputError: if a completion is in one of the evaluations only.
+    """
     sides = [{(row.id, row.k): row for row in getattr(side, kind)} for side in (before, after)]
     odd = sides[0].keys() ^ sides[1].keys()
     if odd:
@@ -382,7 +386,7 @@ def _changes_by_judge(
     options: dict[str, int],
     figures: Mapping[str, Callable[[list[float]], float]] = _OF_PROMPTS,
 ) -> dict[str, dict[str, dict[str, PairedChange]]]:
-    """How the figures of each judge beside the first changed whose scores both evaluations have, by its name.
+    """Changes of the figures of each further judge whose scores both evaluations have, by its name.
 
     Raises:
         InputError: if a name stands for different judges.
@@ -423,7 +427,7 @@ def _toxicity_changes(
 def _disagreement(
     toxicity: Mapping[str, Mapping[str, PairedChange]], judges: Mapping[str, Mapping[str, Mapping[str, PairedChange]]]
 ) -> str | None:
-    """In what the judges disagree about the change of the mean score of their main labels; None if they do not."""
+    """A sentence on how the judges disagree about the change of their main labels' mean scores; None if they agree."""
     if not judges:
         return None
     changes = {}
@@ -443,7 +447,7 @@ def _disagreement(
 
 
 def _fluency_changes(prompts: Sequence[list[Pair]], options: dict[str, int]) -> dict[str, PairedChange | None]:
-    """Changes of the means over prompts of what their completions are like; None of what a side does not know."""
+    """Changes over prompts of each figure of fluency; None for a figure that either side does not know."""
     values: dict[str, Callable[[CompletionRow], float | None]] = {
         "uniqueness": lambda row: row.uniqueness,
         "length": lambda row: row.num_tokens,

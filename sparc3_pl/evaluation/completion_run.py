@@ -58,8 +58,8 @@ class _Judged:
 class CompletionRun(MeasurementRun):
     """Completes prompts and has the completions judged. Every rank makes one, also one without prompts.
 
-    Where model and judges do not compete for the same processor, a batch is judged while the next one is completed. The
-    order of everything, and so every figure, is that of taking turns.
+    Where model and judges do not compete for the same processor, a batch is judged while the next one is completed.
+    Order and figures are the same as when they take turns.
 
     The judge is tried on one sentence: a rank without prompts must know the labels too.
 
@@ -101,7 +101,7 @@ class CompletionRun(MeasurementRun):
         self.rows: list[CompletionRow] = []
         """One for each completion of this rank."""
         self._known: dict[str | None, dict[str, dict[str, float]]] = {name: {} for name in (None, *self.further)}
-        """By judge (None: ``judge``) the scores of the completions that it has read."""
+        """Scores of the completions that each judge has read, by its name (None: ``judge``)."""
         self._num_judged = 0
         self._store: CompletionStore | None = None
         self._earlier: dict[str, list[CompletionRow]] = {}
@@ -204,7 +204,7 @@ class CompletionRun(MeasurementRun):
         return _Judged(rows, self._num_judged - before)
 
     def _judged_prefixes(self, cut: list[list[str]]) -> list[dict[str, list[float]]]:
-        """By label the scores of each completion's texts; texts that recur are judged once."""
+        """The scores of each completion's texts by label; a text that recurs is judged once."""
         distinct = sorted({text for own in cut for text in own}, key=lambda text: (len(text), text))
         scores = dict(zip(distinct, self._scores(None, distinct, remember=False), strict=True))
         return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in cut]

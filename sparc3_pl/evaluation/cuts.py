@@ -129,7 +129,7 @@ def cut_samples(
     Returns:
         Records: ``text``, ``behaviour`` (true before a bad word), ``word``, ``prompt``, ``record`` (id of the whole
         text), and ``text_ids`` of the prompts and texts that were cut, so that none of them is evaluated on later.
-        The same for the same input.
+        Equal input gives equal records.
 
     Raises:
         InputError: If the judge has no such label, or the model predicts none of the bad words.
@@ -218,7 +218,7 @@ def _predicted(
 
 
 def _ids_by_cut(cuts: Sequence[_Cut], encoder: Encoder) -> dict[str, list[str]]:
-    """By the text of a cut: the identities of all prompts and texts that have a cut with this text."""
+    """The identities of all prompts and texts that were cut to the same text, by that text."""
     known: dict[str, set[str]] = {}
     by_cut: dict[str, set[str]] = {}
     for cut in cuts:
@@ -237,7 +237,7 @@ def _first_of_each(cuts: Sequence[_Cut]) -> list[_Cut]:
 
 
 def _like(bad: Sequence[_Cut], harmless: Sequence[_Cut], each: int) -> list[_Cut]:
-    """For each of ``bad`` the ``each`` harmless cuts whose length is nearest among those left, no text twice."""
+    """Harmless cuts, ``each`` for every one of ``bad``: those left whose length is nearest to it, no text twice."""
     taken = {cut.text for cut in bad}
     left = {cut.text: cut for cut in sorted(harmless, key=lambda cut: cut.key) if cut.text}
     left = {text: cut for text, cut in left.items() if text not in taken}

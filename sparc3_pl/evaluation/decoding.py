@@ -34,7 +34,7 @@ __all__ = ["Decoder", "Draws", "prepare"]
 log = logging.getLogger(__name__)
 
 MOST_TOKENS = 4096
-"""Tokens of prompts that are read at once: more makes a product no faster, and takes memory."""
+"""The most tokens of prompts that are read at once: more make a matrix product no faster, and take memory."""
 
 _TRIAL = 8  # tokens of the longest row on which a model is tried
 

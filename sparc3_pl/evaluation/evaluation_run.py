@@ -93,7 +93,7 @@ class EvaluatedModel:
         return self.plan is None and self.fingerprint != self.loaded["fingerprint"]
 
     def prompts_of_plan(self, prompt_ids: Iterable[str]) -> set[str]:
-        """Those prompts from which the plan was made."""
+        """The ids among ``prompt_ids`` of prompts from which the plan was made."""
         return set(self.known_prompts.intersection(prompt_ids))
 
     def require_held_out(self, prompt_ids: Sequence[str]) -> None:
@@ -124,8 +124,8 @@ class EvaluatedModel:
         """What ``results.json`` says before anything is measured.
 
         Args:
-            prompt_ids: IDs of all prompts. Nobody knows which of them are an unknown edit's: ``overlap`` is then
-                ``unknown``.
+            prompt_ids: IDs of all prompts. Nobody knows which of them an unknown edit was made from: ``overlap`` is
+                then ``unknown``.
             data: What was read.
         """
         overlap = self.prompts_of_plan(prompt_ids)

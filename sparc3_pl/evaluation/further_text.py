@@ -73,7 +73,7 @@ class FurtherText(Measurement):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """How results name it."""
+        """Its name in results: ``text LABEL``."""
         return TEXT + self.label
 
     @property
@@ -101,7 +101,7 @@ class FurtherText(Measurement):
         return [TextWindow(one.index, ids[one.start : one.end], one.scored - one.start) for one in windows]
 
     def measure(self, model: PreTrainedModel, encoder: Encoder, units: Sequence[TextWindow]) -> list[Row]:
-        """A padded batch of windows."""
+        """Scores the windows in one padded batch."""
         input_ids, mask = pad_right([one.ids for one in units], encoder.pad_id)
         labels = input_ids.masked_fill(mask == 0, IGNORE)
         for row, one in enumerate(units):
@@ -121,8 +121,10 @@ class FurtherText(Measurement):
     def compare(
         self, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
     ) -> Mapping[str, PairedChange]:
-        """The change of perplexity; its interval is that of the ratio. Better or worse, and what is needed to find such
-        a change, are of windows' mean losses.
+        """The change of perplexity, with the interval of the ratio.
+
+        How many units are better or worse, and how many a change of this size needs, is told by the windows' mean
+        losses.
 
         Raises:
             InputError: if the windows are of different texts.

@@ -106,7 +106,7 @@ class Completion:
 
 
 def completion_seed(seed: int, prompt_id: str, k: int, redraw: int = 0) -> int:
-    """64 bits that belong to this completion alone, the same on every machine; others each time it is drawn again."""
+    """The 64-bit seed of one completion: the same on every machine, another one each time it is drawn again."""
     name = f"{seed}/{prompt_id}/{k}" + (f"/{redraw}" if redraw else "")
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
@@ -193,7 +193,7 @@ def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _chosen(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The next token of each row, and whether the row's logits were finite; of those that were not, any token."""
+    """The next token of each row, and whether the row's logits were finite; where they were not, it is any token."""
     finite_R = logits_RV.amax(-1).isfinite()  # NaN and +inf reach the maximum; all -inf is it
     # On a GPU asking whether that is needed would make the host wait.
     if logits_RV.device.type == "cuda" or not bool(finite_R.all()):
@@ -205,7 +205,7 @@ class _Picker:
     """Stands last in ``generate``'s chain of logits processors: leaves each row one token to choose.
 
     Attributes:
-        broken_at: By row the step at which its logits were first not finite; -1 if never.
+        broken_at: The step at which each row's logits were first not finite, ``[R]``; -1 if never.
     """
 
     def __init__(self, uniforms_RS: Tensor, sampling: Sampling) -> None:
@@ -234,7 +234,7 @@ MOST_ROWS = 256
 """Completions made at once where nothing else bounds them: more make a step no faster a row."""
 
 GENERAL_ROWS = 64
-"""The same for models that go through ``generate``, whose cache is not known."""
+"""The most rows for models that go through ``generate``, whose cache is not known."""
 
 FEWEST_TOKENS_FOR_COPIES = 2000
 """New tokens from which on copies of the weights in another order pay: making them takes as long as drawing 700."""
@@ -245,8 +245,10 @@ _MEMORY = 4 * 10**9
 
 
 def row_bytes(length: int, token_bytes: int, vocabulary: int) -> int:
-    """What a completion takes while it is made: keys and values, once more while prompts are read or rows leave; logits
-    and what is made of them to choose.
+    """Bytes that a completion takes while it is made.
+
+    They are its keys and values, twice, since there is a copy while prompts are read or rows leave, and its logits with
+    what is made of them to choose a token.
 
     Args:
         length: Tokens of the prompt and of the completion.
@@ -363,7 +365,7 @@ class Generator:
         return None
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Longest first, so that those of a length stand together and the largest batch is met at once."""
+        """Batches of rows, longest first: rows of one length stand together, and the largest batch comes first."""
         rows = sorted(rows, key=lambda r: (-len(r.ids), r.id, r.k))
         start = 0
         while start < len(rows):
@@ -372,7 +374,7 @@ class Generator:
             start += size
 
     def _most_rows(self, longest: tuple[int, ...]) -> int:
-        """Rows as long as this prompt and its completion that are made at once."""
+        """How many rows as long as this prompt and its completion are made at once."""
         length = len(longest) + self.sampling.max_new_tokens
         decoder = self._decoder_for(longest, length)
         if decoder is None:
@@ -381,7 +383,7 @@ class Generator:
         return most_rows(of_row, self.rows_per_batch, free_memory(self.model.device))
 
     def _decoder_for(self, prompt: tuple[int, ...], length: int) -> Decoder | None:
-        """What draws rows of this length; None: transformers' ``generate`` must."""
+        """The decoder that draws rows of this length; None: transformers' ``generate`` must."""
         if not self._tried:
             from sparc3_pl.evaluation.decoding import prepare
 
@@ -428,7 +430,7 @@ class Generator:
         return [d.tokens for d in draws], [d.broken_at for d in draws]
 
     def _generate(self, rows: list[_Row], uniforms_RS: Tensor) -> tuple[list[list[int]], list[int]]:
-        """The general way, for any model: padded on the left, by transformers' ``generate``."""
+        """Draws rows with transformers' ``generate``, padded on the left, which works for any model."""
         from transformers import LogitsProcessorList
 
         length, device = max(len(r.ids) for r in rows), uniforms_RS.device
@@ -467,7 +469,7 @@ class Generator:
         )
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What tokens that were drawn say, without special ones."""
+        """The text of drawn tokens, without special ones."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _finish(self, row: _Row, new: list[int], broken_at: int) -> Completion:

@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation in nats; whether it is greedy is not looked at, and said to be False."""
+        """The log-likelihood of each continuation in nats, and False: whether it is the greedy one is not computed."""
         values = [float("nan")] * len(requests)
         longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in range(0, len(requests), self._batch_size):
@@ -86,9 +86,9 @@ class HarnessModel(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests: object, disable_tqdm: bool = False) -> list[float]:
-        """Not asked for by a task of multiple choice."""
+        """Never called: multiple-choice tasks do not need it."""
         raise NotImplementedError
 
     def generate_until(self, requests: object, disable_tqdm: bool = False) -> list[str]:
-        """Not asked for by a task of multiple choice."""
+        """Never called: multiple-choice tasks do not need it."""
         raise NotImplementedError

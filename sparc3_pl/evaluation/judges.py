@@ -106,7 +106,7 @@ def check_names(judges: Mapping[str, Judge]) -> None:
 def describe_judge(judge: Judge) -> dict[str, Any]:
     """What a result says about its judge: the class, and what it tells about itself (or its plain attributes).
 
-    Without secrets: what stands in an attribute such as ``api_key`` is left out.
+    Secrets, such as the value of an attribute ``api_key``, are left out.
     """
     name = f"{type(judge).__module__}.{type(judge).__qualname__}"
     if isinstance(judge, SequenceJudge):
@@ -280,8 +280,8 @@ def chosen_judges(
 ) -> tuple[Judge, dict[str, Judge]]:
     """The judge whose figures are the evaluation's, and by name those beside it.
 
-    Where no judge is given, it is the first of ``judges``; of none, Detoxify ``original``, or the demo's own judge for
-    the demo model.
+    Without ``judge``, it is the first of ``judges``; without those too, Detoxify ``original``, or for the demo model
+    the demo's own judge.
 
     Raises:
         InputError: as ``check_names``.
@@ -326,7 +326,7 @@ class ClassifierJudge(SequenceJudge):
         self._fingerprint: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Where the classifier comes from, the fingerprint of its weights, and the label that is read."""
+        """The classifier's source, the fingerprint of its weights, and the label that is read."""
         self._ready()
         revision = self._commit or self.revision
         about = {"pretrained": self.pretrained, "revision": revision, "fingerprint": self._fingerprint}
@@ -393,7 +393,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _published_file(variant: str) -> tuple[str, Path]:
-    """Where the checkpoint file of a Detoxify variant is published, and where it lies once it was fetched."""
+    """The address at which a Detoxify variant's checkpoint file is published, and its path here once it was fetched."""
     try:
         from detoxify.detoxify import MODEL_URLS
     except ImportError as error:
@@ -473,7 +473,7 @@ def _check_reads_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _positions(model: nn.Module) -> int:
-    """Tokens the classifier can read: RoBERTa's kin reserve the positions up to the padding index."""
+    """How many tokens the classifier can read: models like RoBERTa reserve the positions up to the padding index."""
     table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
     positions = getattr(model.config, "max_position_embeddings", None) or 512
     reserved = getattr(table, "padding_idx", None)

@@ -95,7 +95,7 @@ class Measurement(ABC):
     def compare(
         self, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
     ) -> Mapping[str, PairedChange]:
-        """How what was measured has changed, by the name under which ``compare`` and ``report`` show it.
+        """The changes of what was measured, by the names under which ``compare`` and ``report`` show them.
 
         By default the change of each paired value's mean over units, with a bootstrap interval and a permutation test.
         A measurement that is compared in another way says so here. ``compare`` then makes the object again, from the
@@ -171,7 +171,7 @@ def further_perplexities(measurements: Mapping[str, Mapping[str, T]]) -> dict[st
 
 
 def settings_of(choice: Choice[Measurement]) -> Record:
-    """How the measurement is set; its batch size changes nothing that it measures."""
+    """The measurement's settings, without its batch size, which changes nothing that it measures."""
     settings = choice.arguments | choice.object.describe()
     return {name: value for name, value in settings.items() if name != "batch_size"}
 
@@ -294,7 +294,7 @@ class Measured:
         return [row for row in self.rows if row.get("failed") is None]
 
     def figures(self) -> dict[str, float]:
-        """By name; none if every unit failed."""
+        """The measurement's figures by name; empty if every unit failed."""
         return {k: float(v) for k, v in self.choice.object.figures(self.measured).items()} if self.measured else {}
 
     def settings(self) -> MeasurementRecord:

@@ -244,7 +244,7 @@ class EvaluationModule(pl.LightningModule):
         return from_rank_zero(lambda: fingerprint(self.model))
 
     def _plan_batches(self) -> None:
-        """Of text and units; the data module cannot know the model's context."""
+        """Has windows, units and prompts put into batches: the data module cannot know the model's context."""
         assert self.model is not None
         of_further_texts, self._window = self._window, None
         if self.data.text_source is not None:

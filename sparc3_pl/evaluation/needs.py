@@ -68,7 +68,7 @@ def _of_completions(
     skeleton: nn.Module,
     available: int | None,
 ) -> list[Need]:
-    """Of a batch of completions as large as the run would make it, and of all of them on the disk."""
+    """The needs of a batch of completions as large as the run would make it, and of all of them on the disk."""
     lengths = [len(module.encoder.prefix) + len(module.encoder.body(prompt)) for prompt in prompts]
     new, number = module.sampling.max_new_tokens, len(prompts) * module.sampling.samples_per_prompt
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]

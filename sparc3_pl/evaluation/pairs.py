@@ -104,7 +104,7 @@ class SentencePairs(Measurement):
             raise InputError(f"{_KEY}.partition={self.partition!r} is not known; use all, attribution or evaluation")
 
     def describe(self) -> Record:
-        """Its settings; nothing of halves where there are none, so that earlier evaluations compare."""
+        """Its settings, those of halves only where there are halves, so that earlier evaluations compare."""
         settings = asdict(self)
         halves = ("partition", "partition_seed", "partition_share") if self.partition == "all" else ()
         return {name: value for name, value in settings.items() if name not in halves}
@@ -164,7 +164,7 @@ class SentencePairs(Measurement):
         return SentencePair(identity, ([*before, *first], [*before, *second]), len(before), text_ids)
 
     def measure(self, model: PreTrainedModel, encoder: Encoder, units: Sequence[SentencePair]) -> list[Row]:
-        """Both sentences of every pair in one padded batch."""
+        """Scores both sentences of every pair in one padded batch."""
         fitting = [pair for pair in units if encoder.context is None or max(map(len, pair.ids)) <= encoder.context]
         rows: dict[str, Row] = {}
         if fitting:
@@ -191,7 +191,7 @@ def _before(encoder: Encoder) -> list[int]:
 
 
 def _log_likelihoods(model: PreTrainedModel, rows: Sequence[list[int]], num_before: int) -> list[float]:
-    """Of each row's tokens after the first ``num_before``, in nats."""
+    """The log-likelihood of each row's tokens after the first ``num_before``, in nats."""
     input_ids_BT, mask_BT = (tensor.to(input_device(model)) for tensor in pad_right(rows, 0))
     labels_BT = input_ids_BT.masked_fill(mask_BT == 0, IGNORE)
     labels_BT[:, :num_before] = IGNORE

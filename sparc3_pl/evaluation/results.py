@@ -202,7 +202,7 @@ class Evaluation(Shown):
         return for_notebook(window_losses([row.nll / row.num_tokens for row in self.windows]))
 
     def sealed(self, config: str | None = None, command: str | None = None) -> Evaluation:
-        """With all that ``results.json`` says: digests of the files, versions, command, and its own digest.
+        """This evaluation with all that ``results.json`` says: digests of files, versions, command, its own digest.
 
         Args:
             config: The resolved configuration as YAML, if it is to be kept beside the results.
@@ -233,7 +233,7 @@ class Evaluation(Shown):
         return Path(folder)
 
     def _texts(self, config: str | None) -> dict[str, str]:
-        """By name, the files beside ``results.json``."""
+        """The content of each file beside ``results.json``, by the file's name."""
         texts = {
             "completions.jsonl": _lines(row.to_json() for row in self.completions),
             "windows.jsonl": _lines(row.to_json() for row in self.windows),
@@ -276,7 +276,7 @@ def _check_file(path: Path, digest: str) -> None:
 
 
 def _encoded(text: str) -> bytes:
-    """As ``write_text`` writes it."""
+    """The bytes that ``write_text`` writes."""
     return text.encode("utf-8", "backslashreplace")
 
 

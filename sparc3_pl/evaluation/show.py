@@ -54,7 +54,7 @@ def _by_label(prefix: str, judged: ToxicityFigures) -> dict[str, float]:
 
 
 def _named(prefix: str, section: Any, names: Iterable[str]) -> dict[str, float]:
-    """These attributes of a section, but for those that its file says nothing of."""
+    """These figures of a section by ``PREFIX/NAME``, without those that its file does not hold."""
     return {f"{prefix}/{name}": value for name in names if (value := getattr(section, name, None)) is not None}
 
 
@@ -172,6 +172,6 @@ def _titles(label: str) -> dict[str, str]:
 
 
 def _rows_of(section: Any, titles: Mapping[str, str], of: str) -> list[tuple[Cell, ...]]:
-    """A row for each titled figure, but for those that the section's file says nothing of."""
+    """A row for each titled figure, but for those that the section's file does not hold."""
     values = ((title, getattr(section, name, None)) for name, title in titles.items())
     return [(title, Number(value, form=".4f"), of) for title, value in values if value is not None]

@@ -135,7 +135,7 @@ class TaskAccuracy(Measurement):
         return [self._row(unit, [next(answers) for _ in self._items[unit]]) for unit in units]
 
     def _row(self, unit: str, answers: list[tuple[float, bool]]) -> Row:
-        """Whether the harness calls the answers right, by each of the task's accuracies."""
+        """The row of an item: whether the harness calls its answers right, by each of the task's accuracies."""
         requests = self._items[unit]
         doc = requests[0].doc
         if odd := [value for value, _ in answers if not math.isfinite(value)]:
@@ -165,7 +165,7 @@ class TaskAccuracy(Measurement):
     def compare(
         self, before: Sequence[Row], after: Sequence[Row], *, seed: int, num_resamples: int
     ) -> dict[str, PairedChange]:
-        """As every measurement; the p-value of answers that are right or wrong is that of McNemar's exact test."""
+        """The change of each accuracy; for answers that are right or wrong, with McNemar's exact p-value."""
         changes = dict(super().compare(before, after, seed=seed, num_resamples=num_resamples))
         for name, change in changes.items():
             pair = [np.array([row[name] for row in rows]) for rows in (before, after)]

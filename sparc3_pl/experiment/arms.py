@@ -37,7 +37,7 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of its files."""
         return f"{self.arm}-seed{self.seed}-{self.share:g}"
 
 
@@ -203,7 +203,7 @@ def curves_of(comparisons: Sequence[tuple[Cut, Comparison]]) -> list[Curve]:
 
 
 def _figures(comparison: Comparison) -> dict[str, tuple[float, float]]:
-    """By name, what was measured before and after."""
+    """The values before and after of everything that was compared, by name."""
     figures = {}
     if comparison.perplexity is not None:
         figures["perplexity"] = (comparison.perplexity.before, comparison.perplexity.after)

@@ -118,7 +118,7 @@ class KeepRule:
 
     @classmethod
     def of(cls, keep: str, num_samples: int | None) -> KeepRule:
-        """The rule as it is written.
+        """The rule that ``keep`` writes as a condition.
 
         Raises:
             InputError: if it cannot be read, or says nothing of an order that ``num_samples`` needs.
@@ -157,7 +157,7 @@ class Halves:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Halves:
-        """As the keys of ``data`` say it."""
+        """The halves that the keys of ``data`` describe."""
         return cls(**{name: data[name] for name in ("partition_seed", "partition_share") if name in data})
 
 
@@ -196,7 +196,7 @@ def kept_samples(rows: Sequence[CompletionRow], rule: KeepRule, halves: Halves) 
 
 @dataclass(frozen=True)
 class _Making:
-    """Makes ``samples.jsonl`` of the completions."""
+    """Makes ``samples.jsonl`` from the completions."""
 
     folder: Path
     rule: KeepRule
@@ -213,7 +213,7 @@ class _Making:
             write_text(file, "".join(strict_json(sample) + "\n" for sample in samples))
 
     def _cut(self, samples: Sequence[Mapping[str, Any]], rule: CutRule) -> list[Record]:
-        """The samples' texts cut, by the judge, model and device that eval had."""
+        """Cuts the samples' texts with the judge, model and device that eval used."""
         from sparc3_pl.evaluation.cuts import CutText, cut_samples
         from sparc3_pl.model.loading import load_model
         from sparc3_pl.passes.run import make_pass

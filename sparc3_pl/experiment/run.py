@@ -72,7 +72,7 @@ class Outcome:
 
     @property
     def rise(self) -> float | None:
-        """That of the text whose perplexity rises most; None where none was measured."""
+        """Relative change of the perplexity that rises most among all texts; None where none was measured."""
         return max(self.rises.values(), default=None)
 
 
@@ -281,7 +281,7 @@ class _Experiment:
     trainer: Settings
 
     def do(self, stages: Sequence[Stage]) -> list[StageTime]:
-        """Does them in their order; refuses wrong settings, or others than before, first of all.
+        """Does the stages in their order; refuses wrong settings, or others than before, first of all.
 
         Stages that run in this process share one loaded model.
 
@@ -300,7 +300,7 @@ class _Experiment:
         return times
 
     def _distinct(self, stages: Sequence[Stage]) -> dict[str, Stage]:
-        """The first of each that have the same settings, by their digest; all settings must be those of before."""
+        """The first of each ``_kind`` of stages, by that; the settings of all must be those of before."""
         distinct: dict[str, Stage] = {}
         for stage in stages:
             self.stages.check_settings(stage)
@@ -326,7 +326,7 @@ class _Experiment:
         refuse_what_cannot_fit(on_disk, {"disk": free["disk"]})
 
     def completion_stage(self, completions: Settings) -> Stage:
-        """Completions of the model as it is, judged."""
+        """The stage that draws completions of the model as it is and has them judged."""
         settings = {"model": self.model | completions.get("model", {}), "data": completions.get("data", {})}
         return self._pass("eval", "completions", settings, self.folder / "completions", EVALUATION_MARKER)
 
@@ -343,7 +343,7 @@ class _Experiment:
         plan: Settings,
         scores: dict[str, Path],
     ) -> list[Stage]:
-        """A further round: an edit by the scores so far, completions of the edited model, and its derivative by them.
+        """The stages of a further round: an edit by the scores so far, completions of the edited model, its derivative.
 
         The derivative joins ``scores``. The completions have a seed of their own, so that their noise is new.
         """
@@ -407,14 +407,14 @@ class _Experiment:
         return self._shared(scoring, self._scoring_stage(f"{arm.name}-seed{seed}", *arm.scoring(seed)))
 
     def evaluation_stage(self, name: str, measuring: Settings, plan: str | None) -> Stage:
-        """Measures the model, with the plan of that name applied."""
+        """The stage that measures the model, with the plan of that name applied."""
         plans = {} if plan is None else {"plan": self._plan_path(plan)}
         return self._pass("eval", name, measuring, self.folder / "evaluations" / name, EVALUATION_MARKER, plans)
 
     def plan_stage(
         self, name: str, scores: Mapping[str, Path], settings: Settings, scale_of: str | None = None
     ) -> Stage:
-        """Makes a plan from the scores: ``behaviour`` and those of further rounds, all others are general.
+        """The stage that makes a plan from scores: ``behaviour`` and those of further rounds, all others are general.
 
         With ``scale_of``, a control of gains, it goes as far as the plan of that name.
         """
@@ -450,7 +450,7 @@ class _Experiment:
         plans: Mapping[str, Path] | None = None,
         reads: Mapping[str, Path] | None = None,
     ) -> Stage:
-        """``score`` or ``eval`` with these settings."""
+        """The stage that runs ``score`` or ``eval`` with these settings."""
         settings = settings | {"trainer": self.trainer}
         return pass_stage(self.stages, command, name, settings, output, marker, plans, reads)
 
@@ -499,7 +499,7 @@ class _Experiment:
 
 
 def _kind(stage: Stage) -> str:
-    """The same for stages that do the same with the same settings, on other plans perhaps."""
+    """A digest of what a stage does and its settings: stages that differ only in what they read have the same."""
     return json_digest([stage.name.partition("-")[0], stage.settings])
 
 
@@ -512,9 +512,9 @@ def _options(arguments: Settings) -> Iterator[str]:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line an edit, label and judge: before and after, with interval and p-value, and the change of perplexity.
+    """A row for each edit, label and judge: before and after, interval, p-value, and the change of perplexity.
 
-    Where no completions were judged, the lines are those of the figures of measurements.
+    Where no completions were judged, the rows are those of the measurements' figures.
     """
     from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 

@@ -75,11 +75,11 @@ class Stages:
     folder: Path
 
     def settings_file(self, stage: str) -> Path:
-        """What the stage called ``stage`` is made with, without its secrets."""
+        """The file with the settings of the stage called ``stage``, without secrets."""
         return self.folder / f"{stage}.yaml"
 
     def record_file(self, stage: str) -> Path:
-        """Digests of what the stage called ``stage`` has read and made."""
+        """The file with the digests of what the stage called ``stage`` has read and made."""
         return self.folder / f"{stage}.json"
 
     def check_settings(self, stage: Stage) -> None:
@@ -210,7 +210,7 @@ def _digest_of_file(path: Path) -> str:
 
 @functools.cache
 def _digest_of_content(path: Path, _size: int, _modified: int) -> str:
-    """Kept while the file looks the same: every stage asks for the model's."""
+    """Digest of a file's content, kept while the file looks the same: every stage asks for the model's."""
     return sha256_of_file(path)
 
 

@@ -61,7 +61,11 @@ def sole_run(output: str | Path | None) -> Iterator[None]:
 
 
 def _locked(lock: Path, output: Path) -> int:
-    """A handle of the locked file, which names this process."""
+    """Locks the file ``lock``, writes into it which process that was, and returns its open handle.
+
+    Raises:
+        InputError: if another run has locked it.
+    """
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -83,7 +87,10 @@ def _locked(lock: Path, output: Path) -> int:
 
 
 def _lock(handle: int) -> bool:
-    """Whether the lock is ours now; where the file system knows no locks, the process named in the file decides."""
+    """Takes the lock if it is free, and tells whether it is ours now.
+
+    Where the file system knows no locks, it is free unless the process that the file names still runs.
+    """
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -116,7 +123,7 @@ def _started(pid: int) -> str | None:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the process is known to run: on this machine, with this number and this beginning."""
+    """Whether the process is known to run: on this machine, with this number, begun at this time."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
@@ -130,7 +137,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 
 def _make_parents(path: Path) -> list[Path]:
-    """The folders that had to be made, the innermost first."""
+    """Makes the folders above ``path``, and returns those that were missing, the innermost first."""
     new_folders = [folder for folder in path.parents if not folder.exists()]
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ class FolderKind:
 
 
 def _not_ours(path: Path, ours: set[str], before: str = "") -> Iterator[str]:
-    """What lies in a folder and is none of ``ours``; a folder is ours if a file of ours belongs into it."""
+    """Names in a folder that are not among ``ours``; a folder within it is ours if a file of ours belongs into it."""
     for entry in path.iterdir():
         name = before + entry.name
         if not entry.is_dir():
@@ -237,7 +237,7 @@ class FileKind:
 
     @classmethod
     def json(cls, name: str, is_one: Callable[[dict[str, Any]], bool]) -> FileKind:
-        """A JSON file that is known by its content."""
+        """The kind of a JSON file that is known by its content."""
         return cls(name, lambda path: is_one(_json_object(path)), is_one)
 
     def check_earlier(self, path: Path) -> None:
@@ -347,7 +347,7 @@ def new_folder(path: str | Path, overwrite: bool, kind: FolderKind) -> Iterator[
 
 @contextmanager
 def new_file(path: str | Path, overwrite: bool, kind: FileKind) -> Iterator[Path]:
-    """As ``new_folder``, for one file: yields the temporary name to write to."""
+    """A file to write, which takes its name only when the block ends well, as ``new_folder`` does for a folder."""
     path = check_output(path, overwrite, kind)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class _ForNull:
-    """JSON cannot hold NaN and infinity: they were written as null, and null is read as ``value``."""
+    """Has null read as ``value``: JSON cannot hold NaN and infinity, so they were written as null."""
 
     value: float
 
@@ -40,7 +40,7 @@ class _ForNull:
 
 
 class _FromZero:
-    """At least 0, and within the 64 bits of a tensor's index."""
+    """Has integers refused that are below 0 or beyond the 64 bits of a tensor's index."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return handler(source) | {"ge": 0, "le": 2**63 - 1}
@@ -50,7 +50,7 @@ Number = Annotated[float, _ForNull(float("nan"))]
 """A float that may have overflowed."""
 
 MaybeNumber = Annotated[float | None, _ForNull(float("nan"))]
-"""The same, or None where the file says nothing of it: earlier versions did not measure it."""
+"""A float that may have overflowed, or None where the file has none: earlier versions did not measure it."""
 
 Unbounded = Annotated[float, _ForNull(float("inf"))]
 """A float that overflows upwards only, as a perplexity does."""
@@ -60,7 +60,7 @@ Count = Annotated[int, _FromZero()]
 
 
 def omitted(default: Any = None) -> Any:
-    """A field that is left out of the file while it has its default, a value or a type to be made: most have none."""
+    """A dataclass field that is left out of the file while it has its default: a value, or a type that makes it."""
     options = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return field(**options, metadata={"omitted": True})
 
@@ -156,7 +156,7 @@ class Format(Generic[T]):
         return {_key(item.name) for item in fields(self.kind)} - {self.extra}  # type: ignore[arg-type]
 
     def content(self, value: T) -> Record:
-        """What the file says, before it is sealed."""
+        """The JSON object that the file is to hold, before it is sealed."""
         data = to_json(value)
         return data | (data.pop(self.extra) if self.extra else {})
 
@@ -175,7 +175,7 @@ class Format(Generic[T]):
 
 
 def typed(kind: type[T], data: Any, where: str | Path, again: str) -> T:
-    """What was read from JSON as a value of ``kind``, each part of the type that it is declared with.
+    """A value of ``kind`` from what was read from JSON, each part of the type that it is declared with.
 
     Args:
         kind: A dataclass, or a list of one.
@@ -212,10 +212,10 @@ _OWN_TYPE = ("bool", "dict", "float", "int", "list", "str")
 
 
 def _unconverted(schema: Any) -> Any:
-    """A schema of pydantic's by which ``"3"`` is no number and ``1`` no boolean, and fields have the keys of ``_key``.
+    """A pydantic schema that converts nothing: ``"3"`` is no number, ``1`` no boolean; ``_key`` names the fields.
 
-    Its own strict mode makes dataclasses from JSON text only, and its JSON reader refuses the lone surrogates of paths
-    that are not UTF-8.
+    Pydantic's own strict mode makes dataclasses from JSON text only, and its JSON reader refuses the lone surrogates of
+    paths that are not UTF-8.
     """
     if isinstance(schema, dict):
         more = {"strict": True} if schema.get("type") in _OWN_TYPE else {}

@@ -102,9 +102,9 @@ def is_secret_name(name: str) -> bool:
 def redacted(value: Any) -> Any:
     """``value`` without secrets: a text, or JSON data of any depth.
 
-    What stands under the name of a secret (``is_secret_name``) becomes ``***``, whatever it looks like. In every text,
-    names with a value after them, known forms of tokens, passwords in addresses and the values of the environment's
-    secret variables do. Floats, booleans and null hold no secret and stay.
+    What stands under the name of a secret (``is_secret_name``) becomes ``***``, whatever it looks like. So do, within
+    any text, values that follow such a name, known forms of tokens, passwords in addresses, and the values of the
+    environment's secret variables. Floats, booleans and null hold no secret and stay.
     """
     if isinstance(value, str):
         return _redacted_text(value)
@@ -151,8 +151,8 @@ def _without_assigned(text: str) -> str:
 def redacted_command(words: Sequence[str]) -> str:
     """A command line as one would type it, without secrets.
 
-    Beside what ``redacted`` leaves out, that is the word after ``--name``, and what stands under the name of a secret
-    in a word that is YAML or JSON.
+    Besides what ``redacted`` leaves out, secrets are the word after ``--name``, and what stands under the name of a
+    secret in a word that is YAML or JSON.
     """
     words_out, secret_follows = [], False
     for word in words:
@@ -187,7 +187,7 @@ class RedactingFilter(logging.Filter):
     """Takes access tokens out of log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Changes the record; lets it pass."""
+        """Takes secrets out of the record, and lets it pass."""
         record.msg, record.args = redacted(record.getMessage()), ()
         return True
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order, each made in a thread while the one before it is in use.
+    """The given items in their order, each made in a thread while the one before it is in use.
 
     It pays where making an item and using it both leave the interpreter alone (reading, hashing, sorting): the two take
     the time of the longer. Memory holds one item more.

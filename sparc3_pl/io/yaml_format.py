@@ -51,7 +51,7 @@ class _Loader(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: i
 
 
 class _PureLoader(_Rules, yaml.SafeLoader):
-    r"""For bytes of a path that are not UTF-8, which are written as ``\udcff``: libyaml refuses these escapes."""
+    r"""A loader without libyaml, which refuses the escapes (``\udcff``) of a path's bytes that are not UTF-8."""
 
 
 class _Dumper(yaml.SafeDumper):

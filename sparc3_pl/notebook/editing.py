@@ -135,7 +135,7 @@ def choose(
 
 
 def _budget_sources(texts: BudgetTexts) -> list[BudgetSource]:
-    """Where each kind of text is, or its texts.
+    """The sources of held-back text: for each kind where it is, or its texts themselves.
 
     Raises:
         InputError: if one is neither, or a source is not there.

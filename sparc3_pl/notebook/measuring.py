@@ -178,7 +178,7 @@ def compare(
 
 
 def _named(side: Evaluation | str | Path, name: str) -> Evaluation:
-    """The evaluation; one in memory is called by its side."""
+    """The evaluation at ``side``, opened if it is a path; one in memory gets ``name`` for its path."""
     if not isinstance(side, Evaluation):
         return Evaluation.open(side)
     return replace(side, path=Path(name)) if side.path == Path(IN_MEMORY) else side

@@ -44,13 +44,13 @@ _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def _source_of(model: PreTrainedModel) -> ModelSource:
-    """Where a loaded model came from, as it says itself; the embedded demo is known by its folder."""
+    """The source of a loaded model, as it says itself; the embedded demo is known by its folder."""
     name = model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"
     return ModelSource("demo" if Path(name).resolve() == demo.MODEL.resolve() else name)
 
 
 def encoder_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: ModelSource) -> Encoder:
-    """What turns texts into token ids, by a copy of the tokenizer: a missing pad token is added to the copy.
+    """The encoder of texts into token ids. It holds a copy of the tokenizer, to which a missing pad token is added.
 
     Raises:
         InputError: if the tokenizer is not the model's.

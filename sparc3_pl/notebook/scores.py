@@ -58,7 +58,7 @@ class Scores(Shown):
 
     @property
     def manifest(self) -> Manifest:
-        """What was scored, on what, how; sums and counts of every layer."""
+        """What was scored, on which samples and how, with sums and counts of every layer."""
         return self.folder.manifest
 
     @property
@@ -73,7 +73,7 @@ class Scores(Shown):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By layer, the scores: ``[out]`` or, of single weights, ``[out, in]``, float32 on the CPU."""
+        """The scores of each layer: ``[out]`` or, of single weights, ``[out, in]``, float32 on the CPU."""
         return {layer: self.folder.load(layer) for layer in self.layers}
 
     def __getitem__(self, layer: str) -> Tensor:

@@ -137,7 +137,7 @@ def score(
 
 
 def _request(squares: bool | None, **settings: Any) -> ScoreRequest:
-    """The request; where nobody says whether squares are kept, they are if the method can."""
+    """The request; with ``squares`` None, squares are kept if the method can."""
     if squares is None:
         request = ScoreRequest.of(**settings)
         components = (choice.object for choice in request.components)

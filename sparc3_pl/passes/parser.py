@@ -48,7 +48,7 @@ class OneLineErrors:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # half a key must not pass for a whole one
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; an error names the config files that have to do with it."""
+        """Parses the words as jsonargparse does; an error names the config files that have to do with it."""
         token = _files.set([]) if _files.get() is None else None
         if args is not None:
             args = [self._without_section(word) for word in args]
@@ -106,7 +106,7 @@ class OneLineErrors:
         return self._apply_actions(settings, prev_cfg=prev_cfg)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
-        """As jsonargparse's, which takes null for every key.
+        """Checks values as jsonargparse does, and refuses null for keys whose type does not hold it.
 
         Raises:
             TypeError: if a value is not of its key's type.
@@ -119,17 +119,19 @@ class OneLineErrors:
                 raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {_type_name(kind)}')
 
     def _linked(self) -> dict[str, str]:
-        """By a key whose value another key gives (``model.output``) that other key (``output``)."""
+        """The key that gives a linked key its value (``output``), by that linked key (``model.output``)."""
         return {action.dest: action.source[0][0] for action in self._actions if isinstance(action, ActionLink)}
 
     def _without_section(self, word: Any) -> Any:
-        """``--output`` for ``--model.output``: jsonargparse takes the one only."""
+        """The option ``--output`` for ``--model.output``: jsonargparse takes only the key that is linked from."""
         option, equals, value = word.partition("=") if isinstance(word, str) else ("", "", "")
         short = self._linked().get(option.removeprefix("--")) if option.startswith("--") else None
         return word if short is None else f"--{short}{equals}{value}"
 
     def _move_linked(self, settings: dict[str, Any]) -> None:
-        """Likewise in a config file, where jsonargparse would put the other key's default over what is given.
+        """Moves the values of linked keys in a config file to the keys that they are linked from.
+
+        jsonargparse would put the default of ``output`` over a given ``model.output``.
 
         Raises:
             TypeError: if both are given, and differ.
@@ -160,7 +162,7 @@ class OneLineErrors:
             self._require_known(value, key)
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, of a section that has a file of its own, too.
+        """Applies actions as jsonargparse does, once keys are known, also in a section that has a file of its own.
 
         Raises:
             TypeError: if such a file holds a key that another key gives, or there is an unknown key that holds nothing.
@@ -189,7 +191,7 @@ class FunctionParser(OneLineErrors, ArgumentParser):
     """
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
-        """As ``OneLineErrors``'."""
+        """Parses the words as ``OneLineErrors`` does, and sets the keys within sections."""
         words, inner = self._without_inner_keys(sys.argv[1:] if args is None else args)
         result = super().parse_args(words, *more, **kwargs)
         for (section, *path), value in inner:
@@ -202,7 +204,7 @@ class FunctionParser(OneLineErrors, ArgumentParser):
         return result
 
     def _without_inner_keys(self, args: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
-        """The words but for options two levels or more below a section, and those options' keys and values."""
+        """The words without options two or more levels below a section, and the keys and values of those options."""
         kinds = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
         sections = {name for name, kind in kinds.items() if dict in map(get_origin, (kind, *get_args(kind)))}
         words, inner, rest = [], [], list(args)
@@ -228,7 +230,7 @@ NAMED = re.compile(r"[\"'](?:--)?([\w.]+)[\"']|--([\w.]+)")
 
 
 def _shorter(text: str) -> str:
-    """The parser's own words, less of them."""
+    """The parser's message, shortened."""
     if place := re.match(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
         return f"{place[1]}={place[2]!r}: there is no such class; give one of the built-in ones or an import path"
     if place := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
@@ -307,7 +309,7 @@ def function_parser(function: Callable[..., Any], prog: str) -> FunctionParser:
 
 
 def _kind_of_words(hint: Any) -> Any:
-    """What each word of a list is that holds texts, perhaps among others; None if the hint is no such list."""
+    """The type of one word, for a list that may hold texts; None for any other type hint."""
     kinds = [kind for kind in (get_args(hint) if _is_union(hint) else (hint,)) if kind is not NoneType]
     element = get_args(kinds[0])[0] if len(kinds) == 1 and get_origin(kinds[0]) is list else None
     return element if element is str or (_is_union(element) and str in get_args(element)) else None

@@ -110,13 +110,13 @@ class PassCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """No ``seed_everything``: every random choice here has a seed of its own."""
+        """Adds no ``seed_everything``: every random choice here has a seed of its own."""
 
     def _set_seed(self) -> None:
         pass
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As LightningCLI's, without its warning about arguments that come from a caller."""
+        """Parses as LightningCLI does, without its warning about arguments that come from a caller."""
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -143,9 +143,9 @@ class PassCLI(LightningCLI):
         self.trainer_defaults = {"callbacks": callbacks}
 
     def instantiate_classes(self) -> None:
-        """As LightningCLI's; what the constructor of a user's choice, such as a judge, refuses is said as it says it.
+        """Makes Trainer, module and data; an ``InputError`` of a class that the user chose is raised as it is.
 
-        jsonargparse tries a value as each class that its key may have, and would tell of all that failed, as a bug.
+        jsonargparse tries a value as each class that its key may have, and would report all that failed, as a bug.
         """
         refusals: list[InputError] = []
 
@@ -189,7 +189,7 @@ def make_pass(name: str, words: Sequence[str]) -> PassCLI:
 
 
 class _Unmade(PassCLI):
-    """Reads the options, and makes nothing of them."""
+    """Reads the options, and makes no Trainer, module or data."""
 
     def before_instantiate_classes(self) -> None:
         pass

@@ -103,11 +103,11 @@ class PruningCallback(pl.Callback):
         self._apply(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The run is over."""
+        """Takes the edit back at the end of the run."""
         self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The run failed: Lightning calls no ``teardown`` then."""
+        """Takes the edit back after a failure, when Lightning calls no ``teardown``."""
         self._end()
 
     def _apply(self, pl_module: pl.LightningModule) -> AppliedPlan:

@@ -40,8 +40,8 @@ class Change:
 
     Attributes:
         part: The entries.
-        factor: For all entries, or ``[n]`` for each its own. 0 writes zeros, whatever was there.
-        added: ``[n]`` float64, in place of a factor.
+        factor: One factor for all entries, or ``[n]``, one for each. 0 writes zeros, whatever was there.
+        added: What is added to the entries, ``[n]`` float64, in place of a factor.
     """
 
     part: Part

@@ -106,7 +106,7 @@ class Entries:
 
     @property
     def indices(self) -> Tensor:
-        """``index``, of a mask too: 64 bits for each weight that it shows."""
+        """Indices of the chosen, read off the mask if there is one: 64 bits for each."""
         return self.index if self.mask is None else self.mask.index()
 
 
@@ -140,7 +140,7 @@ def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
-    """What a plan says beside its components; its attributes are those of ``PrunePlan``."""
+    """What a plan says besides its components; its attributes are those of ``PrunePlan``."""
 
     model: Record
     granularity: str = "neuron"
@@ -256,7 +256,7 @@ class PlanSummary:
 
     @property
     def gains(self) -> GainsFigures | None:
-        """Of an edit of gains, how far it goes; None of any other."""
+        """How far an edit of gains goes; None for any other edit."""
         return _gains_of(self.settings)
 
 
@@ -292,14 +292,14 @@ class PrunePlan(_About, Shown):
         scores: ``general`` and ``behaviour``: a list of folder name, sha256 of its manifest, samples, source, seed.
         behaviour_samples: Ids of the behaviour's samples and of the texts that they were made from: these must not be
             evaluated on.
-        budget_samples: Ids of the texts whose perplexity held the budget of ``gains``: nor must these.
-        warnings: What whoever made the plan should have known.
+        budget_samples: Ids of the texts whose perplexity held the budget of ``gains``: these must not either.
+        warnings: Warnings to whoever made the plan.
         versions: Versions of Python and the packages.
         command: The command line that made it.
         created: UTC, ISO 8601.
         format_version: Version of the file's layout.
-        weights: By layer, the chosen weights' flat indices into ``[out, in]``, ascending (companion files).
-        means: By layer, mean activations ``[neurons]`` (companion file).
+        weights: Flat indices of the chosen weights into ``[out, in]``, ascending, by layer (companion files).
+        means: Mean activations ``[neurons]`` by layer (companion file).
         kept: Values before the edit, for ``revert`` (companion file).
     """
 
@@ -333,7 +333,7 @@ class PrunePlan(_About, Shown):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By layer, the chosen weights' flat indices into ``[out, in]``, ascending; empty for listed components.
+        """Flat indices of the chosen weights into ``[out, in]``, ascending, by layer; empty for listed components.
 
         Masks are unpacked for it: of a large plan use ``entries``.
         """
@@ -341,8 +341,8 @@ class PrunePlan(_About, Shown):
 
     @property
     def listed(self) -> dict[str, Tensor]:
-        """``LAYER/index``, ``/rank``, ``/score`` and ``/factor``, where so many components have factors that JSON is
-        no place for them; else empty.
+        """Tensors ``LAYER/index``, ``/rank``, ``/score`` and ``/factor`` of listed components; empty unless so many of
+        them have factors that JSON is no place for them.
         """
         if self.num_neurons <= _MANY or any(entries.factor is None for entries in self.entries.values()):
             return {}
@@ -376,7 +376,7 @@ class PrunePlan(_About, Shown):
         return self.components.get(layer, self.granularity)
 
     def load_components(self) -> dict[str, Component]:
-        """By layer, in the model's order, the kind of component that is chosen there.
+        """The kind of component that is chosen in each layer, in the model's order.
 
         Raises:
             InputError: if there is no such kind, or the user has not allowed its module to be imported.
@@ -427,7 +427,7 @@ class PrunePlan(_About, Shown):
 
     @property
     def gains(self) -> GainsFigures | None:
-        """Of an edit of gains, how far it goes; None of any other."""
+        """How far an edit of gains goes; None for any other edit."""
         return _gains_of(self.settings)
 
     # --- shown -------------------------------------------------------------------------------------------------------
@@ -640,7 +640,7 @@ class PrunePlan(_About, Shown):
 
 
 def _entries_from(tensors: dict[str, Tensor], path: Path) -> dict[str, Entries]:
-    """What ``PrunePlan.listed`` has made."""
+    """The chosen components by layer, from the tensors that ``PrunePlan.listed`` has made."""
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, name = key.rpartition("/")

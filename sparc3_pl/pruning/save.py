@@ -120,7 +120,7 @@ def save_shrunk(
     folder: str | Path,
     overwrite: bool = False,
 ) -> SavedModel:
-    """As ``save_pruned``, with the neurons or experts really removed (``shrink``): a smaller model.
+    """Writes a smaller model, as ``save_pruned`` does, with the neurons or experts really removed (``shrink``).
 
     Without neurons sums have fewer terms and round differently, so that its logits are close to those of the zeroed
     model, not equal.
@@ -170,7 +170,7 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
 
 
 def check_shape(plan: PrunePlan, shrunk: bool) -> None:
-    """What can be refused before there is a model: an edit that a model of this size cannot hold.
+    """Refuses, before there is a model, an edit that a saved model of this kind cannot hold.
 
     Args:
         plan: What is to be saved.
@@ -250,7 +250,7 @@ def _removed(model: nn.Module, plan: PrunePlan) -> dict[str, set[int]]:
 
 
 def _check_experts_width(model: nn.Module, width: int) -> None:
-    """The product of all experts at once wants rows of whole 16 bytes."""
+    """Refuses a width of experts whose rows are not whole 16 bytes: the product of all experts at once needs them."""
     step = 16 // next(iter(experts_modules(model).values())).down_proj.element_size()
     if width % step:
         raise InputError(
@@ -383,7 +383,7 @@ def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel
 
 
 def _in_eval_mode(model: nn.Module) -> ExitStack:
-    """Dropout off inside the block; each module is then as it was."""
+    """Turns dropout off inside the block; afterwards each module is as it was."""
     undo = ExitStack()
     for module in model.modules():
         undo.enter_context(swapped(module, "training", False))

@@ -57,7 +57,7 @@ def report(folders: list[str], output: str = "report", overwrite: bool = False) 
 
 
 def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) -> Report:
-    """The same without writing.
+    """Makes the report without writing it.
 
     Args:
         folders: As in ``report``.

@@ -58,7 +58,7 @@ class Curve:
         return tuple(sorted({point.share for points in self.arms.values() for point in points}))
 
     def to_json(self) -> Record:
-        """As the JSON object that an experiment's summary keeps: mean and deviation beside the values."""
+        """The JSON object that an experiment's summary keeps: mean and deviation beside the values."""
         arms = {
             name: [
                 {"share": p.share, "mean": p.mean, "deviation": p.deviation, "values": list(p.values)} for p in points
@@ -87,7 +87,7 @@ def curve_table(curve: Curve) -> Table:
 
 
 def curve_sections(experiments: Mapping[str, Sequence[Curve]]) -> Iterator[Section]:
-    """For every experiment that removed growing shares, a figure and a table of whatever was measured."""
+    """A section for each experiment that removed growing shares: a figure and a table of everything measured."""
     for place, (name, curves) in enumerate(experiments.items()):
         blocks = []
         for number, curve in enumerate(curves):
@@ -112,7 +112,7 @@ def _picture(curve: Curve, picture: str) -> Picture:
 
 
 def _ends(curve: Curve) -> Sequence[str]:
-    """In words, where each arm ends."""
+    """A phrase for each arm: its last value, and the share at which that was measured."""
     return [
         f"{name}: {points[-1].mean:.4g} at {points[-1].share:.0%}" if points else f"{name}: {NOTHING}"
         for name, points in curve.arms.items()

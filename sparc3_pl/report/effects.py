@@ -144,7 +144,7 @@ class Effect:
 
     @property
     def dose(self) -> tuple[int, float]:
-        """How far it goes: edited components, and of gains, of which all budgets turn equally many, the scale."""
+        """How far it goes: edited components, and the scale of gains, which are equally many for all budgets."""
         return self.size or 0, scale_of(self.plan)
 
     @property
@@ -185,7 +185,7 @@ class Effect:
 
     @property
     def rise(self) -> float | None:
-        """That of the text whose perplexity rises most; None where none was measured."""
+        """Relative change of the perplexity that rises most among all texts; None where none was measured."""
         return max(self.rises.values(), default=None)
 
 

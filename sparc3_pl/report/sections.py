@@ -453,7 +453,7 @@ def _measured(inputs: Inputs) -> Table:
 
 
 def _times(inputs: Inputs) -> Table | None:
-    """Where the time went; None if no result says."""
+    """A table of where the time went; None if no result says."""
     results = {name: folder.manifest.timing for name, folder in inputs.scores.items()}
     results |= {name: ev.figures.timing for name, ev in inputs.evaluations.items()}
     results |= {name: circuit.timing for name, circuit in inputs.circuits.items()}

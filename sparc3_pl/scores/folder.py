@@ -141,7 +141,7 @@ class ScoreFolder:
         self._verified[name] = state
 
     def counted_blocks(self, name: str, size: int = BLOCK) -> Iterator[Tensor]:
-        """As ``blocks``, of the scores that the layer's figures in the manifest are of."""
+        """The scores that the layer's figures in the manifest count, in blocks as ``blocks`` gives them."""
         counted, start = self._stats(name).counted, 0
         for block in self.blocks(name, size):
             own = block[max(0, counted.start - start) : max(0, counted.stop - start)]
@@ -213,7 +213,7 @@ class ScoreFolder:
 
 
 def _spans(path: Path) -> dict[str, tuple[int, list[int]]]:
-    """Where each float32 tensor of a safetensors file begins, in bytes, and its shape.
+    """The place in bytes at which each float32 tensor of a safetensors file begins, and its shape, by name.
 
     Raises:
         InputError: if the file is missing, is no safetensors file, holds another type, or is cut short.

@@ -126,7 +126,7 @@ class Gathering:
 
 
 def told_of_layer(layer: LayerScores) -> Record:
-    """What ``Gathering.add`` and ``ScoreWriter.add_layer`` are told of a layer besides its scores."""
+    """The arguments of ``Gathering.add`` and ``ScoreWriter.add_layer`` that describe a layer besides its scores."""
     return {
         "squares": layer.squares,
         "groups": layer.groups,
@@ -139,7 +139,7 @@ def told_of_layer(layer: LayerScores) -> Record:
 
 
 def told_of_samples(about: About, samples: Sequence[ScoredSample]) -> Record:
-    """What ``Gathering.manifest`` and ``ScoreWriter.finish`` are told of a run and the samples in its mean."""
+    """The arguments of ``Gathering.manifest`` and ``ScoreWriter.finish`` that describe a run and its samples."""
     return vars(about) | {
         "data": about.data | {"sample_ids": [sample.id for sample in samples]},
         "num_samples": len(samples),

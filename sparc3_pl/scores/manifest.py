@@ -67,7 +67,7 @@ class ScoredSample:
     more: Record = field(default_factory=dict)
 
     def to_json(self) -> Record:
-        """As a JSON object; what is not known is left out."""
+        """The sample as a JSON object; what is not known is left out."""
         own = {name: value for name, value in vars(self).items() if name != "more" and value not in (None, ())}
         return own | self.more
 
@@ -201,8 +201,8 @@ class Manifest(About):
         at_values: Whether components are scored where their values are read: a neuron at the input of the
             down-projection. Signed scores of ``gradient`` are then the target's derivative by each component's gain.
         plan: sha256 of the plan that was in force; null: the model was scored as it is. ``model`` is the one before.
-        neuron_rows: By layer with scores that belong to no component (the gates' of a fused map): first and last + 1
-            of those that do.
+        neuron_rows: First and last + 1 of the scores that belong to a component, by layer; only layers with others (the
+            gates' of a fused map) are named.
         hardware: The machine that wrote the scores.
         unreached: Layers of experts that no token of any sample reached: their scores are 0 because nothing is known.
         shards: Commands of the parts that were merged.
@@ -236,7 +236,7 @@ class Manifest(About):
         return sum(part.stop - part.start for part in counted)
 
     def to_json(self) -> Record:
-        """As the JSON object, ``extra`` spread out, with its own sha256 as the last key."""
+        """The manifest as a JSON object, ``extra`` spread out, with its own sha256 as the last key."""
         return FORMAT.seal(FORMAT.content(self))
 
     def text(self) -> str:

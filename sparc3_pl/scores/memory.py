@@ -24,7 +24,7 @@ class ScoresInMemory(ScoreFolder):
         name: Stands for the path in messages and plans.
         layers: The scores.
         about: What was scored, on what, how.
-        samples: Those in the mean; of a method that needs none, none.
+        samples: The samples in the mean; empty for a method that needs none.
         command: What made the scores.
     """
 

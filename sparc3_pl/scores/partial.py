@@ -46,7 +46,7 @@ _BASE = "-base.safetensors"
 
 
 def partial_folder(output: str | Path) -> Path:
-    """Where the partial sums of a run that writes to ``output`` are kept."""
+    """The folder of the partial sums of a run that writes to ``output``."""
     output = Path(output).absolute()
     return output.with_name(f".{output.name}.partial")
 

@@ -167,7 +167,7 @@ class ScorePart:
 
     @property
     def count(self) -> int:
-        """Of how many."""
+        """How many parts the run has."""
         return self.content.shard[1]
 
     def load(self, name: str) -> Tensor:

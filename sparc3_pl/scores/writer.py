@@ -172,7 +172,7 @@ def write_scores(
         overwrite: Whether an earlier score folder there may be replaced.
         layers: The scores, layer by layer: one at a time is in memory.
         about: What was scored, on what, how.
-        samples: Those in the mean; of a method that needs none, none.
+        samples: The samples in the mean; empty for a method that needs none.
         config: The resolved configuration as YAML.
         shards: Commands of the parts that were merged.
         command: What made the scores; None: this process's command line.

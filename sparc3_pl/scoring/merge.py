@@ -68,7 +68,7 @@ def merge(
 
 
 def _require_whole(parts: Sequence[ScorePart]) -> None:
-    """They are parts of one run, all of them, and no sample is in two."""
+    """Refuses parts that are of several runs, are not all parts of their run, or share a sample."""
     first = parts[0]
     for part in parts[1:]:
         key = next(differing_settings(first.content.settings, part.content.settings), None)

@@ -187,7 +187,7 @@ class ScoringModule(pl.LightningModule):
 
     @property
     def manifest(self) -> Manifest | None:
-        """On rank 0, once the scores are written."""
+        """The manifest of the scores; on rank 0, once they are written."""
         return None if self.run is None else self.run.manifest
 
     @property

@@ -69,7 +69,7 @@ class ScoringMonitor(Callback):
             self._log.scalars({f"score/{name}": value for name, value in status.items()}, self._seen)
 
     def _tell_pace(self, seconds: float) -> None:
-        """Once it is known, how long a sample takes: the first batch is no measure, as much is done once only in it."""
+        """Logs how long a sample takes. The first batch is no measure of it: much is done only once, in that batch."""
         left = self._total - self._seen
         rest = f", {duration(seconds * left)} for the {left} that are left" if left > 0 else ""
         log.info("score: %.3g s a sample after the first batch%s", seconds, rest)

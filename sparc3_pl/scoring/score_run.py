@@ -91,7 +91,7 @@ class ScoreRequest:
         return Scorer(model, self.method.object, components, self.layers, self.target.object, self.options)
 
     def groups(self, model: nn.Module) -> list[Group]:
-        """Where the components are scored.
+        """The groups of components that are scored in ``model``, one for each layer.
 
         Raises:
             InputError: if a glob matches nothing, or two components share a layer.
@@ -134,7 +134,7 @@ def _with_labels(target: Spec | Target, labels: str, seed: int) -> Spec:
 
 
 def as_unlisted(method: Spec) -> Spec:
-    """The method, which tries a model family that it does not list.
+    """The method, set to try a model family that it does not list.
 
     Raises:
         InputError: if it is a method of any model.
@@ -331,7 +331,7 @@ class ScoreRun:
         return samples
 
     def _add_earlier_sums(self) -> list[ScoredSample]:
-        """Adds the sums of earlier runs, one tensor at a time; gives their samples."""
+        """Adds the sums of earlier runs, one tensor at a time, and returns their samples."""
         base = None if self._partial is None else self._partial.base()
         if base is None:
             return []

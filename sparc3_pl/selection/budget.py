@@ -67,7 +67,7 @@ def fisher_per_token(folder: ScoreFolder, layer: str) -> Tensor:
 
 
 def _num_predicted(folder: ScoreFolder) -> int:
-    """Tokens whose log-likelihood was attributed, as the samples say; else of each all but the first."""
+    """How many tokens' log-likelihoods were attributed, as the samples say; else all but the first of each sample."""
     numbers = [sample.more.get("num_target_tokens") for sample in folder.samples()]
     count = folder.manifest.num_tokens - folder.manifest.num_samples if None in numbers or not numbers else sum(numbers)
     if count < 1:
@@ -109,7 +109,7 @@ class Fisher(Side):
                 yield Block(layer, offset, mean[offset : min(offset + BLOCK, stop)])
 
     def rows(self) -> dict[str, Tensor]:
-        """By layer ``[groups of all folders, n]`` float32: their products are the whole matrix per token.
+        """Rows of each layer, ``[groups of all folders, n]`` float32, whose products are the whole matrix per token.
 
         Raises:
             InputError: if a folder has no groups.
@@ -135,7 +135,7 @@ class Fisher(Side):
 
 @dataclass(frozen=True)
 class _Even(Fisher):
-    """In place of the Fisher information: 1 for every component."""
+    """A stand-in for the Fisher information: 1 for every component."""
 
     def __call__(self) -> Iterator[Block]:
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""From score folders to a plan."""
+"""Chooses components by the scores in folders, and makes a plan of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +55,7 @@ def make_plan(
         behaviour: Score folders of the behaviour's samples; not needed for ``contrast=general`` and the controls
             ``random``, ``top_general`` and ``null``.
         num_neurons: How many, over all layers together.
-        num_weights: The same for folders of weight scores.
+        num_weights: How many single weights, for folders of weight scores.
         share: A share of all instead, in (0, 1).
         contrast: How the sides are compared (``contrast.py``).
         scope: Among whom components compete (``scope.py``).
@@ -259,7 +259,7 @@ def _general_side(
 
 
 def _with_amount(question: Question) -> Question:
-    """The question; of a contrast that says by itself which to choose, all these where no amount was given."""
+    """The question with an amount: where none was given, all that a contrast says by itself are to be chosen."""
     amount, kind = question.amount, question.contrast
     if (kind.needs_amount and not kind.gives_steps) or amount != Amount(amount.name) or not question.scope.takes_amount:
         return question
@@ -370,7 +370,7 @@ def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:
 
 
 def _outside_warnings(general: Scores) -> list[str]:
-    """Of compression in which the output head, or what else lies outside of the blocks, competes with the rest."""
+    """Warns of compression in which the output head, or another layer outside of the blocks, competes with the rest."""
     outside = [layer for layer in general.layers if block_of(layer) is None]
     if not outside or len(outside) == len(general.layers):
         return []
@@ -398,7 +398,7 @@ def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
 def _unreached_warnings(
     chosen: Iterable[str], general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
 ) -> list[str]:
-    """Of experts in the plan that no token of one side's samples reached."""
+    """Warns of experts in the plan that no token of one side's samples reached."""
     warnings, chosen = [], set(chosen)
     for name, folders in (("general", general), ("behaviour", used)):
         every = [set(folder.manifest.unreached) for folder in folders]
@@ -412,7 +412,7 @@ def _unreached_warnings(
 
 
 def _weight_warnings(behaviour: Sequence[ScoreFolder]) -> list[str]:
-    """Of completions whose weights do not make their mean derivative one of an expected score."""
+    """Warns of completions whose mean derivative, by their weights, is not that of an expected score."""
     data = [folder.manifest.data for folder in behaviour if folder.manifest.target == "completion"]
     if any(about.get("weight_field") is None for about in data):
         return [
@@ -447,6 +447,6 @@ def _sample_ids(folders: Sequence[ScoreFolder]) -> list[str]:
 
 
 def _behaviour_ids(folders: Sequence[ScoreFolder]) -> list[str]:
-    """Ids of the samples, and of the texts that they were made from: of packed or cut ones these are others."""
+    """Ids of the samples, and of the texts that they were made from, which differ for packed or cut samples."""
     texts = {name for folder in folders for sample in folder.samples() for name in sample.text_ids}
     return sorted({*_sample_ids(folders), *texts})

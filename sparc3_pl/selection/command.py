@@ -247,7 +247,7 @@ def _scaled(edit: Spec, alpha: float | None) -> Spec:
 def _check_places(
     output: str, save_model: str | None, shrink: bool, edit: Spec, mean_source: str | None, overwrite: bool
 ) -> None:
-    """What can be refused before any score is read."""
+    """Refuses outputs, and options that do not go together, before any score is read."""
     place = check_output(output, overwrite, PLAN)
     if save_model is not None:
         from sparc3_pl.pruning.save import KIND as MODEL
@@ -261,7 +261,7 @@ def _check_places(
 
 
 def _hub_place(name: str | None, save_model: str | None, overwrite: bool) -> "HubPlace | None":
-    """Where to upload to, once it is sure that this is allowed."""
+    """The place to upload to, once it is sure that this is allowed; None if nobody asked for one."""
     if name is None:
         return None
     from sparc3_pl.pruning.push import HubPlace
@@ -272,7 +272,7 @@ def _hub_place(name: str | None, save_model: str | None, overwrite: bool) -> "Hu
 
 
 def _check_shrinkable(plan: PrunePlan) -> None:
-    """What can be refused before the model is loaded."""
+    """Refuses, before the model is loaded, a plan that cannot make it smaller."""
     if plan.holds_weights:
         raise InputError("shrink removes whole neurons, but these are weight scores; give neuron scores")
     if len(widths := {math.prod(shape) for shape in plan.shapes.values()}) > 1:
@@ -361,7 +361,7 @@ def _save_model(
 
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None", pushed_to: str | None) -> None:
-    """The result, on stdout."""
+    """Prints the result on stdout."""
     from sparc3_pl.document.terminal import print_result
 
     table, *lines = plan.blocks()

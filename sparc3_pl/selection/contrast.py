@@ -88,7 +88,7 @@ class Side(ABC):
 
     @cached_property
     def in_memory(self) -> dict[str, Block]:
-        """All scores, a block for each layer, read once: for whoever needs them several times, and not of weights."""
+        """All scores, a block for each layer, read once: for those who need them several times, and not for weights."""
         assert not self.holds_weights, "single weights are too many to be held in memory"
         return collect(self)
 
@@ -158,7 +158,7 @@ class Scores(Side):
 
     @property
     def components(self) -> dict[str, str]:
-        """By layer, the name of the kind of component that is scored there.
+        """The kind of component that is scored in each layer, by name.
 
         Raises:
             InputError: if the folders have several kinds and none says which layer is of which.
@@ -179,8 +179,8 @@ class Scores(Side):
         return shape[1]
 
     def span(self, layer: str) -> tuple[int, int]:
-        """All rows (or weights), but for a fused map that holds gate and up together: there the manifest's
-        ``neuron_rows`` says which rows are the neurons.
+        """First and last + 1 index of a layer's components: all its rows (or weights), unless it is a fused map that
+        holds gate and up together, where the manifest's ``neuron_rows`` says which rows are the neurons.
         """
         rows = self.folders[0].manifest.neuron_rows
         return tuple(rows[layer]) if layer in rows else (0, math.prod(self.folders[0].shape(layer)))
@@ -204,7 +204,9 @@ class Scores(Side):
                 offset += len(block)
 
     def squared_error(self, layer: str) -> Tensor:
-        """For F folders with n_f samples each, (1/F^2) * sum_f s_f^2 / n_f with the unbiased variance
+        """The squared standard error of the mean over folders, ``[out]`` float64.
+
+        For F folders with n_f samples each it is (1/F^2) * sum_f s_f^2 / n_f with the unbiased variance
         s_f^2 = (m2 - m^2) * n_f / (n_f - 1), m the mean and m2 the mean of squares.
 
         Raises:
@@ -278,7 +280,7 @@ class Contrast(ABC):
         """
 
     def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
-        """What it reads of the two sides: for controls and ``protect``, how strong general text uses a component."""
+        """What it reads of the sides: to controls and ``protect``, how much general text uses a component."""
         return general, behaviour
 
     def require_comparable(self, general: Side, behaviour: Side) -> None:

@@ -111,8 +111,8 @@ class _Places:
     """Components by the place within which they are exchanged (``places_of``), and their positions there.
 
     Attributes:
-        layers: By place, its layers: the first and last + 1 index of their components, in order.
-        place: By layer.
+        layers: The layers of each place, in order: the first and last + 1 index of their components.
+        place: The place of each layer.
     """
 
     layers: dict[str, dict[str, tuple[int, int]]]
@@ -141,7 +141,7 @@ class _Places:
         raise AssertionError(f"{layer} is in its place")
 
     def component(self, place: str, position: int) -> tuple[str, int]:
-        """Layer and index of what stands there."""
+        """Layer and index of the component at a position of a place."""
         for layer, (start, stop) in self.layers[place].items():
             if position < stop - start:
                 return layer, start + position
@@ -149,7 +149,7 @@ class _Places:
         raise AssertionError(f"{place} has no position {position} left")
 
     def joined(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By place, the values of its layers one after the other."""
+        """The values of each place: those of its layers, one after the other."""
         return {name: torch.cat([values[layer] for layer in spans]) for name, spans in self.layers.items()}
 
 
@@ -183,13 +183,13 @@ class Control:
         return selection
 
     def counterparts(self, question: Question, chosen: Components) -> Components:
-        """For each chosen component, the one that gets its factor."""
+        """The components that get the factors of the chosen ones, in the same order."""
         return chosen
 
 
 @dataclass(frozen=True)
 class RandomControl(Control):
-    """At random among all candidates."""
+    """Components drawn at random from all candidates."""
 
     uses_behaviour = False
     for_steps = False
@@ -223,7 +223,7 @@ class Null(Control):
 
 @dataclass(frozen=True)
 class RandomMatched(Control):
-    """For every chosen neuron, another of its layer with a similar general score."""
+    """Another neuron in place of each chosen one: of the same layer, with a similar general score."""
 
     uses_general = True
     for_weights = False
@@ -328,14 +328,14 @@ def random_matched(
     seed: int,
     candidates: int = 10,
 ) -> list[tuple[str, int]]:
-    """For every chosen neuron, another one of the same layer with a similar general score.
+    """Draws another neuron for every chosen one: of the same layer, with a similar general score.
 
     One of the ``candidates`` free neurons that are nearest in the layer's ranking by general score is drawn.
 
     Args:
         chosen: (layer, position in the layer's vector), in the order of the choice.
-        general: By layer, general scores ``[n]``.
-        allowed: By layer, which neurons may be drawn ``[n]``; the chosen ones never are.
+        general: General scores ``[n]`` of each layer.
+        allowed: Which neurons of each layer may be drawn, ``[n]``; the chosen ones never are.
         seed: Seed of the random draw.
         candidates: How many neighbours to draw from.
 

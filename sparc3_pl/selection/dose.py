@@ -54,7 +54,7 @@ class Dose:
     Attributes:
         plan: Everything but the factors.
         contrast: What turns steps into factors.
-        steps: By layer, the change of each chosen component's gain at scale 1, in the order of the plan's entries.
+        steps: The change of each chosen component's gain at scale 1, by layer, in the order of the plan's entries.
         derivatives: Likewise, the derivative of what is to be lowered, by each gain; None if the contrast knows none.
         fisher: Likewise, the Fisher information per token of general text; None if the contrast does not use it.
         rows: Likewise ``[rows, n]``, whose products are that of every two components; None if the contrast, whose
@@ -198,7 +198,7 @@ SourceSpec = str | Mapping[str, str | None]
 
 @dataclass(frozen=True)
 class BudgetSource:
-    """Where a kind of held-back text is.
+    """The source of one kind of held-back text.
 
     Attributes:
         source: As ``data.source``.
@@ -265,7 +265,7 @@ class BudgetText:
 
 
 def check_budget(edit: str, budget: float | None, budget_text: Sequence[Any] | None, scale: float | None) -> None:
-    """What of a budget, or of the scale in its place, can be refused before any score is read.
+    """Refuses a budget, or a scale in its place, that cannot be right, before any score is read.
 
     Args:
         edit: The edit's name; only ``gains`` has a budget.
@@ -299,7 +299,7 @@ def check_budget(edit: str, budget: float | None, budget_text: Sequence[Any] | N
 
 
 def check_windows(num_windows: int, length: int | None) -> None:
-    """What of held-back text can be refused before a model is loaded.
+    """Refuses windows of held-back text that cannot be right, before a model is loaded.
 
     Raises:
         InputError: if there would be no windows, or windows without a token to predict.

@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 
 
 def exclusive_intersections(sets: Mapping[str, Collection[object]]) -> dict[frozenset[str], int]:
-    """For every combination of names, the number of elements that are in all of these sets and in no other."""
+    """The number of elements in all sets of a combination and in no other set, for every combination of names."""
     counts: dict[frozenset[str], int] = {}
     for element in set().union(*sets.values()):
         members = frozenset(name for name, one in sets.items() if element in one)
@@ -40,10 +40,10 @@ def exclusive_intersections(sets: Mapping[str, Collection[object]]) -> dict[froz
 
 
 def exclusive_intersections_of_masks(masks: Mapping[str, Mapping[str, BitMask]]) -> dict[frozenset[str], int]:
-    """As ``exclusive_intersections``, for sets of very many weights.
+    """The numbers that ``exclusive_intersections`` gives, for sets of very many weights, held as masks.
 
     Args:
-        masks: For each name, by layer, the weights in the set. Layers that a name lacks hold none.
+        masks: The weights in each set, by name and layer. A layer that a name lacks holds none.
 
     Raises:
         InputError: for masks of unlike size, or more sets than can be counted together.
@@ -118,7 +118,7 @@ def expected_common(selections: Sequence[Ints], strata: Ints) -> float:
 
 
 def permutation_p(observed: int, drawn: Sequence[int]) -> float:
-    """One-sided: (1 + draws with at least ``observed`` in common) / (1 + draws), never 0 (Phipson & Smyth 2010)."""
+    """One-sided p-value: (1 + draws with >= ``observed`` in common) / (1 + draws), never 0 (Phipson & Smyth 2010)."""
     return (1 + sum(value >= observed for value in drawn)) / (1 + len(drawn))
 
 

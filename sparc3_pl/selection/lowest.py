@@ -64,12 +64,12 @@ class Block:
 
 
 class TooFewCandidates(InputError):
-    """More are to be chosen than may be.
+    """More components are to be chosen than may be.
 
     Attributes:
         asked: How many are to be chosen.
         available: How many candidates there are.
-        where: Where that is, to begin a message with; empty for the whole model.
+        where: The place, as the beginning of a message; empty for the whole model.
         among: How many components there are in that place; None for the whole model or layer.
     """
 
@@ -116,7 +116,7 @@ def _upper_halves(values: Tensor) -> Tensor:
 
 @dataclass
 class Cut:
-    """Where the k lowest end: all candidates below ``value``, and the first ``ties`` of those equal to it.
+    """The k lowest: all candidates below ``value``, and the first ``ties`` of those equal to it.
 
     ``take`` must be given the blocks in the order of a pass; ``rewound()`` begins another pass.
     """
@@ -129,7 +129,7 @@ class Cut:
         self._left = self.ties
 
     def rewound(self) -> "Cut":
-        """The same cut at the beginning of a pass."""
+        """A copy of this cut, for the beginning of a pass."""
         return Cut(self.value, self.ties)
 
     def take(self, block: Block) -> Tensor:
@@ -160,7 +160,7 @@ def cut_lowest(passes: Passes, k: int) -> Cut:
 
 
 def cut_lowest_of_each(passes: Passes, counts: Mapping[str, int]) -> dict[str, Cut]:
-    """For every layer, the cut below which so many of its candidates lie; two passes in all.
+    """Finds, for every layer, the cut below which so many of its candidates lie; two passes in all.
 
     Args:
         passes: The components to choose from. Layers that ``counts`` does not name are passed over.
@@ -237,8 +237,8 @@ def masks_below(passes: Passes, cuts: Mapping[str, Cut], sizes: Mapping[str, int
 
     Args:
         passes: The weights to choose from.
-        cuts: By layer; one and the same ``Cut`` under all names is a cut through the whole model. Layers without one
-            are passed over.
+        cuts: The cut of each layer; one and the same ``Cut`` under all names is a cut through the whole model. Layers
+            without one are passed over.
         sizes: Number of weights of each layer.
     """
     for layer, blocks in groupby(passes(), key=attrgetter("layer")):

@@ -95,7 +95,7 @@ class Scope(ABC):
         """
 
     def masks(self, passes: Passes, side: Side, amount: Amount) -> Masks:
-        """As ``select``, for single weights: one layer after the other, so that half of a large model can be chosen.
+        """The lowest candidates as masks, for single weights: layer by layer, so that half of a large model can go.
 
         Raises:
             InputError: as ``select``.
@@ -181,9 +181,9 @@ class LayerScope(Scope):
 
 
 def places_of(side: Side) -> dict[str, str]:
-    """By layer, the place within which its components compete: the layer itself.
+    """The place within which the components of each layer compete: the layer itself.
 
-    Of whole experts each has its score at a layer of its own: they compete within their decoder layer.
+    Whole experts, each of which has its score at a layer of its own, compete within their decoder layer.
     """
     sizes = _sizes(side)
     if any(size > 1 for size in sizes.values()):
@@ -217,7 +217,7 @@ class RowScope(Scope):
 
 @dataclass(frozen=True)
 class PatternScope(Scope):
-    """Of every m consecutive weights of a row n stay and m - n are chosen.
+    """Chooses m - n of every m consecutive weights of a row, so that n stay.
 
     Args:
         pattern: ``n:m``, such as 2:4. (Where n is not half of m, mind that Wanda's authors' program takes the first
@@ -253,7 +253,7 @@ class PatternScope(Scope):
 
 
 def _not_for_components(side: Side) -> InputError:
-    """Why rows cannot compete."""
+    """The error that says why rows cannot compete."""
     try:
         side.row_length(side.layers[0])
     except InputError as error:

@@ -27,7 +27,7 @@ def jaccard(one: Collection[object], other: Collection[object]) -> float:
 
 
 def spread_positions(count: int, most: int, seed: int = 0) -> Tensor:
-    """At most ``most`` of the positions ``0 .. count-1``, ascending: one at random from each of equal stretches.
+    """Some of the positions ``0 .. count-1``, at most ``most``, ascending: one at random from each of equal stretches.
 
     Not evenly spaced: a stride that divides a matrix's width would always meet the same columns.
     """

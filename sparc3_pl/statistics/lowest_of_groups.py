@@ -10,7 +10,7 @@ _PIECE = 1 << 17  # values sorted at a time: 512 KB, which stay in a processor's
 
 
 def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Which are the ``count`` lowest of each group ``[groups, width]``; of equal values the first. No NaN.
+    """A mask of the ``count`` lowest of each group ``[groups, width]``, of equal values the first; no value may be NaN.
 
     Infinity stands for what may not be taken: at least ``count`` of a group must be below it.
     """

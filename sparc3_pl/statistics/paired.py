@@ -302,7 +302,7 @@ def ratio_change(
 
     Args:
         before: Negative log-likelihood of each window before, nats, ``[n]``, in the order of the text.
-        after: The same after.
+        after: Those after, likewise.
         num_tokens: Scored tokens of each window, ``[n]``.
         overlap: Consecutive windows that read a common token (window / stride, rounded up); blocks are never shorter.
         seed: Seed of the resampling.
