@@ -149,7 +149,7 @@ _ENTRIES = ("input", "position", "linear_bias", "norm_bias", "softmax", "router"
 
 @contextmanager
 def _bookkeeping(model: nn.Module, kept: dict[str, float], leaves: list[Tensor], rules: RuleSet) -> Iterator[None]:
-    """Watch all places where relevance can end; a backward pass to ``leaves`` adds what it finds to ``kept``."""
+    """Watch all places where relevance can end; a backward pass to ``leaves`` adds what arrives there to ``kept``."""
     words = model.get_input_embeddings()
     inside = decoder(model)
     with ExitStack() as undo:
@@ -196,7 +196,7 @@ def _bias_hook(entry: str, kept: dict[str, float]) -> Callable[..., None]:
 
 
 def _router_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The router's own view of the hidden states: its gradient is the router's part alone."""
+    """Gives the router a view of its own of the hidden states, whose gradient is the router's part alone."""
     hidden = args[0].view_as(args[0])
     if hidden.requires_grad:
         value = hidden.detach()
@@ -205,7 +205,7 @@ def _router_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, ...])
 
 
 def _weights_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """What reaches the routing weights, the third thing that experts read."""
+    """Counts what reaches the routing weights, the third thing that experts read."""
     hidden, chosen, weights = args[0], args[1], args[2].view_as(args[2])
     if weights.requires_grad:
         value = weights.detach()
@@ -248,7 +248,7 @@ def softmax_retention(
         k: ``[B, H / n, T, D]``.
         v: ``[B, H / n, T, D]``.
         mask: None (causal), bool (True: attends) or added to S; broadcast to ``[B, H, T, T]``.
-        gradient: At the output P v, ``[B, H, T, D]``.
+        gradient: Gradient at the output P v, ``[B, H, T, D]``.
         scale: Factor by which the scores are multiplied before the softmax.
         cap: c of the scores' soft-cap c tanh(S / c); None if they have none.
 

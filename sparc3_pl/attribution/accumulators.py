@@ -42,7 +42,7 @@ Counts = dict[str, Tensor]
 
 Rows = slice | Tensor
 Products = Iterable[tuple[int, Tensor]]
-"""Sample and its W * G in the rows at hand, in a buffer that the next sample overwrites."""
+"""Each sample's number and its W * G in the rows at hand, in a buffer that the next sample overwrites."""
 
 
 def weight_relevance(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
@@ -76,7 +76,7 @@ def _products(x_BTI: Tensor, delta_BTR: Tensor, weight_RI: Tensor, buffer_RI: Te
 
 
 def _one_position(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
-    """The output head at one position: of a logit one row of the vocabulary has a gradient, of a likelihood all."""
+    """W * G of a layer with one position (the output head): a logit gives one row a gradient, a likelihood all."""
     dtype, size = _exact(layer.weight_OI.dtype), _block_rows(layer.weight_OI)
     for b, (x_I, delta_O) in enumerate(zip(layer.x_BTI[:, 0], layer.delta_BTO[:, 0], strict=True)):
         for rows in delta_O.nonzero()[:, 0].split(size):
@@ -192,7 +192,7 @@ def _unit_products(layer: LayerPass) -> Tensor:
 
 
 def no_sample_scores(group: Group, device: torch.device, squares: bool, groups: int) -> dict[str, Tensor]:
-    """Sums of 0 for ``add_sample_scores``; with ``squares``, and with those of so many ``groups``."""
+    """Sums of 0 for ``add_sample_scores``: of scores, of their ``squares`` if asked for, and of ``groups`` groups."""
     sums = {"sum": torch.zeros(group.shape, dtype=torch.float64, device=device)}
     if squares:
         sums["squares"] = torch.zeros_like(sums["sum"])

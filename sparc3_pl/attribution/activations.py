@@ -40,7 +40,7 @@ def activation_kind(module: nn.Module) -> str | None:
     try:
         with torch.no_grad():
             y = type(module).forward(module, x.clone())
-    except (TypeError, ValueError, IndexError, RuntimeError):  # wants something else than a vector of any length
+    except (TypeError, ValueError, IndexError, RuntimeError):  # it needs something other than a vector of any length
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None

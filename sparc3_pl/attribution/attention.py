@@ -100,7 +100,7 @@ def softened(base: AttentionFunction, temperature: float) -> AttentionFunction:
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """What the softmax reads, ``[B, H, T, T]``, and whether a position sees any, broadcastable to ``[B, H, T]``."""
+    """The softmax's input, ``[B, H, T, T]``, and whether a position sees any of it, broadcastable to ``[B, H, T]``."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k.repeat_interleave(q.shape[1] // k.shape[1], 1).to(dtype)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)

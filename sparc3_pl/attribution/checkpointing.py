@@ -21,7 +21,7 @@ __all__ = ["checkpointed"]
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Inside the block every decoder layer keeps only its input, and runs again in the backward pass.
 
-    It takes about a third more time, and the memory of one layer's activations instead of all layers'. The backward
+    It takes about a third more time, and the memory for one layer's activations instead of all layers'. The backward
     pass must run inside the block too. transformers' own switch does nothing in eval mode, and training mode would
     turn dropout on.
 

@@ -22,15 +22,15 @@ __all__ = ["fused_relevance", "fusible"]
 log = logging.getLogger(__name__)
 
 DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-"""What goes through the kernel. It takes float32 too, but exact float32 has no tensor cores: there the product is
-nearly all of the time, and torch.mm knows how to make it."""
+"""Number formats that go through the kernel. It takes float32 too, but exact float32 has no tensor cores: there the
+product is nearly all of the time, and torch.mm knows how to make it."""
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Largest error of the kernel's first sums on a card, relative to the largest of them; float32 sums keep to 1e-6."""
 
 
 class Tile(NamedTuple):
-    """What one program makes, and with what."""
+    """The tile that one program of the kernel makes, and how it is launched."""
 
     num_out: int
     num_in: int
@@ -42,9 +42,9 @@ class Tile(NamedTuple):
 
 
 def fusible(layer: LayerPass, total_OI: Tensor | None = None) -> bool:
-    """Whether ``fused_relevance`` is the way for this batch: half precision, several positions, all on one good card.
+    """Whether ``fused_relevance`` can take this batch: half precision, several positions, all on one supported card.
 
-    What it sums is not seen one by one: who counts non-finite values takes the plain path without asking.
+    It shows no product by itself, so whoever counts non-finite values takes the plain path without asking.
     """
     x, delta, weight = layer.x_BTI, layer.delta_BTO, layer.weight_OI
     tensors = (x, delta, weight) if total_OI is None else (x, delta, weight, total_OI)
@@ -87,7 +87,7 @@ def fused_relevance(layer: LayerPass, total_OI: Tensor | None = None) -> Tensor:
 
 
 def _tile(dtype: torch.dtype, capability: tuple[int, int], sums_batch: bool) -> Tile:
-    """Tiles that fit the registers, a second one of sums over the batch included, and the card's shared memory."""
+    """A tile that fits the registers, with a second one for sums over the batch, and the card's shared memory."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, warps=4, stages=2)
     if capability[0] in (9, 10):  # 228 KiB of shared memory; 99 KiB is all that the smallest of the others has
@@ -105,14 +105,14 @@ def _usable(device: torch.device, dtype: torch.dtype, adds: bool) -> bool:
 
 
 def _supported(device: torch.device) -> bool:
-    """An NVIDIA card of compute capability 8.0 or higher, Triton installed, and not switched off (SPARC3_FUSED=0)."""
+    """Whether it is an NVIDIA card of compute capability 8.0 or more, with Triton; SPARC3_FUSED=0 switches it off."""
     if device.type != "cuda" or torch.version.hip or os.environ.get("SPARC3_FUSED") == "0":
         return False
     return find_spec("triton") is not None and _capability(device) >= (8, 0)
 
 
 def _agrees(device: torch.device, dtype: torch.dtype, adds: bool) -> bool:
-    """Tries the kernel once on a small layer: a card or a compiler on which it fails costs time, not the run."""
+    """Whether the kernel is right on a small layer: a card or compiler on which it fails costs time, not the run."""
     try:
         error = _self_check_error(device, dtype, adds)
     except Exception as failure:  # whatever Triton, its C compiler or the driver raises, the plain path is there
@@ -125,7 +125,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, adds: bool) -> bool:
 
 
 def _self_check_error(device: torch.device, dtype: torch.dtype, adds: bool) -> float:
-    """Largest error against float64, relative to the largest sum, of batches of one and of two: compiled apart."""
+    """Largest error against float64, relative to the largest sum; batches of one and of two are compiled separately."""
     generator = torch.Generator().manual_seed(0)  # its own: the run's random numbers stay as they are
     shapes = (2, 80, 272), (2, 80, 144), (144, 272)
     x, delta, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)

@@ -37,7 +37,7 @@ _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def next_tokens(batch: ReferenceBatch, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Where some tokens of a batch are predicted: at the places before them.
+    """The places at which some tokens of a batch are predicted: those before them.
 
     Args:
         batch: The samples.
@@ -147,7 +147,7 @@ def _all_at_once(
     temperature: float,
     weight_BT: Tensor | None,
 ) -> Tensor:
-    """By one call of the head on ``[B, N]`` positions, N those of the sample that has most; the rest of them are 0."""
+    """``log_likelihood`` by one call of the head on ``[B, N]`` positions, N the most of any sample; the rest add 0."""
     num_B = counted_BT.sum(1)
     most = max(1, int(num_B.max()))
     place_BN = counted_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -166,7 +166,7 @@ def _all_at_once(
 
 @torch.no_grad()
 def drawn_tokens(hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, uniforms_BT: Tensor) -> Tensor:
-    """At each counted position a token drawn from the model's own distribution, ``[B, T]`` int64; 0 elsewhere.
+    """A token drawn from the model's own distribution at each counted position, ``[B, T]`` int64; 0 elsewhere.
 
     By inverse CDF: a position's number in [0, 1) alone picks its token, whatever else is in the batch.
 
@@ -174,7 +174,7 @@ def drawn_tokens(hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, unifo
         hidden_BTH: The decoder's output.
         head: What makes logits of it.
         counted_BT: Where to draw.
-        uniforms_BT: In [0, 1), float64.
+        uniforms_BT: A number in [0, 1) for each position, float64.
     """
     counted_BT, uniforms_BT = (tensor.to(hidden_BTH.device) for tensor in (counted_BT, uniforms_BT))
     hidden_NH, uniforms_N = hidden_BTH.detach()[counted_BT], uniforms_BT[counted_BT]
@@ -196,7 +196,7 @@ def _inverse_cdf(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 def sample_uniforms(input_ids_BT: Tensor, attention_mask_BT: Tensor, seed: int) -> Tensor:
     """A number in [0, 1) for each real token, ``[B, T]`` float64; 0 for padding.
 
-    Those of a sample depend on the seed and on its tokens alone: not on its batch, its padding or its process.
+    A sample's numbers depend on the seed and on its tokens alone: not on its batch, its padding or its process.
     """
     uniforms_BT = np.zeros(input_ids_BT.shape)
     for row, ids_T, mask_T in zip(uniforms_BT, input_ids_BT.cpu(), attention_mask_BT.cpu().bool(), strict=True):
@@ -210,7 +210,7 @@ def sample_uniforms(input_ids_BT: Tensor, attention_mask_BT: Tensor, seed: int) 
 # --- what a model does to its logits ----------------------------------------------------------------------------------
 
 NUM_TOKENS = 16
-"""Tokens of a sample that tell."""
+"""Tokens of a sample on which the logits are compared."""
 
 
 @torch.no_grad()

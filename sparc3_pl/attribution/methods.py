@@ -141,7 +141,7 @@ class Method(ABC):
         return frozenset()
 
     def at_values(self, target: Target, options: Options) -> bool:
-        """Whether components are scored where their values are read (``Group.site``), if they have such a place."""
+        """Whether components are scored where their values are read (``Group.site``), if there is such a place."""
         return False
 
     def check_use(self, component: Component, target: Target) -> None:
@@ -157,7 +157,7 @@ class Method(ABC):
             )
 
     def check_samples(self, numbers: Sequence[Mapping[str, float]]) -> None:
-        """Refuses samples that the method can make nothing of, before a model is loaded.
+        """Refuses samples that the method cannot score, before a model is loaded.
 
         Args:
             numbers: For each sample, the numbers that came with it, such as its ``label``.
@@ -175,7 +175,7 @@ class Method(ABC):
         """Checks the method on one short sample before any batch; every rank must call it.
 
         Args:
-            model: In eval mode, its weights whole.
+            model: A causal language model in eval mode, its weights whole.
             sample: Token ids.
 
         Returns:
@@ -215,19 +215,19 @@ class Method(ABC):
         """The layer's scores, of ``group.shape``, float32.
 
         Args:
-            sums: The layer's, over all samples.
+            sums: The layer's sums, over all samples.
             group: The layer's components.
             num_samples: Samples in the sums.
             weight_OI: The layer's weights, if ``needs_weights``.
-            options: Those that the sums were made with.
+            options: The options that the sums were made with.
         """
 
 
 class Gradient(Method):
     """Mean over samples of |W * G|, summed over each component; G is the gradient of one sample's target.
 
-    Whoever derives a method of more than one backward pass replaces ``passes``; one with other sums, ``sums``, ``add``
-    and ``scores``.
+    A subclass that takes more than one backward pass overrides ``passes``; one that sums other things overrides
+    ``sums``, ``add`` and ``scores``.
     """
 
     needs_target = True
@@ -241,7 +241,7 @@ class Gradient(Method):
         return options.signed and target.at_values
 
     def rules(self, model: nn.Module) -> AbstractContextManager[object]:
-        """What shapes the backward passes of a batch: nothing, for the plain gradient."""
+        """The block in which a batch's backward passes run; for the plain gradient it does nothing."""
         return nullcontext()
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
@@ -302,7 +302,7 @@ class Gradient(Method):
         """Runs the batch forward and backward, and shows every layer's pass to ``take``, each layer once.
 
         Args:
-            model: In eval mode.
+            model: A causal language model in eval mode.
             batch: The samples.
             target: What is differentiated.
             modules: Where components are read, by the key of their scores: the scored layer itself, or the layer that
@@ -319,11 +319,11 @@ class Gradient(Method):
         """Adds a layer's pass to its sums; returns the sum of each sample's scores, ``[B]`` float64.
 
         Args:
-            sums: The layer's; updated in place.
+            sums: The layer's sums; updated in place.
             group: The components, as rows or columns of the layer that ``layer`` is a pass of.
             layer: The pass.
             groups_B: The group of each sample (``group_of``), if sums of groups are kept.
-            options: Those of the run.
+            options: The options of the run.
         """
         counts = sums if options.nonfinite == "zero" else None
         if group.axis == "both":
@@ -339,13 +339,13 @@ class Gradient(Method):
 
 
 class Lrp(Gradient):
-    """AttnLRP: as ``Gradient``, the backward passes under the rules of ``attn_lrp``.
+    """AttnLRP: ``Gradient`` with its backward passes under the rules of ``attn_lrp``.
 
     Args:
         rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
-        unlisted: Try a model family that was never checked; look at ``doctor`` before you believe the scores.
+        unlisted: Try a model family that was never checked; run ``doctor`` before you trust the scores.
         softmax_temperature: Temperature at which attention's softmax passes relevance on to query and key; 1: its own.
-            GIM (arXiv 2505.17630) has 2. Only with ``attn``.
+            GIM (arXiv 2505.17630) uses 2. Only with ``attn``.
     """
 
     def __init__(self, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
@@ -522,7 +522,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def group_of(input_ids_BT: Tensor, attention_mask_BT: Tensor, num_groups: int) -> Tensor:
-    """The group of each sample, ``[B]`` int64: it depends on its tokens alone, and so not on how the work is split."""
+    """The group of each sample, ``[B]`` int64, by its tokens alone: it does not depend on how the work is split."""
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids_BT, attention_mask_BT, strict=True)]
     digests = [hashlib.sha256(" ".join(map(str, row)).encode()).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest[:8], "big") % num_groups for digest in digests], dtype=torch.int64)
@@ -533,12 +533,12 @@ def _no_tokens(group: Group, device: torch.device) -> Sums:
 
 
 def _unreached(layers: Mapping[str, Layer], seen: Mapping[str, object]) -> list[str]:
-    """The experts' layers that no token of a batch reached: the batch leaves their sums as they are."""
+    """The experts' layers that no token of a batch reached; the batch leaves their sums as they are."""
     return [name for name, layer in layers.items() if layer.group.routed and name not in seen]
 
 
 def _first_token_share(by_token: Mapping[str, Tensor], attention_mask_BT: Tensor) -> Tensor | None:
-    """A layer that sees one position only (the output head) says nothing about the share and is left out."""
+    """The first position's share of all positions, ``[B]``. The output head, which sees one position, is left out."""
     every = {name: value for name, value in by_token.items() if value.shape == attention_mask_BT.shape}
     if not every:
         return None

@@ -25,13 +25,13 @@ At = Literal["values", "outputs"]
 
 @dataclass
 class _Responses:
-    """What one run has seen. It holds the run's layers, so that no other run can be taken for it."""
+    """The labels and responses of one run. It holds the run's layers, so that no other run can be taken for it."""
 
     layers: Mapping[str, Layer]
     labels: list[Tensor] = field(default_factory=list)
-    """Of each batch, ``[B]`` bool."""
+    """Each batch's labels, ``[B]`` bool."""
     by_layer: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Of each batch, ``[B, n]``, in the host's memory."""
+    """Each batch's responses at a layer, ``[B, n]``, in the host's memory."""
 
 
 class Expertise(Method):
@@ -40,7 +40,7 @@ class Expertise(Method):
     The response is the unit's maximum over the sample's real tokens. The score is the share of pairs of a labelled and
     another sample in which the labelled one has the larger response, equal ones (up to rounding) counting half: 0.5
     says nothing, 1 is an expert. No histogram: all responses are kept (in the host's memory, ``[samples, units]``) and
-    compared after the last batch. So it is not made of parts, nor taken up after a crash.
+    compared after the last batch. So a run cannot be split into parts, nor resumed after a crash.
 
     Args:
         at: ``values``: a neuron responds with its hidden activation, a channel with its input of the output projection.
@@ -150,7 +150,7 @@ class Expertise(Method):
 
 
 def pairs_in_order(with_PU: Tensor, without_QU: Tensor) -> Tensor:
-    """In how many of the P * Q pairs the first is larger, equal ones counting half (Mann-Whitney): ``[U]`` float64.
+    """The number of the P * Q pairs whose first is larger, equal ones counting half (Mann-Whitney): ``[U]`` float64.
 
     Two responses are equal if they differ by rounding: many a unit responds most to the token that all texts begin
     with, and which batch a sample is in would else decide the order.
@@ -165,4 +165,4 @@ def pairs_in_order(with_PU: Tensor, without_QU: Tensor) -> Tensor:
 
 
 _ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.003}
-"""Relative to a unit's largest response; 1e-5 in float32 and float64."""
+"""Largest difference of equal responses, relative to the unit's largest; 1e-5 in float32 and float64."""

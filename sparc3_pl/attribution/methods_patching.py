@@ -1,4 +1,4 @@
-"""Scores of components by what it would change to put a counterfactual's values in place of the sample's.
+"""Scores of components by the effect that a counterfactual's values in place of the sample's would have.
 
 A sample has a counterfactual: as many tokens, another answer. A component's score is the sum over tokens of
 (value - counterfactual value) * coefficient, an estimate of how far the target would fall if the component's value were
@@ -79,8 +79,8 @@ class RelevancePatching(AttributionPatching, Lrp):
 
     Args:
         rules: ``cp`` as published (attention weights are constants), or ``attn`` for AttnLRP.
-        unlisted: As for ``Lrp``.
-        softmax_temperature: As for ``Lrp``.
+        unlisted: As in ``Lrp``.
+        softmax_temperature: As in ``Lrp``.
     """
 
     def __init__(self, rules: RuleSet = "cp", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
@@ -129,7 +129,7 @@ class IntegratedGradients(AttributionPatching):
             mean[layer.name] = mean[layer.name] + delta_BTO if layer.name in mean else delta_BTO
 
         def finish(layer: LayerPass) -> None:
-            """The last step is the sample itself."""
+            """Takes in the last step, which is the sample itself."""
             add(layer)
             delta_BTO = mean.pop(layer.name).to(layer.delta_BTO.dtype)
             difference_BTI = layer.x_BTI - other[layer.name]

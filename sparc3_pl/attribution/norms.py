@@ -23,7 +23,7 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @dataclass(frozen=True)
 class NormKind:
-    """What a normalisation layer computes over the last dimension.
+    """The function that a normalisation layer computes over the last dimension.
 
     Attributes:
         centred: True if the mean is subtracted (LayerNorm), False if not (RMSNorm).

@@ -31,8 +31,8 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
     """Draws up the relevance account of the beginning of one sample on rank 0; every rank judges it alike.
 
     Args:
-        model: A causal language model in eval mode, whole. Of one that has been sharded since, what was said of it then
-            is said again.
+        model: A causal language model in eval mode, whole. For one that has been sharded since it was checked, the
+            earlier result is returned.
         sample: Token ids.
         unlisted: As in ``attn_lrp``.
 
@@ -58,7 +58,7 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
 
 
 _accounts: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
-"""What was said last of each model."""
+"""The last result for each model."""
 
 
 def _reason_against(model: nn.Module, sample: Sequence[int]) -> str | None:
@@ -70,7 +70,7 @@ def _reason_against(model: nn.Module, sample: Sequence[int]) -> str | None:
 
 
 def _outcome(model: nn.Module, input_ids_1T: torch.Tensor, unlisted: bool) -> float | str:
-    """The relative residual, or what is wrong: a text, so that it reaches the other ranks."""
+    """The relative residual, or what is wrong, as text that can be sent to the other ranks."""
     try:
         return self_check(model, input_ids_1T, unlisted=unlisted)
     except InputError as error:

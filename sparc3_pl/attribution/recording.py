@@ -1,4 +1,4 @@
-"""See the input, the output and its gradient of chosen linear layers, without touching a parameter's ``.grad``."""
+"""Records what linear layers read and make, and the gradient there, without touching a parameter's ``.grad``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["LayerPass", "Places", "check_tokens", "inputs_shown", "recording"]
 
 @dataclass(frozen=True)
 class Places:
-    """Where the N tokens of a batch that reach an expert stand.
+    """The places of the N tokens of a batch that reach an expert.
 
     Attributes:
         sample_N: The sample of each, ascending.
         token_N: Its position in the sample.
-        slot_N: Its place among those of its sample.
+        slot_N: Its place among the tokens of its sample that reach the expert.
         num_samples: Samples in the batch.
         length: Tokens of a sample, padding included.
     """
@@ -43,7 +43,7 @@ class Places:
 
     @classmethod
     def of(cls, routed: Routed, num_samples: int) -> Places:
-        """The places of an expert's tokens in a batch of so many samples."""
+        """The places of an expert's tokens in a batch of ``num_samples`` samples."""
         length = routed.num_tokens // num_samples
         sample_N, token_N = routed.tokens_N // length, routed.tokens_N % length
         first_N = torch.searchsorted(sample_N, sample_N)
@@ -52,7 +52,7 @@ class Places:
         )
 
     def by_sample(self, values_ND: Tensor) -> Tensor:
-        """``[B, T, D]`` with T the most tokens of a sample; what a sample has less is 0."""
+        """The tokens' values ``[N, D]`` by sample: ``[B, T, D]``, T the most tokens of any sample; the rest is 0."""
         most = int(self.slot_N.max()) + 1 if len(self.slot_N) else 1
         result = values_ND.new_zeros(self.num_samples, most, values_ND.shape[-1])
         result[self.sample_N, self.slot_N] = values_ND
@@ -65,7 +65,7 @@ class Places:
         return result
 
     def first(self, num_samples: int) -> Places:
-        """Those of the first so many samples."""
+        """The places of the tokens of the first ``num_samples`` samples."""
         own = self.sample_N < num_samples
         return Places(self.sample_N[own], self.token_N[own], self.slot_N[own], num_samples, self.length)
 
@@ -88,7 +88,7 @@ class LayerPass:
     """The gradient of the target at the layer's output."""
     weight_OI: Tensor
     places: Places | None = None
-    """Of an expert, which tokens these T are; the rest of a sample's T is 0. None: they are the sample's own."""
+    """Which tokens these T are, for an expert; the rest of a sample's T is 0. None: they are the sample's own."""
 
     @property
     def units_BTO(self) -> Tensor:
@@ -96,7 +96,7 @@ class LayerPass:
         return self.x_BTI @ self.weight_OI.mT if self.z_BTO is None else self.z_BTO
 
     def first(self, num_samples: int) -> LayerPass:
-        """The pass of the first so many samples of the batch: views."""
+        """The pass of the first ``num_samples`` samples of the batch, as views."""
         x, z, delta = (None if t is None else t[:num_samples] for t in (self.x_BTI, self.z_BTO, self.delta_BTO))
         places = None if self.places is None else self.places.first(num_samples)
         return LayerPass(self.name, x, z, delta, self.weight_OI, places)
@@ -190,7 +190,7 @@ def inputs_shown(
 
 
 def check_tokens(name: str, x: Tensor, num_samples: int, length: int, single: bool = True) -> None:
-    """Refuses what a layer reads if it is rows of some tokens, of which nothing tells to which sample each belongs.
+    """Refuses a layer that reads rows of some tokens only, if nothing tells which sample each belongs to.
 
     A mixture whose experts are modules of their own gives each just its tokens. Shared out over the samples in equal
     parts they would make scores, and wrong ones.

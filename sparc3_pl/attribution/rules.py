@@ -46,7 +46,7 @@ goes through the values; the input's relevance is then the logit, up to biases."
 Missing = Literal["refuse", "plain"]
 
 NO_RULE = "none: its plain gradient"
-"""What ``rule_table`` says of a module without a rule."""
+"""The entry of ``rule_table`` for a module without a rule."""
 
 SUPPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "phi3"),
@@ -96,7 +96,8 @@ def attn_lrp(
         model: A causal language model in eval mode. Not to be copied inside the block.
         rules: ``attn`` for AttnLRP, ``cp`` for its conservative variant.
         unlisted: Try a family that is not in ``SUPPORTED``; run ``account.self_check`` on it before believing it.
-        softmax_temperature: At which attention's softmax passes gradients on (``attention.softened``); 1: its own.
+        softmax_temperature: Temperature at which attention's softmax passes gradients on (``attention.softened``); 1:
+            its own.
         missing: What becomes of a module without a rule: ``refuse`` the model, or ``plain``, its plain gradient, which
             is wrong and only good for measuring by how much.
 
@@ -110,7 +111,7 @@ def attn_lrp(
 
 
 class PreparedRules:
-    """``attn_lrp`` for many batches of one model, whose modules are looked at once, at the first.
+    """``attn_lrp`` for many batches of one model, whose modules are examined once, at the first.
 
     Between the blocks the model must keep its modules; their weights may change.
 
@@ -145,7 +146,7 @@ class PreparedRules:
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
-        """A block as that of ``attn_lrp``, which says what is raised."""
+        """The block of ``attn_lrp``; raises what that raises."""
         if model in _active:
             raise RuntimeError(f"attn_lrp already acts on this {type(model).__name__}; leave the first block before")
         _check_eval(model)
@@ -189,7 +190,7 @@ def _check_eval(model: nn.Module) -> None:
 
 
 def _check_family(model: nn.Module, unlisted: bool) -> None:
-    """A family that was tried and is wrong is refused whoever asks."""
+    """Refuses a family that is not known good; ``unlisted`` admits one that was never checked, but none known bad."""
     family = decoder(model).config.model_type
     if family in REASONS or not (unlisted or family in SUPPORTED):
         way_out = _WAY_OUT if family in REASONS else f"{_TRY_IT} {_WAY_OUT}"
@@ -281,7 +282,7 @@ def _product_rules(model: nn.Module) -> dict[str, _Rule]:
 
 
 def _experts_rules(model: nn.Module, inside: nn.Module, prefix: str, rules: RuleSet) -> dict[str, _Rule]:
-    """Of the product of an expert's output and its routing weight, at the experts' sum.
+    """The rules for the product of an expert's output and its routing weight, which act at the experts' sum.
 
     Under ``cp`` routing weights are constants, as attention weights are.
     """

@@ -102,7 +102,7 @@ class Scorer:
 
     @property
     def sums(self) -> Mapping[str, Sums]:
-        """By layer, the tensors that add up over batches, ranks and parts; updated in place."""
+        """The tensors of each layer that add up over batches, ranks and parts; updated in place."""
         return {name: layer.sums for name, layer in self.layers.items()}
 
     @property
@@ -131,7 +131,7 @@ class Scorer:
     def scores(self, name: str, num_samples: int) -> LayerScores:
         """A layer's scores, once the sums hold ``num_samples`` samples.
 
-        Those of a model that is shared out over the ranks are gathered: every rank must ask for them, layer by layer
+        Scores of a model that is shared out over the ranks are gathered: every rank must ask for them, layer by layer
         in the same order.
         """
         layer = self.layers[name]
@@ -156,7 +156,7 @@ def layer_scores(
 
 
 def groups_of(model: nn.Module, components: Sequence[Component], patterns: Sequence[str] | None = None) -> list[Group]:
-    """Where the components are scored, each layer once; of several kinds, each group names its own.
+    """The groups in which the components are scored, each layer once; with several kinds, each names its own.
 
     Raises:
         InputError: as ``Component.groups``, and if two kinds of component are scored at one layer.

@@ -34,7 +34,7 @@ class Sparsity:
     """Which weights of a row are removed: ``int(share * inputs)`` of it, or all but n of every m.
 
     Attributes:
-        text: As it was given: ``0.5`` or ``2:4``.
+        text: The setting as it was given: ``0.5`` or ``2:4``.
         share: Share of every row that is pruned; None for a pattern.
         pattern: n and m: n of every m consecutive weights of a row stay; None for a share.
     """
@@ -100,7 +100,7 @@ class _Held:
     hidden: Tensor
     """What the next layer reads, ``[B, T, H]``."""
     more: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    """By layer, what else it is called with: masks and positions, which the layers share."""
+    """The other arguments of each layer's call: masks and positions, which the layers share."""
 
 
 class Blocks:
@@ -141,7 +141,7 @@ class Blocks:
         self.held: list[_Held] = []
 
     def hold(self, batch: ReferenceBatch) -> None:
-        """Keeps what the first decoder layer reads of a batch, and what else each layer is called with.
+        """Keeps what the first decoder layer reads of a batch, and the other arguments of each layer's call.
 
         One pass of the whole model shows it: layers of a model may have masks of several kinds.
 
@@ -184,7 +184,7 @@ class Blocks:
 
         Args:
             take: Is shown what each linear layer reads, batch by batch.
-            measured: Once a layer's inputs have all been seen, here and by other processes: its scores ``[O, I]``.
+            measured: Gives a layer's scores ``[O, I]`` once all its inputs have been seen, here and by other processes.
         """
         for number, own in enumerate(self.own):
             with onednn_linears(self.model), self._watching(own, take) as batch_number:
@@ -207,7 +207,7 @@ class Blocks:
 
     @contextmanager
     def _watching(self, names: list[str], take: Take) -> Iterator[list[int]]:
-        """Shows what the layers read to ``take``; whoever runs a batch says its number."""
+        """Shows what the layers read to ``take``; whoever runs a batch writes its number into the list."""
         number = [0]
         with ExitStack() as hooks:
             for name in names:
@@ -218,7 +218,7 @@ class Blocks:
             yield number
 
     def _run_outside(self, take: Take) -> None:
-        """Layers outside of the decoder layers, such as the head, read what the pruned layers make. They stay whole."""
+        """Shows the layers outside of the decoder layers, such as the head, what the pruned layers make."""
         last: list[Tensor] = []
         hook = self.blocks[-1].register_forward_hook(
             lambda _, args, out: (last[0], *out[1:]) if isinstance(out, tuple) else last[0]

@@ -37,7 +37,7 @@ class NeuronScores:
     """AttnLRP scores of all MLP neurons.
 
     Attributes:
-        scores: By layer, ``[width]`` float32.
+        scores: The scores of each layer, ``[width]`` float32.
         nonfinite: Number of NaN and infinite relevances (counted as 0) by layer; only layers that have any.
     """
 

@@ -43,16 +43,16 @@ class Target(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     """The fields of a batch without which there is nothing to attribute."""
     reads: ClassVar[frozenset[str] | None] = None
-    """All fields that make a difference; None: nobody knows."""
+    """All fields of a batch that make a difference; None: unknown."""
     at_values: bool = True
     """Whether signed scores are read where the components' values are read (``Group.site``): they are then the
     derivative of the target by each component's gain, whatever the activation function and the biases."""
 
     def check(self, model: nn.Module, sample: Sequence[int]) -> None:
-        """Sees whether the target is right on a model, before any batch; every rank must call it.
+        """Checks that the target is right on a model, before any batch; every rank must call it.
 
         Args:
-            model: In eval mode, its weights whole.
+            model: A causal language model in eval mode, its weights whole.
             sample: Token ids.
 
         Raises:

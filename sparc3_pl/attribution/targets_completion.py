@@ -1,4 +1,4 @@
-"""Target ``completion``: how likely the model finds what it, or somebody else, has said after a prompt."""
+"""Target ``completion``: how likely the model finds a completion, its own or somebody else's, of a prompt."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class CompletionLikelihood(Target):
     def __call__(self, hidden_BTH: Tensor, head: OutputHead, batch: ReferenceBatch) -> Attributed:
         labels_BT, counted_BT = next_tokens(batch, batch.fields["completion_mask"])
         of_tokens = "token_weight" in batch.fields
-        # The likelihood of a token is that of the place before it; the first token has none, and is never counted.
+        # A token's likelihood stands at the place before it; the first token has none, and is never counted.
         weight_BT = batch.fields["token_weight"].roll(-1, 1) if of_tokens else None
         nats_B = log_likelihood(hidden_BTH, head, labels_BT, counted_BT, self.temperature, weight_BT)
         records = {"num_target_tokens": counted_BT.sum(1)}

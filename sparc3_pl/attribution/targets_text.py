@@ -29,7 +29,7 @@ class TextLikelihood(Target):
     Args:
         labels: ``data``: the text's own tokens. ``model``: at every place a token that is drawn from the model's
             distribution there; the text itself stays what it is.
-        seed: Together with a sample's tokens it fixes what is drawn.
+        seed: Decides, together with a sample's tokens, what is drawn.
     """
 
     reads = frozenset()

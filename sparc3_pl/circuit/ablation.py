@@ -46,25 +46,25 @@ __all__ = [
 ]
 
 Replacement = Callable[[ReferenceBatch], Mapping[str, Tensor]]
-"""Of a batch: by reading layer, values that take its input's place, of a shape that broadcasts to it. A layer that is
-left out reads 0 instead."""
+"""Gives, for a batch, the values that take the place of each reading layer's input, by the layer's name and in a shape
+that broadcasts to the input. A layer that is left out reads 0 instead."""
 
 
 class Ablation(ABC):
     """A kind of ablation."""
 
     of_weights: bool = False
-    """Whether single weights can be ablated so."""
+    """Whether single weights can be ablated in this way."""
     needs_pairs: bool = False
     """Whether every sample needs a counterfactual."""
 
     @abstractmethod
     def replacement(self, model: nn.Module, readers: Sequence[str], discovery: Sequence[ReferenceBatch]) -> Replacement:
-        """What is read in place of ablated components.
+        """Gives what is read in place of ablated components.
 
         Args:
-            model: In eval mode.
-            readers: Names of the layers that read them.
+            model: A causal language model in eval mode.
+            readers: Names of the layers that read the components.
             discovery: The samples that the components were chosen by.
         """
 
@@ -109,7 +109,7 @@ class Mean(Ablation):
             if self.by_position:
                 counts = counts_T.to(total_TI.device)[:, None]
                 means[name] = torch.where(counts > 0, total_TI / counts.clamp(min=1), overall_I)
-                means[name] = torch.cat([means[name], overall_I[None]])  # the last row: of all positions beyond
+                means[name] = torch.cat([means[name], overall_I[None]])  # the last row: for all positions beyond
         return partial(self._at, means)
 
     def _at(self, means: Mapping[str, Tensor], batch: ReferenceBatch) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def ablated(
 
 
 _WORTH_COMPACTING = 0.3
-"""From this share of ablated neurons on it is faster to leave them out than to copy the others' weights for it."""
+"""Share of ablated neurons from which on leaving them out saves more time than copying the others' weights takes."""
 
 
 @contextmanager
@@ -237,7 +237,8 @@ def allows_compact(model: nn.Module, candidates: Candidates, batch: ReferenceBat
 
 
 _ROUNDING = 1e-3
-"""Of the largest hidden state; in half precision sums in another order differ by some 1e-2."""
+"""Largest difference of equal outputs, relative to the largest hidden state; in half precision sums in another order
+differ by some 1e-2."""
 
 
 def _replace(taken_I: Tensor, value: Tensor | None, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -50,7 +50,7 @@ class Arm:
 
     @property
     def request(self) -> ScoreRequest:
-        """The first of them: they differ by their seed alone."""
+        """The first request; the others differ from it by their seed alone."""
         return self.requests[0]
 
     @property
@@ -141,13 +141,13 @@ def _require_pair_fields(request: ScoreRequest) -> None:
 
 @dataclass
 class ArmScores:
-    """The sums of one arm's request, by unit, and what scores they make.
+    """The sums of one arm's request, by unit, and the scores made of them.
 
     Attributes:
         scorer: Holds method, layers and model; its own sums are empty.
         units: In the order of the samples; none for a method without samples.
-        samples: Those of each set of discovery samples.
-        account: What the method's check of itself on one sample said.
+        samples: The scored samples of each set of discovery samples.
+        account: Result of the method's check of itself on one sample.
     """
 
     scorer: Scorer
@@ -283,9 +283,9 @@ def agreement(one_N: Tensor, other_N: Tensor, number: int) -> float:
 def resampled_overlaps(
     scores: ArmScores, candidates: Candidates, fractions: Sequence[float], times: int = 20, seed: int = 0
 ) -> list[list[float]]:
-    """By fraction, the Jaccard indices of the circuit with those that resampled discovery samples would have given.
+    """The Jaccard indices, for each fraction, of the circuit with those that resampled discovery samples would give.
 
-    Units are drawn with replacement, as many as there are; each draw gives one index. Empty for less than two units.
+    Units are drawn with replacement, as many as there are; each draw gives one index. Empty for fewer than two units.
     """
     number = len(scores.units)
     if number < 2:

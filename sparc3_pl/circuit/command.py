@@ -127,7 +127,7 @@ def circuit(
 
 
 class _Run:
-    """One run: what it has loaded and measured."""
+    """One run, with what it has loaded and measured."""
 
     def __init__(
         self,
@@ -138,7 +138,6 @@ class _Run:
         fractions: tuple[float, ...],
         save_fraction: float | None,
     ) -> None:
-
         self.settings, self.ablation, self.arms, self.fractions = model, ablation, arms, fractions
         self.measured: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
@@ -196,7 +195,7 @@ class _Run:
         self.seconds[name], self._clock = round(now - self._clock, 2), now
 
     def measure(self, resamples: int, permutations: int) -> CircuitResults:
-        """The figures of all arms."""
+        """Measures all arms; returns their figures."""
         sets, tests = self.pairs.sets, self.pairs.tests
         with _progress("model as it is, and empty") as progress:
             bench = Bench.of(
@@ -274,7 +273,6 @@ class _Run:
             write_text(folder / MARKER, strict_json(content, indent=1) + "\n")
 
     def _write_plans(self, folder: Path, fraction: float) -> None:
-
         folder.mkdir()
         number = num_kept(fraction, self.candidates.count)
         batches = [batch for batches in self.pairs.sets for batch in batches]

@@ -40,9 +40,9 @@ class Candidates:
     """The components that a circuit is chosen from; N of them.
 
     Attributes:
-        spans: By scored layer, in the model's order; the layers of one kind stand together.
-        readers: By name of each linear layer that reads some of them, whose input column carries which: ``[in]``
-            int64, positions among the candidates, -1 for none. Empty for single weights.
+        spans: The spans of the scored layers, in the model's order; the layers of one kind stand together.
+        readers: For each linear layer that reads some of them, by name, the candidate that each input column carries:
+            ``[in]`` int64, positions among the candidates, -1 for none. Empty for single weights.
     """
 
     spans: tuple[Span, ...]
@@ -84,17 +84,17 @@ class Candidates:
 
     @property
     def count(self) -> int:
-        """N."""
+        """The number of candidates, N."""
         return sum(span.group.count for span in self.spans)
 
     @property
     def are_weights(self) -> bool:
-        """Whether they are single weights."""
+        """Whether the candidates are single weights."""
         return not self.readers
 
     @property
     def kinds(self) -> dict[str, int]:
-        """By name of the kind, how many there are."""
+        """The number of candidates of each kind, by the kind's name."""
         counts: dict[str, int] = {}
         for span in self.spans:
             counts[span.kind] = counts.get(span.kind, 0) + span.group.count
@@ -105,8 +105,8 @@ class Candidates:
         return torch.cat([scores[span.group.layer][span.group.own].flatten().cpu().float() for span in self.spans])
 
     def split(self, chosen: Tensor) -> dict[Span, Tensor]:
-        """By span, for those that have any: the indices of the chosen candidates (bool ``[N]``) in the layer's
-        flattened scores, ascending.
+        """The chosen candidates (bool ``[N]``) of each span that has any: ascending indices into the layer's flattened
+        scores.
         """
         parts = {}
         for span in self.spans:

@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""MIB's."""
+"""The fractions at which MIB measures."""
 FAITHFUL = 0.9
-"""From this faithfulness on, a circuit counts as one that does the task."""
+"""Faithfulness from which on a circuit counts as one that does the task."""
 
 Floats = NDArray[np.float64]
 
@@ -109,7 +109,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Gap:
-    """What faithfulness is a share of: m(full) - m(empty).
+    """The difference of which faithfulness is a share: m(full) - m(empty).
 
     Attributes:
         value: The mean of the pairs' gaps.
@@ -156,8 +156,8 @@ class Ends:
     """The two models that faithfulness is measured between.
 
     Attributes:
-        full: What the model says as it is.
-        empty: What it says with every component ablated.
+        full: Outcome of the model as it is.
+        empty: Outcome with every component ablated.
         seed: Seed of all resampling of pairs.
     """
 
@@ -225,9 +225,9 @@ def curve(fractions: Sequence[float], kept: Sequence[int], outcomes: Sequence[Ou
     """The points of a curve. The interval of a faithfulness draws pairs for numerator and denominator together.
 
     Args:
-        fractions: J of them.
+        fractions: The J fractions.
         kept: Components that each measured model keeps.
-        outcomes: What each of them says.
+        outcomes: The outcome of each of them.
         ends: What faithfulness is measured between.
     """
     rows = _measured(outcomes, ends)

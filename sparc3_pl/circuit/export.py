@@ -34,7 +34,7 @@ def write_arm_scores(
         arm: The arm.
         scores: What it scored.
         model: ``describe(model, source)``.
-        data: What is told of each set of discovery pairs.
+        data: The record of each set of discovery pairs.
     """
     for number in range(len(data) if scores.units else 1):
         samples = scores.samples.get(number, [])
@@ -61,7 +61,7 @@ def circuit_plan(
         chosen_N: Which are set to zero, bool.
         values_N: What they are ranked by.
         model: ``describe(model, source)``.
-        settings: What else is told of the choice.
+        settings: Further settings of the choice.
         samples: Ids of the discovery pairs and their texts: these must not be evaluated on.
     """
     parts = candidates.split(chosen_N)

@@ -30,7 +30,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model says to P pairs.
+    """What a model predicts for P pairs.
 
     Attributes:
         difference_P: Logit of the answer minus that of the foil, after the last token; float64.
@@ -58,10 +58,10 @@ def measure(
     """The outcome of every set of components that stay, all others ablated.
 
     Args:
-        model: In eval mode.
+        model: A causal language model in eval mode.
         candidates: All N components.
         batches: The pairs, with ``answer`` and ``foil`` among their fields.
-        kept: By name, which components stay: bool ``[N]``.
+        kept: Which components stay, bool ``[N]``, by the name of the set.
         replacement: What is read in place of the others.
         progress: Told the number of pairs after each pass.
         compact: See ``ablated``; only where the replacement is 0 for every batch.
@@ -70,7 +70,6 @@ def measure(
         InputError: if a logit is not finite.
     """
     parts: dict[K, list[tuple[Tensor, Tensor]]] = {key: [] for key in kept}
-
     body, head = decoder_flops(model), head_flops(model)
 
     def run(key: K, batch: ReferenceBatch) -> None:
@@ -83,13 +82,13 @@ def measure(
         progress(len(batch.input_ids))
 
     def in_force(kept_N: Tensor) -> AbstractContextManager[None]:
-        """One set's ablation, whatever the batch."""
+        """The ablation of all that is not kept, the same for every batch."""
         if candidates.are_weights:
             return masked_weights(model, candidates, kept_N)
         return ablated(model, candidates, kept_N, {}, compact)
 
     with torch.no_grad(), onednn_linears(model):
-        if candidates.are_weights or compact:  # to put a set in force costs as much as to read the weights: once
+        if candidates.are_weights or compact:  # ablating a set costs as much as reading the weights: once
             for key, kept_N in kept.items():
                 with in_force(kept_N):
                     for batch in batches:

@@ -30,8 +30,8 @@ class CircuitPairs:
     Attributes:
         sets: Sets of discovery pairs.
         tests: The test pairs.
-        about: What score folders say of each set, as ``data``.
-        about_tests: The same of the test pairs.
+        about: The record of each set: ``data`` in the manifest of a score folder.
+        about_tests: The record of the test pairs, likewise.
     """
 
     sets: list[list[ReferenceBatch]]
@@ -45,7 +45,7 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
 
     Args:
         settings: The keys of ``data``.
-        encoder: The model's.
+        encoder: The model's encoder.
         needs_counterfactuals: Whether pairs without a counterfactual are of no use.
 
     Raises:
@@ -58,9 +58,9 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
     sets, about = [], []
     size = min(settings.batch_size, max(1, settings.num_samples // FEWEST_UNITS))
     for number in range(settings.num_sets):
-        batches, told = _draw(settings, encoder, "attribution", settings.num_samples, settings.seed + number, size)
+        batches, record = _draw(settings, encoder, "attribution", settings.num_samples, settings.seed + number, size)
         sets.append(batches)
-        about.append(told)
+        about.append(record)
     try:
         tests, about_tests = _draw(
             settings, encoder, "evaluation", settings.num_test, settings.seed, settings.batch_size
@@ -80,7 +80,7 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
 def _draw(
     settings: CircuitData, encoder: Encoder, half: Half, number: int, seed: int, size: int
 ) -> tuple[list[ReferenceBatch], Record]:
-    """Pairs of one half, longest first, in batches of ``size``; and what is told of them."""
+    """Pairs of one half, longest first, in batches of ``size``; and the record of them."""
     from sparc3_pl.data.pairs import PAIR_TASKS
 
     about: Record = {"source": settings.source, "seed": seed, "partition": half, "num_pairs": number}

@@ -60,7 +60,7 @@ class Stability:
 
     Attributes:
         fraction: Size of the circuits.
-        kept: Their components.
+        kept: Number of their components.
         resamples: Mean over bootstrap resamples of the discovery pairs, each against the circuit of all of them; None
             where it was not measured (single weights, one batch, a method without samples).
         resamples_low: The 2.5 % quantile of the resamples.
@@ -89,7 +89,8 @@ class ArmResult:
         across_kinds: How unlike components compete: ``value`` (by their scores), ``share`` (by rank within their kind),
             ``row`` (single weights, by rank within their row).
         curve: The top k stay, ranked by score, and all others are ablated (sufficiency).
-        curve_absolute: The same, ranked by the score's absolute value; None for scores without a sign: it is ``curve``.
+        curve_absolute: As ``curve``, ranked by the score's absolute value; None for scores without a sign, for which
+            the two are the same.
         necessity: The top k, ranked by score, are ablated, and all others stay.
         cpr: Area under the faithfulness of ``curve``; None if faithfulness is not known.
         cpr_low: Lower end of its interval.
@@ -161,7 +162,7 @@ class ComponentCounts:
 
 @dataclass(frozen=True)
 class PairRecords:
-    """What was drawn from where, and how many: as ``data`` in the manifest of a score folder.
+    """Where the pairs come from, and how many there are: as ``data`` in the manifest of a score folder.
 
     Attributes:
         discovery: A record of each set of discovery pairs.
@@ -183,9 +184,9 @@ class CircuitResults:
         gap: m(full) - m(empty): faithfulness is a share of it.
         warnings: What a reader of the figures must know.
         ablation: ``kind`` and its arguments.
-        components: What they are chosen from.
-        pairs: What they were chosen and tested on.
-        model: As in a score folder's manifest.
+        components: The components that circuits are chosen from.
+        pairs: The pairs that circuits were chosen by and tested on.
+        model: The model, as in a score folder's manifest.
         overlaps: What every two arms' circuits share, at each fraction.
         files: sha256 of the other files, by name.
         seconds: How long the parts of the run took.
@@ -215,7 +216,7 @@ FORMAT = Format(CircuitResults, "a circuit's results", FORMAT_VERSION, "measure 
 
 
 def is_circuit(marker: Path) -> bool:
-    """Whether a file is the marker of a circuit folder: that of an evaluation has the same name."""
+    """Whether a file is the marker of a circuit folder; an evaluation's marker has the same name."""
     try:
         return {"format_version", "arms"} <= read_json(marker).keys()
     except InputError:

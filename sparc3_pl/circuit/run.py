@@ -60,7 +60,7 @@ class Choice:
 
     @property
     def num_kept(self) -> int:
-        """How many of them."""
+        """How many components stay."""
         return len(self.order_N) - self.number if self.is_removed else self.number
 
 
@@ -69,7 +69,7 @@ class Bench:
     """The test that every circuit of a run takes.
 
     Attributes:
-        model: In eval mode.
+        model: A causal language model in eval mode.
         candidates: The components that circuits are chosen from.
         tests: The test pairs.
         replacement: What is read in place of ablated components.
@@ -120,7 +120,7 @@ class Bench:
 
     @property
     def sizes(self) -> list[int]:
-        """How many components each fraction is."""
+        """The number of components that each fraction is."""
         return [num_kept(fraction, self.candidates.count) for fraction in self.fractions]
 
     def outcomes(self, choices: Mapping[str, Choice], progress: Progress) -> dict[str, Outcome]:
@@ -146,10 +146,10 @@ class Measured:
     """An arm that was measured.
 
     Attributes:
-        result: Its figures.
+        result: The arm's figures.
         scores: The scores of each draw, or the only ones.
         order_N: The ranking by score, of the first draw.
-        values_N: What it ranks by.
+        values_N: The values that it ranks by.
     """
 
     result: ArmResult
@@ -264,7 +264,7 @@ def overlaps_of_arms(
         orders: The arms' rankings.
         strength: Scores that say how strong components are whatever the task (Wanda's): strata are neighbours in a
             layer's ranking by them.
-        bench: For candidates and sizes.
+        bench: The bench, for its candidates and sizes.
         permutations: Random circuits behind a p-value.
     """
     scores = strength.of()
@@ -297,7 +297,7 @@ def overlaps_of_arms(
 
 
 def strength_request(arm: Arm, nonfinite: str = "error") -> ScoreRequest:
-    """What says how strong the components of an arm are, whatever the task: Wanda's scores."""
+    """The request for scores of how strong an arm's components are, whatever the task: Wanda's scores."""
     plain = arm.request
     kinds = [choice.object for choice in plain.components]
     return ScoreRequest.of("wanda", kinds, layers=plain.layers, nonfinite=nonfinite)

@@ -1,4 +1,4 @@
-"""What is told of a circuit run, on the terminal and in a report."""
+"""The tables and texts of a circuit run, for the terminal and for a report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def circuit_sections(results: CircuitResults) -> list[Section]:
 
 
 def circuit_blocks(results: CircuitResults, name: str) -> Iterator[Block]:
-    """The same for a report; ``name`` tells its figures from others'."""
+    """The blocks of a circuit run for a report; ``name`` tells its figures from others'."""
     from sparc3_pl.document.figures import as_svg
 
     yield from _task(results)
@@ -62,7 +62,7 @@ def circuit_story(results: CircuitResults, name: str) -> Iterator[str]:
 
 
 def _has_shares(results: CircuitResults) -> bool:
-    """Whether faithfulness is known."""
+    """Whether the faithfulness of every arm is known."""
     return all(arm.cpr is not None for arm in results.arms.values())
 
 

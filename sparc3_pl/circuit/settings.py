@@ -1,4 +1,4 @@
-"""What a circuit run is asked for: the keys under ``model`` and ``data``."""
+"""The settings of a circuit run: the keys under ``model`` and ``data``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a text to the token ids that a model reads, and what makes two texts the same."""
+"""Turns a text into the token ids that a model reads, and tells whether two texts are the same."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Encoder:
     A list of token ids is taken as it stands, with nothing before it.
 
     Args:
-        tokenizer: The model's; None if it has none, so that only lists of token ids can be read.
+        tokenizer: The model's tokenizer; None if it has none, so that only lists of token ids can be read.
         vocab_size: Token ids of a list must be below it; unset: the tokenizer's size.
         context: Longest sequence that the model takes, in tokens; unset: the tokenizer's ``model_max_length``.
 
     Attributes:
         prefix: The token ids that stand before every text.
-        suffix: Those that the tokenizer would put after it.
-        pad_id: What to pad with; pads are masked wherever they are used.
+        suffix: The token ids that the tokenizer would put after it.
+        pad_id: The token id to pad with; pads are masked wherever they are used.
 
     Raises:
         InputError: If the tokenizer's special tokens do not stand around a text.
@@ -80,14 +80,14 @@ class Encoder:
             self._special = re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: -len(name))))
 
     def _written(self, ids: Sequence[int]) -> str:
-        """Special tokens as a text has them, if the tokenizer reads them back from there; else nothing."""
+        """Special tokens as they are written in a text, if the tokenizer reads them back from there; else nothing."""
         if not ids:
             return ""
         text = "".join(self.tokenizer.convert_ids_to_tokens(list(ids)))
         return text if _ids(self.tokenizer, text, special=False) == list(ids) else ""
 
     def __call__(self, text: Text) -> list[int]:
-        """What the model reads: ``prefix`` and the text's own tokens; of a list, the list."""
+        """The token ids that the model reads: ``prefix`` and the text's own tokens; for a list, the list."""
         return [*self.before(text), *self.body(text)]
 
     def before(self, text: Text) -> list[int]:
@@ -95,8 +95,8 @@ class Encoder:
         return self.prefix if isinstance(text, str) else []
 
     def beginning(self) -> list[int]:
-        """What stands before a text of which the first token is to be scored, too: ``prefix``, or else the token that
-        begins or ends a text (BOS, else EOS), as lm-eval puts there; nothing if the tokenizer has neither.
+        """The token ids that stand before a text whose first token is to be scored too: ``prefix``, or else the token
+        that begins or ends a text (BOS, else EOS), as in lm-eval; nothing if the tokenizer has neither.
         """
         ends = [] if self.tokenizer is None else [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return self.prefix or [token for token in ends if token is not None][:1]
@@ -132,8 +132,8 @@ class Encoder:
     def continuation(self, text: Text, more: Text) -> list[int]:
         """The tokens of what follows a text directly: those of both together, less the text's own.
 
-        None where they cannot be told apart: the tokenizer joins the text's end and what follows in one token, as it
-        does with a space at the end and the word after it. Of a list the list; after a list the tokens of ``more``.
+        Empty where they cannot be told apart: the tokenizer joins the text's end and what follows in one token, as it
+        does with a space at the end and the word after it. A list is returned as it is; after a list, all of ``more``.
         """
         if not (isinstance(text, str) and isinstance(more, str)):
             return self.body(more)
@@ -141,7 +141,7 @@ class Encoder:
         return both[len(before) :] if both[: len(before)] == before else []
 
     def stripped(self, text: str) -> str:
-        """The text without what stands around every text, where it has that written out (``<s>``)."""
+        """The text without the special tokens that stand around every text, where it has them written out (``<s>``)."""
         if self._head:
             while (rest := text.lstrip().lstrip(_INVISIBLE)).startswith(self._head):
                 text = rest.removeprefix(self._head)
@@ -163,7 +163,7 @@ class Encoder:
         }
 
     def is_only_special(self, text: Text) -> bool:
-        """Whether nothing but special tokens is written in the text."""
+        """Whether the text consists of nothing but special tokens."""
         return isinstance(text, str) and self._special is not None and not self._special.sub("", text).strip()
 
     def decode(self, ids: Sequence[int]) -> str | None:
@@ -171,10 +171,10 @@ class Encoder:
         return None if self.tokenizer is None else self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def identity(self, text: Text) -> str:
-        """Identity of a text by what is seen of it.
+        """Identity of a text by its visible content.
 
         A byte order mark, white space or special tokens around it and the form of line ends and accents make no
-        difference. Of a text that has none of these it is ``text_id(text)``.
+        difference. For a text that has none of these it is ``text_id(text)``.
         """
         if not isinstance(text, str):
             return text_id(text)

@@ -80,10 +80,10 @@ class NeutralBatch:
 
 @dataclass(frozen=True)
 class Units:
-    """What a measurement of the user's own is taken of, over all ranks.
+    """The units of a measurement of the user's own, over all ranks.
 
     Attributes:
-        measurement: Its name.
+        measurement: Name of the measurement.
         items: The units.
         batch_size: How many are measured at once.
     """
@@ -94,10 +94,10 @@ class Units:
 
 
 class UnitBatch:
-    """Some units of a measurement, as they are: no dataclass, of which Lightning would copy every field.
+    """Some units of a measurement, as they are. This is no dataclass: Lightning would copy every field of one.
 
     Args:
-        measurement: Its name.
+        measurement: Name of the measurement.
         items: The units.
     """
 
@@ -111,7 +111,7 @@ Windows = Literal["sliding", "published"]
 
 @dataclass(frozen=True)
 class WindowSize:
-    """Length of a perplexity window, and the way from one to the next, in tokens; and which windows there are."""
+    """Length of a perplexity window and the distance from one to the next, in tokens; and which windows there are."""
 
     max_length: int
     stride: int
@@ -119,7 +119,7 @@ class WindowSize:
 
 
 LONGEST_WINDOW = 2048
-"""Window where ``max_length`` is not set and the model could read more: the length that published figures use."""
+"""Length of a window where ``max_length`` is not set and the model could read more: that of published figures."""
 
 
 def window_size(
@@ -129,8 +129,8 @@ def window_size(
 
     Args:
         context: Tokens that the model can read; None: nothing says so.
-        max_length: Asked for; None: the context, at most ``LONGEST_WINDOW``.
-        stride: Asked for; None: windows that do not overlap.
+        max_length: The length asked for; None: the context, at most ``LONGEST_WINDOW``.
+        stride: The stride asked for; None: windows that do not overlap.
         windows: Which windows there are; published ones never overlap.
 
     Raises:
@@ -310,11 +310,11 @@ class EvaluationData(LightningDataModule):
         check_positive(window_batch_size=window_batch_size, batch_size=batch_size, **counts)
         self.text_source = "demo:text" if text_source == "demo" else text_source
         self.text = None
-        """What perplexity is measured of."""
+        """The text that perplexity is measured of."""
         if self.text_source is not None:
             self.text = RunningText(self.text_source, text_field, text_split, text_subset, text_max_bytes)
         self.further_texts = _checked_texts(further_texts or {})
-        """By name, arguments of ``RunningText``."""
+        """The arguments of ``RunningText`` for each further text, by its name."""
         self.num_prompts, self.seed = num_prompts, seed
         self.batch_size, self.window_batch_size = batch_size, window_batch_size
         self.num_neutral = num_neutral
@@ -385,7 +385,7 @@ class EvaluationData(LightningDataModule):
         neutral: Sequence[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Of what somebody holds in memory.
+        """The data module for text and prompts that are held in memory.
 
         Args:
             text: One text, read verbatim, or documents, joined by an empty line. None: no perplexity.
@@ -415,7 +415,7 @@ class EvaluationData(LightningDataModule):
         """Read text and prompts; every rank reads the same. A second call does nothing.
 
         Args:
-            encoder: The model's.
+            encoder: The model's encoder.
 
         Raises:
             InputError: If a source cannot be read, or gives less than asked for.
@@ -441,12 +441,12 @@ class EvaluationData(LightningDataModule):
 
     @property
     def encoder(self) -> Encoder:
-        """What ``read`` was given."""
+        """The encoder that ``read`` was given."""
         assert self._encoder is not None, "read() comes first"
         return self._encoder
 
     def _draw_prompts(self, query: TextQuery, number: int | None, keys: tuple[str, str]) -> list[str]:
-        """So many prompts; ``keys`` are those of their number and of their filter, for messages."""
+        """The first ``number`` prompts, or all; ``keys`` are those of their number and filter, for messages."""
         prompts = list(itertools.islice(query.texts(), number))
         if len(prompts) < (number or 1):
             raise InputError(
@@ -507,7 +507,7 @@ class EvaluationData(LightningDataModule):
     def plan_batches(
         self, window: WindowSize | None, units: Sequence[Units] = (), prompts_at_once: int | None = None
     ) -> None:
-        """What the batches are to hold; whoever knows the model says so before they are asked for.
+        """Plans what the batches hold; whoever knows the model calls this before they are asked for.
 
         Args:
             window: Size of the text's windows; None if there is no text.
@@ -535,7 +535,7 @@ class EvaluationData(LightningDataModule):
         return sliding_windows(len(self.token_ids), self._window.max_length, self._window.stride)
 
     def shares(self) -> dict[str, int]:
-        """How many units are this rank's, by kind: ``windows``, ``prompts``, ``neutral prompts``, ``units of NAME``."""
+        """Numbers of this rank's units, by kind: ``windows``, ``prompts``, ``neutral prompts``, ``units of NAME``."""
         rank, world_size = rank_of(self)
         totals = {"windows": len(self.windows()), "prompts": len(self.prompts)}
         totals |= {"neutral prompts": len(self.neutral)} if self.neutral else {}
@@ -655,7 +655,7 @@ def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
 
 
 class _Batches(Dataset):
-    """Batches of windows built when they are asked for: overlapping ones of a long text would fill the memory."""
+    """Batches; those of windows are built when asked for: a long text's overlapping windows would fill the memory."""
 
     def __init__(self, data: EvaluationData, windows: list[Window], others: list[Batch]) -> None:
         self.data, self.others = data, others

@@ -1,4 +1,4 @@
-"""What a record holds beside its text for the sake of a target or a method: a completion, a weight, a label, a pair."""
+"""What a record holds beside its text, for a target or a method: a completion, a weight, a label, a pair."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 Baseline = Literal["mean", "prompt", "prefix", "none"]
 Unequal = Literal["drop", "error"]
-"""What becomes of a record whose text and counterfactual, or answer and foil, cannot be compared."""
+"""What to do with a record whose text and counterfactual, or answer and foil, cannot be compared."""
 
 FIELD_KEYS = {
     "completion_mask": "data.completion_field",
@@ -45,13 +45,13 @@ FIELD_KEYS = {
 
 @dataclass(frozen=True)
 class Values:
-    """What a record holds beside its text; None where no field was asked for.
+    """The values that a record holds beside its text; None where no field was asked for.
 
     Attributes:
-        completion: Follows the text; a text or token ids.
+        completion: What follows the text; a text or token ids.
         weight: Weight of the record, such as a judge's score of the completion.
-        prefix: What the weight would be of the completion cut after each of its tokens.
-        label: A number.
+        prefix: The weights that the completion would have if it were cut after each of its tokens.
+        label: The text's label, a number.
         answer: What the model should say next: a text, of which the first token counts, or a token id.
         foil: What it should not say, likewise.
         counterfactual: The text with the decisive words exchanged.
@@ -66,7 +66,7 @@ class Values:
     counterfactual: str | list[int] | None = None
 
     def identity(self, text: str | list[int]) -> str:
-        """By which a text with these values is told from others: of a text without any, its ``text_id``."""
+        """The identity of a text with these values; of a text without any, its ``text_id``."""
         values = {name: value for name, value in vars(self).items() if value is not None}
         return text_id(repr((text, sorted(values.items())))) if values else text_id(text)
 
@@ -75,7 +75,10 @@ class Values:
 class TextRecord:
     """A text, or the token ids of one, and what its record holds beside it.
 
-    ``half_of``: what decides the half of the record, if it is not the text.
+    Attributes:
+        text: The text or its token ids.
+        values: What the record holds beside it.
+        half_of: The text that decides the half of the record; None: ``text``.
     """
 
     text: str | list[int]
@@ -85,7 +88,7 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class RecordFields:
-    """In which fields of a record the values stand, dots for nesting; the attributes are those of ``Values``."""
+    """The fields of a record that hold the values, dots for nesting; the attributes are those of ``Values``."""
 
     completion: str | None = None
     weight: str | None = None
@@ -119,10 +122,10 @@ class RecordFields:
 
 
 def check_unequal(unequal: str) -> None:
-    """Refuse another word than ``drop`` and ``error``.
+    """Refuses any word but ``drop`` and ``error``.
 
     Raises:
-        InputError: If it is one.
+        InputError: If it is another one.
     """
     if unequal not in get_args(Unequal):
         raise InputError(f"data.unequal={unequal!r} is not known; use {' or '.join(get_args(Unequal))}")
@@ -132,7 +135,7 @@ def checked_text(value: Any, where: str) -> str | list[int]:
     """A text, or a list of token ids.
 
     Raises:
-        InputError: If it is neither; ``where`` says of what.
+        InputError: If it is neither; ``where`` says what it is the value of.
     """
     if isinstance(value, str):
         return str(value)  # of a subclass, too
@@ -182,7 +185,7 @@ def less_baseline(weights: Sequence[float], prompts: Sequence[str], baseline: Ba
     """Weights less what is expected of them, so that only what is better or worse than that counts.
 
     Args:
-        weights: One a completion.
+        weights: The weight of each completion.
         prompts: The prompt that each completes.
         baseline: ``mean`` takes off the mean of all weights, ``prompt`` the mean of the prompt's *other* completions,
             ``none`` nothing. (``prefix`` takes something else off for each token: see ``token_advantages``.)

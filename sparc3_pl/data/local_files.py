@@ -1,4 +1,4 @@
-"""Local data files row by row: in their order, or all of them shuffled by where they lie, never held in memory whole.
+"""Reads local data files row by row, in their order or all rows shuffled, and never holds them in memory whole.
 
 Nothing here guesses types: a record is what the file says, and only the values that are asked for can be refused.
 """
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A value that the file has but nobody can use, for this reason. Only who asks for it need know."""
+    """A value that the file has but nobody can use, for this reason. Only those who ask for it need to know."""
 
     reason: str
 
@@ -61,7 +61,7 @@ class Cell(str):
     __slots__ = ()
 
     def like(self, value: Any) -> Any:
-        """The cell as what ``value`` is, a number or true/false, if it reads so; None where it says there is none."""
+        """The cell as a number or true/false, like ``value``, if it reads as one; None where it says there is none."""
         word = self.strip().lower()
         if isinstance(value, str):
             return str(self)
@@ -107,7 +107,7 @@ def decoded(data: bytes, where: Callable[[int], str], whole: bool = True) -> str
     Args:
         data: The bytes.
         where: Names the place of the byte with this number.
-        whole: Whether the last character is complete; else what there is of it is left out.
+        whole: Whether the last character is complete; if not, it is left out.
 
     Raises:
         BadFile: If they are not UTF-8, or hold a NUL, as no text does but UTF-16 without a byte order mark.
@@ -167,7 +167,7 @@ class _Rows(Protocol):
 
 
 class _LineRows:
-    """Rows that begin at a line each: what subclasses ``scan`` for, and make a record of."""
+    """Rows that begin at a line each; subclasses ``scan`` for them and make a ``record`` of each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -206,7 +206,7 @@ class _LineRows:
 
 
 class _TextRows(_LineRows):
-    """Every line of a .txt file is a text."""
+    """The rows of a .txt file: every line is a text."""
 
     def scan(self, file: IO[bytes], number: int) -> Iterator[tuple[_Line, None]]:
         return ((line, None) for line in _lines(file, number))
@@ -216,7 +216,7 @@ class _TextRows(_LineRows):
 
 
 class _JsonLineRows(_LineRows):
-    """Every line that is not blank is an object."""
+    """The rows of a file with a JSON object in every line that is not blank."""
 
     def scan(self, file: IO[bytes], number: int) -> Iterator[tuple[_Line, None]]:
         return ((line, None) for line in _lines(file, number) if line.data.strip())
@@ -276,7 +276,7 @@ class _CsvRows(_LineRows):
 
 
 class _JsonRows:
-    """The objects of a file that is not a line an object: an array, or objects over several lines. Held in memory."""
+    """The objects of a file without one object a line: an array, or objects over several lines. Held in memory."""
 
     def __init__(self, path: Path) -> None:
         with open_binary(path) as file:
@@ -298,7 +298,7 @@ class _JsonRows:
 
 
 class _ParquetRows:
-    """Rows of a .parquet file. To be read in any order they are unpacked into a file in a new folder."""
+    """The rows of a .parquet file. To be read in any order, they are unpacked into a file in a new folder."""
 
     def __init__(self, path: Path, new_folder: _NewFolder) -> None:
         import pyarrow.parquet
@@ -391,7 +391,7 @@ def _json(text: str, number: int = 1) -> Any:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """JSON values one behind the other."""
+    """The JSON values of a text, one after the other."""
     blank, position = re.compile(r"\s*"), 0
     while (position := blank.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         with _json_errors(1):
@@ -416,7 +416,7 @@ def _object(value: Any, place: str) -> Record:
 
 
 def _json_rows(path: Path) -> _Rows:
-    """A line an object, unless the first line begins an array or ends before its object does."""
+    """The rows of a JSON file: one object a line, unless the first line begins an array or ends before its object."""
     with open_binary(path) as file:
         first = next((line for line in _lines(file, 1) if line.data.strip()), None)
     text = first.text().strip() if first is not None else ""
@@ -456,14 +456,14 @@ def _unzip(path: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _new_folders() -> Iterator[_NewFolder]:
-    """What makes temporary folders, which are removed at the end of the block."""
+    """Gives a function that makes temporary folders, which are removed at the end of the block."""
     with contextlib.ExitStack() as stack:
         yield lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparc3-")))
 
 
 @contextlib.contextmanager
 def _named(path: Path, several: bool) -> Iterator[None]:
-    """What goes wrong inside is said as one line, with the file's name if there are several."""
+    """Turns what goes wrong inside the block into one line, with the file's name if there are several."""
     prefix = f"{path.name}: " if several else ""
     try:
         yield
@@ -477,7 +477,7 @@ def _named(path: Path, several: bool) -> Iterator[None]:
 
 
 def rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """The rows of the files one after the other, in their order; no more is read than is row_lines.
+    """The rows of the files one after the other, in their order; no more is read than is asked for.
 
     Raises:
         BadFile: At the first row that cannot be read.

@@ -82,9 +82,9 @@ def matched_samples(
 
     Args:
         texts: Documents; token ids have no sentences to start at and are refused.
-        encoder: The model's, with a tokenizer.
+        encoder: The model's encoder, with a tokenizer.
         targets: Lengths and endings.
-        source: What the documents come from, for messages.
+        source: Name of what the documents come from, for messages.
         counts: Grows by ``num_too_short`` (documents shorter than every target), ``num_cut_in_word`` and
             ``num_unmatched_endings``.
         origins: Ids of the texts that a document was cut out of.
@@ -121,7 +121,7 @@ def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) ->
 
 
 class _Matcher:
-    """Gives each target a document. Those that are hard to meet choose first: endings at a stop, then great lengths.
+    """Gives each target a document. Targets that are hard to meet choose first: endings at a stop, then great lengths.
 
     Targets of one format want the same of a document, so that a document is looked at once for each format, not once
     for each target.
@@ -130,7 +130,7 @@ class _Matcher:
     def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins | None) -> None:
         self.encoder, self.origins = encoder, origins
         self.open: dict[Target, deque[int]] = {}
-        """By format, in the order of choice: the places of the targets that have no sample yet."""
+        """The places of the targets that have no sample yet, by format, in the order of choice."""
         for i in sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i)):
             self.open.setdefault(targets[i], deque()).append(i)
         self.samples: dict[int, Sample] = {}
@@ -155,7 +155,7 @@ class _Matcher:
         return len(self.encoder.body(text)) <= self._shortest
 
     def _take(self, text: str, fits: _Fits) -> bool:
-        """Give the first open target that some span of the text fits a sample of it."""
+        """Gives a sample of the text to the first open target that some span of it fits; False if there is none."""
         longest = max(target.num_tokens for target in self.open) - self._special
         document = _Document(text, self.encoder, longest)
         for target in self.open:
@@ -182,7 +182,7 @@ class _Document:
 
     Args:
         text: The document.
-        encoder: The model's.
+        encoder: The model's encoder.
         length: Length in tokens of the longest sample that may be cut from it.
         limit: Sentence starts that are tried.
     """
@@ -229,5 +229,5 @@ def _fits_but_for_the_word(document: _Document, span: list[int], length: int, en
 
 
 def _is_cut(document: _Document, span: list[int], length: int, _ending: Ending) -> bool:
-    """A cut has text after it: a headline without a full stop is no text broken off."""
+    """Whether the span, cut to ``length``, breaks off: a headline without a full stop has no text after it."""
     return len(span) > length and document.ending(span[:length]) == "cut"

@@ -28,7 +28,7 @@ PAIR_TASKS: dict[str, PairTask] = {task.name: task for task in (IndirectObjects(
 """The tasks that make their own sentences, by what ``data.source`` calls them."""
 
 DEFAULT_PAIRS = 128
-"""How many pairs a task makes where nobody says."""
+"""How many pairs a task makes where the number is not given."""
 
 _PATIENCE = 1000  # a task that gives no new pair in so many sentences has no more
 
@@ -58,7 +58,7 @@ class Pair:
 
     @property
     def counterfactual_ids(self) -> list[int] | None:
-        """As many token ids of the other sentence; None: there is none."""
+        """Token ids of the other sentence, as many as ``clean_ids``; None: there is none."""
         return cast("list[int] | None", self.sample.by_token.get("counterfactual_ids"))
 
     @property
@@ -68,7 +68,7 @@ class Pair:
 
     @property
     def foil(self) -> int | None:
-        """That of the wrong one; None: there is none."""
+        """The first token of the wrong continuation; None: there is none."""
         foil = int(self.sample.numbers["foil"])
         return None if foil < 0 else foil
 
@@ -86,7 +86,7 @@ class PairQuery:
         counterfactual: Kind of counterfactual sentence; None: the task's first.
         partition_seed: Decides the halves; use the same one everywhere.
         partition_share: Share of the attribution half.
-        unequal: What becomes of a pair whose sentences differ in their number of tokens, or whose answer and foil begin
+        unequal: What to do with a pair whose sentences differ in their number of tokens, or whose answer and foil begin
             with the same token: ``drop`` it and count it, or end with an ``error``.
     """
 
@@ -122,7 +122,7 @@ class PairQuery:
         return self.counterfactual or PAIR_TASKS[self.source].counterfactuals[0]
 
     def texts(self, encoder: Encoder) -> Iterator[PairText]:
-        """The pairs as text; of a task without end.
+        """The pairs as text, without end.
 
         Raises:
             InputError: If the model has no tokenizer, or one that does not allow the task.
@@ -200,7 +200,7 @@ def encode_pair(text: PairText, encoder: Encoder, counts: Counter[str], unequal:
 
 
 def pad_pairs(pairs: Sequence[Pair], pad_id: int) -> ReferenceBatch:
-    """Pad on the right to the longest sentence.
+    """One batch of pairs, padded on the right to the longest sentence.
 
     Returns:
         The clean sentences, with ``fields``: ``answer`` and ``foil`` (-1: none), ``[B]`` int64, and, if they have one,

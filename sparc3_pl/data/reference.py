@@ -44,7 +44,7 @@ Windows = Literal["packed", "random"]
 """How windows are cut out of documents: joined and cut without gaps, or one at a random place of each."""
 
 Progress = Callable[[Iterator[Any], str, int | None], Iterator[Any]]
-"""Shows how many texts have been read: of the texts, their unit, and how many there will be."""
+"""Shows how many texts have been read; its arguments are the texts, their unit, and how many there will be."""
 
 
 def build_samples(
@@ -71,15 +71,15 @@ def build_samples(
     ``record_samples`` and ``random_windows``.
 
     Args:
-        query: Where from, and which texts.
-        encoder: The model's.
+        query: The source, and which of its texts.
+        encoder: The model's encoder.
         seq_len: Tokens of a window, special tokens included.
         num_samples: How many; None: all.
         max_tokens: Where each text is a sample: keep only its first so many tokens.
         targets: Lengths and endings to match.
         baseline: What is taken off the weights of records, see ``less_baseline`` and ``token_advantages``.
         gae_lambda: See ``token_advantages``.
-        unequal: What becomes of records that cannot be compared, see ``record_samples``.
+        unequal: What to do with records that cannot be compared, see ``record_samples``.
         windows: How windows are cut out of documents.
         seed: Decides where a random window begins.
         progress: Wraps the texts while they are read.
@@ -130,7 +130,7 @@ def build_targets(
 
     Args:
         match: The folder or the source.
-        encoder: The model's.
+        encoder: The model's encoder.
         max_tokens: Keep only so many tokens of a text.
         count: How many; the samples' formats are repeated or reduced to that. None: as many as there are.
         seed: Seed for drawing the remainder where ``count`` is not a multiple of their number.
@@ -295,7 +295,7 @@ class ReferenceData(LightningDataModule):
 
     @classmethod
     def of_records(cls, records: Sequence[Record], name: str, **options: Any) -> Self:
-        """Samples of records that somebody holds in memory, in their order.
+        """The data module for records that are held in memory, in their order.
 
         Args:
             records: The records.
@@ -310,7 +310,7 @@ class ReferenceData(LightningDataModule):
         """Draw the samples; every rank draws the same ones. A second call does nothing.
 
         Args:
-            encoder: The model's.
+            encoder: The model's encoder.
 
         Raises:
             InputError: If the source cannot be read or gives fewer samples than asked for.
@@ -455,7 +455,7 @@ class ReferenceData(LightningDataModule):
 
 
 def _check_made(source: str, unused: Record) -> None:
-    """Refuses settings of data that is read, where it is made."""
+    """Refuses settings for data that is read, where the data is made."""
     for name, value in unused.items():
         raise InputError(
             f"data.{name}={value!r} has no meaning where data.source={source} makes sentences; leave it out"

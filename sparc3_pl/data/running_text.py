@@ -17,17 +17,17 @@ __all__ = ["RunningText"]
 
 @dataclass
 class RunningText:
-    """Where a text is from. A .txt file is read verbatim; the records of anything else are joined by an empty line.
+    """A text and where it comes from. A .txt file is read verbatim; other records are joined by an empty line.
 
     Attributes:
         source: Hub data set id or local file.
         field: Field of the text in a record, dots for nesting.
         split: Split of a hub data set.
         subset: Configuration of a hub data set.
-        max_bytes: Read only the first so many bytes (UTF-8, whole characters).
+        max_bytes: Read only this many bytes from the start (UTF-8, whole characters).
         key: The configuration key of the source, for messages.
-        listed: The text itself, or its documents, if somebody holds them in memory: ``source`` is then only a name.
-        verbatim: Whether it was one text as it is; known once it is read.
+        listed: The text itself, or its documents, if they are held in memory: ``source`` is then only a name.
+        verbatim: Whether it is one text, read as it is; known once it is read.
         revision: Revision of a hub data set; known once it is read.
     """
 
@@ -77,7 +77,7 @@ class RunningText:
             yield text
 
     def _records(self) -> Records:
-        """Of a text that is read verbatim: its lines."""
+        """The records of the source; the lines of a text that is read verbatim."""
         if self.listed is None:
             return read_records(self.source, split=self.split, subset=self.subset, key=self.key)
         is_one = isinstance(self.listed, str)

@@ -40,7 +40,7 @@ __all__ = [
 Ending = Literal["stop", "cut"]
 
 Origins = Mapping[str, Iterable[str]]
-"""By ``text_id`` of a text that was cut out of others: the ids of those."""
+"""The ids of the texts that a text was cut out of, by its ``text_id``."""
 
 
 # A full stop, question or exclamation mark (also full-width), then any closing quotes or brackets.
@@ -60,7 +60,7 @@ class Sample:
         ending: Whether the text ends in sentence-final punctuation (``stop``) or mid-sentence (``cut``); None for
             token ids that no tokenizer can read.
         text_ids: Identities of the texts that it was made from, sorted: none of these may be evaluated on.
-        numbers: What a target or method needs to know of it, by name; in a batch a float becomes float64, an int int64.
+        numbers: Numbers that a target or method needs, by name; in a batch a float becomes float64, an int int64.
         by_token: Likewise, lists with an entry for each of ``input_ids``: true or false, token ids, or numbers.
     """
 
@@ -262,7 +262,7 @@ def text_samples(
     counts: Counter[str] | None = None,
     origins: Origins | None = None,
 ) -> list[Sample]:
-    """Each text a sample of its own, with what the tokenizer puts before a text; a list of token ids as it stands.
+    """A sample for each text, with what the tokenizer puts before a text; a list of token ids is taken as it stands.
 
     Args:
         texts: All texts or all lists; read only as far as ``n`` samples need.
@@ -327,7 +327,7 @@ def record_samples(
     origins: Origins | None = None,
     unequal: Unequal = "drop",
 ) -> list[Sample]:
-    """Each record a sample: its text, the completion after it, and what else the record holds.
+    """A sample for each record: its text, the completion after it, and what else the record holds.
 
     What the tokenizer puts before a text stands once, before the text; the completion's own tokens follow. An answer
     and a foil given as text are read as they continue the text, and the first token counts: whether a space stands
@@ -335,8 +335,8 @@ def record_samples(
     ``label``, ``answer``, ``foil`` (-1: none); by token ``completion_mask`` (true for the completion's tokens),
     ``token_weight`` (with ``baseline`` ``prefix``: see ``token_advantages``) and ``counterfactual_ids``.
 
-    A sample's id tells its whole content. Of records with one content, which are draws of one completion, each has an
-    id of its own.
+    A sample's id is that of its whole content. Records with the same content, which are draws of one completion, have
+    different ids.
 
     Args:
         records: Texts with their values; read only as far as ``n`` samples need.
@@ -353,7 +353,7 @@ def record_samples(
             its prompt, with ``baseline`` ``prompt``); and by what is kept: ``num_long_answers`` (answer or foil has
             several tokens) and ``num_without_space`` (the answer goes on within the text's last word).
         origins: Ids of the texts that a text was cut out of.
-        unequal: What becomes of a record that cannot be compared, for its answer, foil or counterfactual: ``drop`` it
+        unequal: What to do with a record that cannot be compared, for its answer, foil or counterfactual: ``drop`` it
             and count it, or end with an ``error``.
 
     Raises:
@@ -385,7 +385,7 @@ def record_samples(
 
 
 def _with_advantages(samples: list[Sample], prompts: list[str], gae_lambda: float) -> list[Sample]:
-    """The samples with what each token is credited with in place of the scores of their prefixes."""
+    """The samples with the credit of each token in place of the scores of their prefixes."""
     if len(samples) < FEWEST:
         raise InputError(
             f"data.weight_baseline=prefix: {len(samples)} completions are too few to tell what score is to be "
@@ -437,7 +437,7 @@ def record_sample(
     origins: Origins | None = None,
     unequal: Unequal = "drop",
 ) -> Sample | None:
-    """The record's sample; None if it cannot be one, for a reason that is counted. As ``record_samples``."""
+    """The record's sample, as in ``record_samples``; None if it cannot be one, for a reason that is counted."""
     text, values = record.text, record.values
     body = [] if encoder.is_only_special(text) else encoder.body(text)
     completion = [] if values.completion is None else encoder.body(values.completion)
@@ -492,7 +492,7 @@ def record_sample(
 def _fault(
     values: Values, sample: Sample, answers: Mapping[str, list[int]], other: list[int] | None
 ) -> tuple[str, str] | None:
-    """Why a record cannot be compared: the count that grows by it, and the reason in words. None if it can be."""
+    """Why a record cannot be compared: the count that grows, and the reason in words. None if it can be."""
     for name, tokens in answers.items():
         if not tokens:
             return "num_not_continuing", (
@@ -516,7 +516,7 @@ def _within_word(text: Text, answer: str | int | None) -> bool:
 
 
 def pad_samples(samples: Sequence[Sample], pad_id: int) -> ReferenceBatch:
-    """Pad on the right to the longest sample. ``[B, T]``; of no sample: a stand-in ``[1, 1]`` without fields.
+    """One batch ``[B, T]``, padded on the right to the longest sample; of no sample, a stand-in ``[1, 1]``, no fields.
 
     ``numbers`` of the samples become fields ``[B]``, float64 or int64; ``by_token`` fields ``[B, T]``, padded by false,
     by 0.0 or by ``pad_id``.

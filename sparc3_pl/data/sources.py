@@ -89,9 +89,9 @@ class Records(Iterator[Record]):
     """The records of a data set, one by one.
 
     Attributes:
-        place: Where the record read last stands, for messages: ``line 7``, ``train-01.jsonl: line 7``, ``record 7``.
-        origin: What a manifest should say of them. ``revision``: the commit of a hub data set, null where unknown and
-            for local files. ``drawn_from``: what the seed chooses among.
+        place: Place of the last record read, for messages: ``line 7``, ``train-01.jsonl: line 7``, ``record 7``.
+        origin: What a manifest should say of the records. ``revision``: the commit of a hub data set, null if unknown
+            and for local files. ``drawn_from``: what the seed chooses among.
         fixed_fields: Whether every record has the same fields. Objects in a .json or .jsonl file need not.
     """
 
@@ -154,11 +154,11 @@ def read_records(
 
 
 def listed_records(records: Iterable[Record], name: str) -> Records:
-    """Records that somebody holds in memory, in their order.
+    """Records that are held in memory, in their order.
 
     Args:
         records: The records; not all need the same fields.
-        name: What they are called in messages.
+        name: Their name in messages.
     """
     rows = (Row(f"record {number}", record) for number, record in enumerate(records, start=1))
     return Records(rows, _origin(None, "records in their order"), False, name)
@@ -293,7 +293,7 @@ def read_text(path: Path, key: str, max_bytes: int | None = None) -> str:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """The library logs what it raises as well; one message is enough."""
+    """Silences the library's log: it logs what it raises as well, and one message is enough."""
     from datasets.utils import logging as datasets_logging
 
     level = datasets_logging.get_verbosity()
@@ -306,7 +306,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_input_error(name: str) -> Iterator[None]:
-    """Unknown data set, configuration or split: the library's own words, on one line."""
+    """Turns an unknown data set, configuration or split into an ``InputError`` with the library's words on one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -324,7 +324,7 @@ def _as_input_error(name: str) -> Iterator[None]:
 
 
 class MissingField(InputError):
-    """A record has no such field. Where records differ in their fields, another may have it."""
+    """Raised for a field that a record lacks. Where records differ in their fields, another may have it."""
 
 
 def get_field(record: Record, field: str, key: str = "data.text_field") -> Any:
@@ -377,7 +377,7 @@ _CONDITION = re.compile(
 
 @dataclass(frozen=True)
 class Condition:
-    """``field op value``, as in ``prompt.toxicity >= 0.9``."""
+    """One condition, ``field op value``, as in ``prompt.toxicity >= 0.9``."""
 
     field: str
     op: str
@@ -468,9 +468,9 @@ def text_id(text: str | Sequence[int]) -> str:
 
 
 def partition(sample_id: str, seed: int, share: float = 0.5) -> Half:
-    """Which half a text belongs to: ``attribution`` with probability ``share``, else ``evaluation``.
+    """The half that a text belongs to: ``attribution`` with probability ``share``, else ``evaluation``.
 
-    Decided by a hash of id and seed alone: the same text lands in the same half from any file, in any order, so what
+    A hash of id and seed alone decides: the same text lands in the same half from any file, in any order, so what
     is attributed and what is evaluated never overlap.
     """
     digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()

@@ -1,4 +1,4 @@
-"""From a source to the texts that are used: filtered, of one half, each once; all that is left out is counted."""
+"""Takes from a source the texts that are used: filtered, of one half, each once; all that is left out is counted."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class TextQuery:
         counts: Filled while reading: records ``num_read``, passed over because the text or a field of the filter is
             null or missing (``num_null``), the text empty (``num_empty``) or already seen (``num_duplicates``).
         origin: ``revision`` and ``drawn_from`` of the records, as in ``Records``; set when they are first read.
-        listed: Records that somebody holds in memory; ``source`` is then their name, and they keep their order.
-        made_from: Filled while reading, by ``text_id``: the ids of the texts that a text was cut out of, where its
+        listed: Records that are held in memory; ``source`` is then their name, and they keep their order.
+        made_from: Filled while reading: the ids of the texts that a text was cut out of, by its ``text_id``, where its
             record has them as ``text_ids``.
     """
 
@@ -97,15 +97,15 @@ class TextQuery:
 
     @property
     def place(self) -> str:
-        """Where the text yielded last stands in the source, for messages: ``line 7``, ``record 7``."""
+        """Place in the source of the last text yielded, for messages: ``line 7``, ``record 7``."""
         return "" if self._records is None else self._records.place
 
     def texts(self) -> Iterator[str | list[int]]:
         """The texts, each once, in the order of the shuffle; ``counts`` is filled on the way.
 
-        A source gives either texts, each a ``str``, or token ids, each a ``list[int]`` without an id below 0: which of
-        them tells the first record's field, and a source that has both is refused. What ids a vocabulary has, and
-        whether special tokens are among them, is not asked here; ``place`` says where an id stands.
+        A source gives either texts, each a ``str``, or token ids, each a ``list[int]`` without an id below 0: the first
+        record decides which, and a source that has both is refused. Whether a vocabulary has the ids, and whether
+        special tokens are among them, is not checked here; ``place`` says where an id stands.
 
         Raises:
             InputError: If the source cannot be read, a field does not exist, or a text is neither text nor token ids.
@@ -114,7 +114,7 @@ class TextQuery:
             yield record.text
 
     def records(self) -> Iterator[TextRecord]:
-        """As ``texts``, each text with the values of ``fields``.
+        """The texts, as ``texts`` gives them, each with the values of ``fields``.
 
         Equal records count once, but for those with a completion: a model that says the same twice has said it twice,
         and a mean over its completions knows that. The half is that of the text, or of ``partition_field``.
@@ -197,7 +197,7 @@ class TextQuery:
         return TextRecord(text, values, half_of) if values is not None else None
 
     def seen(self) -> str:
-        """What has been read so far, in words, for messages."""
+        """The records read so far, in words, for messages."""
         details = [f"{self.counts['num_read']} records read"]
         if self.filter:
             details.append(f"filter {self.filter!r}")

@@ -1,1 +1,1 @@
-"""Whether scores, evidence and attribution are sound."""
+"""Checks that scores, evidence and attribution are sound."""

@@ -1,4 +1,4 @@
-"""Whether scores have the layers and shapes of their model, by its config: no weights are loaded."""
+"""Checks that scores have the layers and shapes of their model, by its config: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NAME = "architecture"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the scores of a model look like, as its config and the kinds of component say.
+    """The layers and shapes of a model's scores, by its config and the kinds of component.
 
     Attributes:
         class_name: Class of the model.
         num_layers: Number of its linear layers, the output head included.
         shapes: Shape of the scores of every layer that is scored, in the model's order.
-        components: By layer, the name of its kind of component, where several kinds are scored.
+        components: The name of each layer's kind of component, where several kinds are scored.
         num_weights: Number of weights of these layers.
     """
 
@@ -43,7 +43,7 @@ class Architecture:
 
 
 def expected_scores(manifest: Manifest) -> Architecture:
-    """What a score folder with this manifest's model, components and targets must hold.
+    """The layers and shapes that a score folder must hold, by its manifest's model, components and targets.
 
     Raises:
         InputError: if the config cannot be found, or the model has no such components.

@@ -59,7 +59,7 @@ class Diagnosis:
         pretrained: Name of the model, as it was given.
         architecture: Class of the model.
         dtype: Precision of the half-precision copy.
-        rules: The rule of every module.
+        rules: The rule of every module, by its name.
         accounts: The balance sheet of every sample.
         forward: Largest relative change of a logit under the rules.
         nonfinite: Number of NaN or infinite relevances, by precision and layer.
@@ -215,8 +215,8 @@ def diagnose(
 
 
 def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check:
-    """Whether the tokenizer encodes real texts as samples assume: the same tokens before and after every text, and the
-    tokens of the text between them. Samples and prompts leave out the tokens after a text, which the check names.
+    """Checks that the tokenizer encodes real texts as samples assume: the same tokens before and after every text, and
+    the tokens of the text between them. Samples and prompts leave out the tokens after a text, which the check names.
     """
     name, tokenizer = "tokenizer", encoder.tokenizer
     if tokenizer is None:
@@ -239,8 +239,8 @@ def check_tokenizer(encoder: Encoder, texts: Sequence[str | list[int]]) -> Check
 def _tried(
     model: PreTrainedModel, samples: Sequence[Tensor], error: InputError
 ) -> tuple[dict[str, str], tuple[RelevanceAccount, ...], tuple[Check, ...]]:
-    """What can be said of a model that ``lrp`` refuses: its rules as far as there are any, and by how much the account
-    of the samples ``[1, T]`` fails with the plain gradient in place of the rest.
+    """Measures a model that ``lrp`` refuses: its rules as far as there are any, and by how much the account of the
+    samples ``[1, T]`` fails with the plain gradient in place of the rest.
     """
     try:
         rules = rule_table(model, missing="plain")
@@ -332,7 +332,7 @@ def doctor_sections(result: Diagnosis) -> list[Section]:
 
 
 def _rules(rules: dict[str, str]) -> Table:
-    """Modules that differ only in their layer's number share a row."""
+    """The table of rules; modules that differ only in their layer's number share a row."""
     kinds: dict[tuple[str, str], int] = {}
     for name, rule in rules.items():
         key = (re.sub(r"\.\d+(?=\.|$| )", ".*", name), rule)

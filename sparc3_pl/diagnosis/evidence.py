@@ -1,4 +1,4 @@
-"""The ``evidence`` command, for use before pruning: whether samples suffice and the contrast is one of behaviours."""
+"""The ``evidence`` command, for use before pruning: it tells whether samples suffice and a contrast is a stable one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TOTAL_WARN = 0.1
 STABLE_WARN, STABLE_FAIL = 0.5, 0.2
 """Overlap of the selections from two halves of the samples."""
 MARGIN_WARN, MARGIN_FAIL = 0.2, 0.05
-"""By how much that overlap must exceed the overlap of null selections."""
+"""Margin by which that overlap must exceed the overlap of null selections."""
 SIGNIFICANT = 2.0
 """Size of a t-statistic that chance reaches for one neuron in twenty."""
 EACH_WARN, EACH_FAIL = 0.8, 0.5
@@ -254,7 +254,7 @@ def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -
 
 
 def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance | None:
-    """The t-statistics of the selection; None without squares."""
+    """The significance of the selection's t-statistics; None without squares."""
     folders = (*general.folders, *behaviour.folders)
     if not all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in folders):
         return None

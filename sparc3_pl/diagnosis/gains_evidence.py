@@ -1,4 +1,4 @@
-"""``evidence`` for ``contrast=budget``: whether the derivative by the gains is known well enough to be followed."""
+"""``evidence`` for ``contrast=budget``: how well the derivative by the gains is known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAR = 3.0
 """Size of a t-statistic that chance reaches for 27 components in ten thousand."""
 CHANCE = math.erfc(FAR / math.sqrt(2))
 ENOUGH_WARN, ENOUGH_FAIL = 3.0, 1.5
-"""How many times as many components as by chance must have such a t."""
+"""Ratio of the components with such a t to those that would have one by chance."""
 HALVES_WARN, HALVES_FAIL = 0.1, 0.02
 """Cosine of the steps from two halves of the behaviour's samples; 0 by chance."""
 _MORE = "score more completions"
@@ -33,12 +33,12 @@ _MORE = "score more completions"
 
 @dataclass(frozen=True)
 class KindEvidence:
-    """What is known of the derivative by the gains of one kind of component.
+    """How well the derivative by the gains is known for one kind of component.
 
     Attributes:
         components: Number of components.
         far: How many have a t of size 3 or more; None without squares of the behaviour's scores.
-        expected: How many would by chance.
+        expected: How many would have one by chance.
     """
 
     components: int
@@ -51,11 +51,11 @@ class GainsEvidence:
     """The result of ``evidence --contrast budget``.
 
     Attributes:
-        kinds: By kind of component.
+        kinds: The evidence on each kind of component, by its name.
         halves: Mean cosine of the steps from two halves of the behaviour's samples; None if there are no groups.
         spread: Standard deviation of that cosine over ways to halve the samples.
         whole: Cosine with the true step that all samples would then have, sqrt(2 r / (1 + r)) (Spearman-Brown).
-        num_samples: Samples of the behaviour.
+        num_samples: Number of the behaviour's samples.
         checks: The verdicts.
     """
 

@@ -79,7 +79,7 @@ class Overlap:
         sizes: Size of each selection, by name.
         num_candidates: Number of neurons to choose from; None if neither a plan nor general scores tell it.
         groups: Every two selections, and all together.
-        exclusive: Names of selections, and the number of neurons in exactly these.
+        exclusive: Names of selections, and the number of neurons that are in exactly these.
         num_permutations: Number of draws for the p-values.
         stratum: Number of neurons per stratum.
         seed: Seed for the draws.
@@ -237,7 +237,7 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
 
 
 def _cosine(one: PrunePlan, other: PrunePlan) -> float | None:
-    """Of the changes of the gains, factor - 1, of all components; None unless both plans have factors."""
+    """Cosine of two plans' changes of the gains, factor - 1, over all components; None unless both have factors."""
     changes = [_changes(plan) for plan in (one, other)]
     lengths = [math.sqrt(math.fsum(value**2 for value in own.values())) for own in changes]
     if not all(lengths):
@@ -255,7 +255,7 @@ def _changes(plan: PrunePlan) -> dict[tuple[str, int], float]:
 
 
 def _exclusive_weights(plans: Mapping[str, PrunePlan]) -> dict[frozenset[str], int]:
-    """In exactly which plans how many weights are, by masks."""
+    """The number of weights that are in exactly these plans and in no other, by the plans' names."""
     masks: dict[str, dict[str, BitMask]] = {}
     for name, plan in plans.items():
         sizes = {layer: math.prod(shape) for layer, shape in plan.shapes.items()}
@@ -274,7 +274,7 @@ def _null(
     stratum: int,
     seed: int,
 ) -> dict[tuple[str, ...], tuple[float, list[int]]]:
-    """For every group: the exact mean of matched draws, and the intersection sizes of the drawn ones."""
+    """The matched null of every group: the exact mean of the intersection's size, and its sizes in random draws."""
     layers = collect(general)
     strata = strata_by_rank([block.values.abs().numpy() for block in layers.values()], stratum)
     starts = dict(zip(layers, np.cumsum([0, *(len(block.values) for block in layers.values())]), strict=False))
@@ -322,7 +322,7 @@ def _common(
 
 
 def overlap_sections(result: Overlap) -> list[Section]:
-    """Intersections, correlations of contrasts, the figure."""
+    """The sections on intersections, with the figure, and on correlations of contrasts."""
     sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
     total = "" if result.num_candidates is None else f" from {result.num_candidates:,} {result.unit}"
     intro = Text(f"Sizes of the selections{total}: {sizes}.")

@@ -1,4 +1,4 @@
-"""Checks of score folders: whether the scores are what the manifest says, and whether seeds agree."""
+"""Checks that score folders hold what their manifests say, and that seeds agree."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["Audit", "FolderAudit", "Pair", "SeedAudit", "Summary", "audit_folder
 TOP = (10, 100, 1000)
 """Sizes at which the strongest of two seeds are compared."""
 MOST_RANKED = 2_000_000
-"""Of more components than this, a random draw is ranked, one from each stretch: exact ranks need a sort of all."""
+"""Number of components above which a random draw is ranked, one from each stretch: exact ranks need a sort of all."""
 
 ZERO_SHARE = 0.5
-"""With more zeros than this, the samples may not reach these layers. A ReLU unit that no sample turns on has a
+"""Share of zeros above which the samples may not reach these layers. A ReLU unit that no sample turns on has a
 score of exactly 0; units of gated models hardly ever do."""
 DRIFT = 1e-4
 """The samples' relevance is summed in another way than the layers' (float64 per sample, float32 per weight): a larger
@@ -39,7 +39,7 @@ ERROR_WARN, ERROR_FAIL = 0.10, 0.30
 """Standard error of the total relevance over its mean. Behaviours differ by 20 to 40 % in total (57.6 against 43.2
 thousand on Llama-3-8B): an error of a tenth still tells them apart, one of a third does not."""
 FIRST_TOKEN = 0.5
-"""With more than half of the relevance at the first position, the scores mostly reflect the attention sink."""
+"""Share of the relevance at the first position above which the scores mostly reflect the attention sink."""
 CV_WARN, CV_FAIL = 0.10, 0.30
 """Coefficient of variation of the total over seeds. The published reproduction had 7.1 % over three."""
 RANK_WARN, RANK_FAIL = 0.9, 0.5
@@ -241,7 +241,7 @@ def _column(samples: Sequence[ScoredSample], key: str) -> list[float]:
 
 
 def _value_checks(manifest: Manifest, counts: Mapping[str, int]) -> Iterator[Check]:
-    """Whether the values are finite, have the right sign, and are not mostly zero."""
+    """Checks that the values are finite, have the right sign, and are not mostly zero."""
     name, nonfinite = "numerical stability", counts["nan"] + counts["inf"]
     text = f"{counts['nan']} NaN and {counts['inf']} infinite among {manifest.num_scores:,} scores"
     if not nonfinite:
@@ -270,7 +270,7 @@ def _value_checks(manifest: Manifest, counts: Mapping[str, int]) -> Iterator[Che
 
 
 def _integrity_check(folder: ScoreFolder, read: bool) -> Check:
-    """Whether the manifest's figures are those of the bytes, whose sha256 is checked while they are read."""
+    """Checks the manifest's figures against the bytes, whose sha256 is checked while they are read."""
     name, manifest = "integrity", folder.manifest
     totals = [stats.sum for stats in manifest.layers.values()]
     if read:
@@ -298,7 +298,7 @@ def _integrity_check(folder: ScoreFolder, read: bool) -> Check:
 
 
 def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Iterator[Check]:
-    """Whether each sample is counted once; nothing for a method that needs no samples."""
+    """Checks that each sample is counted once; no check for a method that needs no samples."""
     if not manifest.num_samples:
         return
     ids = manifest.data.get("sample_ids") or []
@@ -317,7 +317,7 @@ def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Itera
 
 
 def _expert_checks(manifest: Manifest) -> Iterator[Check]:
-    """Whether tokens reached every layer of a mixture's experts; nothing for scores of no expert."""
+    """Checks that tokens reached every layer of a mixture's experts; no check for scores of no expert."""
     tokens = {name: layer.tokens for name, layer in manifest.layers.items() if layer.tokens is not None}
     if not tokens:
         return
@@ -335,7 +335,7 @@ def _expert_checks(manifest: Manifest) -> Iterator[Check]:
 def _cancelling(manifest: Manifest) -> str | None:
     """Why a sample's total says nothing of how well the scores are known; None where it does.
 
-    Of log-likelihoods, with weights less their mean or labels that are drawn, nothing is left in expectation. A logit
+    The expected total of log-likelihoods is 0 if their weights are less the mean or their labels are drawn. A logit
     difference may have either sign, and so may the part of it that the components make.
     """
     if manifest.target in ("completion", "text"):
@@ -348,7 +348,7 @@ def _cancelling(manifest: Manifest) -> str | None:
 def _relevance_checks(
     total: float, relevance: Summary | None, first_token: Summary | None, cancelling: str | None
 ) -> Iterator[Check]:
-    """Whether the samples' relevance adds up, is precise enough, and is not mostly that of the first position."""
+    """Checks that the samples' relevance adds up, is precise enough, and is not mostly that of the first position."""
     if relevance:
         text = f"total relevance {total:.6g}, mean of the samples' own totals {relevance.mean:.6g}"
         if abs(total - relevance.mean) > DRIFT * max(abs(total), abs(relevance.low), abs(relevance.high)):
@@ -377,7 +377,7 @@ def _relevance_checks(
 
 
 def _graded(name: str, value: float, warn: float, fail: float, text: str) -> Check:
-    """A check by thresholds that more samples would help to pass."""
+    """A check of ``value`` against two thresholds, which more samples would help to pass."""
     status = grade(value, warn, fail)
     return Check(name, status, text if status == "pass" else f"{text}; raise data.num_samples")
 
@@ -484,7 +484,7 @@ def _agreement(pairs: Sequence[Pair]) -> Iterator[Check]:
 
 
 def _independence(shared_samples: Sequence[int]) -> Iterator[Check]:
-    """Whether seeds share samples, from the number shared by every two of them."""
+    """Checks that seeds share no samples, from the number shared by every two of them."""
     name = "independence of seeds"
     if any(shared_samples):
         text = f"two seeds share up to {max(shared_samples)} samples, so they agree too well"

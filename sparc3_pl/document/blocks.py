@@ -112,7 +112,7 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """By column, whether it holds figures and no text, so that it is aligned on the right; never the first."""
+        """Whether each column holds figures and no text, so that it is aligned on the right; never the first."""
         return tuple(
             place > 0 and not any(isinstance(row[place], str) for row in self.rows)
             for place in range(len(self.columns))

@@ -73,7 +73,7 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def for_notebook(figure: Figure) -> Figure:
-    """The figure, which a notebook then shows: it knows by itself only those of ``pyplot``."""
+    """The figure, made to show itself in a notebook, which by itself shows only those of ``pyplot``."""
     from sparc3_pl.document.blocks import Picture
     from sparc3_pl.document.page import fragment
 
@@ -354,7 +354,7 @@ def sparsity_curves(
     """A line for each way to prune through its shares, and the value of the model as it was.
 
     Args:
-        series: By name, (share removed, mean, deviation or None) with rising share.
+        series: The points of each way, by its name: (share removed, mean, deviation or None), with rising share.
         dense: Value of the unpruned model.
         y_name: What is drawn.
         is_logarithmic: Whether the axis of values is logarithmic, as for perplexity, which grows by powers of ten.
@@ -377,7 +377,7 @@ def upset(sizes: Mapping[str, int], exclusive: Mapping[frozenset[str], int], mos
 
     Args:
         sizes: Size of each set, by name.
-        exclusive: By names of sets, the number of elements that are in all of these and in no other set.
+        exclusive: The number of elements that are in all of some sets and in no other, by the names of these sets.
         most: Number of intersections to show, the largest first.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a run will take, as a table, and its refusal where that is more than there is."""
+"""The memory and disk that a run will take, as a table, and the refusal of a run that takes more than is free."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def _place(need: Need, free: Mapping[str, int | None]) -> str:
 
 
 def table_of(needs: Sequence[Need], free: Mapping[str, int | None]) -> Table:
-    """What is taken where, and what is free there."""
+    """The needs of one pass as a table, with what is free in each place."""
     rows: list[tuple[Any, ...]] = [(need.what, _place(need, free), _size(need.bytes), need.note) for need in needs]
     rows += [("free", where, _size(available), "") for where, available in free.items()]
     return Table.of(("what", "where", "size", "how"), rows, note="Of each process; nothing was loaded.")
 
 
 def table_of_stages(stages: Mapping[str, Sequence[Need]], free: Mapping[str, int | None]) -> Table:
-    """The same of several passes, one after the other; those that take the same stand in one line."""
+    """The needs of several passes, one after the other, as a table; passes that take the same share a line."""
     alike: dict[tuple[Need, ...], list[str]] = {}
     for name, needs in stages.items():
         alike.setdefault(tuple(needs), []).append(name)

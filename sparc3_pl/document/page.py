@@ -46,7 +46,7 @@ def fragment(blocks: Sequence[Block]) -> str:
     """The source of a part of somebody else's page, in the colours that it has: what a notebook shows.
 
     Args:
-        blocks: Its content, which is escaped as in ``page``.
+        blocks: Content of the part, which is escaped as in ``page``.
     """
     css = (_HERE / "fragment.css").read_text(encoding="utf-8")
     return _environment().get_template("fragment.html").render(blocks=blocks, css=css)

@@ -32,13 +32,13 @@ class Shown(ABC):
         return text_of(self.blocks())
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """The blocks as HTML, for notebooks."""
         from sparc3_pl.document.page import fragment
 
         return fragment(self.blocks())
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """For IPython on a terminal."""
+        """Writes the blocks as text, for IPython on a terminal."""
         printer.text(str(self))
 
 

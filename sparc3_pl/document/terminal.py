@@ -29,7 +29,7 @@ _WIDTH = 160  # where no terminal says its width
 _NARROWEST = 12
 """Smallest width that a column of text may be wrapped to; longer words are folded."""
 _PLAIN = str.maketrans({"–": "-", "—": "-", "…": "...", "×": "x", "±": "+-", "≤": "<=", "≥": ">=", "’": "'"})
-"""For a terminal whose encoding has no dash."""
+"""Replacements for a terminal whose encoding has no dash."""
 
 
 def print_result(*parts: str | Table) -> None:
@@ -67,7 +67,7 @@ def print_summary(manifest: Manifest, folder: Path) -> None:
 
 
 def summary(manifest: Manifest, most: int = 5) -> tuple[str, Table]:
-    """What scores are of, in a line, and the layers with most of the relevance.
+    """A line that says what was scored, and a table of the layers with most of the relevance.
 
     Args:
         manifest: Manifest of the scores.
@@ -123,7 +123,7 @@ def _fits(text: str, encoding: str) -> bool:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Rich would end the program."""
+        """Prints nothing more; Rich would end the program."""
         self.quiet = True
 
 
@@ -248,7 +248,7 @@ class _Unfailing:
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """What the stream still holds goes nowhere when Python flushes it at its end, in place of a last error."""
+    """Points the stream at nothing, so that what it still holds raises no error when Python flushes it at exit."""
     with suppress(OSError, ValueError):  # no file may be behind it
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -31,7 +31,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_soft_cap(module: nn.Module) -> bool:
-    """Whether an attention module has its scores capped softly before the softmax, as Gemma 2 does.
+    """Whether an attention module caps its scores softly before the softmax, as Gemma 2 does.
 
     Gemma 3 keeps a cap in its config and uses none: the cap is passed on to the attention function, or it is not.
     """

@@ -1,4 +1,4 @@
-"""Which of very many components are chosen: one bit each."""
+"""A choice among very many components, of one bit each."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class BitMask:
 
     @classmethod
     def empty(cls, size: int) -> Self:
-        """No component of ``size``."""
+        """The empty set of ``size`` components."""
         return cls(torch.zeros(-(-size // 8), dtype=torch.uint8), size)
 
     @classmethod
     def of(cls, chosen: Tensor) -> Self:
-        """The set that a bool tensor of any shape shows, flattened."""
+        """The set that a bool tensor of any shape marks, flattened."""
         mask = cls.empty(chosen.numel())
         mask.add(0, chosen.flatten())
         return mask
@@ -50,7 +50,7 @@ class BitMask:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the bits, as of a file that was written elsewhere; None if nothing is."""
+        """The fault of the bits, which may come from a file that was written elsewhere; None if there is none."""
         if self.bits.dtype != torch.uint8 or self.bits.dim() != 1:
             return "not a list of bytes"
         if len(self.bits) != -(-self.size // 8):
@@ -66,7 +66,7 @@ class BitMask:
         return sum(int(torch.bincount(piece, minlength=256) @ _ONES) for piece in pieces if len(piece))
 
     def add(self, offset: int, chosen: Tensor) -> None:
-        """Adds those of the components from ``offset`` on that ``chosen``, ``[n]`` bool, shows."""
+        """Adds those of the components from ``offset`` on that ``chosen``, ``[n]`` bool, marks."""
         lead = offset % 8
         padded = np.zeros(lead + len(chosen), dtype=bool) if lead else chosen.numpy()
         if lead:
@@ -75,22 +75,22 @@ class BitMask:
         self.bits[offset // 8 : offset // 8 + len(packed)] |= packed
 
     def part(self, start: int, stop: int) -> Tensor:
-        """Which of the components ``start .. stop - 1`` are in the set, ``[stop - start]`` bool."""
+        """Whether each of the components ``start .. stop - 1`` is in the set, ``[stop - start]`` bool."""
         first, last = start // 8, -(-stop // 8)
         flags = np.unpackbits(self.bits[first:last].numpy(), bitorder="little")
         return torch.from_numpy(flags[start - 8 * first : stop - 8 * first]).bool()
 
     def unpacked(self) -> Tensor:
-        """All of them, ``[size]`` bool."""
+        """Whether each component is in the set, ``[size]`` bool."""
         return self.part(0, self.size)
 
     def index(self) -> Tensor:
-        """The components in the set, ascending, int64: 64 times as much memory for each of them."""
+        """The components in the set, ascending, int64: each takes 64 times the memory that its bit does."""
         pieces = [self.part(start, stop).nonzero().flatten() + start for start, stop in self.pieces()]
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """First and last + 1 component of pieces that are small enough to be unpacked."""
+        """First component and last + 1 of each of the pieces that are small enough to be unpacked."""
         yield from ((start, min(start + _PIECE, self.size)) for start in range(0, self.size, _PIECE))
 
     def __eq__(self, other: object) -> bool:

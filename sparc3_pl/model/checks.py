@@ -1,4 +1,4 @@
-"""What is checked of a loaded model and its tokenizer before either is used."""
+"""The checks of a loaded model and its tokenizer before either is used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Vocabulary:
     """What a model reads: sequences of up to ``context`` token ids below ``size``.
 
     Attributes:
-        tokenizer: The model's; None if its folder has none.
+        tokenizer: The model's tokenizer; None if its folder has none.
         size: Number of token ids.
         context: Longest sequence, in tokens; None if unknown.
     """
@@ -56,7 +56,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
-    """The weights are plain now: drop what says otherwise, or the model refuses to be saved."""
+    """Drops what says that the weights are packed: they are plain now, and the model would refuse to be saved."""
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if attribute in vars(model):
             delattr(model, attribute)
@@ -112,7 +112,7 @@ def check_finite(model: nn.Module, source: ModelSource) -> None:
 
 
 def check_complete(info: dict[str, Any], source: ModelSource) -> None:
-    """A checkpoint that lacks weights gets random ones from the library, which would become a number."""
+    """Refuses a checkpoint that lacks weights: the library fills in random ones, which would become a number."""
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise InputError(
@@ -126,7 +126,7 @@ def check_complete(info: dict[str, Any], source: ModelSource) -> None:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, source: ModelSource) -> None:
-    """Change the last token only: a causal model's logits before it stay as they were."""
+    """Refuses a model whose logits before the last token change with that token: it is not causal."""
     rows = model.get_input_embeddings().weight.shape[0]
     prefix = torch.arange(2, 8) % rows
     ids = torch.stack([torch.cat([prefix, torch.tensor([last])]) for last in (0, 1)])
@@ -141,7 +141,7 @@ def check_causal(model: PreTrainedModel, source: ModelSource) -> None:
 
 
 def has_tokenizer_files(source: ModelSource) -> bool:
-    """Without files some tokenizer classes come up with a default vocabulary that has nothing to do with the model."""
+    """Whether there are tokenizer files; without any, some classes make up a vocabulary that is not the model's."""
     folder = source.path
     return folder is None or not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 

@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Group:
-    """The components whose scores are read at one linear layer.
+    """The components that are scored at one linear layer.
 
     Attributes:
         layer: Name of the layer, and key of its scores.
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def site(self) -> Group | None:
-        """Where the components' values are read: the same components as consecutive inputs of a linear layer.
+        """The group where the components' values are read: the same components as consecutive inputs of a linear layer.
 
         A component's value is what an ablation replaces and a gain multiplies: a neuron's activation at the
         down-projection, a head's slice of the input of attention's output projection. Component c, from 0, is the
@@ -151,16 +151,16 @@ class Part:
 
     @property
     def count(self) -> int:
-        """How many entries, rows or columns they are."""
+        """The number of entries, rows or columns."""
         return len(self.index) if self.mask is None else self.mask.count
 
     @property
     def key(self) -> str:
-        """Names the part in a file of kept values."""
+        """The name of the part in a file of kept values."""
         return f"{self.layer}.{self.where}"
 
     def read(self, module: nn.Module) -> Tensor:
-        """A copy of the entries; of a weight that is shared out over ranks, all of them must ask for it."""
+        """A copy of the entries; if the weight is shared out over ranks, all ranks must ask for it."""
         if self.where == "routes":
             return routes(module)[self.index]
         values, index = self._locate(module, values_of(module, self._parameter))
@@ -212,7 +212,7 @@ class Component(ABC):
 
     @abstractmethod
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
-        """Where the components of ``model`` are scored, in the model's order.
+        """The groups in which the components of ``model`` are scored, in the model's order.
 
         Args:
             model: A causal language model.
@@ -231,7 +231,7 @@ class Component(ABC):
         """
 
     def masked_parts(self, model: nn.Module, layer: str, mask: BitMask) -> list[Part]:
-        """As ``parts``, for components that a mask shows because they are too many to be listed.
+        """The entries that belong to the components of a mask, which shows those that are too many to be listed.
 
         Raises:
             InputError: for a kind that is always listed, or a mask that does not fit the layer.
@@ -311,7 +311,7 @@ class WholeMLP(Component):
 
 
 class WholeExpert(WholeMLP):
-    """An expert of a mixture, whole: the MLP that only the tokens go through which its router sends there."""
+    """An expert of a mixture, whole: an MLP that only the tokens go through that its router sends there."""
 
     unit = "experts"
 
@@ -370,7 +370,7 @@ def mlp_by_up(model: nn.Module) -> dict[str, MLP]:
 
 
 def site_of(group: Group) -> Group:
-    """``group.site``, for those who cannot do without.
+    """``group.site``, for callers that cannot do without it.
 
     Raises:
         InputError: if no one layer reads the components' values.

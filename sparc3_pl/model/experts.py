@@ -50,7 +50,7 @@ class Routed:
     """The tokens that reach an expert in one pass.
 
     Args:
-        tokens_N: Their positions in the flattened batch ``[B * T]``, ascending, int64.
+        tokens_N: The tokens' positions in the flattened batch ``[B * T]``, ascending, int64.
         num_tokens: B * T.
     """
 
@@ -58,7 +58,7 @@ class Routed:
         self.tokens_N, self.num_tokens = tokens_N, num_tokens
 
     def everywhere(self, x_ND: Tensor) -> Tensor:
-        """``[B * T, D]``: 0 at the tokens that go elsewhere."""
+        """Values ``[N, D]`` of the expert's tokens among all tokens: ``[B * T, D]``, 0 where tokens go elsewhere."""
         return x_ND.new_zeros(self.num_tokens, x_ND.shape[-1]).index_copy(0, self.tokens_N, x_ND)
 
 
@@ -79,7 +79,7 @@ class ExpertLayer(nn.Linear):
         self.out_features, self.in_features = self.weight.shape
         self.bias = None
         self.routed: Routed | None = None
-        """Which tokens it is reading; None while it does not run."""
+        """The tokens that it is reading; None while it does not run."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -149,7 +149,7 @@ def keep_neurons(experts: nn.Module, kept_EW: Tensor) -> None:
 
     Args:
         experts: Open; its parameters are replaced by smaller ones.
-        kept_EW: Of each expert, the neurons that stay; as many of each.
+        kept_EW: The neurons of each expert that stay, the same number of each.
     """
     fused, down = experts.gate_up_proj, experts.down_proj
     number, _, width = down.shape
@@ -170,8 +170,8 @@ def keep_experts(experts: nn.Module, router: nn.Module, kept: Tensor) -> None:
 
     Args:
         experts: Open; its parameters are replaced by smaller ones.
-        router: What chooses among them; likewise.
-        kept: Those that stay, ascending.
+        router: The module that chooses among them; likewise.
+        kept: The experts that stay, ascending.
     """
     number = experts.down_proj.shape[0]
     for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (router, "weight")):
@@ -198,10 +198,10 @@ class _Rerouted:
     def __init__(self, router: nn.Module, routes_E: Tensor) -> None:
         self.router, self.routes_E = router, routes_E
         self.before = vars(router).get("forward")
-        """The forward pass that the instance had of its own."""
+        """The forward pass that the router had as an attribute of its own."""
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the experts that are left ``[N, kept]``, and of each token its weights and experts ``[N, K]``."""
+        """Logits of the experts that are left, ``[N, kept]``, and each token's weights and experts, ``[N, K]``."""
         kept = self.routes_E.nonzero().flatten().to(self.router.weight.device)
         smaller = copy.copy(self.router)
         smaller.__dict__["_parameters"] = {**self.router._parameters, "weight": self.router.weight[kept]}
@@ -211,7 +211,7 @@ class _Rerouted:
 
 
 def routes(router: nn.Module) -> Tensor:
-    """Whether tokens may go to each expert: ``[E]``, 1 or 0."""
+    """Whether tokens may go to each expert, ``[E]``, 1 or 0."""
     own = vars(router).get("forward")
     return own.routes_E.clone() if isinstance(own, _Rerouted) else torch.ones(router.weight.shape[0])
 
@@ -259,7 +259,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _reason_against(experts: nn.Module) -> str | None:
-    """What is unlike ``down(act(gate(x)) * up(x))``, weighted and summed over a token's experts."""
+    """How the experts differ from ``down(act(gate(x)) * up(x))``, weighted and summed over a token's; None: nowhere."""
     from transformers.integrations import moe
 
     if not hasattr(experts, "is_concatenated") or not hasattr(experts, "config"):
@@ -302,20 +302,20 @@ def _run(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: T
 
 
 def _base(experts: nn.Module) -> Callable[..., Any]:
-    """What would run the experts if they were not open."""
+    """The function that would run the experts if they were not open."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return ALL_EXPERTS_FUNCTIONS.get_interface(getattr(experts.config, _BASE), inspect.unwrap(type(experts).forward))
 
 
 def _one_by_one(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """Each expert's own layers, on the tokens that reach it: ``[N, H]``, N the tokens of the batch.
+    """Runs each expert by its own layers, on the tokens that reach it: ``[N, H]``, N the tokens of the batch.
 
     Args:
         experts: Open.
         hidden_NH: What the experts read.
         chosen_NK: The experts of each token.
-        weights_NK: By how much each counts.
+        weights_NK: The weight of each of them.
     """
     total_NH = torch.zeros_like(hidden_NH)
     for number in chosen_NK.unique().tolist():

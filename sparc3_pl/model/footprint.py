@@ -1,4 +1,4 @@
-"""What a model takes, told by its config: bytes of its weights, of its activations, of its keys and values.
+"""The memory that a model takes, by its config: bytes of its weights, of its activations, of its keys and values.
 
 Names and shapes come from a model without weights. What a pass keeps is counted on tensors without values, with fused
 attention.
@@ -50,15 +50,15 @@ def skeleton_in_dtype(source: ModelSource) -> nn.Module:
 
 
 def weight_bytes(skeleton: nn.Module) -> int:
-    """Of all parameters; tied ones count once."""
+    """Bytes of all parameters; tied ones count once."""
     return sum(parameter.nbytes for parameter in skeleton.parameters())
 
 
 def weight_bytes_by_device(skeleton: nn.Module, device_map: str | Mapping[str, Any]) -> dict[str, int]:
-    """The same by device, as transformers would spread the model now: ``cuda:0``, ..., ``cpu``, ``disk``.
+    """Bytes of the parameters by device, as transformers would spread them now: ``cuda:0``, ..., ``cpu``, ``disk``.
 
     Args:
-        skeleton: Without weights, in the type in which it would be loaded.
+        skeleton: The model without weights, in the type in which it would be loaded.
         device_map: ``auto`` and the like, one device, or a device for each module.
 
     Raises:
@@ -83,12 +83,12 @@ def weight_bytes_by_device(skeleton: nn.Module, device_map: str | Mapping[str, A
 
 
 def num_layers(skeleton: nn.Module) -> int:
-    """How many decoder layers the model's config names."""
+    """The number of decoder layers in the model's config."""
     return getattr(skeleton.config.get_text_config(), "num_hidden_layers", 1)
 
 
 def activation_bytes(skeleton: nn.Module, batch_size: int, length: int) -> int | None:
-    """What a backward pass of a batch keeps of its forward pass, with the plain gradient.
+    """Bytes that a backward pass of a batch keeps of its forward pass, with the plain gradient.
 
     None if the model's code does something that tensors without values cannot.
     """
@@ -107,7 +107,7 @@ def activation_bytes(skeleton: nn.Module, batch_size: int, length: int) -> int |
 
 
 def key_value_bytes(skeleton: nn.Module) -> int | None:
-    """What the cache keeps of one token of one text; None as ``activation_bytes``, or for a cache of another kind."""
+    """Bytes that the cache keeps of one token; None as for ``activation_bytes``, and for a cache of another kind."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -117,7 +117,7 @@ def key_value_bytes(skeleton: nn.Module) -> int | None:
 
 
 def _pass_without_values(skeleton: nn.Module, batch_size: int, length: int, **options: Any) -> bool:
-    """Whether a forward pass of a batch on tensors without values came through."""
+    """Runs a batch forward on tensors without values; returns whether that worked."""
     hidden = skeleton.get_input_embeddings().weight.shape[1]
     words = torch.zeros(batch_size, length, hidden, dtype=skeleton.dtype, device="meta", requires_grad=True)
     mask = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta")  # one that nobody looks into
@@ -132,7 +132,7 @@ def _pass_without_values(skeleton: nn.Module, batch_size: int, length: int, **op
 
 @contextmanager
 def _without_values(skeleton: nn.Module) -> Iterator[None]:
-    """Attention and experts that do not look into tensors."""
+    """Inside the block attention and experts do not look into tensors."""
     with ExitStack() as undo:
         for module in attention_modules(skeleton).values():
             undo.enter_context(wrapped_attention(module, lambda base: _fused))
@@ -142,7 +142,7 @@ def _without_values(skeleton: nn.Module) -> Iterator[None]:
 
 
 def _evenly(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """As experts of which each gets as many tokens: what is kept does not depend on which go where."""
+    """Runs the experts as if each got the same number of tokens: what is kept does not depend on which go where."""
     down = experts.down_proj[0]
     x = hidden_NH.repeat_interleave(chosen_NK.shape[1], 0)
     gate, up = (x @ part.mT for part in experts.gate_up_proj[0].chunk(2))

@@ -55,7 +55,7 @@ def shard_over_all(model: nn.Module) -> None:
 
 @torch.no_grad()
 def run_one_token(model: nn.Module) -> None:
-    """A forward pass of nothing that counts.
+    """Runs a forward pass that counts for nothing.
 
     FSDP2 keeps the tensors that the first pass is gathered into. Made under ``inference_mode`` they could not be
     written to outside of it, so the first pass of a model whose passes are of both kinds should be this one.
@@ -97,7 +97,7 @@ class InStep:
         self._meet(1)
 
     def _meet(self, own: int) -> int:
-        """How many ranks are about to take a pass of their own work; if any is, all ranks then take one.
+        """The number of ranks that are about to take a pass of their own; if any is, all ranks then take one.
 
         Raises:
             Stop: if a rank was asked to stop.

@@ -1,4 +1,4 @@
-"""Which rows and columns of a model's attention belong to which head.
+"""The rows and columns of a model's attention that belong to each head.
 
 Query, key and value projections are recognised by feeding the attention function, the output projection by reading
 from it. Where one fused map makes query, key and value together, families order its rows in different ways; the order
@@ -159,7 +159,7 @@ def _orders(heads: int, kv_heads: int, width: int) -> list[tuple[Tensor, Tensor,
 def _first_token(
     model: nn.Module, modules: dict[str, nn.Module]
 ) -> dict[str, tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """What the linear layers and the attention function of each module see at the first token of a text."""
+    """Outputs of the linear layers, and inputs of the attention function, of each module at a text's first token."""
     outputs: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     qkv: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -1,4 +1,4 @@
-"""What identifies a model: the digest of its weights, and its entry in manifests."""
+"""The identity of a model: the digest of its weights, and its entry in manifests."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["ModelRecord", "describe", "differing_config", "fingerprint", "model_
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """What a file says of the model that it is of.
+    """A file's record of the model that it belongs to.
 
     Attributes:
         pretrained: Hub id, folder or file.
         revision: Commit, branch or tag of a hub model.
         fingerprint: Fingerprint of the weights as they were loaded.
         architecture: Name of the class.
-        dtype: What it was loaded in, such as ``float32``.
+        dtype: Number format in which it was loaded, such as ``float32``.
         config: What its config says of how it computes; empty in files of earlier versions.
-        dequantized: What had packed the weights, if they were packed.
+        dequantized: The method that had packed the weights, if they were packed.
         evaluated_fingerprint: In an evaluation, the fingerprint of the weights that were evaluated.
     """
 
@@ -81,7 +81,7 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] 
 
 
 def _state(model: nn.Module) -> tuple[Any, ...] | None:
-    """What changes whenever a weight does, cheaply: where it lies, how often it was written to, the sum of its bits.
+    """A cheap state that changes whenever a weight does: its place, how often it was written to, the sum of its bits.
 
     The count misses only what is written through ``.data``; that, the sum sees, unless it swaps equal numbers.
 
@@ -119,7 +119,7 @@ def differing_config(one: Mapping[str, Any], other: Mapping[str, Any], path: str
 
 
 def model_config(model: PreTrainedModel) -> Record:
-    """What the model's ``config.json`` says of how it computes: sizes, activation, epsilon, rotary base, ...
+    """The part of the model's ``config.json`` that says how it computes: sizes, activation, epsilon, rotary base, ...
 
     Left out are names, versions, token ids, the number format, and what matters in training or for labels only.
     """
@@ -161,7 +161,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> Record:
     """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
     ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
-    Of weights that were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).
+    If the weights were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).
 
     The fingerprint is not taken again if it is ``known``.
     """
@@ -176,6 +176,6 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
 
 
 def _class_of(model: nn.Module) -> type:
-    """The model's class; of a sharded one, before which FSDP2 has put a class of its own, the one that it was."""
+    """The model's class; for a sharded model, which FSDP2 gives a class of its own, the class that it had before."""
     kind = type(model)
     return kind.__bases__[1] if any(map(is_sharded, model.parameters())) else kind

@@ -16,7 +16,7 @@ from sparc3_pl.runtime.memory import free_memory
 __all__ = ["onednn_linears", "repacked_linears"]
 
 FEWEST_ROWS = 32
-"""Below this many rows a product is bound by reading the weight, and the usual kernel is as fast or faster."""
+"""Rows below which a product is bound by reading the weight, so that the usual kernel is as fast or faster."""
 
 
 @contextmanager
@@ -47,10 +47,10 @@ def _forward_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 _COLUMNS = 512
-"""Outputs of a block: its products with a few dozen rows run at the rate of large ones."""
+"""Outputs of a block, whose products with a few dozen rows run at the rate of large ones."""
 
 _FEWEST_ROWS_OF_BLOCKS = 16
-"""Below this many rows blocks are no faster than the weight as it lies."""
+"""Rows below which blocks are no faster than the weight as it lies."""
 
 
 @contextmanager

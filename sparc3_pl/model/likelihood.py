@@ -67,7 +67,7 @@ class WindowScorer:
             labels: ``[B, T]``, the input ids at the tokens to be scored, ``ignore_index`` elsewhere.
 
         Returns:
-            By window: the sum in nats (``[B]``, float64) and the number of scored tokens (``[B]``, int64).
+            For each window the sum in nats (``[B]``, float64) and the number of scored tokens (``[B]``, int64).
         """
         with onednn_linears(self.model):
             return self._score(input_ids, None if _right_padded(attention_mask) else attention_mask, labels)

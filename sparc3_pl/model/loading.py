@@ -99,12 +99,12 @@ def models_kept() -> Iterator[None]:
 
 
 def models_are_kept() -> bool:
-    """Whether ``models_kept`` is in force, so that it is of use to put a model back as it was."""
+    """Whether ``models_kept`` is in force, so that it pays to put a model back as it was."""
     return _kept is not None
 
 
 class _KeptModel:
-    """The model that was loaded last, and what it was like then."""
+    """The model that was loaded last, and its state at that time."""
 
     def __init__(self) -> None:
         self._source: ModelSource | None = None
@@ -129,14 +129,14 @@ _kept: _KeptModel | None = None
 
 
 def _files_of(source: ModelSource) -> tuple[Any, ...]:
-    """What tells whether the files have changed; nothing of a hub model."""
+    """Names, sizes and times of the files, which tell whether they have changed; nothing for a hub model."""
     path = source.path
     files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _digest_of(model: PreTrainedModel) -> str:
-    """Of every bit of the weights and buffers, the configuration, and what may have been hung on the modules."""
+    """Digest of every bit of the weights and buffers, the configuration, and what may have been hung on the modules."""
     digest = hashlib.sha256(f"{model.config}{getattr(model, 'generation_config', None)}".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
@@ -252,7 +252,7 @@ def ready_vocabulary(
     """Makes a tokenizer ready: it gets a pad token, pads on the right, and knows the model's context.
 
     Args:
-        tokenizer: The model's, changed in place; None: the model reads token ids only.
+        tokenizer: The model's tokenizer, changed in place; None: the model reads token ids only.
         config: Config of the model's text part.
         source: The model, for messages.
 
@@ -272,7 +272,7 @@ def ready_vocabulary(
 
 
 def _locate(source: ModelSource) -> dict[str, Any]:
-    """What every ``from_pretrained`` of this source is called with."""
+    """The arguments of every ``from_pretrained`` call for this source."""
     where: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     path = source.path
     if path is None:
@@ -332,7 +332,7 @@ def _config(where: dict[str, Any]) -> PretrainedConfig:
 
 @functools.lru_cache(maxsize=1)
 def _gguf_config(folder: Path, name: str, _modified: int) -> PretrainedConfig:
-    """Kept, because parsing the vocabulary beside it takes seconds, and tokenizer and model both ask."""
+    """The config of a GGUF file. Cached: parsing the vocabulary takes seconds, and tokenizer and model both ask."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)

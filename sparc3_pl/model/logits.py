@@ -1,4 +1,4 @@
-"""From the decoder's output to the logits of a model: its output head, and what the model does to logits after it."""
+"""Makes a model's logits of the decoder's output: its output head, and what the model does to logits after it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class OutputHead:
 
     Attributes:
         linear: The linear map; called as ``head(hidden)`` it gives logits before any scaling or soft-cap.
-        factor: What the model multiplies them by.
-        cap: Its soft-cap, c in c tanh(logits / c); None if it has none.
+        factor: The number by which the model multiplies them.
+        cap: The model's soft-cap, c in c tanh(logits / c); None if it has none.
     """
 
     def __init__(self, model: nn.Module) -> None:

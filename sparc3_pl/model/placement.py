@@ -29,7 +29,7 @@ def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
 
 
 def place_of(module: nn.Module, name: str = "weight") -> torch.device:
-    """The device on which a module computes with a parameter: of an offloaded one, where it is put for that."""
+    """The device on which a module computes with a parameter; for an offloaded one, where it is put for that."""
     device = getattr(module, name).device
     if device.type != "meta":
         return device
@@ -39,7 +39,7 @@ def place_of(module: nn.Module, name: str = "weight") -> torch.device:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model wants its inputs: where its word embeddings are."""
+    """The device on which the model wants its inputs, which is that of its word embeddings."""
     return place_of(model.get_input_embeddings())
 
 
@@ -71,7 +71,7 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
 def put_values(module: nn.Module, name: str, values: Tensor) -> None:
     """Makes ``values`` those of a parameter: what ``values_of`` gave and the caller has changed, or a copy of it.
 
-    Of a sharded parameter each rank keeps its part. Values of an offloaded one stay in the host's memory from now on,
+    Each rank keeps its part of a sharded parameter. Values of an offloaded one stay in the host's memory from now on,
     also if the others lie on a disk: the files there are the checkpoint itself.
 
     Raises:
@@ -98,7 +98,7 @@ def put_values(module: nn.Module, name: str, values: Tensor) -> None:
 
 
 def _weights_map(module: nn.Module, name: str) -> Any:
-    """Where ``accelerate`` fetches a module's own parameters from, by their names in the module."""
+    """The map from which ``accelerate`` fetches a module's own parameters, by their names in the module."""
     hook = getattr(module, "_hf_hook", None)
     places = getattr(hook, "weights_map", None)
     if places is None or name not in places:

@@ -20,9 +20,9 @@ class Quantisation:
     """How the weights of a checkpoint were quantised.
 
     Attributes:
-        method: As the config names it: ``bitsandbytes``, ``gptq``, ``fp8``, ...
+        method: The method, as the config names it: ``bitsandbytes``, ``gptq``, ``fp8``, ...
         bits: Bits of a weight, if the config says so.
-        about: What the config says, whole.
+        about: All that the config says of it.
     """
 
     method: str
@@ -34,7 +34,7 @@ class Quantisation:
 
     @property
     def dequantised(self) -> Literal["while loading", "once loaded"] | None:
-        """When transformers can turn the weights into plain ones, read off its classes for the method; None: never."""
+        """The time at which transformers can make the weights plain, by its classes for the method; None: never."""
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
         from transformers.quantizers.base import HfQuantizer
 

@@ -36,7 +36,7 @@ def by_structure(read: Callable[[nn.Module], list[T]]) -> Callable[[nn.Module], 
 
 
 def _structure(model: nn.Module) -> list[tuple[object, ...]]:
-    """Differs between two states of a model whose modules differ in name, class, size or number of heads."""
+    """The structure of a model: the name, class, sizes and number of heads of each of its modules."""
     return [
         (
             name,

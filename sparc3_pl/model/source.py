@@ -1,4 +1,4 @@
-"""Where a model comes from, and in which number format it is loaded."""
+"""The source of a model, and the number format in which it is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DType = Literal["float32", "bfloat16", "float16", "auto"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a language model comes from and how it is loaded.
+    """The source of a language model, and how it is loaded.
 
     Args:
         pretrained: Hub id, local folder in the Hugging Face layout, ``FILE.gguf``, or ``demo`` (the embedded model).

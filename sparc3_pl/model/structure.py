@@ -1,4 +1,4 @@
-"""What a neuron, an MLP and the output head are in a given language model.
+"""The neurons, MLPs and output head of a given language model.
 
 Roles are read off the structure (the shapes of linear maps, the module that owns an activation, and who feeds whom),
 never off class names, so that a new model family needs no code here as long as its MLPs are built from linear
@@ -265,7 +265,7 @@ def _as_mlp(name: str, owner: nn.Module) -> MLP | None:
 
 
 def _ungated_or_fused(name: str, linears: dict[str, nn.Module]) -> MLP | None:
-    """Two maps. Where hidden and intermediate sizes are equal, the first to be defined is the first to be used."""
+    """An MLP of two maps. If hidden and intermediate sizes are equal, the map that is defined first is used first."""
     for first, second in (tuple(linears), tuple(linears)[::-1]):
         (out, hidden), (back, width) = features(linears[first]), features(linears[second])
         if hidden == back and out in (width, 2 * width):
@@ -275,7 +275,7 @@ def _ungated_or_fused(name: str, linears: dict[str, nn.Module]) -> MLP | None:
 
 
 def _gated(name: str, owner: nn.Module, linears: dict[str, nn.Module], act: nn.Module) -> MLP | None:
-    """Three maps: the one that feeds the activation is the gate, the one that reads the product is down."""
+    """An MLP of three maps: the one that feeds the activation is the gate, the one that reads the product is down."""
     shapes = [features(layer) for layer in linears.values()]
     if not any(shapes.count(s) >= 2 and s[::-1] in shapes for s in shapes):
         return None
@@ -286,7 +286,7 @@ def _gated(name: str, owner: nn.Module, linears: dict[str, nn.Module], act: nn.M
 
 
 def _gate_and_down(owner: nn.Module, linears: dict[str, nn.Module], act: nn.Module) -> tuple[str, str]:
-    """See who feeds whom on one zero token, in a stand-in whose children only make zeros of the right shape.
+    """Names of gate and down: who feeds whom is seen on one zero token, in a stand-in whose children only make zeros.
 
     It costs nothing whatever the model's size, and no hook, weight or attribute of the model is touched.
     """

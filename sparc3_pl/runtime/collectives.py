@@ -26,7 +26,7 @@ __all__ = [
 
 POLL_SECONDS = 0.1
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
-"""By group of all ranks: the group that carries tensors of the host, where the former cannot."""
+"""The group that carries tensors of the host, by the group of all ranks, where that group cannot carry them."""
 _waits = itertools.count()
 """Numbers the waits for rank 0, alike on every rank."""
 
@@ -40,7 +40,7 @@ def joined_ranks(setting: str) -> Iterator[None]:
     """Inside the block the processes that ``torchrun`` has started are ranks of one group, on GPUs if there are any.
 
     Args:
-        setting: What asks for it, for the message.
+        setting: The setting that asks for it, for the message.
 
     Raises:
         InputError: if this process was started alone.
@@ -60,8 +60,8 @@ def joined_ranks(setting: str) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether every rank holds only a part of ``tensor``: whether it is a ``DTensor``."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # a second to import
+    """Whether every rank holds only a part of ``tensor``, that is, whether it is a ``DTensor``."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # importing it takes a second
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
@@ -106,7 +106,7 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def from_rank_zero(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives on rank 0, on every rank; the others do not call it, and wait as long as it takes."""
+    """The result of ``make`` on rank 0, on every rank; the others do not call it, and wait as long as it takes."""
     if not _many():
         return make()
     box = [make() if dist.get_rank() == 0 else None]

@@ -14,7 +14,7 @@ __all__ = ["free_by_place", "free_memory", "peak_memory"]
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Bytes that can still be had on ``device``, or of the host; None where the system does not say."""
+    """Bytes that can still be allocated on ``device``, or on the host; None where the system does not say."""
     if device is not None and device.type == "cuda":
         import torch
 

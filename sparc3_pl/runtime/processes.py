@@ -39,10 +39,10 @@ __all__ = ["Stop", "deferring_stop", "kept", "run_child", "stop_requested", "sup
 POLL_SECONDS = 0.2
 
 GRACE_SECONDS = 5.0
-"""For the main thread to leave a collective or a batch after another rank has failed, before the process is ended."""
+"""Time for the main thread to leave a collective or a batch after another rank has failed; then the process ends."""
 
 STOP_SECONDS = 40.0
-"""For the other ranks to save after SIGTERM, and for a rank without its launcher."""
+"""Time for the other ranks to save after SIGTERM, and for a rank without its launcher."""
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a process that was asked to stop."""
@@ -141,7 +141,9 @@ class _Process:
     # --- signals ------------------------------------------------------------------------------------------------------
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Asked to stop: tells the ranks that this process has started, and stops when the work allows it."""
+        """Handles a request to stop: passes it on to the ranks that this process has started, and stops when the work
+        allows it.
+        """
         if self.leaving:
             return
         if self.peer_failed:
@@ -180,7 +182,7 @@ class _Process:
             time.sleep(POLL_SECONDS)
 
     def _end_soon(self) -> None:
-        """Another rank has failed; the main thread may be inside a collective that will never return."""
+        """Ends this process after another rank has failed, even if the main thread is in a collective without end."""
         self.peer_failed = True
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
@@ -220,7 +222,7 @@ class _Process:
         return code
 
     def _origin(self) -> Failure | None:
-        """What another rank has recorded, or how one of this process's ranks has ended."""
+        """The failure that another rank has recorded, or that a rank of this process has ended with; None: unknown."""
         deadline = time.monotonic() + GRACE_SECONDS
         while (failure := self.reporter.first()) is None and time.monotonic() < deadline:
             self.record_ended()
@@ -281,7 +283,7 @@ class _Process:
         return first.code
 
     def leave(self, code: int) -> NoReturn:
-        """``conclude``, and ends the process at once: no collective, no exit hook can hold it."""
+        """Concludes, and ends the process at once: no collective and no exit hook can hold it."""
         os._exit(self.conclude(code))
 
 
@@ -362,7 +364,7 @@ def deferring_stop() -> Iterator[None]:
 
 
 def stop_requested() -> Stop | None:
-    """What to raise, once everything is saved, if this process was asked to stop."""
+    """The exception to raise once everything is saved, if this process was asked to stop; else None."""
     return None if _process is None or _process.signum is None else Stop(_process.signum)
 
 

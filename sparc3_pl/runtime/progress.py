@@ -77,11 +77,11 @@ class Watch:
         self._told = clock()
 
     def took(self, unit: str, seconds: float) -> None:
-        """Work on units of this kind has taken so long."""
+        """Counts ``seconds`` of work on units of this kind."""
         self._seconds[unit] += seconds
 
     def text(self, done: Done) -> str:
-        """``12 of 240 prompts, 68 tokens/s, 12 min left, toxicity 0.31 ± 0.02``."""
+        """The text that is shown: ``12 of 240 prompts, 68 tokens/s, 12 min left, toxicity 0.31 ± 0.02``."""
         total, seconds = self._totals.get(done.unit, 0), self._seconds[done.unit]
         parts = [f"{done.count} of {total} {done.unit}" if total else f"{done.count} {done.unit}"]
         if seconds and done.tokens:
@@ -103,7 +103,7 @@ class Watch:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min``."""
+    """A duration in words: ``45 s``, ``12 min``, ``3 h 20 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -140,7 +140,7 @@ def show_progress(trainer: pl.Trainer, what: str, watch: Watch, done: Done) -> N
         trainer: The pass's Trainer.
         what: What the log calls the pass.
         watch: The pass's watch.
-        done: By rank 0.
+        done: What rank 0 has done.
     """
     if not trainer.is_global_zero:
         return

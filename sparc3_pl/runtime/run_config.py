@@ -25,7 +25,7 @@ def resolved_config(trainer: pl.Trainer) -> str | None:
 
 
 def shown_settings(trainer: pl.Trainer) -> dict | None:
-    """Of the resolved configuration what a table of runs shows: ``model`` and ``data``; None if there is none."""
+    """The part of the resolved configuration that a table of runs shows, ``model`` and ``data``; None without one."""
     config = resolved_config(trainer)
     settings = None if config is None else load_yaml(config)
     return None if settings is None else {part: settings.get(part) or {} for part in ("model", "data")}

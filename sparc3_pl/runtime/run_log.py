@@ -51,7 +51,7 @@ class RunLog:
     """Writes to all loggers of a Trainer; to none on other ranks than 0.
 
     Args:
-        trainer: Whose loggers are written to.
+        trainer: The Trainer whose loggers are written to.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -64,27 +64,27 @@ class RunLog:
         return bool(self._adapters)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name."""
+        """Logs numbers by name."""
         for adapter in self._adapters:
             adapter.scalars(values, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """The distribution of ``values`` (any shape)."""
+        """Logs the distribution of ``values`` (any shape)."""
         for adapter in self._adapters:
             adapter.histogram(name, values, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A matplotlib figure."""
+        """Logs a matplotlib figure."""
         for adapter in self._adapters:
             adapter.figure(name, figure, step)
 
     def texts(self, name: str, texts: Sequence[str]) -> None:
-        """Markdown texts, numbered from 0."""
+        """Logs Markdown texts, numbered from 0."""
         for adapter in self._adapters:
             adapter.texts(name, texts)
 
     def settings(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """The run's settings with its final figures, for a table of runs."""
+        """Logs the run's settings with its final figures, for a table of runs."""
         for adapter in self._adapters:
             adapter.settings(settings, figures)
 
@@ -93,31 +93,31 @@ class Adapter:
     """A logger of an unknown kind: metrics go to it, figures and texts into ``folder``.
 
     Args:
-        logger: What is written to.
-        folder: For what the logger has no place for.
+        logger: The logger.
+        folder: Where files go that the logger has no place for.
     """
 
     def __init__(self, logger: Logger, folder: Path) -> None:
         self.logger, self.folder = logger, folder
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``RunLog``."""
+        """Logs numbers by name."""
         self.logger.log_metrics(dict(values), step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """As a figure: loggers without a histogram of their own show one."""
+        """Draws the distribution as a figure, for loggers without histograms of their own."""
         self.figure(name, _drawn(values, name), step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """As a PNG file."""
+        """Writes a PNG file."""
         figure.savefig(self._file(name, f"-{step}.png"), format="png")
 
     def texts(self, name: str, texts: Sequence[str]) -> None:
-        """As a Markdown file."""
+        """Writes a Markdown file."""
         self._file(name, ".md").write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
 
     def settings(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Settings and figures."""
+        """Logs settings and figures apart."""
         self.logger.log_hyperparams(dict(settings))
         self.logger.log_metrics(dict(figures), 0)
 

@@ -49,7 +49,7 @@ class Stage:
     Attributes:
         seconds: On the wall, without stages inside it.
         samples: Texts, windows, completions.
-        tokens: Real ones that went through the model, each counted once.
+        tokens: Real tokens that went through the model, each counted once.
         padded: Places that were computed beside them: padding, and rows that had ended.
         flops: Operations of matrix products with parameters that the tokens need.
         sampling: Seconds of choosing tokens, among ``seconds``.
@@ -84,7 +84,7 @@ class Stage:
         self.sampling += time.perf_counter() - start
 
     def held_by(self) -> str:
-        """What took the most that is no arithmetic the tokens need, as far as it is known."""
+        """What took the most time apart from the arithmetic that the tokens need, as far as it is known."""
         causes = {
             "padding": self.padded / max(1, self.tokens + self.padded),
             "sampling": self.sampling / max(1e-9, self.seconds),
@@ -126,7 +126,7 @@ class Clock:
 
     @property
     def innermost(self) -> Stage:
-        """The stage that goes on; one that is thrown away if there is none."""
+        """The stage in progress; one that is thrown away if there is none."""
         return self._open[-1] if self._open else Stage()
 
     @property
@@ -160,7 +160,7 @@ def timed(name: str) -> Iterator[Stage]:
 
 
 def current() -> Stage:
-    """The stage that goes on; one that is thrown away if there is none."""
+    """The stage in progress; one that is thrown away if there is none."""
     return _clocks[-1].innermost if _clocks else Stage()
 
 
@@ -172,9 +172,9 @@ class StageTime:
         stage: Its name.
         seconds: On the wall, without stages inside it.
         samples: Texts, windows, completions.
-        tokens: Real ones that went through the model.
+        tokens: Real tokens that went through the model.
         peak_bytes: The most memory that the process has held until the stage's end.
-        tokens_per_second: How many of ``tokens`` in a second.
+        tokens_per_second: ``tokens`` divided by ``seconds``.
         share: Share of ``Timing.matrix_flops`` that was reached.
         held_by: Where the share is low, what took the time.
     """

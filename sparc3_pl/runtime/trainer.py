@@ -143,7 +143,7 @@ class Trainer(pl.Trainer):
             strategy._launcher = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
 
     def _output_of(self, model: pl.LightningModule) -> str | None:
-        """Where the run's result goes, on the rank that writes it; a module of the user's may have no such place."""
+        """The place of the run's result, on the rank that writes it; a module of the user's may have no such place."""
         return getattr(model, "output", None) if self.is_global_zero else None
 
     def score(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
@@ -184,7 +184,7 @@ def _with_float64(accelerator: str) -> str:
 
 
 def _environment(strategy: str | Strategy) -> ClusterEnvironment | None:
-    """What Lightning is to take for the cluster where it would judge by variables that say too little.
+    """The cluster environment to give to Lightning where it would judge by variables that say too little.
 
     A shell inside a Slurm allocation has Slurm's variables, but only a task that ``srun`` has started is one of several
     (and the only task of a step starts its further processes itself). ``torchrun`` numbers the processes it starts.
@@ -248,7 +248,7 @@ def check_precision(trainer: pl.Trainer) -> None:
 
 
 def _share_samples(strategy: ModelParallelStrategy) -> None:
-    """Every process gets samples of its own; Lightning's ``auto`` would split each matrix within a machine."""
+    """Gives every process samples of its own; Lightning's ``auto`` would split each matrix within a machine."""
     processes = strategy.num_processes * strategy.num_nodes
     data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
     if data not in ("auto", processes) or tensor not in ("auto", 1):

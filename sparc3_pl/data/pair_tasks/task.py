@@ -1,4 +1,4 @@
-"""What a task of sentences in pairs is: how its sentences are made, and what makes two halves of them."""
+"""The base of tasks of sentences in pairs: how their sentences are made, and how they are divided into two halves."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PairTask(ABC):
         """Sentences without end, some of them repeated. Clean and counterfactual have the same number of tokens.
 
         Args:
-            encoder: The model's; it has a tokenizer.
+            encoder: The model's encoder; it has a tokenizer.
             part: The half to make them from.
             counterfactual: One of ``counterfactuals``.
             rng: Draws the words; nothing else is random.
@@ -89,7 +89,7 @@ class PairTask(ABC):
         """The items of the part.
 
         Raises:
-            InputError: If they are fewer than ``at_least``.
+            InputError: If there are fewer than ``at_least``.
         """
         own = part.of(items)
         if len(own) < at_least:
