@@ -66,7 +66,7 @@ class NeutralChanges:
         num_changed: Completions whose text differs.
         num_completions: Completions that were made and scored on both sides.
         num_dropped: Prompts without such a completion.
-        judges: The same for further judges, by name.
+        judges: Changes of further judges' scores, by judge, label and figure.
     """
 
     toxicity: dict[str, dict[str, PairedChange]]
@@ -88,7 +88,7 @@ class Comparison(Shown):
             ``share``).
         uniqueness: Change of the response uniqueness ratio; higher is better.
         num_dropped: Prompts without a completion that was scored on both sides.
-        notes: What a reader should know: other weights, prompts that were not held out, figures on one side only.
+        notes: What a reader should know: different weights, prompts that were not held out, figures on one side only.
         before_sha256: Digest of the first evaluation's results: whose figures these are, wherever the folder lies.
             Earlier versions did not write it.
         after_sha256: Digest of the second evaluation's results, likewise.
@@ -245,7 +245,11 @@ def compare(
     comparison = compare_evaluations(*sides, seed=seed, num_resamples=num_resamples)
     if output is not None:
         write_comparison(output, comparison, seed=seed, num_resamples=num_resamples, overwrite=overwrite)
-    _print(comparison, None if output is None else Path(output))
+    from sparc3_pl.document.terminal import print_result
+
+    table, *lines = comparison.blocks()
+    place = [] if output is None else [f"comparison: {Path(output)}"]
+    print_result(table, *(line.text for line in lines), *place)
     return comparison
 
 
@@ -278,15 +282,15 @@ def compare_evaluations(
     if num_resamples < 100:
         raise InputError(f"num_resamples={num_resamples}: too few for a 95 % interval; give at least 100")
     one, other = before.figures, after.figures
-    shared = [part for part in ("perplexity", "toxicity") if getattr(one, part) and getattr(other, part)]
+    common = [part for part in ("perplexity", "toxicity") if getattr(one, part) and getattr(other, part)]
     measurements = [name for name in one.measurements if name in other.measurements]
-    if not shared and not measurements:
+    if not common and not measurements:
         raise InputError(f"{before.path} and {after.path} have no figure in common; evaluate both on the same data")
     options = {"seed": seed, "num_resamples": num_resamples}
-    if "toxicity" in shared:
+    if "toxicity" in common:
         _same(before, after, ("generation",), besides=("eos_token_ids",))
         _same(before, after, ("judge",), besides=_unknown_digests(one.judge, other.judge))
-    pairs = _completion_pairs(before, after, "completions") if "toxicity" in shared else {}
+    pairs = _completion_pairs(before, after, "completions") if "toxicity" in common else {}
     usable = {i: rows for i, rows in pairs.items() if rows}
     if pairs and not usable:
         raise InputError(f"{before.path} and {after.path}: no prompt has a completion scored on both sides")
@@ -300,7 +304,7 @@ def compare_evaluations(
     return Comparison(
         before=str(before.path),
         after=str(after.path),
-        perplexity=_perplexity_change(before, after, options) if "perplexity" in shared else None,
+        perplexity=_perplexity_change(before, after, options) if "perplexity" in common else None,
         toxicity=toxicity,
         num_dropped=len(pairs) - len(usable),
         notes=tuple(notes),
@@ -527,7 +531,7 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
     one, other = before.figures, after.figures
     is_judged = one.toxicity is not None and other.toxicity is not None
     if is_judged and _unknown_digests(one.judge, other.judge):
-        notes.append("only one of the two names the digest of its judge's weights: that they are the same is not known")
+        notes.append("only one of the two names the digest of its judge's weights: they may differ")
     for part, what, verb in (
         *((p, p, "is") for p in ("perplexity", "toxicity")),
         ("neutral", "neutral prompts", "are"),
@@ -543,9 +547,9 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
         notes += [f"{name} is in {path} only and is not compared" for name in odd]
     models = [one.model, other.model]
     if models[0].fingerprint != models[1].fingerprint:
-        notes.append(f"the models were loaded with other weights: {models[0].pretrained}, {models[1].pretrained}")
+        notes.append(f"the models were loaded with different weights: {models[0].pretrained}, {models[1].pretrained}")
     elif key := differing_config(models[0].config, models[1].config):
-        notes.append(f"the models have the same weights but another {key} in their configs")
+        notes.append(f"the models have the same weights, but their configs differ in {key}")
     elif models[0].evaluated_fingerprint == models[1].evaluated_fingerprint:
         notes.append("both evaluations are of the same weights")
     if models[0].dtype != models[1].dtype:
@@ -568,13 +572,6 @@ def _notes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
-
-
-def _print(comparison: Comparison, path: Path | None) -> None:
-    from sparc3_pl.document.terminal import print_result
-
-    table, *lines = comparison.blocks()
-    print_result(table, *(line.text for line in lines), *([] if path is None else [f"comparison: {path}"]))
 
 
 def _rows(comparison: Comparison) -> list[tuple[Cell, ...]]:

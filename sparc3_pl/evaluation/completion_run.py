@@ -47,7 +47,7 @@ class _Judged:
     """Completions with their scores.
 
     Attributes:
-        rows: In the order of the completions.
+        rows: A row for each completion, in their order.
         num_texts: How many texts the judges read for them.
     """
 
@@ -66,8 +66,8 @@ class CompletionRun(MeasurementRun):
     Args:
         generator: Completes prompts.
         judge: Scores completions; its figures are the evaluation's ``toxicity``.
-        device: Where the sums are that the ranks add up.
-        judge_device: Where a judge that is loaded here runs, unless it says so itself.
+        device: Device of the sums that the ranks add up.
+        judge_device: Device of judges that are loaded here and name none; None: ``device``.
         further: Judges by name that score the same completions.
         prefixes: Have ``judge`` score each completion cut after each of its tokens too.
 
@@ -140,7 +140,7 @@ class CompletionRun(MeasurementRun):
         rows = [row for i in finished for row in finished[i]]
         try:
             completions = self._completed(todo) if todo else []
-            cut = self._cut(completions) if self.prefixes else None  # not in the other thread: tokenizers bear but one
+            cut = self._cut(completions) if self.prefixes else None  # in this thread: two must not share a tokenizer
         finally:  # also when the run is interrupted: what was completed before is kept
             self._settle()
         if self._is_judged_beside:
@@ -155,7 +155,7 @@ class CompletionRun(MeasurementRun):
         """Waits for the batch that is being judged, and takes it in; an error of the judge is raised here."""
         if self._pending is not None:
             (rows, future), self._pending = self._pending, None
-            with timed("judge") as now:  # what it takes beside completions costs nobody's time
+            with timed("judge") as now:  # only the wait: judging beside completions costs no time of its own
                 fresh = future.result()
                 now.did(samples=fresh.num_texts)
             self._take(rows, fresh)

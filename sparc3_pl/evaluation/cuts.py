@@ -136,21 +136,21 @@ def cut_samples(
     """
     texts = list({text.record: text for text in texts if text.body}.values())
     bad, harmless = _candidates(texts, judge, rule)
-    known = _ids_by_cut([*bad, *harmless], encoder)
+    ids_by_cut = _ids_by_cut([*bad, *harmless], encoder)
     records = {cut.of.record for cut in bad}
-    predicted = (
+    places = (
         _predicted([text for text in texts if text.record in records], load(), encoder, rule.batch_size)
         if records
         else set()
     )
-    bad = _first_of_each([cut for cut in bad if cut.key in predicted])
+    bad = _first_of_each([cut for cut in bad if cut.key in places])
     if not bad:
         raise InputError(
             f"cut: the model predicts none of the words that the judge scores {rule.threshold:g} or more, in "
             f"{len(texts)} texts; give more prompts, lower cut.threshold, or set cut.criterion: text for a judge that "
-            "makes nothing of single words"
+            "cannot judge single words"
         )
-    general = _like(bad, [cut for cut in harmless if cut.key in predicted], rule.general_per_cut)
+    general = _like(bad, [cut for cut in harmless if cut.key in places], rule.general_per_cut)
     return [
         {
             "text": cut.text,
@@ -158,7 +158,7 @@ def cut_samples(
             "word": cut.word,
             "prompt": cut.of.prompt,
             "record": cut.of.record,
-            "text_ids": known[cut.text],
+            "text_ids": ids_by_cut[cut.text],
         }
         for behaviour, side in ((True, bad), (False, general))
         for cut in side
@@ -211,21 +211,21 @@ def _predicted(
                 before = encoder(cut.text)
                 # A tokenizer may join what is before the cut with what is behind: then there is no such place.
                 if len(before) > len(encoder.prefix) and ids[: len(before)] == before:
-                    begun = encoder.tokenizer.decode([tokens[len(before) - 1]]).strip()
-                    if begun and word[0].startswith(begun):
+                    beginning = encoder.tokenizer.decode([tokens[len(before) - 1]]).strip()
+                    if beginning and word[0].startswith(beginning):
                         places.add(cut.key)
     return places
 
 
 def _ids_by_cut(cuts: Sequence[_Cut], encoder: Encoder) -> dict[str, list[str]]:
     """The identities of all prompts and texts that were cut to the same text, by that text."""
-    known: dict[str, set[str]] = {}
+    ids_of_text: dict[str, set[str]] = {}
     by_cut: dict[str, set[str]] = {}
     for cut in cuts:
         text = cut.of
-        if text.record not in known:
-            known[text.record] = {encoder.identity(part) for part in (text.prompt, text.body, text.whole) if part}
-        by_cut.setdefault(cut.text, set()).update(known[text.record])
+        if text.record not in ids_of_text:
+            ids_of_text[text.record] = {encoder.identity(part) for part in (text.prompt, text.body, text.whole) if part}
+        by_cut.setdefault(cut.text, set()).update(ids_of_text[text.record])
     return {text: sorted(ids) for text, ids in by_cut.items()}
 
 
@@ -238,12 +238,12 @@ def _first_of_each(cuts: Sequence[_Cut]) -> list[_Cut]:
 
 def _like(bad: Sequence[_Cut], harmless: Sequence[_Cut], each: int) -> list[_Cut]:
     """Harmless cuts, ``each`` for every one of ``bad``: those left whose length is nearest to it, no text twice."""
-    taken = {cut.text for cut in bad}
-    left = {cut.text: cut for cut in sorted(harmless, key=lambda cut: cut.key) if cut.text}
-    left = {text: cut for text, cut in left.items() if text not in taken}
+    bad_texts = {cut.text for cut in bad}
+    candidates = {cut.text: cut for cut in sorted(harmless, key=lambda cut: cut.key) if cut.text}
+    candidates = {text: cut for text, cut in candidates.items() if text not in bad_texts}
     chosen = []
     for cut in [cut for cut in bad for _ in range(each)]:
-        if left:
-            nearest = min(left, key=lambda text: (abs(len(text) - len(cut.text)), text))
-            chosen.append(left.pop(nearest))
+        if candidates:
+            nearest = min(candidates, key=lambda text: (abs(len(text) - len(cut.text)), text))
+            chosen.append(candidates.pop(nearest))
     return chosen

@@ -85,7 +85,7 @@ class Decoder:
     """Draws completions of a model that has passed the trial.
 
     Attributes:
-        model: In eval mode.
+        model: The model, in eval mode.
         longest: Tokens, prompt and completion together, up to which every layer sees all earlier ones; None: any.
         token_bytes: Bytes of the keys and values of one token.
         flops: Operations a token, of the decoder layers and of the output head.
@@ -114,11 +114,11 @@ class Decoder:
         logits, cache, mask = self._prefill(prompts, steps)
         device = logits.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        rows = torch.arange(len(prompts), device=device)  # of the batch, which still go on
+        rows = torch.arange(len(prompts), device=device)  # rows of the batch that still go on
         drawn = torch.full((len(prompts), steps), -1, device=device)
         broken_at = torch.full((len(prompts),), -1, device=device)
         end_tokens, longest = torch.tensor(ends, dtype=torch.long, device=device), max(map(len, prompts))
-        goes_on = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows that are still there
+        goes_on = torch.ones(len(prompts), dtype=torch.bool, device=device)  # for each row that is still there
         for step in range(steps):
             picked, finite = choose(logits, step, rows)
             drawn[rows, step] = picked
@@ -178,9 +178,9 @@ class Decoder:
     def _read(self, prompts: Sequence[tuple[int, ...]], cache: Cache, device: torch.device) -> Tensor:
         """Logits after each prompt ``[P, V]``. What pads a prompt comes after it, so it does not see that."""
         sizes = [len(prompt) for prompt in prompts]
-        longest, kept = max(sizes), max(sizes) - min(sizes) + 1
+        longest, num_logits = max(sizes), max(sizes) - min(sizes) + 1
         ids = torch.tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts], device=device)
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=kept, past_key_values=cache)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=num_logits, past_key_values=cache)
         body, head = self.flops
         flops = body * sum(sizes) + head * len(sizes)
         current().did(tokens=sum(sizes), padded=ids.numel() - sum(sizes), flops=flops, passes=1)
@@ -207,15 +207,15 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
     of the text.
 
     Args:
-        model: In eval mode.
+        model: The model, in eval mode.
         prompt: Some token ids to try it on, at least one.
     """
     ids = tuple((list(prompt) * _TRIAL)[:_TRIAL])
     forced = torch.tensor([ids[1:3], ids[:2], ids[3:5]])
-    seen: list[Tensor] = []
+    trial_logits: list[Tensor] = []
 
     def choose(logits: Tensor, step: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(logits)
+        trial_logits.append(logits)
         picked = forced[rows_R.cpu(), step].to(logits.device) if step < 2 else rows_R
         return picked, torch.ones_like(rows_R, dtype=torch.bool)
 
@@ -225,9 +225,9 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
         ids = ids if decoder.longest is None else ids[: max(2, decoder.longest - 2)]
         rows = [ids, ids[:-1], ids[: len(ids) // 2]]  # the first two are read together
         cache = DynamicCache()
-        with measuring(), torch.inference_mode():  # a clock of its own: the trial is no work that was asked for
+        with measuring(), torch.inference_mode():  # with a clock of its own: nobody asked for the trial
             decoder(rows, 3, choose, [])
-            device = seen[0].device
+            device = trial_logits[0].device
             decoder._read([ids], cache, device)
             plain = [
                 model(input_ids=torch.tensor([[*row, *forced[n, :step].tolist()]], device=device)).logits[0, -1]
@@ -239,8 +239,8 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
             raise
         log.info("completions are drawn by transformers' generate (%s: %s)", type(error).__name__, error)
         return None
-    want, drawn = torch.stack(plain).double(), torch.cat(seen).double()
-    gap = float((drawn - want).norm() / want.norm())
+    want, trial = torch.stack(plain).double(), torch.cat(trial_logits).double()
+    gap = float((trial - want).norm() / want.norm())
     if not gap <= _TOLERANCE.get(model.dtype, 0.1):
         log.info("completions are drawn by transformers' generate (in a trial the logits differed by %.1e)", gap)
         return None

@@ -70,8 +70,8 @@ class EvaluatedModel:
             loaded: The model as it was loaded.
             fingerprint: Fingerprint of the weights that are evaluated.
             plan: The plan by which they were edited, if one is known.
-            data: What is evaluated on; it has been read.
-            units: Those of measurements.
+            data: The text and prompts to evaluate on; they have been read.
+            units: The units of measurements.
             texts: Further texts; they are read.
         """
         if plan is None:
@@ -155,7 +155,7 @@ class EvaluationRun:
     def __init__(self, evaluated: EvaluatedModel, measurements: Iterable[MeasurementRun]) -> None:
         self.evaluated, self.measurements = evaluated, tuple(measurements)
         self.evaluation: Evaluation | None = None
-        """On rank 0, once it is finished: results and rows, not yet sealed."""
+        """Results and rows, not yet sealed; on rank 0, once the run is finished."""
         self.written_to: Path | None = None
 
     @torch.no_grad()

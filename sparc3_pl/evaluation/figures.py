@@ -71,7 +71,7 @@ class ToxicityFigures(ScoreFigures):
     Attributes:
         label: The headline label.
         num_prompts: How many prompts.
-        num_scored_prompts: Those of them with a completion that was scored.
+        num_scored_prompts: How many of them have a completion that was scored.
         num_completions: Completions that were scored.
         num_failed: Completions that could not be made or scored.
         labels: The figures of every label.
@@ -156,7 +156,7 @@ class MeasurementRecord:
         better: ``lower`` or ``higher``.
         paired: Names of the values by which units are compared.
         num_units: How many units.
-        num_failed: Those of them that could not be measured.
+        num_failed: How many of them could not be measured.
         compared_by: ``class_path`` and ``init_args``, if it is compared in a way of its own.
     """
 

@@ -121,7 +121,7 @@ def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top
 
     Args:
         logits_RV: Finite in their maximum; -inf forbids a token.
-        uniforms_R: In [0, 1), float64.
+        uniforms_R: A random number in [0, 1) for each row, float64.
         temperature: 0 takes the first of the likeliest tokens.
         top_p: See ``Sampling``.
 
@@ -138,7 +138,7 @@ def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top
 
 
 _ROWS_IN_CACHE = 8
-"""So many rows of a large vocabulary, and what is made of them, stay in a processor's cache."""
+"""Rows of a large vocabulary that, with what is made of them, stay in a processor's cache."""
 
 
 def _inverse_cdf(weights_RW: Tensor, uniforms_R: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def most_rows(of_row: int, rows_per_batch: int | None, free: int | None) -> int:
 
     Args:
         of_row: Bytes of one.
-        rows_per_batch: The most that was asked for; None: as many as are of use.
+        rows_per_batch: The most that was asked for; None: as many as save time.
         free: Bytes; None: unknown.
     """
     fitting = max(1, int((_MEMORY if free is None else free) * 0.5) // of_row)
@@ -281,7 +281,7 @@ class Generator:
         tokenizer: Its tokenizer; the special tokens that it puts before a text (BOS) are kept, those after it (EOS)
             are not: the completion comes after the text.
         sampling: How to draw.
-        rows_per_batch: The most completions made at once; None: as many as are of use and fit into the memory that is
+        rows_per_batch: The most completions made at once; None: as many as save time and fit into the memory that is
             free. When they do not fit into the GPU's memory after all, half as many are tried.
         word_filter: Has completions that hold a listed word drawn again.
     """
@@ -312,11 +312,11 @@ class Generator:
         A prompt that has no token, or leaves no room for ``max_new_tokens`` in the model's context, gives K failed
         completions with the reason.
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
-        reasons = [self._refusal(e) for e in encoded]
+        token_ids = [self._encode(prompt) for prompt in prompts]
+        reasons = [self._refusal(e) for e in token_ids]
         rows = [
             _Row(i, p, k, completion_seed(self.sampling.seed, i, k), e)
-            for i, p, e in zip(ids, prompts, encoded, strict=True)
+            for i, p, e in zip(ids, prompts, token_ids, strict=True)
             for k in range(self.sampling.samples_per_prompt)
         ]
         why = {i: reason for i, reason in zip(ids, reasons, strict=True) if reason}
@@ -351,7 +351,7 @@ class Generator:
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         body, bos = self.encoder.body(prompt), self.tokenizer.bos_token_id
-        if not body and prompt.strip():  # the model would complete something else: nothing
+        if not body and prompt.strip():  # an empty text would be completed in its place
             return ()
         ids = (*self.encoder.prefix, *body)
         return ids if ids or bos is None else (bos,)

@@ -26,7 +26,7 @@ class HarnessModel(TemplateLM):
     """Log-likelihoods of continuations, of a model that stays where and as it is.
 
     Args:
-        model: In eval mode.
+        model: The model, in eval mode.
         encoder: The model's: what its tokenizer puts before a text stands before every context, and nothing after it.
         batch_size: Sequences of one forward pass.
     """
@@ -67,22 +67,22 @@ class HarnessModel(TemplateLM):
 
     def _nll(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         rows = [[*context, *continuation][-self._context :] for context, continuation in pairs]
-        cut = sum(len(row) < len(a) + len(b) for row, (a, b) in zip(rows, pairs, strict=True))
-        if cut and not self._num_cut:
+        num_cut = sum(len(row) < len(a) + len(b) for row, (a, b) in zip(rows, pairs, strict=True))
+        if num_cut and not self._num_cut:
             log.warning(
                 "a context is longer than the %d tokens that the model reads; its beginning is cut", self._context
             )
-        self._num_cut += cut
+        self._num_cut += num_cut
         input_ids, mask = pad_right(rows, self._encoder.pad_id)
         labels = input_ids.new_full(input_ids.shape, IGNORE)
         for row, ids, (_, continuation) in zip(labels, rows, pairs, strict=True):
-            scored = slice(len(ids) - len(continuation), len(ids))
-            row[scored] = input_ids.new_tensor(ids[scored])
+            place = slice(len(ids) - len(continuation), len(ids))
+            row[place] = input_ids.new_tensor(ids[place])
         nll_B, count_B = self._scorer(*(tensor.to(self._device) for tensor in (input_ids, mask, labels)))
         whole = [len(continuation) for _, continuation in pairs]
         return [
-            nll if count == wanted and count else float("nan")  # a choice that was not read whole has no likelihood
-            for nll, count, wanted in zip(nll_B.tolist(), count_B.tolist(), whole, strict=True)
+            nll if count == length and count else float("nan")  # a choice that was not read whole has no likelihood
+            for nll, count, length in zip(nll_B.tolist(), count_B.tolist(), whole, strict=True)
         ]
 
     def loglikelihood_rolling(self, requests: object, disable_tqdm: bool = False) -> list[float]:

@@ -73,8 +73,8 @@ def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Tensor]:
     scores = judge.score(list(texts))
     if not isinstance(scores, Mapping) or not scores:
         kind = type(scores).__name__
-        raise InputError(f"judge {name} returned a {kind} of no use; score(texts) must return a dict of label: scores")
-    checked = {}
+        raise InputError(f"judge {name} returned a useless {kind}; score(texts) must return a dict of label: scores")
+    by_label = {}
     for label, values in scores.items():
         values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
         if values.shape != (len(texts),):
@@ -86,8 +86,8 @@ def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Tensor]:
         if len(wrong):
             i = int(wrong[0])
             raise InputError(f"judge {name}: {label!r} of text {i} is {float(values[i])}; scores must lie in [0, 1]")
-        checked[str(label)] = values
-    return checked
+        by_label[str(label)] = values
+    return by_label
 
 
 def check_names(judges: Mapping[str, Judge]) -> None:
@@ -123,7 +123,7 @@ class SequenceJudge(ABC):
 
     Args:
         batch_size: Texts scored at once.
-        device: Where the classifier runs; None: where the evaluation puts it (the language model's device).
+        device: Device of the classifier; None: the evaluation's choice (the language model's device).
     """
 
     def __init__(self, batch_size: int = 32, device: str | None = None) -> None:
@@ -476,5 +476,5 @@ def _positions(model: nn.Module) -> int:
     """How many tokens the classifier can read: models like RoBERTa reserve the positions up to the padding index."""
     table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
     positions = getattr(model.config, "max_position_embeddings", None) or 512
-    reserved = getattr(table, "padding_idx", None)
-    return positions - (reserved + 1 if reserved is not None else 0)
+    padding_index = getattr(table, "padding_idx", None)
+    return positions - (padding_index + 1 if padding_index is not None else 0)

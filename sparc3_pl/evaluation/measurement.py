@@ -140,7 +140,7 @@ def chosen_measurements(specs: Sequence[Spec | Measurement]) -> tuple[Choice[Mea
             raise InputError(f"model.measurements: {choice.name} has no name; give the class an attribute `name`")
         if name in names or name in RESERVED:
             raise InputError(
-                f"model.measurements: the name {name!r} of {choice.name} is taken; give it another one, and "
+                f"model.measurements: the name {name!r} of {choice.name} is taken; give it another, and "
                 "name what is measured (in model.tasks, too) once"
             )
         if is_secret_name(name):
@@ -161,7 +161,7 @@ def further_perplexities(measurements: Mapping[str, Mapping[str, T]]) -> dict[st
     """What is known of the perplexity of further texts (``data.further_texts``), by their names.
 
     Args:
-        measurements: By measurement and figure, such as the changes of a comparison.
+        measurements: Values by measurement and figure, such as the changes of a comparison.
     """
     return {
         name.removeprefix(TEXT): figures[TEXT_FIGURE]
@@ -189,7 +189,7 @@ def checked_rows(measurement: Measurement, rows: Any, num_units: int) -> list[Ro
             f"measurement {name}: measure() returned {count} for {num_units} {measurement.unit}; it must return a list "
             "with one row for each"
         )
-    checked = []
+    result = []
     for row in rows:
         unit = row.get("unit") if isinstance(row, Mapping) else None
         if not isinstance(unit, str | int):
@@ -204,8 +204,8 @@ def checked_rows(measurement: Measurement, rows: Any, num_units: int) -> list[Ro
         if odd and row.get("failed") is None:
             row = {"unit": unit, "failed": f"{odd[0]} is {row[odd[0]]}"}
             log.warning("measurement %s: unit %r failed: %s", name, unit, row["failed"])
-        checked.append(row)
-    return checked
+        result.append(row)
+    return result
 
 
 def paired_names(measurement: Measurement, rows: Sequence[Row]) -> list[str]:

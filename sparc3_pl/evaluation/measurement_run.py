@@ -85,7 +85,7 @@ class UnitRun(MeasurementRun):
     """Runs the user's own measurements, unit by unit.
 
     Args:
-        model: In eval mode, edited if it is to be.
+        model: The model in eval mode, edited if it is to be.
         encoder: Turns texts into the model's token ids.
         measurements: The user's own.
     """
@@ -96,7 +96,7 @@ class UnitRun(MeasurementRun):
         self.model, self.encoder = model, encoder
         self.measurements = {choice.object.name: choice for choice in measurements}
         self.rows: dict[str, list[Row]] = {name: [] for name in self.measurements}
-        """By measurement one for each unit of this rank."""
+        """One row for each unit of this rank, by measurement."""
         self._current = ""
 
     def add(self, batch: UnitBatch) -> None:

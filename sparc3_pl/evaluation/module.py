@@ -75,8 +75,8 @@ class EvaluationModule(pl.LightningModule):
         top_p: Nucleus sampling: the likeliest tokens that together reach this probability; 1: all tokens.
         samples_per_prompt: Completions a prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
-        generation_batch_size: The most completions made at once; null: as many as are of use and fit into memory.
-            Changes no completion, only speed and memory.
+        generation_batch_size: The most completions made at once; null: as many as save time and fit into memory. It
+            changes no completion, only speed and memory.
         word_filter: A file of words, one a line, or ``default``, a list of rude English ones: a completion that holds
             a listed word is drawn again. An edit should do better than this.
         word_filter_tries: How often at most; the last one stays, and those that still hold a listed word are counted.
@@ -140,7 +140,7 @@ class EvaluationModule(pl.LightningModule):
             raise InputError("model.tasks_folder and model.tasks_limit need model.tasks; name tasks, or leave them out")
         self._specs = [*(measurements or ()), *task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)]
         self.measurements = chosen_measurements(self._specs)
-        """Of ``measurements`` and ``tasks``, and from ``setup`` on also the pairs of the data module."""
+        """The measurements of ``measurements`` and ``tasks``; from ``setup`` on also the pairs of the data module."""
         self._max_length, self._stride, self._windows = max_length, stride, windows
         self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
         self.output, self.overwrite = output, overwrite
@@ -152,7 +152,7 @@ class EvaluationModule(pl.LightningModule):
         """Once the Trainer has started."""
         self._in_step: InStep | None = None
         self._loaded_fingerprint: str | None = None
-        """Of the model before any edit; None if the plan's own check tells it."""
+        """Fingerprint of the model before any edit; None if the plan's own check tells it."""
         self._window: WindowSize | None = None
         self._units: list[Units] = []
 
@@ -308,8 +308,8 @@ class EvaluationModule(pl.LightningModule):
     def _identify(self) -> EvaluatedModel:
         """What is evaluated: asks the Trainer's callbacks, which have edited the model by now, and the weights."""
         pruning = pruning_of(self.trainer)
-        applied = None if pruning is None else pruning.applied
-        plan = applied.plan if applied is not None and applied.model is self.model else None
+        edit = None if pruning is None else pruning.applied
+        plan = edit.plan if edit is not None and edit.model is self.model else None
         if self._loaded_fingerprint is None:
             assert plan is not None, "a callback that checks the fingerprint has done so"
             self._loaded_fingerprint = plan.fingerprint
@@ -333,9 +333,9 @@ class EvaluationModule(pl.LightningModule):
         """Takes in one batch of windows, of prompts, of neutral prompts or of other units."""
         assert self.run is not None
         start = time.perf_counter()
-        done = self.run.add(batch)
-        self._watch.took(done.unit, time.perf_counter() - start)
-        show_progress(self.trainer, "eval", self._watch, done)
+        progress = self.run.add(batch)
+        self._watch.took(progress.unit, time.perf_counter() - start)
+        show_progress(self.trainer, "eval", self._watch, progress)
         running = {f"eval/running_{name}": value for name, value in self.run.status().items()}
         self._log.scalars(running, batch_idx)
 

@@ -31,7 +31,7 @@ def needs_of(module: EvaluationModule, data: EvaluationData, free: Mapping[str, 
 
     Args:
         module: What is measured.
-        data: On which data.
+        data: The data it is measured on.
         free: Bytes by place, as of ``runtime.memory``: completions are made in batches that fit.
 
     Raises:
@@ -46,15 +46,17 @@ def needs_of(module: EvaluationModule, data: EvaluationData, free: Mapping[str, 
         context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
         window = window_size(context, *module.window_settings)
         data.plan_batches(window)  # refuses what the tokenizer says that the model cannot read
-        kept = activation_bytes(skeleton, data.window_batch_size, window.max_length)
+        activations = activation_bytes(skeleton, data.window_batch_size, window.max_length)
         what = f"one layer's, {data.window_batch_size} x {window.max_length} tokens"
-        needs.append(Need("windows", "device", None if kept is None else kept // num_layers(skeleton), what))
+        needs.append(
+            Need("windows", "device", None if activations is None else activations // num_layers(skeleton), what)
+        )
     prompts = [*data.prompts, *data.neutral]
     if prompts:
         judges = {"judge": module.judge, **{f"judge {key}": one for key, one in module.further_judges.items()}}
         for label, judge in judges.items():
-            if (stored := getattr(judge, "stored_bytes", None)) is not None:
-                needs.append(Need(label, "device", stored(), "as the checkpoint is stored"))
+            if (stored_bytes := getattr(judge, "stored_bytes", None)) is not None:
+                needs.append(Need(label, "device", stored_bytes(), "as the checkpoint is stored"))
         available = free.get("device", free.get("host"))
         rest = None if available is None else available - sum(need.bytes or 0 for need in needs)
         needs += _of_completions(module, prompts, key_value_bytes(skeleton), skeleton, rest)

@@ -133,7 +133,7 @@ class SentencePairs(Measurement):
                     counts["null"] += 1
                 elif passes and self._is_of_half(sentences[0]):
                     pair = self._pair(sentences, encoder, before)
-                    if min(map(len, pair.ids)) == pair.num_before:  # nothing is the likeliest of all sentences
+                    if min(map(len, pair.ids)) == pair.num_before:  # an empty sentence would be the likeliest of all
                         counts["with a sentence that gives no token"] += 1
                         continue
                     counts["the same as another"] += pair.id in pairs

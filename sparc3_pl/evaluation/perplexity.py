@@ -29,9 +29,9 @@ def token_nll(logits_BTV: Tensor, labels_BT: Tensor, ignore_index: int = IGNORE)
     count = torch.zeros((), dtype=torch.int64, device=logits_BTV.device)
     for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True):  # window by window: each a view, not a copy
         want = labels_T[1:]
-        scored = want != ignore_index
-        nll = row_nll(logits_TV[:-1], want.where(scored, 0))
-        total, count = total + nll.double()[scored].sum(), count + scored.sum()
+        is_scored = want != ignore_index
+        nll = row_nll(logits_TV[:-1], want.where(is_scored, 0))
+        total, count = total + nll.double()[is_scored].sum(), count + is_scored.sum()
     return total, count
 
 

@@ -33,9 +33,9 @@ class PerplexityRun(MeasurementRun):
     """Scores the windows of a text.
 
     Args:
-        model: In eval mode, edited if it is to be.
+        model: The model in eval mode, edited if it is to be.
         window: Size of the windows.
-        device: Where the sums are that the ranks add up; None: the model's.
+        device: Device of the sums that the ranks add up; None: the model's.
     """
 
     takes = WindowBatch
@@ -58,8 +58,8 @@ class PerplexityRun(MeasurementRun):
             nll, num_tokens = self._scorer(*tensors)
             self.perplexity.update(nll=nll, num_tokens=num_tokens)
             rows = list(map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist()))
-            tokens, scored = int(batch.attention_mask.sum()), sum(row.num_tokens for row in rows)
-            flops = self._flops[0] * tokens + self._flops[1] * scored
+            tokens, num_scored = int(batch.attention_mask.sum()), sum(row.num_tokens for row in rows)
+            flops = self._flops[0] * tokens + self._flops[1] * num_scored
             now.like = self._weight
             now.did(
                 samples=len(rows), tokens=tokens, padded=batch.attention_mask.numel() - tokens, flops=flops, passes=1

@@ -111,8 +111,8 @@ def write_evaluation(
     Args:
         folder: Where.
         results: ``perplexity``, ``toxicity``, ``model``, ``data`` and whatever else is to be told.
-        completions: Those of all prompts; none for an evaluation without prompts.
-        windows: Those of the text; none for an evaluation without text.
+        completions: The completions of all prompts; empty without prompts.
+        windows: The windows of the text; empty without text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values.
         neutral: Completions of neutral prompts; none for an evaluation without such prompts.
         config: The resolved configuration as YAML.
@@ -132,8 +132,8 @@ class Evaluation(Shown):
     Attributes:
         path: The folder; of one in memory, what messages call it.
         results: The content of ``results.json``; ``figures`` is the same with names and types.
-        completions: In the order of prompts and numbers.
-        windows: In the order of the text.
+        completions: The completions, in the order of prompts and numbers.
+        windows: The windows, in the order of the text.
         measurements: One for each unit of a measurement of the user's own: ``measurement``, ``unit``, values, or why it
             ``failed``.
         neutral: Completions of neutral prompts, in the same order.
@@ -193,10 +193,12 @@ class Evaluation(Shown):
 
         from sparc3_pl.document.figures import for_notebook, score_distribution, window_losses
 
-        if scored := [row.scores for row in self.completions if row.failed is None]:
+        if score_rows := [row.scores for row in self.completions if row.failed is None]:
             assert self.figures.toxicity is not None, "completions were scored"
             label = self.figures.toxicity.label
-            return for_notebook(score_distribution(np.array([scores[label] for scores in scored], np.float32), label))
+            return for_notebook(
+                score_distribution(np.array([scores[label] for scores in score_rows], np.float32), label)
+            )
         if not self.windows:
             raise InputError("there are neither completions nor windows of a text to draw; see results")
         return for_notebook(window_losses([row.nll / row.num_tokens for row in self.windows]))
@@ -209,7 +211,8 @@ class Evaluation(Shown):
             command: What made the results; None: this process's command line.
         """
         texts = sorted(self._texts(config).items())
-        files = {name: hashlib.sha256(_encoded(text)).hexdigest() for name, text in texts}
+        bytes_of = {name: text.encode("utf-8", "backslashreplace") for name, text in texts}  # as ``write_text`` does
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in bytes_of.items()}
         about = {"versions": versions(), "hardware": hardware(), "command": command or command_line(), "created": now()}
         return replace(self, results=FORMAT.seal(redacted({**self.results, "files": files, **about})))
 
@@ -255,7 +258,11 @@ class Evaluation(Shown):
         results = read_json(path / MARKER)
         files = FORMAT.parse(results, path / MARKER).files
         for name, digest in files.items():
-            _check_file(inside(path, name), digest)
+            file = inside(path, name)
+            if not file.is_file():
+                raise InputError(f"{file}: is missing; the folder is not complete, evaluate again with `eval`")
+            if sha256_of_file(file) != digest:
+                raise InputError(f"{file}: does not fit its sha256; it was changed or cut, evaluate again with `eval`")
         return cls(
             path,
             results,
@@ -266,18 +273,6 @@ class Evaluation(Shown):
             if "neutral.jsonl" in files
             else [],
         )
-
-
-def _check_file(path: Path, digest: str) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: is missing; the folder is not complete, evaluate again with `eval`")
-    if sha256_of_file(path) != digest:
-        raise InputError(f"{path}: does not fit its sha256; it was changed or cut, evaluate again with `eval`")
-
-
-def _encoded(text: str) -> bytes:
-    """The bytes that ``write_text`` writes."""
-    return text.encode("utf-8", "backslashreplace")
 
 
 def _lines(rows: Iterable[Record]) -> str:

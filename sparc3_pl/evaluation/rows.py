@@ -49,8 +49,8 @@ class CompletionRow:
         k: Number of the completion among those of the prompt, from 0.
         completion: The new text; None if the completion could not be made.
         scores: The judge's scores by label, in [0, 1]; none if the completion failed.
-        judges: Those of further judges, by the judge's name; none if the completion failed.
-        prefix_scores: By label the judge's scores of the completion cut after each of ``completion_ids``, where they
+        judges: Further judges' scores by label, by the judge's name; none if the completion failed.
+        prefix_scores: The judge's scores, by label, of the completion cut after each of ``completion_ids``, where they
             were asked for.
         seed: Seed of its random numbers.
         num_tokens: Number of new tokens; None if it failed.

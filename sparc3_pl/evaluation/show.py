@@ -26,31 +26,31 @@ _SCORES = [figure.name for figure in fields(ScoreFigures)]
 
 def scalars(results: Results) -> dict[str, float]:
     """The figures of ``results.json`` by the name under which loggers show them."""
-    named: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     if (perplexity := results.perplexity) is not None:
-        named |= _named("eval/perplexity", perplexity, ("value", "nll", "num_tokens"))
+        by_name |= _named("eval/perplexity", perplexity, ("value", "nll", "num_tokens"))
     if (toxicity := results.toxicity) is not None:
-        named |= _by_label("eval", toxicity)
+        by_name |= _by_label("eval", toxicity)
         for judge, figures in results.judges.items():
-            named |= _by_label(f"eval/judges/{judge}", figures)
+            by_name |= _by_label(f"eval/judges/{judge}", figures)
         if results.word_filter is not None:
-            named |= _named("eval/word_filter", results.word_filter, ("num_redrawn", "num_redraws", "num_left"))
-        named |= _named("eval/completions", toxicity, ("num_prompts", "num_completions", "num_failed"))
-        named |= _named("eval/completions", results.repetition, FLUENCY)
+            by_name |= _named("eval/word_filter", results.word_filter, ("num_redrawn", "num_redraws", "num_left"))
+        by_name |= _named("eval/completions", toxicity, ("num_prompts", "num_completions", "num_failed"))
+        by_name |= _named("eval/completions", results.repetition, FLUENCY)
     if results.neutral is not None:
-        named |= _by_label("eval/neutral", results.neutral)
+        by_name |= _by_label("eval/neutral", results.neutral)
         for judge, figures in results.neutral.judges.items():
-            named |= _by_label(f"eval/neutral/judges/{judge}", figures)
+            by_name |= _by_label(f"eval/neutral/judges/{judge}", figures)
     for name, figures in results.measurements.items():
-        named |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
-    return named
+        by_name |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
+    return by_name
 
 
 def _by_label(prefix: str, judged: ToxicityFigures) -> dict[str, float]:
-    named: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for label, figures in judged.labels.items():
-        named |= _named(f"{prefix}/{label}", figures, _SCORES)
-    return named
+        by_name |= _named(f"{prefix}/{label}", figures, _SCORES)
+    return by_name
 
 
 def _named(prefix: str, section: Any, names: Iterable[str]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def write_to_loggers(
         run_log: What is written to.
         results: The evaluation's.
         completions: One row for each.
-        settings: For the table of runs; None: the run does not appear there.
+        settings: Settings for the table of runs; None: the run does not appear there.
     """
     from sparc3_pl.document.figures import score_distribution
 

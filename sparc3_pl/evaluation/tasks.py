@@ -39,8 +39,8 @@ _FEWSHOT_SEED = 1234
 
 def task_specs(tasks: Sequence[str], folder: str | None, limit: int | None, batch_size: int) -> list[Record]:
     """How ``model.measurements`` would name these tasks."""
-    shared = {"folder": folder, "limit": limit, "batch_size": batch_size}
-    return [{"class_path": "task", "init_args": {"task": task, **shared}} for task in tasks]
+    options = {"folder": folder, "limit": limit, "batch_size": batch_size}
+    return [{"class_path": "task", "init_args": {"task": task, **options}} for task in tasks]
 
 
 class TaskAccuracy(Measurement):
@@ -190,7 +190,7 @@ def _loaded_task(name: str, folder: str | None) -> Task:
         raise InputError('model.tasks needs the package lm_eval; install it: pip install "sparc3_pl[harness]"')
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"model.tasks_folder={folder!r}: there is no such folder; give one that holds task files")
-    manager = _manager(folder, False)  # the harness' own task files are thousands, and take seconds to look through
+    manager = _manager(folder, False)  # the harness has thousands of task files, which take seconds to look through
     if name not in manager.all_tasks:
         manager = _manager(folder, True)
     if name not in manager.all_tasks:
@@ -201,7 +201,7 @@ def _loaded_task(name: str, folder: str | None) -> Task:
         raise InputError(f"model.tasks: there is no task {name!r}; {hint}")
     try:
         tasks = manager.load([_with_files_beside(manager, name, folder)])["tasks"]
-    except Exception as error:  # of the harness, of datasets, of the hub's client: no network has many names
+    except Exception as error:  # of the harness, of datasets, of the hub's client: a missing network has many names
         raise InputError(
             f"model.tasks: {name} cannot be loaded ({_told(error)}); where there is no hub, give a folder of tasks "
             "whose data lie beside them (model.tasks_folder)"

@@ -52,14 +52,18 @@ class CompletionToxicity(Metric):
 
         Args:
             prompt_ids: The prompt of each completion, ``[N]``; every completion of a prompt is in the same call.
-            scores: By label ``[N]`` in [0, 1]; entries of failed completions are not read.
+            scores: Scores ``[N]`` in [0, 1] by label; entries of failed completions are not read.
             failed: Which completions could not be made or scored, ``[N]``; none if left out.
 
         Raises:
             ValueError: if the labels or sizes differ from what was promised, or a score lies outside [0, 1].
         """
         ok = torch.tensor([not f for f in failed] if len(failed) else [True] * len(prompt_ids), dtype=torch.bool)
-        scores_NL = self._stack(scores, len(prompt_ids))
+        if tuple(scores) != self.labels or any(s.shape != (len(prompt_ids),) for s in scores.values()):
+            raise ValueError(
+                f"labels {list(scores)} with {len(prompt_ids)} scores each were expected to be {list(self.labels)}"
+            )
+        scores_NL = torch.stack([s.detach().to("cpu", torch.float64) for s in scores.values()], dim=1)
         if len(ok) != len(prompt_ids) or not ((scores_NL[ok] >= 0) & (scores_NL[ok] <= 1)).all():
             raise ValueError("scores of completions that did not fail must be in [0, 1], one a completion and label")
         order = {p: i for i, p in enumerate(dict.fromkeys(prompt_ids))}
@@ -86,12 +90,6 @@ class CompletionToxicity(Metric):
         }
         rows = {label: {n: float(c[i]) for n, c in columns.items()} for i, label in enumerate(self.labels)}
         return {**counts, "labels": rows}
-
-    def _stack(self, scores: Mapping[str, Tensor], n: int) -> Tensor:
-        """``[N, L]`` float64 on the CPU."""
-        if tuple(scores) != self.labels or any(s.shape != (n,) for s in scores.values()):
-            raise ValueError(f"labels {list(scores)} with {n} scores each were expected to be {list(self.labels)}")
-        return torch.stack([s.detach().to("cpu", torch.float64) for s in scores.values()], dim=1)
 
     def _add(self, **amounts: Tensor | int) -> None:
         for name, amount in amounts.items():

@@ -72,8 +72,8 @@ class Arm:
         if pattern is None:
             each = [(share, {"share": share}) for share in self.shares]
         else:
-            kept, of = map(int, PatternScope(pattern).pattern.split(":"))
-            each = [(1 - kept / of, {})]
+            num_kept, of = map(int, PatternScope(pattern).pattern.split(":"))
+            each = [(1 - num_kept / of, {})]
         base = {"contrast": "general"} | self.plan
         return [Cut(self.name, seed, share, base | own) for seed in self.seeds for share, own in each]
 
@@ -109,7 +109,7 @@ def arms_of(
             general | sections["general"],
             shared | sections["plan"],
             tuple(dict.fromkeys(own_seeds)),
-            _checked(shares if own.get("shares") is None else own["shares"]),
+            _checked_shares(shares if own.get("shares") is None else own["shares"]),
         )
         _check_sequential(arm)
         result.append(arm)
@@ -121,7 +121,7 @@ def check_arm(name: str, own: Settings | None, sections: Sequence[str], others: 
 
     Args:
         name: Name of the arm.
-        own: As in the configuration.
+        own: Its settings, as in the configuration.
         sections: Keys that hold settings by name.
         others: Its other keys.
 
@@ -174,7 +174,7 @@ def _check_sequential(arm: Arm) -> None:
         )
 
 
-def _checked(shares: Sequence[float]) -> tuple[float, ...]:
+def _checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """The shares, rising.
 
     Raises:

@@ -42,13 +42,13 @@ class CorrectionArm:
     """A way to score and to choose, and its edits.
 
     Attributes:
-        name: In tables and figures, and of its files; None: the experiment's own settings.
+        name: The name in tables and figures, and of its files; None: the experiment's own settings.
         behaviour: Keys of ``data`` of the behaviour's samples.
         general: Keys of ``data`` of the general samples.
         texts: Further kinds of general text, as the keys in which they differ from ``general``.
         scores: Keys of ``model`` of the scoring passes: of the behaviour's samples, and of general text.
         seeds: Seeds of the general samples; none if the contrast reads no general scores.
-        edits: By name, which is that of their files too.
+        edits: Its edits by name, which is also that of their files.
     """
 
     name: str | None
@@ -82,7 +82,7 @@ def correction_arms(
     budgets and controls of the experiment are for the arms that can have them.
 
     Args:
-        arms: By name, as in the configuration.
+        arms: The settings of each arm by its name, as in the configuration.
         sections: The experiment's ``general``, ``behaviour``, ``score``, ``behaviour_score``, ``general_score`` and
             ``plan``.
         texts: The experiment's further kinds of general text.
@@ -111,6 +111,10 @@ def correction_arms(
         except InputError as error:
             raise InputError(f"arms.{name}: {error}") from None
         its_seeds = list_of_seeds(name, arm_keys, seeds) if contrast.needs_general else ()
+        its_edits = {}
+        for edit, one in edits.items():
+            scale_of = None if one.scale_of is None else f"{name}-{one.scale_of}"
+            its_edits[f"{name}-{edit}"] = PlannedEdit(one.settings, one.control, scale_of)
         result.append(
             CorrectionArm(
                 name,
@@ -119,18 +123,10 @@ def correction_arms(
                 texts if arm_keys.get("texts") is None else arm_keys["texts"],
                 (merged["score"] | merged["behaviour_score"], merged["score"] | merged["general_score"]),
                 its_seeds,
-                {f"{name}-{edit}": one for edit, one in _renamed(edits, name).items()},
+                its_edits,
             )
         )
     return result
-
-
-def _renamed(edits: Mapping[str, PlannedEdit], arm: str) -> dict[str, PlannedEdit]:
-    """The edits, each with the full name of the one whose scale it has."""
-    return {
-        name: edit if edit.scale_of is None else PlannedEdit(edit.settings, edit.control, f"{arm}-{edit.scale_of}")
-        for name, edit in edits.items()
-    }
 
 
 def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[str, Settings]:
@@ -222,7 +218,7 @@ def _edits(
         edits = {f"scale-{scale:g}": PlannedEdit({**plan, "control": None})}
         return edits | {f"control-{one}-{scale:g}": PlannedEdit({**plan, "control": one}, one) for one in controls}
     if counts or not isinstance(plan.get("budget"), float):
-        raise InputError("with plan.edit=gains give plan.budget, as 0.01, and budgets in place of counts")
+        raise InputError("with plan.edit=gains give plan.budget, such as 0.01, and budgets in place of counts")
     edits = {}
     for budget in sorted({plan["budget"], *(budgets or [])}):
         name = f"budget-{budget:g}"

@@ -89,16 +89,16 @@ def elicit(
     stages = Stages(folder / "stages")
     settings = {"model": model, "data": data, "trainer": trainer or {}}
     completions = pass_stage(stages, "eval", "completions", settings, folder / "completions", MARKER)
-    asked = {"keep": keep, "num_samples": num_samples, "cut": cut, **vars(halves)}
+    request = {"keep": keep, "num_samples": num_samples, "cut": cut, **vars(halves)}
     making = _Making(folder, rule, halves, cuts, settings)
     samples = Stage(
-        "samples", asked, folder / SAMPLES, folder / SAMPLES, {"completions": completions.result}, making.make
+        "samples", request, folder / SAMPLES, folder / SAMPLES, {"completions": completions.result}, making.make
     )
     for stage in (completions, samples):
         stages.check_settings(stage)
     from sparc3_pl.model.loading import models_kept  # torch
 
-    with models_kept():  # the texts' cuts are told by the same model
+    with models_kept():  # the cuts are made with the same model
         for stage in (completions, samples):
             stages.do(stage)
     print_result(*_summary(folder))
@@ -109,7 +109,7 @@ class KeepRule:
     """Which completions are samples.
 
     Attributes:
-        condition: On a line of ``completions.jsonl``.
+        condition: The condition on a line of ``completions.jsonl``.
         num_samples: Keep only so many, the furthest beyond the bound of the first condition first; None: all.
     """
 

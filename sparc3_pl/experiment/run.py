@@ -52,7 +52,7 @@ class Outcome:
     control: str | None
     comparison: Comparison
     scale: float = 0.0
-    """Of gains: how far they go."""
+    """How far the gains go; 0 for any other edit."""
     arm: str | None = None
     """The arm that it is of; None: the experiment's own settings."""
 
@@ -103,8 +103,8 @@ def run(
 ) -> None:
     """Run a whole experiment from one YAML; what is done already is not done again.
 
-    A stage is done again if a file that it reads has another content now: data, model, scores or plan. Of what lies on
-    the hub only the name and the revision are known.
+    A stage is done again if the content of a file that it reads has changed: data, model, scores or plan. For what lies
+    on the hub, only name and revision are compared.
 
     With shares, this is compression: general text alone, every arm pruned to every share, no behaviour and no controls.
 
@@ -182,9 +182,9 @@ def run(
     ways = correction_arms(arms, sections, **lists)
     _check_rounds(rounds, completions, ways[0], plan)
     stages = [] if completions is None else [experiment.completion_stage(completions)]
-    said = stages[0].result if stages else None
+    completions_result = stages[0].result if stages else None
     scoring: dict[str, Stage] = {}
-    sides = [experiment.scores_of(scoring, way, said) for way in ways]
+    sides = [experiment.scores_of(scoring, way, completions_result) for way in ways]
     stages += scoring.values()
     for number in range(2, rounds + 1):
         stages += experiment.round_stages(number, rounds, completions or {}, ways[0], plan, sides[0])
@@ -221,9 +221,9 @@ def run(
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
     more = {"largest_within": best[None] and best[None].name, "timing": to_json(times)}
     # completions of further rounds are samples, from an edit that is not one of the experiment's: nothing to compare
-    drawn = {experiment.drawn_in(number) for number in range(2, rounds + 1)}
-    shown = [stage for stage in stages if stage.output not in drawn]
-    experiment.conclude(outcomes, max_perplexity_increase, shown, more)
+    round_folders = {experiment.drawn_in(number) for number in range(2, rounds + 1)}
+    stages_of_report = [stage for stage in stages if stage.output not in round_folders]
+    experiment.conclude(outcomes, max_perplexity_increase, stages_of_report, more)
     print_result(outcome_table(outcomes), *lines)
 
 
@@ -357,12 +357,12 @@ class _Experiment:
             "allow_overlap": True,  # they are samples: nothing is measured on them
         }
         plans = {"plan": planning.result}
-        said = self._pass("eval", f"completions-{name}", drawing, self.drawn_in(number), EVALUATION_MARKER, plans)
-        behaviour = way.behaviour | {"source": str(said.result.with_name("completions.jsonl"))}
-        reads = {"completions": said.result}
+        completing = self._pass("eval", f"completions-{name}", drawing, self.drawn_in(number), EVALUATION_MARKER, plans)
+        behaviour = way.behaviour | {"source": str(completing.result.with_name("completions.jsonl"))}
+        reads = {"completions": completing.result}
         scoring = self._scoring_stage(f"behaviour-{name}", way.scores[0], behaviour, reads, plans)
         scores[f"behaviour-{name}"] = scoring.output
-        return [planning, said, scoring]
+        return [planning, completing, scoring]
 
     def scores_of(self, scoring: dict[str, Stage], way: CorrectionArm, said: Path | None) -> dict[str, Path]:
         """The score folders of an arm, by side. Their stages join ``scoring``, unless another arm has the same scores.

@@ -95,8 +95,8 @@ class Stages:
         differing = next(_differing(before, redacted(stage.settings)), None)
         if differing is not None:
             raise InputError(
-                f"{stage.output}: was made with another {differing} than is asked for now; choose another output, or "
-                "delete it"
+                f"{stage.output}: was made with a different {differing} than is asked for now; choose another output, "
+                "or delete it"
             )
 
     def do(self, stage: Stage, place: str = "") -> None:
@@ -144,8 +144,8 @@ class Stages:
         if record.get("result") != sha256_of_file(stage.result):
             return "its result is not the one that it made"
         before = record.get("inputs") or {}
-        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
-        return f"changed since: {', '.join(changed)}" if changed else None
+        names = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+        return f"changed since: {', '.join(names)}" if names else None
 
 
 def check_folder(folder: Path) -> None:

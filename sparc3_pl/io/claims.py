@@ -75,7 +75,7 @@ def _locked(lock: Path, output: Path) -> int:
                 raise InputError(
                     f"{output}: another run{who} is writing to it; wait until it has ended, or choose another output"
                 )
-            if _is(lock, handle):  # else its last owner has removed it meanwhile
+            if _is_open_at(lock, handle):  # else its last owner has removed it meanwhile
                 os.ftruncate(handle, 0)
                 own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
                 os.pwrite(handle, json.dumps(own).encode(), 0)
@@ -100,7 +100,7 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _is(path: Path, handle: int) -> bool:
+def _is_open_at(path: Path, handle: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -145,6 +145,6 @@ def _make_parents(path: Path) -> list[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # something lies in it: the result
+    with suppress(OSError):  # not empty: the result lies in it
         for folder in folders:
             folder.rmdir()

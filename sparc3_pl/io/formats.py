@@ -124,10 +124,10 @@ class Format(Generic[T]):
         """
         data = dict(data)
         self._check_version(data.get("format_version"), where)
-        claimed = data.pop("sha256", None)
-        if claimed is None and self.sealed:
+        digest = data.pop("sha256", None)
+        if digest is None and self.sealed:
             raise InputError(f"{where}: the key 'sha256' is missing; it was changed or damaged, {self.again}")
-        if claimed is not None and claimed != json_digest(data) and claimed != _earlier_digest(data):
+        if digest is not None and digest != json_digest(data) and digest != _earlier_digest(data):
             raise InputError(f"{where}: its content does not match its sha256; it was changed or damaged, {self.again}")
         names = self._names()
         if "format_version" not in names:
@@ -162,8 +162,8 @@ class Format(Generic[T]):
 
     def seal(self, data: Mapping[str, Any]) -> Record:
         """A JSON object exactly as it will be read back: the version first, its sha256 last."""
-        sealed = json.loads(strict_json({"format_version": self.version} | dict(data)))
-        return sealed | {"sha256": json_digest(sealed)}
+        content = json.loads(strict_json({"format_version": self.version} | dict(data)))
+        return content | {"sha256": json_digest(content)}
 
     def _check_version(self, version: Any, where: str | Path) -> None:
         if version is None:

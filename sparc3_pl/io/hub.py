@@ -43,11 +43,11 @@ def hub_available(timeout: float = PROBE_SECONDS) -> bool:
         return False
     address = hub_name()
     if address not in _ANSWERS:
-        answered: list[bool] = []
-        thread = threading.Thread(target=lambda: answered.append(_answers(timeout)), daemon=True)
+        answers: list[bool] = []
+        thread = threading.Thread(target=lambda: answers.append(_answers(timeout)), daemon=True)
         thread.start()
         thread.join(timeout)
-        _ANSWERS[address] = bool(answered and answered[0])
+        _ANSWERS[address] = bool(answers and answers[0])
     return _ANSWERS[address]
 
 

@@ -52,7 +52,7 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: as ``shipped_config``, and for a file that is not here where the package has one of its name.
     """
-    located, before = [], ""
+    result, before = [], ""
     for word in words:
         option, _, value = word.rpartition("=")
         if "--config" in (option, "" if option else before):
@@ -60,6 +60,6 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
                 word = f"{option}{'=' if option else ''}{shipped_config(value.removeprefix(PREFIX))}"
             else:
                 _require_file(value)
-        located.append(word)
+        result.append(word)
         before = word
-    return located
+    return result

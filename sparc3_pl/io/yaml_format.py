@@ -18,7 +18,7 @@ _FLOAT = re.compile(
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _OURS = {"int": _INT, "float": _FLOAT, "timestamp": None, "value": None}
-"""By the last part of their tags: resolvers in place of PyYAML's."""
+"""Resolvers in place of PyYAML's, by the last part of their tags."""
 _TAG = "tag:yaml.org,2002:"
 
 

@@ -80,7 +80,7 @@ def choose(
         behaviour: Scores of the behaviour's samples; not needed for ``contrast="general"`` (compression) and the
             controls ``random``, ``top_general`` and ``null``.
         num_neurons: How many components, over all layers together.
-        num_weights: The same for scores of single weights.
+        num_weights: How many single weights, for scores of those.
         share: A share of all instead, in (0, 1).
         contrast: ``difference``, ``normalized``, ``rank``, ``t``, ``set_difference``, ``general``, ``budget``, or a
             contrast of your own.

@@ -94,8 +94,8 @@ def evaluate(
         samples_per_prompt: Completions a prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
         batch_size: The most prompts of one batch; None: as many as are completed at once.
-        generation_batch_size: The most completions made at once; None: as many as are of use and fit into memory.
-            Changes no completion, only speed and memory.
+        generation_batch_size: The most completions made at once; None: as many as save time and fit into memory. It
+            changes no completion, only speed and memory.
         window_batch_size: Windows of one batch.
         allow_overlap: Evaluate also on prompts from which the plan was made; the results say so.
         progress: Show a bar on stderr.

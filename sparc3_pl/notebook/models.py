@@ -82,7 +82,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
         raise InputError("torch.inference_mode() is on, which forbids gradients; leave that block first")
     source = _source_of(model)
     asks = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    earlier = _borrowers.get(model)  # of this thread, as where a judge asks the model, too
+    earlier = _borrowers.get(model)  # in this thread, as where a judge uses the model too
     _borrowers[model] = threading.get_ident()
     try:
         model.requires_grad_(False)
@@ -125,8 +125,10 @@ def require_plain(model: Any) -> None:
     odd = next(
         (f"{n} is {p.dtype}".replace("torch.", "") for n, p in model.named_parameters() if p.dtype not in _PLAIN), None
     )
-    packed = (f"{n} is a {type(m).__module__}" for n, m in model.named_modules() if hasattr(m, "_packed_params"))
-    odd = next(packed, None) if odd is None else odd
+    packed_modules = (
+        f"{n} is a {type(m).__module__}" for n, m in model.named_modules() if hasattr(m, "_packed_params")
+    )
+    odd = next(packed_modules, None) if odd is None else odd
     if odd is not None or (getattr(model, "hf_quantizer", None) is not None and not is_unpacked):
         reason = "" if odd is None else f": {odd}"
         raise InputError(
@@ -139,11 +141,11 @@ def require_plain(model: Any) -> None:
 
 def as_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
     """A call as a manifest records it: the arguments that are short values and not the default, without secrets."""
-    given = {
+    values = {
         name: arguments[name]
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and arguments[name] != parameter.default
     }
-    plain = {name: repr(value) for name, value in given.items() if isinstance(value, str | int | float | dict)}
+    plain = {name: repr(value) for name, value in values.items() if isinstance(value, str | int | float | dict)}
     short = (f"{name}={text}" for name, text in plain.items() if len(text) <= _LONGEST and name != "progress")
     return redacted(f"sparc3_pl.{function.__name__}({', '.join(short)})")

@@ -116,7 +116,9 @@ class OneLineErrors:
             kind = getattr(action, "_typehint", None)
             is_null = action.default is not None and action.dest in namespace and namespace[action.dest] is None
             if kind is not None and is_null and not _takes_null(kind):
-                raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {_type_name(kind)}')
+                is_class = isinstance(kind, type) and not get_args(kind)
+                name = kind.__name__ if is_class else str(kind).replace("typing.", "")
+                raise TypeError(f'Parser key "{action.dest}": is null; give a value of type {name}')
 
     def _linked(self) -> dict[str, str]:
         """The key that gives a linked key its value (``output``), by that linked key (``model.output``)."""
@@ -255,10 +257,6 @@ def _takes_null(kind: Any) -> bool:
 
 def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 def _is_at_fault(path: Path, named: Sequence[str]) -> bool:

@@ -83,13 +83,13 @@ def apply_plan(
             is then as it was.
     """
     changes = planned_changes(model, plan, check_fingerprint)
-    zeroed = [part for part in map(_zeroed, changes) if part.count]
+    zeros = [part for part in map(_zeroed, changes) if part.count]
     if not keep and all(not isinstance(c.factor, Tensor) and c.factor == 0 and c.added is None for c in changes):
-        for part in zeroed:
+        for part in zeros:
             part.write(model.get_submodule(part.layer), 0.0)
-        return AppliedPlan(model, plan, changes, None, zeroed)
+        return AppliedPlan(model, plan, changes, None, zeros)
     before = {c.part.key: c.part.read(model.get_submodule(c.part.layer)) for c in changes}  # before any is written
-    applied = AppliedPlan(model, plan, changes, before, zeroed)
+    applied = AppliedPlan(model, plan, changes, before, zeros)
     layers: set[str] = set()
     for change in changes:
         old, module = before[change.part.key], model.get_submodule(change.part.layer)

@@ -111,7 +111,7 @@ class Scale(Edit):
     """The components' contribution is multiplied.
 
     Args:
-        alpha: The factor. A negative one turns the contribution round; above 1 it is amplified.
+        alpha: The factor. A negative one reverses the contribution; one above 1 amplifies it.
 
     Raises:
         InputError: if the factor is missing or not finite.
@@ -211,7 +211,7 @@ def mean_activations(
     """Mean activation of every MLP neuron (what the down-projection reads) over all real tokens.
 
     Args:
-        model: In eval mode.
+        model: The model, in eval mode.
         batches: ``(input_ids, attention_mask)``, both ``[B, T]``.
         layers: Names of up-projections (default: of all MLPs).
 

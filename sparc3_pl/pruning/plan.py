@@ -191,7 +191,7 @@ class TextRise:
     Attributes:
         source: Name of the text.
         nll_before: Mean negative log-likelihood of the model as it was, nats a token.
-        nll_after: The same with the edit.
+        nll_after: Mean negative log-likelihood with the edit, likewise.
         rise: Relative rise of perplexity: 0.01 is 1 %.
         num_windows: Windows.
         num_tokens: Tokens whose likelihood was measured.
@@ -216,7 +216,7 @@ class GainsFigures:
         predicted_change: Expected change of what was attributed, to first order; None for a part of a plan.
         predicted_rise: Expected rise of the loss on general text, in nats a token; None likewise.
         budget: Allowed rise of perplexity; None if the scale was given.
-        texts: What was measured in the search for the scale; empty without one.
+        texts: The cost on each text, measured in the search for the scale; empty without one.
     """
 
     scale: float
@@ -315,15 +315,15 @@ class PrunePlan(_About, Shown):
     @property
     def neurons(self) -> list[PlannedNeuron]:
         """The components in the order of the choice; empty for single weights, which have none."""
-        listed = []
+        rows = []
         for layer, entries in self.entries.items():
             if entries.rank is not None:
                 columns = (entries.index, entries.score, entries.factor)
                 values = ([None] * len(entries.index) if c is None else c.tolist() for c in columns)
-                listed += zip(entries.rank.tolist(), *values, [layer] * len(entries.index), strict=True)
+                rows += zip(entries.rank.tolist(), *values, [layer] * len(entries.index), strict=True)
         return [
             PlannedNeuron(layer, index, None if score is None or math.isnan(score) else score, factor)
-            for _, index, score, factor, layer in sorted(listed, key=lambda entry: entry[0])
+            for _, index, score, factor, layer in sorted(rows, key=lambda entry: entry[0])
         ]
 
     @property
@@ -521,13 +521,14 @@ class PrunePlan(_About, Shown):
         """
         path = Path(path)
         before = _named_before(path)
+        earlier_file = FileKind(f"a part of {path}", lambda file: file.name in before)
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
             plan_file = files.enter_context(new_file(path, overwrite, KIND))
             by_name = {}
             for kind, tensors in self._companions().items():
                 if tensors:
                     name = f"{path.stem}.{kind}.safetensors"
-                    temporary = files.enter_context(new_file(path.with_name(name), overwrite, _companion_of(path)))
+                    temporary = files.enter_context(new_file(path.with_name(name), overwrite, earlier_file))
                     save_tensors(temporary, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
                     by_name[kind] = {"file": name, "sha256": sha256_of_file(temporary)}
             beside = {"files": by_name} | ({"neurons": []} if "listed" in by_name else {})
@@ -664,12 +665,6 @@ def _readable(data: Record) -> str:
             text = "[\n  " + ",\n  ".join(strict_json(neuron) for neuron in value) + "\n ]"
         lines.append(f' "{key}": {text}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _companion_of(plan: Path) -> FileKind:
-    """A file of tensors that the earlier plan at this path names."""
-    names = _named_before(plan)
-    return FileKind(f"a part of {plan}", lambda path: path.name in names)
 
 
 def _named_before(plan: Path) -> set[str]:

@@ -161,8 +161,8 @@ def shrink(model: "PreTrainedModel", plan: PrunePlan) -> "PreTrainedModel":
         smaller = copy.deepcopy(model)
     width_left = width - len(next(iter(removed.values())))
     for name, experts in experts_modules(smaller).items():
-        gone = [removed[f"{name}.{e}"] for e in range(experts.down_proj.shape[0])]
-        keep_neurons(experts, torch.tensor([[i for i in range(width) if i not in one] for one in gone]))
+        removed_of_each = [removed[f"{name}.{e}"] for e in range(experts.down_proj.shape[0])]
+        keep_neurons(experts, torch.tensor([[i for i in range(width) if i not in one] for one in removed_of_each]))
     for mlp in mlps(smaller) if routed == {False} else ():
         _cut(smaller, mlp, removed[mlp.up])
     setattr(smaller.config.get_text_config(), key, width_left)
@@ -210,19 +210,21 @@ def _without_experts(model: "PreTrainedModel", gone: dict[str, Tensor]) -> "PreT
             f"shrink needs the same number of experts gone from each layer, but the plan removes {counts[0]} to "
             f"{counts[-1]}; make the plan with --shrink, over all layers, which chooses layer by layer"
         )
-    config, left = model.config.get_text_config(), number - counts[0]
+    config, number_left = model.config.get_text_config(), number - counts[0]
     key = _key_of(config, "number of experts", number, _NUMBER_KEYS, (number,))
     at_once = config.num_experts_per_tok
     smaller = copy.deepcopy(model)
     for name, router in routers.items():
-        kept = torch.tensor(sorted(set(range(number)) - set(gone[router].tolist())))
-        keep_experts(smaller.get_submodule(name), smaller.get_submodule(router), kept)
+        keep = torch.tensor(sorted(set(range(number)) - set(gone[router].tolist())))
+        keep_experts(smaller.get_submodule(name), smaller.get_submodule(router), keep)
     config = smaller.config.get_text_config()
-    setattr(config, key, left)
-    config.num_experts_per_tok = min(at_once, left)
+    setattr(config, key, number_left)
+    config.num_experts_per_tok = min(at_once, number_left)
     for module in smaller.modules():  # what the config says is also kept here and there
         for attribute in ("num_experts", "num_experts_per_tok", "top_k"):
-            before, after = (number, left) if attribute == "num_experts" else (at_once, min(at_once, left))
+            before, after = (
+                (number, number_left) if attribute == "num_experts" else (at_once, min(at_once, number_left))
+            )
             if vars(module).get(attribute) == before:
                 setattr(module, attribute, after)
     return smaller
@@ -337,8 +339,8 @@ def _save(
         share = num_zeros / _parameters(model)[0]
         result = SavedModel(Path(folder), difference, (before, after), (old, new), title, share)
         write_text(temporary / "README.md", _model_card(model, plan, result))
-        listed = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
-        write_text(temporary / KIND.marker, strict_json(listed, indent=1) + "\n")
+        marker = {"format_version": 1, "files": sorted(path.name for path in temporary.iterdir())}
+        write_text(temporary / KIND.marker, strict_json(marker, indent=1) + "\n")
     return result
 
 
@@ -374,10 +376,10 @@ def _compare(folder: Path, model: "PreTrainedModel", reference: "PreTrainedModel
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     device = input_device(reference)
     with _in_eval_mode(reference):
-        expected, got = (m(input_ids=ids.to(device), use_cache=False).logits.float() for m in (reference, loaded))
-    difference = float((expected - got).abs().max())
-    allowed = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT) * float(expected.abs().max())
-    if not difference <= allowed:
+        expected, logits = (m(input_ids=ids.to(device), use_cache=False).logits.float() for m in (reference, loaded))
+    difference = float((expected - logits).abs().max())
+    tolerance = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT) * float(expected.abs().max())
+    if not difference <= tolerance:
         raise RuntimeError(f"{folder}: logits of the saved model are off by {difference:.3g}; nothing was kept")
     return difference
 

@@ -39,14 +39,14 @@ _FOLDERS: dict[str, tuple[FolderKind, Callable[[Path], Any]]] = {
     "circuits": (CIRCUIT, open_circuit),
     "evaluations": (EVALUATION, Evaluation.open),
 }
-"""By field of ``Inputs``: the kind of folder, and how to open one."""
+"""The kind of folder behind each field of ``Inputs``, and how to open one."""
 _FILES: dict[str, FileKind] = {
     "plans": PLAN,
     "comparisons": COMPARISON,
     "experiments": EXPERIMENT,
     **{name: result_kind(name) for name in _DIAGNOSES},
 }
-"""By field of ``Inputs`` or kind of diagnosis: the kind of JSON file."""
+"""The kind of JSON file behind each field of ``Inputs`` or kind of diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class MeasuredEdit:
     """An edit that an experiment has measured.
 
     Attributes:
-        comparison: With the model as it was.
-        arm: The arm that it is of; None: the experiment's own settings.
+        comparison: The comparison with the model as it was.
+        arm: The arm that it belongs to; None: the experiment's own settings.
     """
 
     comparison: Comparison
@@ -151,9 +151,7 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
     inputs = Inputs(**{kind: items for kind, items in by_name.items() if kind not in _DIAGNOSES})
     inputs.diagnoses = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
     if inputs.is_empty:
-        raise InputError(
-            f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons in there"
-        )
+        raise InputError(f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons there")
     _join_plans(inputs)
     return inputs
 

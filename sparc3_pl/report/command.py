@@ -60,7 +60,7 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
     """Makes the report without writing it.
 
     Args:
-        folders: As in ``report``.
+        folders: The inputs, as in ``report``.
         leave_out: A folder below them to pass over.
     """
     inputs = collect(folders, leave_out)

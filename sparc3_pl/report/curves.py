@@ -45,7 +45,7 @@ class Curve:
     Attributes:
         figure: What it is: ``perplexity``, or the name of a measurement and of its figure.
         dense: Its value for the model as it was.
-        arms: By name of the arm, its points with rising share.
+        arms: The points of each arm with rising share, by its name.
     """
 
     figure: str
@@ -106,14 +106,10 @@ def _picture(curve: Curve, picture: str) -> Picture:
     }
     figure = curve.figure.replace("_", " ")
     figure_of_curves = sparsity_curves(series, curve.dense, figure, is_logarithmic=curve.figure == "perplexity")
-    alt = f"{figure} against the share removed. Dense: {curve.dense:.4g}. {'; '.join(_ends(curve))}."
-    caption = f"{figure[:1].upper()}{figure[1:]} against the share removed; bars: deviation over calibration seeds."
-    return Picture(as_svg(figure_of_curves, picture), alt, caption)
-
-
-def _ends(curve: Curve) -> Sequence[str]:
-    """A phrase for each arm: its last value, and the share at which that was measured."""
-    return [
+    ends = [
         f"{name}: {points[-1].mean:.4g} at {points[-1].share:.0%}" if points else f"{name}: {NOTHING}"
         for name, points in curve.arms.items()
     ]
+    alt = f"{figure} against the share removed. Dense: {curve.dense:.4g}. {'; '.join(ends)}."
+    caption = f"{figure[:1].upper()}{figure[1:]} against the share removed; bars: deviation over calibration seeds."
+    return Picture(as_svg(figure_of_curves, picture), alt, caption)

@@ -107,7 +107,7 @@ class Effect:
 
     Attributes:
         name: Name of the evaluation after the edit (or of the comparison).
-        comparison: With the evaluation of the unedited model.
+        comparison: The comparison with the evaluation of the unedited model.
         plan: Summary of the plan, from the evaluation; None if the evaluation is not among the inputs, or names none.
         experiment: Name of the evaluation of the unedited model; edits with the same one belong together.
         bound: Rise of perplexity that the experiment calls small.
@@ -202,7 +202,7 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
         return Effect(name, comparison, plan, experiment, before=before, after=after)
 
     effects, notes = [], []
-    pairs, compared = set(), set()
+    pairs, digests = set(), set()
     for name, comparison in inputs.comparisons.items():
         before, after = (
             next((ev for ev in inputs.evaluations.values() if _is_of(ev, comparison, side)), None)
@@ -212,17 +212,17 @@ def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
         pair = tuple(place if ev is None else ev.digest for place, ev in sides)
         if pair not in pairs:  # a copy of the same comparison adds nothing
             pairs.add(pair)
-            compared.add(pair[1])
+            digests.add(pair[1])
             effects.append(effect(names.get(pair[1], name), comparison, before, after))
     for name, after in inputs.evaluations.items():
-        if after.is_plain or after.digest in compared:
+        if after.is_plain or after.digest in digests:
             continue
         try:
             before, comparison = _compared(inputs, after)
         except InputError as error:
             notes.append(f"{name}: {error}")
             continue
-        compared.add(after.digest)
+        digests.add(after.digest)
         effects.append(effect(name, comparison, before, after))
     bounds = {name: _bound(inputs, group) for name, group in by_experiment(effects).items()}
     effects = [replace(effect, bound=bounds[effect.experiment], arm=_arm(inputs, effect)) for effect in effects]
@@ -306,8 +306,8 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
     if not edits:
         return None
     best = largest_within(edits, edits[0].bound)
-    measured = [effect for effect in edits if effect.rise is not None]
-    return best or min(measured, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.dose)
+    candidates = [effect for effect in edits if effect.rise is not None]
+    return best or min(candidates, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.dose)
 
 
 def title_of(effect: Effect) -> str:

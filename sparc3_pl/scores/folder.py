@@ -306,9 +306,9 @@ def _differences(first: ScoreFolder, other: ScoreFolder, but: Sequence[str]) -> 
     if first.layers != other.layers:
         odd = ", ".join(sorted(set(first.layers) ^ set(other.layers))[:3]) or "in another order"
         differences.append(told("layers", len(first.layers), f"{len(other.layers)} ({odd})"))
-    shared = [name for name in first.layers if name in two.layers]
-    unequal = [name for name in shared if first.shape(name) != other.shape(name)]
-    kinds = [(name, one.layers[name].component, two.layers[name].component) for name in shared]
+    common = [name for name in first.layers if name in two.layers]
+    unequal = [name for name in common if first.shape(name) != other.shape(name)]
+    kinds = [(name, one.layers[name].component, two.layers[name].component) for name in common]
     differences += [
         told(f"component of {name}", *pair) for name, *pair in kinds if None not in pair and pair[0] != pair[1]
     ]

@@ -263,7 +263,7 @@ class Manifest(About):
         if not isinstance(self.model.get("fingerprint"), str):
             raise InputError(f"{where}: the model's fingerprint is missing; score again")
         dims = {len(layer.shape) for layer in self.layers.values()}
-        if self.granularity in COMPONENTS:  # what a class of the user's own scores, its shapes say
+        if self.granularity in COMPONENTS:  # the shapes tell what a user's own class scores
             dims = {COMPONENTS.make(self.granularity).dims}
         for name, layer in self.layers.items():
             if {len(layer.shape)} != dims or not dims <= {1, 2} or min(layer.shape) < 1:

@@ -23,7 +23,7 @@ class ScoresInMemory(ScoreFolder):
     Args:
         name: Stands for the path in messages and plans.
         layers: The scores.
-        about: What was scored, on what, how.
+        about: The manifest: what was scored, on which samples and how.
         samples: The samples in the mean; empty for a method that needs none.
         command: What made the scores.
     """

@@ -127,8 +127,8 @@ class PartialSums:
             key = next(differing_settings(read_json(path), now), None)
             if key is not None:
                 raise InputError(
-                    f"{self.folder}: holds partial sums of a run with another {key}; give the same settings to go on, "
-                    "or delete that folder to begin again, or choose another output"
+                    f"{self.folder}: holds partial sums of a run with a different {key}; give the same settings to go "
+                    "on, or delete that folder to begin again, or choose another output"
                 )
             return
         with writing(self.folder):

@@ -42,7 +42,7 @@ def parse_part(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     number, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= count:
-        raise InputError(f"part={text!r}: give i/n with i from 1 to n, as 2/8 for the second of eight")
+        raise InputError(f"part={text!r}: give i/n with i from 1 to n, such as 2/8 for the second of eight")
     return number, count
 
 

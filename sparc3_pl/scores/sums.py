@@ -121,9 +121,9 @@ def write_sums(
 
     Args:
         path: The file.
-        shapes: By tensor name ``LAYER/KEY``: the type in safetensors' spelling, and the shape.
+        shapes: The type in safetensors' spelling and the shape of each tensor, by its name ``LAYER/KEY``.
         load: Gives a tensor by its name; called once for each, in order.
-        samples: Those that the tensors are sums of.
+        samples: The samples that the tensors are sums of.
 
     Returns:
         The sha256 of each tensor's bytes, in hex.

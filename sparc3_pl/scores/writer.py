@@ -126,7 +126,7 @@ class ScoreWriter:
         Args:
             num_samples: Samples in the mean.
             num_tokens: Real tokens in them.
-            samples: Those samples.
+            samples: The samples in the mean.
             granularity: Name of the component; by default ``neuron`` or ``weight``, read off the layers.
             total_relevance: Sum of all layers' sums if not given.
             versions: In place of this process's own; so are ``command`` and ``created``.
@@ -171,12 +171,12 @@ def write_scores(
         folder: Where the scores go.
         overwrite: Whether an earlier score folder there may be replaced.
         layers: The scores, layer by layer: one at a time is in memory.
-        about: What was scored, on what, how.
+        about: What was scored, on which samples and how.
         samples: The samples in the mean; empty for a method that needs none.
         config: The resolved configuration as YAML.
         shards: Commands of the parts that were merged.
         command: What made the scores; None: this process's command line.
-        created: When; None: now.
+        created: When they were made, UTC, ISO 8601; None: now.
         timing: Where the time went so far.
 
     Raises:

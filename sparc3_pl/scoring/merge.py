@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -74,17 +73,17 @@ def _require_whole(parts: Sequence[ScorePart]) -> None:
         key = next(differing_settings(first.content.settings, part.content.settings), None)
         if key is not None:
             raise InputError(
-                f"{part.path}: was made with another {key} than {first.path}; score it again like the others"
+                f"{part.path}: was made with a different {key} from {first.path}; score it again like the others"
             )
     _require_disjoint(parts)
     if missing := sorted(set(range(1, first.count + 1)) - {part.number for part in parts}):
-        listed = ", ".join(f"{number}/{first.count}" for number in missing[:5])
-        raise InputError(f"part {listed} is missing: {len(parts)} of {first.count} were given; score it and give all")
-    planned, scored = set(first.about.data["sample_ids"]), {i for part in parts for i in part.sums.ids}
-    if planned != scored:
+        names = ", ".join(f"{number}/{first.count}" for number in missing[:5])
+        raise InputError(f"part {names} is missing: {len(parts)} of {first.count} were given; score it and give all")
+    planned_ids, scored_ids = set(first.about.data["sample_ids"]), {i for part in parts for i in part.sums.ids}
+    if planned_ids != scored_ids:
         raise InputError(
-            f"the parts hold {len(scored)} samples, but the run has {len(planned)}; score the parts again, without "
-            "trainer.limit_predict_batches"
+            f"the parts hold {len(scored_ids)} samples, but the run has {len(planned_ids)}; score the parts again, "
+            "without trainer.limit_predict_batches"
         )
 
 
@@ -107,7 +106,11 @@ def _write(
     method = METHODS.from_file(about.method, about.method_args)
     groups, model = None, None
     if method.needs_weights:
-        model = _model_of(about, _source(about.model, pretrained, trust_remote_code))
+        name, revision = pretrained, None
+        if pretrained is None:
+            name, revision = about.model["pretrained"], about.model["revision"]
+        unpack = "dequantized" in about.model
+        model = _model_of(about, ModelSource(name, about.model["dtype"], revision, None, trust_remote_code, unpack))
         groups = {group.layer: group for group in groups_of(model, about.components(), about.targets)}
     samples = [sample for part in parts for sample in part.sums.samples]
     config = first.path / "config.yaml"
@@ -143,14 +146,9 @@ def _model_of(about: About, source: ModelSource) -> nn.Module:
     actual, expected = fingerprint(model), about.model["fingerprint"]
     if actual != expected:
         raise InputError(
-            f"pretrained={source.pretrained!r}: is another model ({actual[:19]}...) than the parts have scored "
-            f"({expected[:19]}...); give the model of the parts"
+            f"pretrained={source.pretrained!r}: is not the model that the parts scored ({actual[:19]}..., not "
+            f"{expected[:19]}...); give the model of the parts"
         )
     if (key := differing_config(about.model.get("config") or {}, model_config(model))) is not None:
-        raise InputError(f"pretrained={source.pretrained!r}: has another {key} than the parts have scored; check it")
+        raise InputError(f"pretrained={source.pretrained!r}: its {key} differs from that of the scored model; check it")
     return model
-
-
-def _source(model: Mapping[str, Any], pretrained: str | None, trust_remote_code: bool) -> ModelSource:
-    name, revision = (model["pretrained"], model["revision"]) if pretrained is None else (pretrained, None)
-    return ModelSource(name, model["dtype"], revision, None, trust_remote_code, "dequantized" in model)

@@ -104,7 +104,7 @@ class ScoringModule(pl.LightningModule):
         sequential: For ``wanda`` and single weights: a share (``0.5``) or pattern (``"2:4"``: 2 of 4 stay) by which
             each decoder layer is pruned, row by row, before the next one's inputs are measured, as Wanda's authors do.
             The model itself is not changed; ``prune`` must then remove the same.
-        gradient_checkpointing: Keep the activations of one decoder layer at a time and make the others again, for
+        gradient_checkpointing: Keep the activations of one decoder layer at a time and compute the others again, for
             windows that do not fit: about a third slower, the same scores.
     """
 
@@ -161,9 +161,9 @@ class ScoringModule(pl.LightningModule):
             )
         self.model: transformers.PreTrainedModel | None = None
         self.run: ScoreRun | None = None
-        """From the first batch on."""
+        """The run; from the first batch on."""
         self._description: dict[str, Any] = {}
-        """On rank 0, the model's entry in the manifest."""
+        """The model's entry in the manifest; on rank 0."""
         self._account: dict[str, Any] | None = None
         """What the method's check of itself on one sample said."""
         self._is_checked = False
@@ -344,7 +344,7 @@ class ScoringModule(pl.LightningModule):
         """Adds up the ranks and writes the scores."""
         assert self.run is not None
         self._stop_if_asked(self.run)
-        self.run.save()  # a rank that dies while the sums are added up or written costs nothing
+        self.run.save()  # nothing is lost if a rank dies while the sums are added up or written
         self._loop.close()
         self.run.finish()
 

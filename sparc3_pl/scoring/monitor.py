@@ -59,20 +59,17 @@ class ScoringMonitor(Callback):
         status = self._status()
         seconds, self._batches = time.perf_counter() - self._start - self._timed, self._batches + 1
         self._watch.took("samples", seconds)
+        # The first batch is no measure of how long a sample takes: much is done only once, in that batch.
         if self._batches == 2 and trainer.is_global_zero and len(batch.ids):
-            self._tell_pace(seconds / len(batch.ids))
+            each, left = seconds / len(batch.ids), self._total - self._seen
+            rest = f", {duration(each * left)} for the {left} that are left" if left > 0 else ""
+            log.info("score: %.3g s a sample after the first batch%s", each, rest)
         self._timed = time.perf_counter() - self._start
         mean = self._relevance.mean if self._relevance.count else math.nan
         figures = {"figure": "total relevance", "mean": mean, "error": self._relevance.standard_error}
         show_progress(trainer, "score", self._watch, Done("samples", self._seen, self._tokens, **figures))
         if batch_idx % trainer.log_every_n_steps == 0:
             self._log.scalars({f"score/{name}": value for name, value in status.items()}, self._seen)
-
-    def _tell_pace(self, seconds: float) -> None:
-        """Logs how long a sample takes. The first batch is no measure of it: much is done only once, in that batch."""
-        left = self._total - self._seen
-        rest = f", {duration(seconds * left)} for the {left} that are left" if left > 0 else ""
-        log.info("score: %.3g s a sample after the first batch%s", seconds, rest)
 
     def _status(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start

@@ -51,9 +51,9 @@ def needs_of(request: ScoreRequest, source: ModelSource, batch_size: int, length
         Need("sums", at, sums, f"{len(scorer.layers)} layers", _FEWER_LAYERS if options.sums_on_host else ""),
     ]
     if request.method.object.needs_target and length is not None:
-        kept = activation_bytes(skeleton, batch_size, length)
-        if kept is not None and options.gradient_checkpointing:  # of one decoder layer, and what all layers read
+        activations = activation_bytes(skeleton, batch_size, length)
+        if activations is not None and options.gradient_checkpointing:  # of one decoder layer, and what all layers read
             words = batch_size * length * skeleton.get_input_embeddings().weight.shape[1] * dtype.itemsize
-            kept = kept // num_layers(skeleton) + num_layers(skeleton) * words
-        needs.append(Need("activations", "device", kept, f"{batch_size} x {length} tokens"))
+            activations = activations // num_layers(skeleton) + num_layers(skeleton) * words
+        needs.append(Need("activations", "device", activations, f"{batch_size} x {length} tokens"))
     return [*needs, Need("scores", "disk", scores, "float32", _ON_DISK)]

@@ -76,7 +76,7 @@ class ScoreRequest:
         components = tuple(COMPONENTS.choose(kind) for kind in kinds)
         request = cls(METHODS.choose(method), components, TARGETS.choose(target), layers, Options(**options))
         if not components:
-            raise InputError("model.granularity is an empty list; name what is scored, as neuron")
+            raise InputError("model.granularity is an empty list; name what is scored, such as neuron")
         for component in components:
             require_heeded(request.method.object, component.object, request.target.object, request.options)
         if request.options.sequential is not None:
@@ -164,13 +164,11 @@ def require_fields(request: ScoreRequest, names: Collection[str]) -> None:
         if field not in names:
             raise InputError(f"{what} needs {FIELD_KEYS.get(field, field)}; give it")
     # Labels and pairs are for methods and measurements too; a completion and its weight say what the target should be.
-    heeded = target.reads if needs_target else frozenset(("completion_mask",))
+    reads = target.reads if needs_target else frozenset(("completion_mask",))
     for field in ("completion_mask", "weight", "token_weight"):
-        if field in names and heeded is not None and field not in heeded:
+        if field in names and reads is not None and field not in reads:
             what = f"model.target={name}" if needs_target else f"model.method={request.method.name}"
-            raise InputError(
-                f"{FIELD_KEYS[field]}: {what} does not heed it; leave it out, or set model.target: completion"
-            )
+            raise InputError(f"{FIELD_KEYS[field]}: {what} ignores it; leave it out, or set model.target: completion")
 
 
 def check_samples(request: ScoreRequest, samples: Sequence[Sample]) -> None:
@@ -234,7 +232,7 @@ class ScoreRun:
         scorer: Holds the model and the sums.
         about: What the manifest says of the scores; needed on rank 0 only.
         destination: None: nothing is written.
-        partial: Where the sums are saved in between, and those of earlier runs lie; joined already.
+        partial: The place of sums that are saved in between, and of those of earlier runs; joined already.
     """
 
     def __init__(
@@ -246,9 +244,9 @@ class ScoreRun:
     ) -> None:
         self.scorer, self.about, self.destination = scorer, about, destination
         self.samples: list[ScoredSample] = []
-        """Those that this rank has scored."""
+        """The samples that this rank has scored."""
         self.manifest: Manifest | None = None
-        """On rank 0, once the scores are written."""
+        """The manifest of the scores; on rank 0, once they are written."""
         self._partial = partial
         self._unsaved = False
 

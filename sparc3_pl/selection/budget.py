@@ -179,12 +179,16 @@ class Budget(Contrast):
             raise InputError(f"contrast=budget: off_diagonal={self.off_diagonal!r} is not a share from 0 to 1")
         if self.off_diagonal and not self.fisher:
             raise InputError(
-                f"contrast=budget: off_diagonal={self.off_diagonal} is of costs, and fisher=false; leave one out"
+                f"contrast=budget: off_diagonal={self.off_diagonal} is about costs, which fisher=false leaves out; "
+                "give only one of them"
             )
         weights = self.weights
         if weights is not None:
             if not self.fisher:
-                raise InputError(f"contrast=budget: weights={weights} are of costs, and fisher=false; leave one out")
+                raise InputError(
+                    f"contrast=budget: weights={weights} are about costs, which fisher=false leaves out; give only one "
+                    "of them"
+                )
             numbers = isinstance(weights, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
             if not numbers or not sum(weights) > 0:
                 raise InputError(f"contrast=budget: weights={weights}: give a number from 0 on for each general text")
@@ -193,13 +197,13 @@ class Budget(Contrast):
         low, high = self._range()
         if not (low <= 1 <= high and low < high and math.isfinite(low) and math.isfinite(high)):
             raise InputError(
-                f"gains_range={[low, high]}: give the smallest and the largest factor, with 1 between them, as 0 1"
+                f"gains_range={[low, high]}: give the smallest and the largest factor, with 1 between them, e.g. 0 1"
             )
 
     def _range(self) -> tuple[float, float]:
         values = list(self.gains_range)
         if len(values) != 2 or not all(isinstance(value, int | float) for value in values):
-            raise InputError(f"gains_range={values}: give two numbers, the smallest and the largest factor, as 0 1")
+            raise InputError(f"gains_range={values}: give two numbers, the smallest and the largest factor, e.g. 0 1")
         return float(values[0]), float(values[1])
 
     def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:

@@ -81,7 +81,7 @@ def make_plan(
         name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
         raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
     steps = Control(seed) if control is None else _seeded(control, seed)
-    given, general = general, _general_side(kind, steps, protect, general, behaviour)
+    own_general, general = general, _general_side(kind, steps, protect, general, behaviour)
     general, behaviour = steps.sides(general, behaviour)
     if change.only_for is not None and (kinds := Scores.of(general, layers).granularity) != change.only_for:
         raise InputError(f"edit={EDITS.name_of(change)} is for {change.only_for} scores, and these are of {kinds}s")
@@ -124,7 +124,7 @@ def make_plan(
     if sides[0].holds_weights and not kind.needs_behaviour and not layers:
         warnings += _outside_warnings(sides[0])
     alpha = arguments.pop("alpha", None)
-    general = general if given else ()
+    general = general if own_general else ()
     plan = _plan(entries, sides[0], general, behaviour_used, kind, None if control is None else steps)
     return replace(
         plan,
@@ -176,8 +176,8 @@ def make_dose(
     values = steps.values(question)
     chosen = best_first(question.select(values))
     places = steps.counterparts(question, [entry[:2] for entry in chosen])
-    listed = [PlannedNeuron(*place, value) for place, (*_, value) in zip(places, chosen, strict=True)]
-    plan = _plan(entries_of(listed), scores, general, behaviour, kind, None if control is None else steps)
+    neurons = [PlannedNeuron(*place, value) for place, (*_, value) in zip(places, chosen, strict=True)]
+    plan = _plan(entries_of(neurons), scores, general, behaviour, kind, None if control is None else steps)
     settings = {"protect": protect} | kind.settings()
     settings |= {"share": share, "layers": layers and list(layers), "per_layer": SCOPES.name_of(among) == "layer"}
     plan = replace(plan, edit="gains", settings=settings, warnings=plan.warnings + _weight_warnings(behaviour))
@@ -350,10 +350,10 @@ def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries
             _refuse_factors(edit, values[:1])
         masks = {layer: BitMask.of_index(index, scores.span(layer)[1]) for layer, (index, _) in chosen.items()}
         return {layer: Entries.of_weights(mask) for layer, mask in masks.items()}
-    listed = best_first(chosen)
-    factors = edit.factors(torch.tensor([value for *_, value in listed], dtype=torch.float64))
-    each = [None] * len(listed) if factors is None else factors.tolist()
-    return entries_of([PlannedNeuron(*entry, factor) for entry, factor in zip(listed, each, strict=True)])
+    rows = best_first(chosen)
+    factors = edit.factors(torch.tensor([value for *_, value in rows], dtype=torch.float64))
+    each = [None] * len(rows) if factors is None else factors.tolist()
+    return entries_of([PlannedNeuron(*entry, factor) for entry, factor in zip(rows, each, strict=True)])
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def _sample_warnings(general: Sequence[ScoreFolder], used: Sequence[ScoreFolder]
             for folder in folders
         ]
         if len(set().union(*sets)) < sum(map(len, sets)):
-            warnings.append(f"{name} folders share samples, so they are not independent; score them with unequal seeds")
+            warnings.append(f"{name} folders share samples, so they are not independent; score with different seeds")
     if set(_sample_ids(general)) & set(_sample_ids(used)):
         warnings.append("general and behaviour folders share samples; score general text on other data")
     return warnings

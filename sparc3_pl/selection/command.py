@@ -118,7 +118,7 @@ def prune(
         edit: zero; scale (multiply by alpha); mean (replace by the mean activation; needs a bias in the next layer);
             remove (whole experts: the router chooses among the others); gains (multiply each by a factor of its own, by
             contrast=budget or expertise); or the class path of an Edit.
-        alpha: Factor of edit=scale: any finite number. A negative one turns the contribution round.
+        alpha: Factor of edit=scale: any finite number. A negative one reverses the contribution.
         budget: For edit=gains: by how much the perplexity of held-back text may rise; 0.01 is 1 %. A search finds how
             far the edit may go; the text whose perplexity rises most decides. Not to be confused with budgets, shares
             by layer.
@@ -286,12 +286,12 @@ def _load(
     from sparc3_pl.model.loading import load_model
     from sparc3_pl.model.source import ModelSource
 
-    scored, revision = plan.model.get("pretrained"), plan.model.get("revision")
-    if pretrained is None and not isinstance(scored, str):
+    scored_model, revision = plan.model.get("pretrained"), plan.model.get("revision")
+    if pretrained is None and not isinstance(scored_model, str):
         raise InputError("the scores do not name their model; give --pretrained")
-    name = pretrained or str(scored)
+    name = pretrained or str(scored_model)
     spread = "auto" if device == "auto" else None
-    revision, unpack = revision if name == scored else None, "dequantized" in plan.model
+    revision, unpack = revision if name == scored_model else None, "dequantized" in plan.model
     source = ModelSource(name, dtype, revision, spread, trust_remote_code, unpack)
     return _placed(load_model(source), device), load_encoder(source)
 

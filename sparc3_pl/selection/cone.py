@@ -28,7 +28,7 @@ def lowest_in_cone(
     Args:
         derivative_N: a.
         diagonal_N: Above 0 everywhere.
-        rows_RN: As float32 or float64, in which the products are taken.
+        rows_RN: The rows, float32 or float64; products are taken in that type.
         down: Whether d may be below 0.
         up: Whether d may be above 0.
 

@@ -148,8 +148,8 @@ class Scores(Side):
         for pattern in patterns or ():
             if not fnmatch.filter(names, pattern):
                 raise InputError(f"layers: {pattern!r} matches no scored layer; scored are {', '.join(names[:3])}, ...")
-        kept = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns or ("*",))]
-        return cls(tuple(folders), tuple(name for name in kept if name not in without))
+        matches = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns or ("*",))]
+        return cls(tuple(folders), tuple(name for name in matches if name not in without))
 
     @property
     def granularity(self) -> str:
@@ -446,15 +446,15 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
         InputError: if the contrast is unknown, a side is missing, the sides cannot be compared, or the contrast is not
             for these scores; while passing, if a value is not finite.
     """
-    chosen = CONTRASTS.make(spec)
-    name = CONTRASTS.name_of(chosen)
-    if behaviour is None and chosen.needs_behaviour:
+    kind = CONTRASTS.make(spec)
+    name = CONTRASTS.name_of(kind)
+    if behaviour is None and kind.needs_behaviour:
         raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR, or --contrast general")
-    if behaviour is not None and chosen.needs_behaviour:
-        chosen.require_comparable(general, behaviour)
-    if general.holds_weights and not chosen.for_weights:
+    if behaviour is not None and kind.needs_behaviour:
+        kind.require_comparable(general, behaviour)
+    if general.holds_weights and not kind.for_weights:
         raise InputError(f"contrast={name} is not for weight scores; use difference or normalized")
-    passes = chosen.passes(general, general if behaviour is None else behaviour)
+    passes = kind.passes(general, general if behaviour is None else behaviour)
     if passes is general and isinstance(general, Scores):
         return passes  # which looks at every value itself
 
@@ -508,12 +508,12 @@ def protected(passes: Passes, general: Side, share: float) -> Passes:
     """
     if share == 0:
         return passes
-    ordered = strongest(general)
-    cut = cut_lowest(ordered, _size(share, general.count, "protect"))
+    by_strength = strongest(general)
+    cut = cut_lowest(by_strength, _size(share, general.count, "protect"))
 
     def masked() -> Iterator[Block]:
         top = cut.rewound()
-        for block, strength in zip(passes(), ordered(), strict=True):
+        for block, strength in zip(passes(), by_strength(), strict=True):
             weak = ~top.take(strength)
             yield replace(block, allowed=weak if block.allowed is None else weak & block.allowed)
 
@@ -522,10 +522,10 @@ def protected(passes: Passes, general: Side, share: float) -> Passes:
 
 def share_of_strongest(indices: Mapping[str, Tensor], general: Side, share: float) -> float:
     """How much of a selection (indices by layer) lies in the ``share`` of components strongest on general text."""
-    ordered = strongest(general)
-    cut = cut_lowest(ordered, _size(share, general.count, "share"))
+    by_strength = strongest(general)
+    cut = cut_lowest(by_strength, _size(share, general.count, "share"))
     hits = total = 0
-    for block in ordered():
+    for block in by_strength():
         top = cut.take(block)
         index = indices.get(block.layer, torch.empty(0, dtype=torch.int64)) - block.offset
         inside = index[(index >= 0) & (index < len(top))]

@@ -97,11 +97,11 @@ class Question:
         reasons = [f"{name}={value}" for name, value in self.contrast.arguments().items()]
         reasons += [f"protect={self.protect}"] if self.protect else []
         left_out = f" ({', '.join(reasons)})" if reasons else ""
-        name, asked = self.amount.name, f"{self.amount.name}={error.asked}"
+        name, request = self.amount.name, f"{self.amount.name}={error.asked}"
         if error.among is not None:
-            name, asked = "the share", f"{error.asked} of {error.among} are to be chosen"
+            name, request = "the share", f"{error.asked} of {error.among} are to be chosen"
         return InputError(
-            f"{error.where}{asked}, but only {error.available} of {error.among or self.general.count} may be "
+            f"{error.where}{request}, but only {error.available} of {error.among or self.general.count} may be "
             f"chosen{left_out}; lower {name}"
         )
 
@@ -234,14 +234,14 @@ class RandomMatched(Control):
         return question.ranked()
 
     def exchanged(self, question: Question, selection: Selection) -> Selection:
-        drawn: dict[str, list[int]] = {}
+        new_indices: dict[str, list[int]] = {}
         chosen = [(layer, index) for layer, index, _ in best_first(selection)]
         for layer, index in self.counterparts(question, chosen):
-            drawn.setdefault(layer, []).append(index)
+            new_indices.setdefault(layer, []).append(index)
         # The plain difference has a value for those, too, that the contrast leaves out.
         behaviour = question.behaviour
         values = collect(contrast("difference", question.general, behaviour) if behaviour else question.general)
-        indices = {layer: torch.tensor(sorted(drawn[layer])) for layer in values if layer in drawn}
+        indices = {layer: torch.tensor(sorted(new_indices[layer])) for layer in values if layer in new_indices}
         return {layer: (at, values[layer].values[at - values[layer].offset]) for layer, at in indices.items()}
 
     def counterparts(self, question: Question, chosen: Components) -> Components:
@@ -252,8 +252,8 @@ class RandomMatched(Control):
         }
         places = _Places.of(question.general)
         general = places.joined({layer: block.values for layer, block in blocks.items()})
-        matched = random_matched([places.at(*one) for one in chosen], general, places.joined(allowed), self.seed)
-        return [places.component(*one) for one in matched]
+        matches = random_matched([places.at(*one) for one in chosen], general, places.joined(allowed), self.seed)
+        return [places.component(*one) for one in matches]
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ class Permuted(Control):
 
     def counterparts(self, question: Question, chosen: Components) -> Components:
         generator, places = torch.Generator().manual_seed(self.seed), _Places.of(question.general)
-        drawn = {name: torch.randperm(size, generator=generator).tolist() for name, size in places.sizes.items()}
-        dealt = ((name, drawn[name][position]) for name, position in (places.at(*one) for one in chosen))
+        orders = {name: torch.randperm(size, generator=generator).tolist() for name, size in places.sizes.items()}
+        dealt = ((name, orders[name][position]) for name, position in (places.at(*one) for one in chosen))
         return [places.component(*one) for one in dealt]
 
 
@@ -287,12 +287,12 @@ CONTROLS: Registry[Control] = Registry(
 
 def best_first(selection: Selection) -> list[tuple[str, int, float]]:
     """Layer, index and value of the selected, lowest value first; equal values by layer and index."""
-    listed = [
+    entries = [
         (layer, index, value)
         for layer, (indices, values) in selection.items()
         for index, value in zip(indices.tolist(), values.tolist(), strict=True)
     ]
-    return sorted(listed, key=lambda entry: entry[2])
+    return sorted(entries, key=lambda entry: entry[2])
 
 
 def random_passes(passes: Passes, seed: int) -> Passes:
@@ -317,8 +317,8 @@ def null_sides(folders: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
             f"control=null contrasts general scores with other general scores, but {len(folders)} folder was given; "
             "give --general two folders of different seeds"
         )
-    played = seed % len(folders)
-    return [folder for i, folder in enumerate(folders) if i != played], [folders[played]]
+    index = seed % len(folders)
+    return [folder for i, folder in enumerate(folders) if i != index], [folders[index]]
 
 
 def random_matched(
@@ -347,7 +347,7 @@ def random_matched(
     for layer, position in chosen:
         free[layer][position] = False
     ranks = {layer: general[layer].argsort(stable=True).argsort() for layer in {layer for layer, _ in chosen}}
-    drawn = []
+    matches = []
     for layer, position in chosen:
         distance = (ranks[layer] - ranks[layer][position]).abs()
         near = distance.masked_fill(~free[layer], len(distance)).argsort(stable=True)[:candidates]
@@ -358,5 +358,5 @@ def random_matched(
             )
         match = int(near[torch.randint(len(near), (), generator=generator)])
         free[layer][match] = False
-        drawn.append((layer, match))
-    return drawn
+        matches.append((layer, match))
+    return matches

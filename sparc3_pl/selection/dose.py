@@ -201,11 +201,11 @@ class BudgetSource:
     """The source of one kind of held-back text.
 
     Attributes:
-        source: As ``data.source``.
+        source: A source of texts, as ``data.source``.
         subset: Configuration of a hub data set.
         split: Split of a hub data set.
         field: Field of the text, dots for nesting.
-        filter: As ``data.filter``.
+        filter: Condition on a record's fields, as ``data.filter``.
         listed: Texts that somebody holds in memory; ``source`` is then only their name, and they keep their order.
     """
 
@@ -221,25 +221,25 @@ class BudgetSource:
         """The source that a configuration names.
 
         Args:
-            spec: As ``data.source``, or with its keys.
+            spec: A source, as ``data.source``, or a mapping with the keys of a source.
             field: Field of the text where ``spec`` names none.
-            condition: Likewise, the filter.
+            condition: Filter where ``spec`` names none.
 
         Raises:
             InputError: if a key is unknown, there is no source, or a file is not there.
         """
         from sparc3_pl.data.sources import local_source
 
-        given = {"source": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if v is not None}
+        settings = {"source": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if v is not None}
         keys = [one.name for one in fields(cls) if one.name != "listed"]
-        if unknown := sorted(given.keys() - set(keys)):
+        if unknown := sorted(settings.keys() - set(keys)):
             raise InputError(f"budget_text: {unknown[0]} is none of a text's keys; they are {', '.join(keys)}")
-        if not given.get("source") or not all(isinstance(value, str) for value in given.values()):
+        if not settings.get("source") or not all(isinstance(value, str) for value in settings.values()):
             raise InputError(
                 f"budget_text={spec!r}: give a source, as data.source, or a mapping with {', '.join(keys)}"
             )
-        local_source(given["source"], "budget_text")
-        return cls(**({"field": field, "filter": condition} | given))
+        local_source(settings["source"], "budget_text")
+        return cls(**({"field": field, "filter": condition} | settings))
 
     @property
     def name(self) -> str:
@@ -254,7 +254,7 @@ class BudgetText:
     """Windows of one held-back text.
 
     Attributes:
-        source: Where they are from.
+        source: The name of the text.
         windows: The windows.
         num_left_out: Texts that were left out because general scores were made from them.
     """
@@ -271,7 +271,7 @@ def check_budget(edit: str, budget: float | None, budget_text: Sequence[Any] | N
         edit: The edit's name; only ``gains`` has a budget.
         budget: Relative rise of perplexity.
         budget_text: Held-back texts.
-        scale: In place of the budget.
+        scale: The scale, in place of a budget.
 
     Raises:
         InputError: for the first setting that is wrong.
@@ -280,8 +280,8 @@ def check_budget(edit: str, budget: float | None, budget_text: Sequence[Any] | N
         settings = {"budget": budget, "budget_text": budget_text, "scale": scale}
         for name, value in settings.items():
             if value is not None:
-                given = name if name == "budget_text" else f"{name}={value}"
-                raise InputError(f"{given} is for edit=gains, and this is edit={edit}; leave it out")
+                setting = name if name == "budget_text" else f"{name}={value}"
+                raise InputError(f"{setting} is for edit=gains, and this is edit={edit}; leave it out")
         return
     if (budget is None) == (scale is None):
         raise InputError(
@@ -336,7 +336,7 @@ def held_back(
     from sparc3_pl.data.texts import TextQuery
 
     check_windows(num_windows, length)
-    used: set[str] = set()
+    used_ids: set[str] = set()
     for folder in general:
         samples = folder.samples()
         if not samples or not all(sample.text_ids for sample in samples):
@@ -344,7 +344,7 @@ def held_back(
                 f"{folder.path}: does not say which texts its samples were made from, so that these cannot be kept out "
                 "of budget_text; score again"
             )
-        used.update(*(sample.text_ids for sample in samples), (sample.id for sample in samples))
+        used_ids.update(*(sample.text_ids for sample in samples), (sample.id for sample in samples))
     length = min(_WINDOW, encoder.context or _WINDOW) if length is None else length
     texts = []
     for source in sources:
@@ -358,7 +358,7 @@ def held_back(
         def unseen(query: TextQuery = query):
             nonlocal left_out
             for text in query.texts():
-                if encoder.identity(text) in used:
+                if encoder.identity(text) in used_ids:
                     left_out += 1
                 else:
                     yield text
@@ -393,8 +393,8 @@ class _Losses:
             total, count = 0.0, 0
             for window in text.windows:
                 ids = torch.tensor([window.input_ids], device=self._device)
-                nll, scored = self._scorer(ids, torch.ones_like(ids), ids)
-                total, count = total + float(nll.sum()), count + int(scored.sum())
+                nll, num_scored = self._scorer(ids, torch.ones_like(ids), ids)
+                total, count = total + float(nll.sum()), count + int(num_scored.sum())
             losses.append(total / count)
             self.num_tokens[place] = count
         return losses
@@ -459,20 +459,20 @@ def spend(
             f"budget={budget}: even scale {scale:.3g} raises the perplexity of held-back text by "
             f"{math.expm1(max(rises)):.2%}; give a larger budget or more text"
         )
-    measured = [
+    costs = [
         asdict(
             TextRise(text.source, nll, nll + rise, math.expm1(rise), len(text.windows), num_tokens, text.num_left_out)
         )
         for text, nll, rise, num_tokens in zip(texts, before, search.rises, losses.num_tokens, strict=True)
     ]
-    more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": measured}
+    more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": costs}
     names = {name for text in texts for window in text.windows for name in window.text_ids}
     plan = replace(dose.at(search.scale, more), budget_samples=sorted(names))
-    if sources := [text["source"] for text in measured if not math.isfinite(text["rise"])]:
+    if sources := [text["source"] for text in costs if not math.isfinite(text["rise"])]:
         warning = f"scale {search.scale:.4g} breaks the model: its loss on {', '.join(sources)} is not finite"
         plan = replace(plan, warnings=[*plan.warnings, warning])
     if budget is not None and not search.reached:
-        largest = max(text["rise"] for text in measured)
+        largest = max(text["rise"] for text in costs)
         why = (
             "every factor is at the end of gains_range" if search.scale >= dose.largest_scale() else "of too few trials"
         )

@@ -56,7 +56,7 @@ def exclusive_intersections_of_masks(masks: Mapping[str, Mapping[str, BitMask]])
         own = {place: masks[name][layer] for place, name in enumerate(names) if layer in masks[name]}
         first = next(iter(own.values()))
         if any(mask.size != first.size for mask in own.values()):
-            raise InputError(f"plans of unlike size for layer {layer} cannot be compared; make them of one model")
+            raise InputError(f"plans of different sizes for layer {layer} cannot be compared; make them for one model")
         for start, stop in first.pieces():
             codes = np.zeros(stop - start, dtype=np.int32)  # bit p: in the set of place p
             for place, mask in own.items():
@@ -98,16 +98,16 @@ def matched_draws(selections: Sequence[Ints], strata: Ints, count: int, seed: in
         One random counterpart for every selection.
     """
     rng = np.random.default_rng(seed)
-    touched = np.flatnonzero(np.isin(strata, strata[np.concatenate(selections)]))
-    touched = touched[np.argsort(strata[touched], kind="stable")]
-    groups, start, size = np.unique(strata[touched], return_index=True, return_counts=True)
-    place = np.arange(len(touched)) - np.repeat(start, size)
+    members = np.flatnonzero(np.isin(strata, strata[np.concatenate(selections)]))
+    members = members[np.argsort(strata[members], kind="stable")]
+    groups, start, size = np.unique(strata[members], return_index=True, return_counts=True)
+    place = np.arange(len(members)) - np.repeat(start, size)
     positions = [np.searchsorted(groups, strata[chosen]) for chosen in selections]
     quotas = [np.repeat(np.bincount(rows, minlength=len(groups)), size) for rows in positions]
     group = np.repeat(np.arange(len(groups)), size)
     for _ in range(count):
         # Random keys sorted within each stratum: the first so many of a stratum are a random draw from it.
-        yield [touched[np.lexsort((rng.random(len(touched)), group))][place < quota] for quota in quotas]
+        yield [members[np.lexsort((rng.random(len(members)), group))][place < quota] for quota in quotas]
 
 
 def expected_common(selections: Sequence[Ints], strata: Ints) -> float:

@@ -80,10 +80,10 @@ class TooFewCandidates(InputError):
 
 Passes = Callable[[], Iterator[Block]]
 Selection = dict[str, tuple[Tensor, Tensor]]
-"""By layer, for the layers that have any: indices (int64, ascending) and their values (float32)."""
+"""Indices (int64, ascending) and values (float32) of the chosen, for each layer that has any."""
 
 Masks = Iterator[tuple[str, BitMask]]
-"""For single weights, layer by layer, for the layers that have any: which are chosen."""
+"""Layers that have chosen weights, one after the other, each with a mask of the chosen."""
 
 _HALF = 1 << 16
 
@@ -135,15 +135,15 @@ class Cut:
     def take(self, block: Block) -> Tensor:
         """Which components of the next ``block`` are among the k lowest, as a mask."""
         allowed = block.allowed
-        taken = block.values < self.value
+        mask = block.values < self.value
         if allowed is not None:
-            taken &= allowed
+            mask &= allowed
         if self._left:
             equal = block.values == self.value
-            tied = (equal if allowed is None else equal & allowed).nonzero().flatten()[: self._left]
-            taken[tied] = True
-            self._left -= len(tied)
-        return taken
+            ties = (equal if allowed is None else equal & allowed).nonzero().flatten()[: self._left]
+            mask[ties] = True
+            self._left -= len(ties)
+        return mask
 
 
 def cut_lowest(passes: Passes, k: int) -> Cut:
@@ -222,11 +222,11 @@ def select_lowest(passes: Passes, k: int) -> Selection:
     indices, chosen, filled = torch.empty(k, dtype=torch.int64), torch.empty(k), 0
     ends: dict[str, int] = {}
     for block in passes():
-        taken = cut.take(block).nonzero().flatten()
-        if len(taken):
-            into = slice(filled, filled + len(taken))
-            torch.add(taken, block.offset, out=indices[into])
-            torch.index_select(block.values, 0, taken, out=chosen[into])
+        places = cut.take(block).nonzero().flatten()
+        if len(places):
+            into = slice(filled, filled + len(places))
+            torch.add(places, block.offset, out=indices[into])
+            torch.index_select(block.values, 0, places, out=chosen[into])
             ends[block.layer] = filled = into.stop
     starts = dict(zip(ends, [0, *ends.values()], strict=False))
     return {layer: (indices[starts[layer] : end], chosen[starts[layer] : end]) for layer, end in ends.items()}
@@ -279,8 +279,8 @@ def lowest_in_groups(
                     where = f"weights {block.offset + int(few[0]) * width} and on of layer {layer}: "
                     raise TooFewCandidates(count, int(np.count_nonzero(allowed[few[0]])), where, width)
                 values = np.where(allowed, values, np.float32(np.inf))
-            taken = torch.from_numpy(lowest_of_each_group(values, count))
-            mask.add(block.offset, taken.flatten())
+            is_lowest = torch.from_numpy(lowest_of_each_group(values, count))
+            mask.add(block.offset, is_lowest.flatten())
         yield layer, mask
 
 

@@ -35,12 +35,12 @@ def check_sequential(
     Raises:
         InputError: naming the folder, and what must be given.
     """
-    pruned = {folder.manifest.sequential for folder in folders}
-    if pruned <= {None}:
+    sparsities = {folder.manifest.sequential for folder in folders}
+    if sparsities <= {None}:
         return
     folder = next(folder for folder in folders if folder.manifest.sequential is not None)
     sparsity = Sparsity.of(folder.manifest.sequential)
-    if len(pruned) > 1:
+    if len(sparsities) > 1:
         raise InputError(
             f"{folder.path}: was scored with model.sequential={sparsity.text}, another folder was not; score all alike"
         )

@@ -37,7 +37,7 @@ def expected_scores(scores_N: Floats, prefixes: Sequence[Sequence[float]], promp
 
     Args:
         scores_N: Final scores.
-        prefixes: For each completion the scores of its text cut after each of its tokens.
+        prefixes: The scores of each completion's text cut after each of its tokens.
         prompts: The prompt that each completes.
 
     Returns:
@@ -50,7 +50,7 @@ def expected_scores(scores_N: Floats, prefixes: Sequence[Sequence[float]], promp
         raise ValueError(f"{len(scores_N)} completions are too few for an expected score; {FEWEST} are needed")
     others_N = others_mean(scores_N, prompts)
     lengths_N = np.array([len(prefix) for prefix in prefixes])
-    expected = [np.empty(length) for length in lengths_N]
+    result = [np.empty(length) for length in lengths_N]
     weights = np.zeros(0)
     for place in range(int(lengths_N.max(initial=0))):
         here = np.flatnonzero(lengths_N > place)
@@ -61,8 +61,8 @@ def expected_scores(scores_N: Floats, prefixes: Sequence[Sequence[float]], promp
         if len(here) >= FEWEST or len(weights) != design.shape[1]:
             weights = np.linalg.lstsq(design, scores_N[here], rcond=None)[0]
         for n, value in zip(here, design @ weights, strict=True):
-            expected[n][place] = value
-    return expected
+            result[n][place] = value
+    return result
 
 
 def token_advantages(
@@ -76,7 +76,7 @@ def token_advantages(
     as wrong as V is.
 
     Args: as ``expected_scores``, and
-        gae_lambda: From 0 to 1.
+        gae_lambda: How far ahead a token's credit looks, from 0 (to the next token) to 1 (to the end).
 
     Raises:
         ValueError: as ``expected_scores``.

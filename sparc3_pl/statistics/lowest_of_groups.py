@@ -17,10 +17,10 @@ def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.
     width = values.shape[1]
     if width > _NARROW:
         step = max(1, _PIECE // width)
-        taken = np.empty(values.shape, dtype=bool)
+        mask = np.empty(values.shape, dtype=bool)
         for start in range(0, len(values), step):
-            taken[start : start + step] = _lowest_of_each_wide(values[start : start + step], count)
-        return taken
+            mask[start : start + step] = _lowest_of_each_wide(values[start : start + step], count)
+        return mask
     members = np.ascontiguousarray(values.T)  # [width, groups]
     ranks = np.zeros(members.shape, dtype=np.uint8)
     for one in range(width):
@@ -33,11 +33,11 @@ def lowest_of_each_group(values: NDArray[np.float32], count: int) -> NDArray[np.
 
 def _lowest_of_each_wide(values: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
     last = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
-    taken = values <= last
-    if np.count_nonzero(taken) == count * len(values):
-        return taken
-    surplus = np.flatnonzero(np.count_nonzero(taken, axis=1) > count)  # more than one value is equal to the last
+    mask = values <= last
+    if np.count_nonzero(mask) == count * len(values):
+        return mask
+    surplus = np.flatnonzero(np.count_nonzero(mask, axis=1) > count)  # more than one value is equal to the last
     below, equal = values[surplus] < last[surplus], values[surplus] == last[surplus]
     room = count - np.count_nonzero(below, axis=1)
-    taken[surplus] = below | (equal & (np.cumsum(equal, axis=1) <= room[:, None]))
-    return taken
+    mask[surplus] = below | (equal & (np.cumsum(equal, axis=1) <= room[:, None]))
+    return mask

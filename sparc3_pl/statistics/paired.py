@@ -138,8 +138,8 @@ def bootstrap_interval(
     means = []
     for size in _chunks(num_resamples, n):
         starts = rng.integers(n, size=(size, -(-n // block)))
-        picked = ((starts[:, :, None] + np.arange(block)) % n).reshape(size, -1)[:, :n] if block > 1 else starts
-        means.append(values[picked].sum(1) / weights[picked].sum(1))
+        draws = ((starts[:, :, None] + np.arange(block)) % n).reshape(size, -1)[:, :n] if block > 1 else starts
+        means.append(values[draws].sum(1) / weights[draws].sum(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
 
@@ -155,8 +155,8 @@ def bootstrap_ratios(
     n = len(values_PJ)
     ratios = []
     for size in _chunks(num_resamples, n):
-        picked = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        times = np.bincount(picked.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        draws = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        times = np.bincount(draws.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
         ratios.append((times @ values_PJ) / (times @ weights_PJ))
     return np.concatenate(ratios)
 

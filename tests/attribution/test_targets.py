@@ -424,9 +424,9 @@ def test_labels_go_to_the_target_with_the_runs_seed():
     [
         ({"target": "completion"}, [], r"model\.target=completion needs data\.completion_field"),
         ({"target": "answer"}, ["label"], r"model\.target=answer needs data\.answer_field"),
-        ({}, ["completion_mask", "weight"], r"data\.completion_field: model\.target=predicted does not heed it"),
-        ({"target": "text"}, ["weight"], r"data\.weight_field: model\.target=text does not heed it"),
-        ({"method": "wanda"}, ["weight"], r"data\.weight_field: model\.method=wanda does not heed it"),
+        ({}, ["completion_mask", "weight"], r"data\.completion_field: model\.target=predicted ignores it"),
+        ({"target": "text"}, ["weight"], r"data\.weight_field: model\.target=text ignores it"),
+        ({"method": "wanda"}, ["weight"], r"data\.weight_field: model\.method=wanda ignores it"),
     ],
 )
 def test_fields_that_do_not_fit_the_target(settings, fields, message):

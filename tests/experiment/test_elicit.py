@@ -62,9 +62,9 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(elicited,
     folder, settings = elicited
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     elicit(**settings)
-    with pytest.raises(InputError, match=r"samples\.jsonl: was made with another keep"):
+    with pytest.raises(InputError, match=r"samples\.jsonl: was made with a different keep"):
         elicit(**settings | {"keep": "scores.toxicity >= 0.9"})
-    with pytest.raises(InputError, match=r"completions: was made with another model.max_new_tokens \(12, now 9\)"):
+    with pytest.raises(InputError, match=r"completions: was made with a different model.max_new_tokens \(12, now 9\)"):
         elicit(**settings | {"model": settings["model"] | {"max_new_tokens": 9}})
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 

@@ -288,7 +288,7 @@ def test_no_evaluation_of_an_earlier_plan_stands_under_a_new_one(small, passes, 
 def test_other_settings_are_refused_before_anything_is_done(small, passes, tmp_path):
     (tmp_path / "general.txt").write_text("others")  # would be scored again
     before = content(tmp_path / "out")
-    with pytest.raises(InputError, match=r"prune-4\.json: was made with another contrast \(None, now 'rank'\)"):
+    with pytest.raises(InputError, match=r"prune-4\.json: was made with a different contrast \(None, now 'rank'\)"):
         run_experiment(**small | {"plan": {"num_neurons": 4, "contrast": "rank"}})
     assert passes.done == []
     assert content(tmp_path / "out") == before

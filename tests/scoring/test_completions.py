@@ -89,5 +89,5 @@ def test_settings_that_do_not_fit_are_refused_before_the_weights(said, tmp_path,
     assert "model.target=completion needs data.completion_field" in capsys.readouterr().err
     names = ["--data.completion_field", "completion_ids", "--data.weight_field", "scores.toxicity"]
     assert main(["score", *words, *names, "--output", str(tmp_path / "a")]) == 2
-    assert "data.completion_field: model.target=predicted does not heed it" in capsys.readouterr().err
+    assert "data.completion_field: model.target=predicted ignores it" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -133,7 +133,7 @@ def test_wanda_needs_the_same_model(files, tmp_path, capsys):
     tiny("llama", vocab_size=320, seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     words = ["merge", str(tmp_path / "part"), f"--output={tmp_path / 'out'}", f"--pretrained={tmp_path / 'other'}"]
-    assert "is another model" in refused(capsys, *words)
+    assert "is not the model that the parts scored" in refused(capsys, *words)
 
 
 def test_a_part_is_no_score_folder_and_a_score_folder_no_part(files, parts, tmp_path, capsys):

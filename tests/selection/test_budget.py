@@ -261,7 +261,7 @@ def test_the_step_follows_the_mean_derivative_of_several_rounds(sides, about, tm
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [({"off_diagonal": 1.5}, "is not a share from 0 to 1"), ({"off_diagonal": 0.5, "fisher": False}, "is of costs")],
+    [({"off_diagonal": 1.5}, "is not a share from 0 to 1"), ({"off_diagonal": 0.5, "fisher": False}, "is about costs")],
 )
 def test_shares_of_the_off_diagonal_that_are_refused(arguments, match):
     with pytest.raises(InputError, match=match):
@@ -454,7 +454,7 @@ def test_squares_are_needed_for_the_fisher_information_only(tmp_path, about, sid
         ),
         (
             {"contrast": {"class_path": "budget", "init_args": {"weights": [1, 2], "fisher": False}}},
-            "are of costs, and fisher=false",
+            "are about costs, which fisher=false leaves out",
         ),
         (
             {"contrast": "t", "edit": "zero", "scale": None, "control": "permuted", "num_neurons": 3},
