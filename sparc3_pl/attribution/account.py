@@ -45,7 +45,7 @@ class RelevanceAccount:
 
     Attributes:
         target: Token id whose logit is explained.
-        logit: That logit, at the last position; before the final soft-cap of a model that has one.
+        logit: Logit of ``target`` at the last position; before the final soft-cap of a model that has one.
         input: Relevance that arrives at the token embeddings.
         position: Relevance that arrives at learned position embeddings.
         linear_bias: Kept by the biases of linear layers.
@@ -66,7 +66,7 @@ class RelevanceAccount:
 
     @property
     def residual(self) -> float:
-        """What no entry explains; 0 up to rounding if the rules are right."""
+        """The part of the logit that no entry explains; 0 up to rounding if the rules are right."""
         return self.logit - math.fsum(self._entries())
 
     @property
@@ -237,7 +237,7 @@ def _softmax_watched(base: AttentionFunction, kept: dict[str, float]) -> Attenti
 def softmax_retention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, scale: float, cap: float | None = None
 ) -> Tensor:
-    """What a causal attention's softmax keeps: sum of P G_P - S G_S, with P = softmax(S), S = scale q k^T.
+    """Relevance that a causal attention's softmax keeps: sum of P G_P - S G_S, with P = softmax(S), S = scale q k^T.
 
     A soft-cap of S keeps nothing under the identity rule: S stands for the capped scores then.
 

@@ -254,7 +254,7 @@ def require_finite(values: Mapping[str, Tensor]) -> None:
     """Refuses values by layer that are not finite, with one device synchronisation for all of them.
 
     Args:
-        values: In the order in which the pass met the layers.
+        values: Values by layer, in the order in which the pass met the layers.
 
     Raises:
         InputError: naming the first layer.

@@ -69,7 +69,7 @@ def log_likelihood(
     Args:
         hidden_BTH: The decoder's output.
         head: What makes logits of it.
-        labels_BT: At each position the token that is judged there, int64: the next one of a text.
+        labels_BT: The token that is judged at each position, int64: the next one of a text.
         counted_BT: The positions whose log-likelihood counts, bool.
         temperature: Divides the logits.
         weight_BT: Multiplies each counted position's log-likelihood; None: 1.

@@ -65,7 +65,7 @@ mean the same for every method."""
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may ask of a method; a method heeds some of it, and the rest is refused (``Method.heeds``).
+    """The options of a method; a method heeds some of them, and the others are refused (``Method.heeds``).
 
     Attributes:
         signed: Keep the sign of scores.
@@ -101,7 +101,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class BatchFigures:
-    """What a method knows of each sample of a batch besides its scores."""
+    """The figures of each sample of a batch that a method gives besides the scores."""
 
     relevance: Tensor
     """Sum of the sample's scores over the components of all layers, ``[B]`` float64."""
@@ -187,7 +187,7 @@ class Method(ABC):
         return None
 
     def sums(self, group: Group, weight_OI: Tensor, options: Options) -> Sums:
-        """What is summed for a layer: zeros, where the weight lies."""
+        """The tensors that are summed for a layer: zeros, on the weight's device."""
         return {}
 
     def take_in(
@@ -304,7 +304,7 @@ class Gradient(Method):
         Args:
             model: A causal language model in eval mode.
             batch: The samples.
-            target: What is differentiated.
+            target: The target to differentiate.
             modules: Where components are read, by the key of their scores: the scored layer itself, or the layer that
                 reads the components' values.
             take: Receives the passes, each named by its key.

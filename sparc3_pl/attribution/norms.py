@@ -50,7 +50,7 @@ def forward_slot(module: nn.Module) -> str:
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
-    """What ``module`` computes if it is a normalisation layer, recognised by its values on a few rows; else None."""
+    """The kind of a normalisation layer, recognised by its values on a few rows; None for any other module."""
     eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     size = _size(module)
     if eps is None or size is None:
@@ -72,7 +72,7 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Norm
         x: ``[..., D]``.
         weight: ``[D]`` or None.
         bias: ``[D]`` or None.
-        kind: Which normalisation.
+        kind: The normalisation to compute.
     """
     x = x.to(_exact(x.dtype))
     x = x - x.mean(-1, keepdim=True) if kind.centred else x
@@ -108,7 +108,7 @@ def std_constant_rule(x: Tensor, module: nn.Module, function: Callable[[Tensor],
         x: ``[..., D]``.
         module: The normalisation layer, for its weight.
         function: Computes the forward value.
-        kind: What it computes.
+        kind: The normalisation that it computes.
     """
     weight = getattr(module, "weight", None)
     return _StdConstantRule.apply(x, None if weight is None else weight.detach(), function, kind)

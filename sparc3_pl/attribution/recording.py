@@ -197,7 +197,7 @@ def check_tokens(name: str, x: Tensor, num_samples: int, length: int, single: bo
 
     Args:
         name: Name of the layer.
-        x: What it reads (or makes): ``[B, T, D]``, or rows ``[B * T, D]``.
+        x: The layer's input (or output): ``[B, T, D]``, or rows ``[B * T, D]``.
         num_samples: B.
         length: T.
         single: Whether some tokens of a single sample will do.

@@ -74,7 +74,7 @@ _active: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(frozen=True)
 class _Rule:
-    """What acts on a module: a name for people, and how it is put on (None: the plain gradient is the rule)."""
+    """The rule that acts on a module: its name, and how it is put on (None: the plain gradient is the rule)."""
 
     name: str
     put_on: Callable[[], AbstractContextManager[Any]] | None = None
@@ -98,8 +98,8 @@ def attn_lrp(
         unlisted: Try a family that is not in ``SUPPORTED``; run ``account.self_check`` on it before believing it.
         softmax_temperature: Temperature at which attention's softmax passes gradients on (``attention.softened``); 1:
             its own.
-        missing: What becomes of a module without a rule: ``refuse`` the model, or ``plain``, its plain gradient, which
-            is wrong and only good for measuring by how much.
+        missing: What to do with a module without a rule: ``refuse`` the model, or take its ``plain`` gradient, which is
+            wrong and only good for measuring by how much.
 
     Raises:
         InputError: if the temperature is not positive, or changes nothing; if the model is training, of a family not

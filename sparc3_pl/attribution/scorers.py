@@ -22,7 +22,7 @@ __all__ = ["LayerScores", "Scorer", "groups_of", "layer_scores", "require_heeded
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What a score folder keeps of a layer.
+    """The scores of one layer, as a score folder keeps them.
 
     Attributes:
         group: The layer's components.
@@ -51,8 +51,8 @@ class Scorer:
         method: A method, or how YAML names one.
         components: A kind of component, or how YAML names one; a list scores several in one pass.
         layers: Globs of layer names; None: the components' own choice.
-        target: What is attributed, or how YAML names it.
-        options: What else is asked of the method.
+        target: A target, or how YAML names one.
+        options: Further options of the method.
 
     Raises:
         InputError: if the method ignores an option, a glob matches nothing, two components share a layer, or the layer
@@ -143,7 +143,7 @@ class Scorer:
 def layer_scores(
     method: Method, group: Group, sums: Sums, num_samples: int, weight_OI: Tensor | None, options: Options
 ) -> LayerScores:
-    """What a score folder keeps of a layer, from the sums over all samples (see ``Method.scores``)."""
+    """The scores of one layer, made from the sums over all samples (see ``Method.scores``)."""
     squares, groups = None, None
     if "squares" in sums:
         squares = (sums["squares"] / num_samples).float()

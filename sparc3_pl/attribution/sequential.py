@@ -31,7 +31,7 @@ Take = Callable[[int, str, Tensor], None]
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Which weights of a row are removed: ``int(share * inputs)`` of it, or all but n of every m.
+    """The share or pattern of weights to remove from a row: ``int(share * inputs)`` of them, or all but n of every m.
 
     Attributes:
         text: The setting as it was given: ``0.5`` or ``2:4``.
@@ -80,7 +80,7 @@ class Sparsity:
             raise InputError(f"model.sequential={self.text} of {num_inputs} inputs of {name} is no weight; raise it")
 
     def lowest(self, scores_OI: Tensor) -> Tensor:
-        """Which scores are removed, ``[O, I]`` bool on the host; of equal ones the first."""
+        """A mask of the scores to remove, ``[O, I]`` bool on the host; of equal scores the first go."""
         values = scores_OI.float().cpu().numpy()
         num_inputs = values.shape[1]
         width, count = (
@@ -98,7 +98,7 @@ class _Held:
     input_ids: Tensor
     attention_mask: Tensor
     hidden: Tensor
-    """What the next layer reads, ``[B, T, H]``."""
+    """The hidden states that the next layer reads, ``[B, T, H]``."""
     more: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     """The other arguments of each layer's call: masks and positions, which the layers share."""
 
@@ -107,9 +107,9 @@ class Blocks:
     """The decoder layers of a model, and the hidden states of all samples of this process before one of them.
 
     Args:
-        model: In eval mode.
+        model: A causal language model in eval mode.
         layers: The linear layers that are scored, by name.
-        sparsity: What is removed.
+        sparsity: The share or pattern to remove.
 
     Raises:
         InputError: if the model has no decoder layers, none of ``layers`` lies in one, or a row cannot be pruned so.

@@ -1,4 +1,4 @@
-"""What is attributed: a number for each sample, which the backward pass begins at."""
+"""Targets: the number for each sample that is attributed, and at which the backward pass begins."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Attributed(NamedTuple):
-    """What a target makes of a batch.
+    """The result of a target for a batch.
 
     Attributes:
         value_B: The numbers to differentiate, ``[B]``.

@@ -1,4 +1,4 @@
-"""What stands in for a component that is taken out of the model, and how it gets there.
+"""Ablations: what stands in for a component that is taken out of the model, and how it gets there.
 
 A component is ablated where the model reads it: at the input columns of the one linear layer that does (of an MLP's
 down-projection for a neuron, of attention's output projection for a head). Every token's value there is replaced. A

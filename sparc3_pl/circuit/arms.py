@@ -42,7 +42,7 @@ class Arm:
 
     Attributes:
         name: Name of the arm, in results and as part of folders' names.
-        requests: What is scored; of random scores, one for each draw.
+        requests: The scoring request; for random scores, one for each draw.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Unit:
     Attributes:
         sums: The sums of each scored layer.
         num_samples: Samples in them.
-        group: Which set of discovery samples it is part of.
+        group: Number of the set of discovery samples that it is part of.
     """
 
     sums: Mapping[str, Sums]
@@ -145,7 +145,7 @@ class ArmScores:
 
     Attributes:
         scorer: Holds method, layers and model; its own sums are empty.
-        units: In the order of the samples; none for a method without samples.
+        units: The units, in the order of the samples; none for a method without samples.
         samples: The scored samples of each set of discovery samples.
         account: Result of the method's check of itself on one sample.
     """

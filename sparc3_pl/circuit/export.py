@@ -1,4 +1,4 @@
-"""What a circuit folder holds beside its figures: scores, plans, and importances as MIB's circuit track reads them."""
+"""Writes what a circuit folder holds beside its figures: scores, plans, and importances for MIB's circuit track."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_arm_scores(
     Args:
         folder: Where score folders go.
         arm: The arm.
-        scores: What it scored.
+        scores: The arm's scores.
         model: ``describe(model, source)``.
         data: The record of each set of discovery pairs.
     """
@@ -58,8 +58,8 @@ def circuit_plan(
     Args:
         candidates: All N components.
         arm: Name of the arm that ranks them.
-        chosen_N: Which are set to zero, bool.
-        values_N: What they are ranked by.
+        chosen_N: Whether each is set to zero, bool.
+        values_N: The values that they are ranked by.
         model: ``describe(model, source)``.
         settings: Further settings of the choice.
         samples: Ids of the discovery pairs and their texts: these must not be evaluated on.

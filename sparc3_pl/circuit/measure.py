@@ -30,7 +30,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model predicts for P pairs.
+    """The predictions of a model for P pairs.
 
     Attributes:
         difference_P: Logit of the answer minus that of the foil, after the last token; float64.

@@ -82,7 +82,7 @@ class ArmResult:
 
     Attributes:
         method: Name or class path of the method.
-        method_args: Its arguments.
+        method_args: Arguments of the method.
         signed: Whether its scores have a sign.
         draws: Random circuits behind each figure; the ends of intervals are then quantiles over them. None: one
             ranking, and intervals over pairs.
@@ -125,7 +125,7 @@ class Overlap:
     """What the circuits of two arms share.
 
     Attributes:
-        arms: Their names.
+        arms: Names of the two arms.
         fraction: Size of the circuits.
         common: Components that are in both.
         jaccard: ``common`` over the number in either.
@@ -147,10 +147,10 @@ class ComponentCounts:
 
     Attributes:
         granularity: Names of the kinds.
-        counts: How many of each.
-        total: How many of all.
+        counts: Number of components of each kind.
+        total: Number of all components.
         targets: Globs of their layers; None: the kinds' own choice.
-        target: What was attributed.
+        target: Name of the target.
     """
 
     granularity: list[str]
@@ -162,7 +162,7 @@ class ComponentCounts:
 
 @dataclass(frozen=True)
 class PairRecords:
-    """Where the pairs come from, and how many there are: as ``data`` in the manifest of a score folder.
+    """The sources and numbers of the pairs, as ``data`` in the manifest of a score folder.
 
     Attributes:
         discovery: A record of each set of discovery pairs.
@@ -189,7 +189,7 @@ class CircuitResults:
         model: The model, as in a score folder's manifest.
         overlaps: What every two arms' circuits share, at each fraction.
         files: sha256 of the other files, by name.
-        seconds: How long the parts of the run took.
+        seconds: Seconds that the parts of the run took.
         timing: Where the time went until it was written, by what was done.
     """
 

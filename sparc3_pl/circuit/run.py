@@ -54,7 +54,7 @@ class Choice:
 
     @property
     def kept_N(self) -> Tensor:
-        """Which components stay."""
+        """Whether each component stays, ``[N]`` bool."""
         first = kept_of(self.order_N, self.number)
         return ~first if self.is_removed else first
 
@@ -168,8 +168,8 @@ def measure_arm(
     """Scores an arm's components, and measures its circuits.
 
     Args:
-        arm: What to score by.
-        bench: The test.
+        arm: The arm.
+        bench: The test that its circuits take.
         sets: Sets of discovery pairs, in batches.
         resamples: Bootstrap resamples of the discovery pairs behind the stability.
         progress: Told the number of pairs after each pass.

@@ -54,7 +54,7 @@ def circuit_blocks(results: CircuitResults, name: str) -> Iterator[Block]:
 
 
 def circuit_story(results: CircuitResults, name: str) -> Iterator[str]:
-    """What a reader in a hurry should know: the smallest circuit of each method."""
+    """The summary for a reader in a hurry: the smallest circuit of each method, and the warnings."""
     if _has_shares(results):
         words = "; ".join(_in_words(arm, title) for title, arm in results.arms.items())
         yield f"Circuits of {name}, of {results.components.total:,} components, by faithfulness: {words}."

@@ -71,14 +71,14 @@ class CircuitData:
         counterfactual: Kind of counterfactual sentence of a task (``abc`` or ``s2_io`` for ``ioi``); unset: its first.
         text_field: Field of the sentence in pairs of your own.
         answer_field: Field of the right continuation.
-        foil_field: Field of the wrong one.
+        foil_field: Field of the wrong continuation.
         counterfactual_field: Field of the sentence with the decisive words exchanged; needed by the ablation
             ``counterfactual`` and by methods that patch.
         filter: Condition on a record's fields, as in score.
         split: Split of a hub data set.
         subset: Configuration of a hub data set.
         partition_seed: Decides which texts (or templates and names) are for discovery and which for the test.
-        partition_share: Share of those for discovery.
+        partition_share: Share of them that is for discovery.
     """
 
     source: str = "ioi"

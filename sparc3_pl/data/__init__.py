@@ -1,1 +1,1 @@
-"""What a sample is: texts read, filtered, tokenised, and served to the Trainer in batches."""
+"""Samples: texts are read, filtered, tokenised, and served to the Trainer in batches."""

@@ -21,7 +21,7 @@ class ReferenceBatch:
         ids: The samples' ids.
         endings: ``stop``, ``cut`` or None (nothing can decode the ids) for each sample.
         text_ids: Identities of the texts that each sample was made from.
-        fields: What a target needs to know of the samples besides their tokens (labels, weights, spans of the
+        fields: Values that a target needs of the samples besides their tokens (labels, weights, spans of the
             completions), by name: tensors or lists with an entry for each sample. Those that data modules make:
             ``completion_mask`` ``[B, T]`` bool, the completion's tokens; ``weight`` ``[B]`` float64, less its baseline;
             ``token_weight`` ``[B, T]`` float64, in place of the weight for each token of the completion;

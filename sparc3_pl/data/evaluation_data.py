@@ -1,4 +1,4 @@
-"""What an evaluation reads: windows of a running text for perplexity, and prompts to complete."""
+"""The data of an evaluation: windows of a running text for perplexity, and prompts to complete."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PromptBatch:
 
 @dataclass
 class NeutralBatch:
-    """Neutral prompts to complete, which are counted apart: ids and prompts, as of a ``PromptBatch``."""
+    """Neutral prompts to complete, which are counted apart: ids and prompts, as in a ``PromptBatch``."""
 
     ids: list[str]
     prompts: list[str]
@@ -85,7 +85,7 @@ class Units:
     Attributes:
         measurement: Name of the measurement.
         items: The units.
-        batch_size: How many are measured at once.
+        batch_size: Number of units that are measured at once.
     """
 
     measurement: str
@@ -236,18 +236,19 @@ class EvaluationData(LightningDataModule):
         text_field: Field of the text, dots for nesting.
         text_split: Split of a hub data set.
         text_subset: Configuration of a hub data set.
-        text_max_bytes: Read only the first so many bytes of the text (UTF-8, whole characters).
+        text_max_bytes: Read only this many of the text's first bytes (UTF-8, whole characters).
         further_texts: Other texts whose perplexity is measured too, in windows of the same size, by names of your
             choice: ``{c4: {source: c4.jsonl}}``, each with ``source`` and perhaps ``field``, ``split``, ``subset`` and
             ``max_bytes``.
         prompts_source: Hub data set id, local file, or ``demo``. null: no completions.
         prompts_field: Field of the prompt, dots for nesting.
-        prompts_filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``. A null never passes.
+        prompts_filter: Condition on a record's fields, such as ``prompt.toxicity >= 0.9``. A null never passes.
         prompts_split: Split of a hub data set.
         prompts_subset: Configuration of a hub data set.
         num_prompts: How many prompts; null: all.
-        neutral_filter: Condition on the records of neutral prompts, as ``prompt.toxicity < 0.1``. Their completions are
-            judged too, and counted apart: an edit should leave them as they are. null: no neutral prompts.
+        neutral_filter: Condition on the records of neutral prompts, such as ``prompt.toxicity < 0.1``. Their
+            completions are judged too, and counted apart: an edit should leave them as they are. null: no neutral
+            prompts.
         neutral_source: Where the neutral prompts are; null: in ``prompts_source``.
         neutral_field: Field of a neutral prompt; null: that of ``prompts_field``.
         num_neutral: How many neutral prompts; null: all.
@@ -255,8 +256,8 @@ class EvaluationData(LightningDataModule):
             (measurement ``pairs``). null: none.
         pairs_first_field: Field of a pair's first sentence, the stereotyping one: ``compare`` takes a lower share of
             pairs in which it is the likelier one for better.
-        pairs_second_field: Field of its second.
-        pairs_filter: Condition on a record's fields, as ``bias_type == "gender"``. A null never passes.
+        pairs_second_field: Field of a pair's second sentence.
+        pairs_filter: Condition on a record's fields, such as ``bias_type == "gender"``. A null never passes.
         pairs_partition: ``attribution`` or ``evaluation``: only pairs of that half, which is that of the first sentence
             (``partition_field`` of score); by ``partition_seed`` and ``partition_share``. ``all``: both.
         pairs_split: Split of a hub data set.
@@ -390,7 +391,7 @@ class EvaluationData(LightningDataModule):
         Args:
             text: One text, read verbatim, or documents, joined by an empty line. None: no perplexity.
             prompts: The prompts. None: no completions.
-            name: What messages and results call them.
+            name: Their name in messages and results.
             neutral: Neutral prompts. None: none.
             options: Arguments of this class, but for those that say where text and prompts are read.
 
@@ -571,7 +572,7 @@ class EvaluationData(LightningDataModule):
         return WindowBatch(input_ids, mask, labels, [window.index for window in windows])
 
     def describe(self) -> Record:
-        """What was read, under the names of the configuration keys; ``text_source`` or ``prompts_source`` may be null.
+        """The record of the data, under the names of the configuration keys; either source may be null.
 
         ``protocol`` tells what perplexity depends on beside the window: how documents were joined, and the special
         tokens (BOS) that stand before the text.

@@ -37,7 +37,7 @@ _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a .gz file en
 
 
 class BadFile(ValueError):
-    """What is wrong with a file, where, and how to fix it, in one line without the file's name."""
+    """Raised for a faulty file: says what is wrong, where, and how to fix it, in one line without the file's name."""
 
 
 @dataclass(frozen=True)

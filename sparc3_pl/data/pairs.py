@@ -75,11 +75,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairQuery:
-    """Which pairs to take.
+    """A query for pairs of a task.
 
     Attributes:
         source: ``ioi``, ``greater_than`` or ``agreement``.
-        num_pairs: How many; None: ``DEFAULT_PAIRS``.
+        num_pairs: Number of pairs; None: ``DEFAULT_PAIRS``.
         half: Pairs of one half only: ``attribution`` to find a circuit, ``evaluation`` to test it. The halves of a task
             share neither templates nor names (or nouns, or events). ``all``: both.
         seed: Decides which pairs are drawn.
@@ -143,7 +143,7 @@ class PairSet:
     """Pairs, and what was left out on the way.
 
     Attributes:
-        pairs: In the order in which they were made or read.
+        pairs: The pairs, in the order in which they were made or read.
         counts: ``num_duplicates``; dropped: ``num_unequal_lengths`` (sentences of different numbers of tokens),
             ``num_equal_answers`` (answer and foil begin with the same token), ``num_not_continuing`` (the tokenizer
             joins the sentence's end and the answer or foil in one token, or makes nothing of either); kept:

@@ -74,8 +74,8 @@ def build_samples(
         query: The source, and which of its texts.
         encoder: The model's encoder.
         seq_len: Tokens of a window, special tokens included.
-        num_samples: How many; None: all.
-        max_tokens: Where each text is a sample: keep only its first so many tokens.
+        num_samples: Number of samples; None: all.
+        max_tokens: Where each text is a sample: keep only this many of its first tokens.
         targets: Lengths and endings to match.
         baseline: What is taken off the weights of records, see ``less_baseline`` and ``token_advantages``.
         gae_lambda: See ``token_advantages``.
@@ -131,8 +131,8 @@ def build_targets(
     Args:
         match: The folder or the source.
         encoder: The model's encoder.
-        max_tokens: Keep only so many tokens of a text.
-        count: How many; the samples' formats are repeated or reduced to that. None: as many as there are.
+        max_tokens: Keep only this many of a text's first tokens.
+        count: Number of targets; the samples' formats are repeated or reduced to it. None: as many as there are.
         seed: Seed for drawing the remainder where ``count`` is not a multiple of their number.
 
     Raises:
@@ -169,7 +169,8 @@ class ReferenceData(LightningDataModule):
             foil and counterfactual; ``seq_len`` is not used, and without ``num_samples`` they make 128.
         text_field: Field of the text, dots for nesting (``prompt.text``). It may hold lists of token ids instead of
             text: these are taken as they stand, and the model then needs no tokenizer.
-        filter: Condition on a record's fields, as ``prompt.toxicity >= 0.9``, joined by ``and``. A null never passes.
+        filter: Condition on a record's fields, such as ``prompt.toxicity >= 0.9``; several are joined by ``and``. A
+            null never passes.
         seq_len: Window length in tokens, special tokens included. null: each text is a sample.
         num_samples: How many samples; null: as many as there are (or as ``match`` has).
         seed: Decides which samples are drawn.
@@ -179,13 +180,13 @@ class ReferenceData(LightningDataModule):
         partition: ``attribution`` or ``evaluation``: only texts of that half, told apart by content. ``all``: both.
         partition_seed: Decides the halves; use the same one everywhere.
         partition_share: Share of the texts that are in the attribution half.
-        partition_field: Field whose text decides the half of a record, where texts of one record belong together, as
+        partition_field: Field whose text decides the half of a record, where texts of one record belong together, like
             the two sentences of a pair; null: the text itself.
         match: Score folder or data file whose samples' token lengths and endings (mid-sentence or full stop) the
             samples get, so that a contrast between the two compares contents, not formats. ``seq_len`` is not used.
         match_field: Field of the text if ``match`` is a data file; null: as ``text_field``.
         match_filter: Filter if ``match`` is a data file.
-        max_tokens: Where each text is a sample: keep only its first so many tokens.
+        max_tokens: Where each text is a sample: keep only this many of its first tokens.
         completion_field: Field of what follows the text, for target ``completion``: text or, exact to the token, a list
             of token ids. With this or any field below each record is a sample, and ``seq_len`` is not used.
         weight_field: Field of the completion's weight, such as a judge's score.
@@ -203,7 +204,7 @@ class ReferenceData(LightningDataModule):
         counterfactual_field: Field of the text with the decisive words exchanged, of as many tokens.
         counterfactual: Where the source makes the sentences: their kind of counterfactual, ``abc`` or ``s2_io`` for
             ``ioi``, ``start_01`` for ``greater_than``, ``number`` for ``agreement``. null: the first.
-        unequal: What becomes of a record whose text and counterfactual differ in their number of tokens, or whose
+        unequal: What to do with a record whose text and counterfactual differ in their number of tokens, or whose
             answer and foil begin with the same token: ``drop`` it and count it, or end with an ``error``.
         windows: ``packed``: documents are joined and cut into windows without gaps. ``random``: one window out of every
             document longer than ``seq_len``, at a random place, as SparseGPT and Wanda calibrate.
@@ -281,7 +282,7 @@ class ReferenceData(LightningDataModule):
             if source in PAIR_TASKS
             else None
         )
-        """Which sentences to make; None: the source has them."""
+        """The query for sentences to make; None: the source has its own."""
         self.weight_baseline: Baseline = weight_baseline
         self.gae_lambda = gae_lambda
         self.unequal: Unequal = unequal
@@ -299,7 +300,7 @@ class ReferenceData(LightningDataModule):
 
         Args:
             records: The records.
-            name: What messages and manifests call them.
+            name: Their name in messages and manifests.
             options: Arguments of this class, but for those that say where and what to read.
         """
         data = cls(source=name, **options)

@@ -268,7 +268,7 @@ def text_samples(
         texts: All texts or all lists; read only as far as ``n`` samples need.
         encoder: The model's.
         n: Number of samples; None for all texts.
-        max_tokens: Keep only the first so many tokens of a text.
+        max_tokens: Keep only this many of a text's first tokens.
         source: What the texts come from, for messages.
         counts: Grows by what is passed over: ``num_without_tokens`` (the tokenizer makes nothing of the text) and
             ``num_duplicates`` (the same tokens as an earlier sample, once both are cut).
@@ -342,7 +342,7 @@ def record_samples(
         records: Texts with their values; read only as far as ``n`` samples need.
         encoder: The model's.
         n: Number of samples; None for all.
-        max_tokens: Keep only the first so many tokens of a text; not where its end matters.
+        max_tokens: Keep only this many of a text's first tokens; not where its end matters.
         baseline: What is taken off the weights, see ``less_baseline``. The mean is that of the samples.
         gae_lambda: With ``baseline`` ``prefix``, see ``token_advantages``.
         source: What the records come from, for messages.

@@ -267,7 +267,7 @@ def read_text(path: Path, key: str, max_bytes: int | None = None) -> str:
     Args:
         path: The file, perhaps .gz.
         key: The configuration key, for messages.
-        max_bytes: Keep only so many bytes of the text in UTF-8, up to a whole character.
+        max_bytes: Keep only this many of the text's first bytes in UTF-8, up to a whole character.
 
     Raises:
         InputError: If it is empty, damaged, or not UTF-8 (with the position).

@@ -29,7 +29,7 @@ PartitionChoice = Literal["all", "attribution", "evaluation"]
 
 @dataclass
 class TextQuery:
-    """Which texts to take from a source.
+    """A query for texts of a source.
 
     Attributes:
         source: As in ``read_records``.

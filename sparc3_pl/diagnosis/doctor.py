@@ -114,7 +114,7 @@ def doctor(
         trust_remote_code: Run Python code that the checkpoint brings along.
         dequantize: Make plain weights of those of an 8-bit or 4-bit checkpoint, as model.dequantize of score.
         device_map: auto spreads the model over the GPUs of this process, and what does not fit there over the host's
-            memory and the disk. Half precision is not measured of what is there.
+            memory and the disk. Half precision is not measured for what is there.
         source: Text for the samples, as data.source of score.
         text_field: Field of the text.
         num_samples: Number of samples.

@@ -164,7 +164,7 @@ def evidence(
         behaviour: Score folders of the behaviour's samples, one per seed.
         num_neurons: Number of components that prune would choose; unset: 100 neurons, or of other components 10 % of
             those scored, at most 100.
-        contrast: Contrast that prune would choose by. For budget the derivative itself is looked at: whether more
+        contrast: Contrast that prune would choose by. For budget the derivative itself is examined: whether more
             components than by chance have one, and whether two halves of the samples give the same edit.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.

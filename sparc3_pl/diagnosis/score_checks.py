@@ -128,8 +128,8 @@ class SeedAudit:
     Attributes:
         names: Names of the folders.
         mean: Mean of the total relevance over seeds.
-        standard_deviation: Its standard deviation, with n - 1 in the denominator.
-        variation: Its coefficient of variation, standard deviation / mean.
+        standard_deviation: Standard deviation of the total, with n - 1 in the denominator.
+        variation: Coefficient of variation of the total, standard deviation / mean.
         pairs: The agreement of every two folders; empty if it was not measured.
         checks: The verdicts.
     """

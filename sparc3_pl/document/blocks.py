@@ -69,7 +69,7 @@ class Numbers:
     """Several figures in one cell, such as ``0.997 to 0.520``; ``str`` writes them.
 
     Attributes:
-        template: What stands between the figures, with a ``{}`` for each.
+        template: The text around the figures, with a ``{}`` for each.
         numbers: The figures.
     """
 
@@ -81,7 +81,7 @@ class Numbers:
 
 
 Cell = Number | Numbers | str | None
-"""What a table holds: figures with their format, text, or None for an empty cell."""
+"""The content of a table's cell: figures with their format, text, or None for an empty one."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def relevance_of_sets(sets: Mapping[str, Mapping[str, float]]) -> Figure:
     """One line per score folder: the sum of the scores of each layer, in the order of the model.
 
     Args:
-        sets: For each folder, by name, the sum of the scores of each layer, by name.
+        sets: The sum of the scores of each layer, by name, for each folder, by name.
     """
     figure, axes = _new(2.9, y="sum of scores")
     for place, (name, sums) in enumerate(sets.items()):
@@ -145,7 +145,7 @@ def chosen_by_layer(counts: Mapping[str, Sequence[int]], names: Sequence[str]) -
     """Numbers of chosen components by layer, with one bar per plan.
 
     Args:
-        counts: For each layer one number per plan; all layers to choose from.
+        counts: One number per plan for each layer; all layers to choose from.
         names: Names of the plans.
     """
     figure, axes = _new(2.5, y="chosen")
@@ -240,7 +240,7 @@ def dose_response(
         series: Edits in order of size, by name of the series.
         before: Mean toxicity of the unedited model.
         bound: Change of perplexity in per cent up to which the area is shaded.
-        axis: What is on the horizontal axis.
+        axis: Label of the horizontal axis.
     """
     figure, axes = _new(3.4, _plain(axis), "mean toxicity of completions")
     axes.axvspan(
@@ -317,9 +317,9 @@ def banded_curves(
     """Curves with bands, one panel beside the other, over a logarithmic axis; a name has one colour in all panels.
 
     Args:
-        panels: For each panel, by its title, the curves by name.
-        x_name: What is on the horizontal axis.
-        y_name: What is on the vertical axis, which the panels share.
+        panels: The curves of each panel, by name; the panels by title.
+        x_name: Label of the horizontal axis.
+        y_name: Label of the vertical axis, which the panels share.
         marks: Values of y at which a broken line stands.
     """
     from matplotlib.figure import Figure
@@ -356,7 +356,7 @@ def sparsity_curves(
     Args:
         series: The points of each way, by its name: (share removed, mean, deviation or None), with rising share.
         dense: Value of the unpruned model.
-        y_name: What is drawn.
+        y_name: Label of the vertical axis.
         is_logarithmic: Whether the axis of values is logarithmic, as for perplexity, which grows by powers of ten.
     """
     figure, axes = _new(3.4, "share removed, %", y_name)

@@ -19,7 +19,7 @@ class Need:
     Attributes:
         what: ``weights``, ``sums``, ``activations``, ``completions``, ``judge``, ``scores``, ...
         where: ``device`` (of the model), ``host`` or ``disk``.
-        bytes: How many; None: unknown.
+        bytes: Number of bytes; None: unknown.
         note: How they were counted.
         way_out: What to change where there is no room for them.
     """
@@ -35,7 +35,7 @@ def refuse_what_cannot_fit(needs: Sequence[Need], free: Mapping[str, int | None]
     """Compares what a process takes with what is free.
 
     Args:
-        needs: What one process takes.
+        needs: The needs of one process.
         free: Bytes by place; None: unknown. Without an entry for ``device`` the model is on the host.
 
     Raises:

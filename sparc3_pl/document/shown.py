@@ -24,7 +24,7 @@ class Shown(ABC):
 
     @abstractmethod
     def blocks(self) -> Sequence[Block]:
-        """What is shown: the tables that the command prints, and notes."""
+        """The blocks to show: the tables that the command prints, and notes."""
 
     def __str__(self) -> str:
         from sparc3_pl.document.terminal import text_of

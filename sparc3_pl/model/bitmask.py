@@ -23,7 +23,7 @@ class BitMask:
     Attributes:
         bits: ``[ceil(size / 8)]`` uint8; component ``i`` is bit ``i % 8`` (from the lowest) of byte ``i // 8``. Bits
             beyond ``size`` are 0.
-        size: How many components the layer has.
+        size: Number of components of the layer.
     """
 
     bits: Tensor

@@ -30,7 +30,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*model*", "vocab.*", "*.model",
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model reads: sequences of up to ``context`` token ids below ``size``.
+    """The input that a model reads: sequences of up to ``context`` token ids below ``size``.
 
     Attributes:
         tokenizer: The model's tokenizer; None if its folder has none.

@@ -129,10 +129,10 @@ class Part:
         layer: Name of the layer.
         where: ``rows`` or ``columns`` of its ``[out, in]`` matrix, entries of its ``bias``, or single ``weights``. Of a
             router its ``routes``: whether tokens may go to an expert, 1 or 0, which no weight of it says.
-        index: Which of them, ``[n]`` int64: rows, columns, or flat indices into ``[out, in]``.
-        owner: For each entry, the position of its component in the list of the chosen, ``[n]`` int64.
+        index: The entries, ``[n]`` int64: rows, columns, or flat indices into ``[out, in]``.
+        owner: Position of each entry's component in the list of the chosen, ``[n]`` int64.
         role: ``writes``: the entries make the component's value; ``reads``: they pass it on to the next layer.
-        mask: Which single weights, in place of ``index`` and ``owner`` (then empty), where they are too many to be
+        mask: Single weights as a mask, in place of ``index`` and ``owner`` (then empty), where they are too many to be
             listed. ``read`` and ``write`` go through them in the order of their flat indices.
     """
 

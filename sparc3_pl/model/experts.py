@@ -67,7 +67,7 @@ class ExpertLayer(nn.Linear):
 
     Args:
         experts: The module that holds the parameter.
-        parameter: Its name.
+        parameter: Name of the parameter.
         number: The expert.
         rows: The map's rows of the expert's matrix.
     """
@@ -313,7 +313,7 @@ def _one_by_one(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weight
 
     Args:
         experts: Open.
-        hidden_NH: What the experts read.
+        hidden_NH: The hidden states that the experts read.
         chosen_NK: The experts of each token.
         weights_NK: The weight of each of them.
     """

@@ -1,4 +1,4 @@
-"""What libraries say that users of the command line need not read."""
+"""Silences the notes and warnings of libraries that users of the command line need not read."""
 
 import logging
 import os

@@ -71,7 +71,7 @@ class PeerFailed(BaseException):
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong first, on whatever rank."""
+    """The first failure, on whatever rank."""
 
     rank: int
     code: int

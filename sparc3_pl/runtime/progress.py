@@ -44,14 +44,14 @@ class RunningMean:
 
 @dataclass(frozen=True)
 class Done:
-    """What one process has done of a pass, of one kind of unit.
+    """The units of one kind that one process has done in a pass.
 
     Attributes:
         unit: What is counted, in the plural: ``prompts``.
-        count: How many are done.
+        count: Number of units that are done.
         tokens: Tokens that were read or made for them.
-        figure: What is measured of them; empty where nothing is known before the end.
-        mean: Its mean so far.
+        figure: Name of the figure that is measured of them; empty where nothing is known before the end.
+        mean: Mean of the figure so far.
         error: The standard error of ``mean``; NaN where it is not known.
     """
 
@@ -67,7 +67,7 @@ class Watch:
     """Turns what is done, and how long it took, into what is shown.
 
     Args:
-        totals: How many units there are for this process, by their word.
+        totals: Number of units of this process, by their word.
         clock: Tells the time in seconds.
     """
 
@@ -138,7 +138,7 @@ def show_progress(trainer: pl.Trainer, what: str, watch: Watch, done: Done) -> N
 
     Args:
         trainer: The pass's Trainer.
-        what: What the log calls the pass.
+        what: Name of the pass in the log.
         watch: The pass's watch.
         done: What rank 0 has done.
     """

@@ -1,4 +1,4 @@
-"""What a run writes to its loggers: scalars, histograms, figures and texts, whichever Lightning logger it has.
+"""Writes a run's scalars, histograms, figures and texts to its loggers, whichever Lightning logger it has.
 
 Lightning's loggers share ``log_metrics`` and ``log_hyperparams`` and nothing else, so each kind of logger has an
 adapter here for the rest. A logger of another kind gets the figures and texts as files beside its metrics.

@@ -44,7 +44,7 @@ HELD_BELOW = 1 / 3
 
 @dataclass
 class Stage:
-    """What one stage has done.
+    """The work of one stage.
 
     Attributes:
         seconds: On the wall, without stages inside it.
@@ -166,10 +166,10 @@ def current() -> Stage:
 
 @dataclass(frozen=True)
 class StageTime:
-    """What a file says of one stage; what is not known, or was not counted, is left out.
+    """A file's record of one stage; what is not known, or was not counted, is left out.
 
     Attributes:
-        stage: Its name.
+        stage: Name of the stage.
         seconds: On the wall, without stages inside it.
         samples: Texts, windows, completions.
         tokens: Real tokens that went through the model.
@@ -191,12 +191,12 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time went.
+    """The time that a command took, by stage.
 
     Attributes:
         matrix_flops: Operations a second of the best matrix product measured on the device of the first stage that
             computed; None if none did.
-        stages: In the order in which they were begun; the last is what no stage has counted.
+        stages: The stages in the order in which they were begun; the last is what no stage has counted.
     """
 
     matrix_flops: float | None = None
@@ -204,7 +204,7 @@ class Timing:
 
 
 def timing() -> Timing | None:
-    """What a result says of the time so far; None without a clock."""
+    """The time so far, for a result; None without a clock."""
     if not _clocks:
         return None
     clock = _clocks[-1]

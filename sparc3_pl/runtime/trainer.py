@@ -162,7 +162,7 @@ STARTERS = {
     TorchElasticEnvironment: "torchrun (WORLD_SIZE)",
     LightningEnvironment: "the variable WORLD_SIZE",
 }
-"""What starts processes, by Lightning's name for it, as the user knows it."""
+"""The starters of processes, as the user knows them, by Lightning's names for them."""
 
 
 def _with_float64(accelerator: str) -> str:

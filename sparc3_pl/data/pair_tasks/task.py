@@ -27,8 +27,8 @@ class PairText:
         answer: The right continuation.
         foil: A wrong one; None: only the answer is looked at.
         counterfactual: A sentence that differs from ``clean`` in what decides the answer; None: there is none.
-        template: What the sentence was made from; empty for a sentence out of a file.
-        words: What fills the template's places: names (the indirect object first), nouns, years.
+        template: Template that the sentence was made from; empty for a sentence out of a file.
+        words: Words that fill the template's places: names (the indirect object first), nouns, years.
     """
 
     clean: str
@@ -41,7 +41,7 @@ class PairText:
 
 @dataclass(frozen=True)
 class Part:
-    """Which templates and words sentences are made from: all, or those of one half.
+    """The templates and words that sentences are made from: all, or those of one half.
 
     Attributes:
         half: ``attribution`` (to find a circuit), ``evaluation`` (to test it) or ``all``.
@@ -64,7 +64,7 @@ class PairTask(ABC):
     """A task that makes its own sentences for a tokenizer.
 
     Attributes:
-        name: What ``data.source`` calls it.
+        name: Name of the task, as ``data.source`` gives it.
         counterfactuals: The kinds of counterfactual sentences that it knows; the first is the default.
     """
 
