@@ -138,8 +138,11 @@ class CompletionRun(MeasurementRun):
         finished = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
         todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
         rows = [row for i in finished for row in finished[i]]
+        completions: list[Completion] = []
         try:
-            completions = self._completed(todo) if todo else []
+            if todo:
+                with timed("completions"):
+                    completions = self.generator(*zip(*todo, strict=True))
             cut = self._cut(completions) if self.prefixes else None  # in this thread: two must not share a tokenizer
         finally:  # also when the run is interrupted: what was completed before is kept
             self._settle()
@@ -167,11 +170,6 @@ class CompletionRun(MeasurementRun):
             self._store.add(fresh.rows)
             kept(self._store.folder)
         self._count(rows + fresh.rows)
-
-    def _completed(self, prompts: Sequence[tuple[str, str]]) -> list[Completion]:
-        """Completions of (id, prompt)."""
-        with timed("completions"):
-            return self.generator(*zip(*prompts, strict=True))
 
     def _finished(self, prompt_id: str) -> list[CompletionRow] | None:
         """The prompt's completions, if an interrupted run has left all of them."""

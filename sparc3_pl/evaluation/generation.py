@@ -13,7 +13,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -321,7 +320,8 @@ class Generator:
         ]
         why = {i: reason for i, reason in zip(ids, reasons, strict=True) if reason}
         completions = [Completion(r.id, r.prompt, r.k, r.seed, None, failed=why[r.id]) for r in rows if r.id in why]
-        with self._fast_products(len(rows)):
+        copies_pay = len(rows) * self.sampling.max_new_tokens >= FEWEST_TOKENS_FOR_COPIES
+        with repacked_linears(self.model) if copies_pay else onednn_linears(self.model):
             for batch in self._batches([r for r in rows if r.id not in why]):
                 completions += self._complete(batch)
             completions = self._filtered(completions)
@@ -344,10 +344,6 @@ class Generator:
             others = {(c.id, c.k): replace(c, redraws=redraw) for c in again}
             completions = [others.get((c.id, c.k), c) for c in completions]
         return completions
-
-    def _fast_products(self, num_rows: int) -> AbstractContextManager[None]:
-        repacking_pays = num_rows * self.sampling.max_new_tokens >= FEWEST_TOKENS_FOR_COPIES
-        return repacked_linears(self.model) if repacking_pays else onednn_linears(self.model)
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         body, bos = self.encoder.body(prompt), self.tokenizer.bos_token_id
@@ -445,16 +441,16 @@ class Generator:
                 input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([picker])
             )
         new = out[:, length:].tolist()
-        read = sum(len(r.ids) for r in rows)
-        drawn = sum(next((n + 1 for n, token in enumerate(row) if token in self.end_tokens), len(row)) for row in new)
-        places = out.numel()
+        num_read = sum(len(r.ids) for r in rows)
+        num_drawn = sum(
+            next((n + 1 for n, token in enumerate(row) if token in self.end_tokens), len(row)) for row in new
+        )
+        tokens = num_read + num_drawn
         weight, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         now = current()
         now.like = weight
-        flops = decoder_flops(self.model) * (read + drawn) + 2.0 * head.numel() * drawn
-        now.did(
-            samples=len(rows), tokens=read + drawn, padded=places - read - drawn, flops=flops, passes=1 + len(new[0])
-        )
+        flops = decoder_flops(self.model) * tokens + 2.0 * head.numel() * num_drawn
+        now.did(samples=len(rows), tokens=tokens, padded=out.numel() - tokens, flops=flops, passes=1 + len(new[0]))
         return new, picker.broken_at.tolist()
 
     def _config(self, pad: int) -> Any:

@@ -238,7 +238,12 @@ class DetoxifyJudge(SequenceJudge):
 
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         is_local = self.variant in (None, "demo")
-        path, folder = self._local_files() if is_local else (_downloaded(self.variant), None)
+        if is_local:
+            path, folder = self._local_files()
+        else:
+            (url, path), folder = _published_file(self.variant), None
+            if not path.is_file():
+                _fetch(url, path, self.variant)
         checkpoint = _read_checkpoint(path)
         self._sha256 = sha256_of_file(path)
         source = str(folder) if is_local else checkpoint["config"]["arch"]["args"]["model_type"]  # a hub id
@@ -402,14 +407,6 @@ def _published_file(variant: str) -> tuple[str, Path]:
         variants = ", ".join([*MODEL_URLS, "demo"])
         raise InputError(f"judge.variant={variant!r} is not known; use one of {variants}, or give judge.checkpoint")
     return MODEL_URLS[variant], Path(torch.hub.get_dir()) / "checkpoints" / MODEL_URLS[variant].rpartition("/")[2]
-
-
-def _downloaded(variant: str) -> Path:
-    """The checkpoint file of a variant; it is fetched the first time."""
-    url, path = _published_file(variant)
-    if not path.is_file():
-        _fetch(url, path, variant)
-    return path
 
 
 def _fetch(url: str, path: Path, variant: str) -> None:

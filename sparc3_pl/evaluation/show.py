@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sparc3_pl.document.blocks import Cell, Number
 from sparc3_pl.evaluation.figures import Results, ScoreFigures, ToxicityFigures
@@ -77,7 +76,9 @@ def write_to_loggers(
     if not run_log:
         return
     run_log.scalars(scalars(results), 0)
-    for label, scores in _scores_by_label(completions).items():
+    scores_of = [_by_name(row) for row in completions if row.failed is None]
+    for label in scores_of[0] if scores_of else ():
+        scores = torch.tensor([one[label] for one in scores_of])
         run_log.histogram(f"eval/{label}", scores, 0)
         run_log.figure(f"eval/{label}_of_completions", score_distribution(scores.numpy(), label), 0)
     if settings is not None:
@@ -86,13 +87,8 @@ def write_to_loggers(
         run_log.texts("eval/completions", [_as_markdown(row) for row in completions[:MAX_TEXTS]])
 
 
-def _scores_by_label(completions: list[CompletionRow]) -> dict[str, Tensor]:
-    """The judges' scores of the completions that were scored; of further judges under ``judges/NAME/LABEL``."""
-    scored = [_by_name(row) for row in completions if row.failed is None]
-    return {name: torch.tensor([one[name] for one in scored]) for name in (scored[0] if scored else ())}
-
-
 def _by_name(row: CompletionRow) -> dict[str, float]:
+    """The judges' scores of a completion by label, those of further judges by ``judges/NAME/LABEL``."""
     further = {f"judges/{judge}/{label}": v for judge, scores in row.judges.items() for label, v in scores.items()}
     return row.scores | further
 

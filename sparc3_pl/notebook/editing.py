@@ -180,13 +180,8 @@ def _spent(
 
 def _folders(scores: AnyScores | Sequence[AnyScores]) -> list[ScoreFolder]:
     several = [scores] if isinstance(scores, Scores | ScoreFolder | str | Path) else scores
-    return [_folder(one) for one in several]
-
-
-def _folder(scores: AnyScores) -> ScoreFolder:
-    if isinstance(scores, Scores):
-        return scores.folder
-    return scores if isinstance(scores, ScoreFolder) else ScoreFolder.open(scores)
+    opened = [one if isinstance(one, Scores | ScoreFolder) else ScoreFolder.open(one) for one in several]
+    return [one.folder if isinstance(one, Scores) else one for one in opened]
 
 
 def _require_unedited(model: PreTrainedModel) -> None:

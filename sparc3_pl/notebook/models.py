@@ -43,12 +43,6 @@ _LONGEST = 80  # letters of an argument that a manifest records
 _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
-def _source_of(model: PreTrainedModel) -> ModelSource:
-    """The source of a loaded model, as it says itself; the embedded demo is known by its folder."""
-    name = model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"
-    return ModelSource("demo" if Path(name).resolve() == demo.MODEL.resolve() else name)
-
-
 def encoder_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: ModelSource) -> Encoder:
     """The encoder of texts into token ids. It holds a copy of the tokenizer, to which a missing pad token is added.
 
@@ -80,7 +74,9 @@ def borrowed(model: PreTrainedModel) -> Iterator[ModelSource]:
         raise InputError(f"the model cannot be used as it is: {what} in training mode; call model.eval() first")
     if torch.is_inference_mode_enabled():
         raise InputError("torch.inference_mode() is on, which forbids gradients; leave that block first")
-    source = _source_of(model)
+    place = model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"
+    is_demo = Path(place).resolve() == demo.MODEL.resolve()
+    source = ModelSource("demo" if is_demo else place)
     asks = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     earlier = _borrowers.get(model)  # in this thread, as where a judge uses the model too
     _borrowers[model] = threading.get_ident()

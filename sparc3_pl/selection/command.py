@@ -19,7 +19,7 @@ from sparc3_pl.selection.dose import BudgetSource, check_budget, check_windows, 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sparc3_pl.data.encoding import Encoder
     from sparc3_pl.pruning.push import HubPlace
@@ -156,7 +156,9 @@ def prune(
     from sparc3_pl.pruning.edits import EDITS, Remove
     from sparc3_pl.selection.choose import make_dose, make_plan
 
-    change = EDITS.make(_scaled(edit, alpha))
+    if (edit == "scale") != (alpha is not None):
+        raise InputError(f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5")
+    change = EDITS.make(_with(edit, "scale", {"alpha": alpha}))
     edit = EDITS.name_of(change)  # however it was given
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
     check_budget(edit, budget, budget_text, scale)
@@ -213,7 +215,11 @@ def prune(
             batches = _windows(encoder, mean_source, mean_field, mean_samples, mean_seq_len, seed)
             plan = _with_means(plan, model, batches)
         plan = _with_kept_values(plan, model) if keep_values else plan
-        saved = _save_model(model, encoder.tokenizer, plan, save_model, shrink, overwrite) if save_model else None
+        if save_model:
+            from sparc3_pl.pruning.save import save_pruned, save_shrunk
+
+            save = save_shrunk if shrink else save_pruned
+            saved = save(model, encoder.tokenizer, plan, save_model, overwrite)
     path = plan.save(output, overwrite)
     for warning in plan.warnings:
         log.warning("%s", warning)
@@ -235,13 +241,6 @@ def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
         setting = "shrink=true" if shrink else f"scope={scope}"
         raise InputError(f"pattern={pattern} says among whom weights compete, and so does {setting}; give one of them")
     return {"class_path": "pattern", "init_args": {"pattern": pattern}}
-
-
-def _scaled(edit: Spec, alpha: float | None) -> Spec:
-    """The edit with its factor, which goes with ``scale`` and only with it."""
-    if (edit == "scale") != (alpha is not None):
-        raise InputError(f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5")
-    return _with(edit, "scale", {"alpha": alpha})
 
 
 def _check_places(
@@ -345,19 +344,6 @@ def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
 
     with pruned(model, plan) as applied:
         return replace(plan, kept=applied.kept, model=plan.model | {"pruned_fingerprint": fingerprint(model)})
-
-
-def _save_model(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    plan: PrunePlan,
-    folder: str,
-    shrink: bool,
-    overwrite: bool,
-) -> "SavedModel":
-    from sparc3_pl.pruning.save import save_pruned, save_shrunk
-
-    return (save_shrunk if shrink else save_pruned)(model, tokenizer, plan, folder, overwrite)
 
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None", pushed_to: str | None) -> None:
