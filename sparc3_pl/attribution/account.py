@@ -100,14 +100,14 @@ def relevance_account(
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
         raise InputError(f"a relevance account is for one sample [1, T], got {tuple(input_ids.shape)}")
-    kept: defaultdict[str, float] = defaultdict(float)
+    amounts: defaultdict[str, float] = defaultdict(float)
     leaves: list[Tensor] = []
     lrp = attn_lrp(model, rules=rules, unlisted=unlisted, missing=missing)
-    with torch.enable_grad(), lrp, _bookkeeping(model, kept, leaves, rules):
+    with torch.enable_grad(), lrp, _bookkeeping(model, amounts, leaves, rules):
         logits = _logits(model, input_ids)[0, -1]
         target = int(logits.argmax())
         torch.autograd.grad(logits[target], leaves)  # the hooks do the sums; no parameter gets a .grad
-    return RelevanceAccount(target, logits[target].item(), **{name: kept[name] for name in _ENTRIES})
+    return RelevanceAccount(target, logits[target].item(), **{name: amounts[name] for name in _ENTRIES})
 
 
 def _logits(model: nn.Module, input_ids_1T: Tensor) -> Tensor:
@@ -148,76 +148,70 @@ _ENTRIES = ("input", "position", "linear_bias", "norm_bias", "softmax", "router"
 
 
 @contextmanager
-def _bookkeeping(model: nn.Module, kept: dict[str, float], leaves: list[Tensor], rules: RuleSet) -> Iterator[None]:
-    """Watch all places where relevance can end; a backward pass to ``leaves`` adds what arrives there to ``kept``."""
+def _bookkeeping(model: nn.Module, amounts: dict[str, float], leaves: list[Tensor], rules: RuleSet) -> Iterator[None]:
+    """Watch all places where relevance can end; a backward pass to ``leaves`` counts what arrives there."""
     words = model.get_input_embeddings()
     inside = decoder(model)
     with ExitStack() as undo:
         for module in [*inside.modules(), output_head(model)[1]]:
-            watch = _watch(module, words, kept, leaves)
-            if watch is not None:
-                undo.callback(module.register_forward_hook(watch).remove)
+            if isinstance(module, nn.Embedding):
+                hook = _embedding_hook("input" if module is words else "position", amounts, leaves)
+            elif module._parameters.get("bias") is not None:
+                hook = _bias_hook("linear_bias" if is_linear(module) else "norm_bias", amounts)
+            else:
+                continue
+            undo.callback(module.register_forward_hook(hook).remove)
         for name, experts in experts_modules(inside).items():
-            undo.callback(experts.register_forward_pre_hook(partial(_weights_read, kept)).remove)
+            undo.callback(experts.register_forward_pre_hook(partial(_weights_read, amounts)).remove)
             if (router := router_of(inside, name)) is not None:
-                undo.callback(router.register_forward_pre_hook(partial(_router_read, kept)).remove)
+                undo.callback(router.register_forward_pre_hook(partial(_router_read, amounts)).remove)
         if rules == "attn":
             for module in attention_modules(inside).values():
-                undo.enter_context(wrapped_attention(module, lambda base: _softmax_watched(base, kept)))
+                undo.enter_context(wrapped_attention(module, lambda base: _softmax_watched(base, amounts)))
         yield
 
 
-def _watch(
-    module: nn.Module, words: nn.Module, kept: dict[str, float], leaves: list[Tensor]
-) -> Callable[..., Any] | None:
-    if isinstance(module, nn.Embedding):
-        return _embedding_hook("input" if module is words else "position", kept, leaves)
-    if module._parameters.get("bias") is not None:
-        return _bias_hook("linear_bias" if is_linear(module) else "norm_bias", kept)
-    return None
-
-
-def _embedding_hook(entry: str, kept: dict[str, float], leaves: list[Tensor]) -> Callable[..., Tensor]:
+def _embedding_hook(entry: str, amounts: dict[str, float], leaves: list[Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         leaves.append(leaf)
-        leaf.register_hook(lambda g: _add(kept, entry, leaf, g))
+        leaf.register_hook(lambda g: _add(amounts, entry, leaf, g))
         return leaf
 
     return hook
 
 
-def _bias_hook(entry: str, kept: dict[str, float]) -> Callable[..., None]:
+def _bias_hook(entry: str, amounts: dict[str, float]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         bias = values_of(module, "bias").to(output.device)
-        output.register_hook(lambda g: _add(kept, entry, bias, g))
+        output.register_hook(lambda g: _add(amounts, entry, bias, g))
 
     return hook
 
 
-def _router_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _router_read(amounts: dict[str, float], _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gives the router a view of its own of the hidden states, whose gradient is the router's part alone."""
     hidden = args[0].view_as(args[0])
     if hidden.requires_grad:
         value = hidden.detach()
-        hidden.register_hook(lambda g: _add(kept, "router", -value, g))
+        hidden.register_hook(lambda g: _add(amounts, "router", -value, g))
     return hidden, *args[1:]
 
 
-def _weights_read(kept: dict[str, float], _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _weights_read(amounts: dict[str, float], _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Counts what reaches the routing weights, the third thing that experts read."""
-    hidden, chosen, weights = args[0], args[1], args[2].view_as(args[2])
+    hidden, experts, weights = args[0], args[1], args[2].view_as(args[2])
     if weights.requires_grad:
         value = weights.detach()
-        weights.register_hook(lambda g: _add(kept, "router", value, g))
-    return hidden, chosen, weights
+        weights.register_hook(lambda g: _add(amounts, "router", value, g))
+    return hidden, experts, weights
 
 
-def _add(kept: dict[str, float], entry: str, value: Tensor, gradient: Tensor) -> None:
-    kept[entry] += float((value.double() * gradient.double()).sum())
+def _add(amounts: dict[str, float], entry: str, value: Tensor, gradient: Tensor) -> None:
+    amounts[entry] += float((value.double() * gradient.double()).sum())
 
 
-def _softmax_watched(base: AttentionFunction, kept: dict[str, float]) -> AttentionFunction:
+def _softmax_watched(base: AttentionFunction, amounts: dict[str, float]) -> AttentionFunction:
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any):
         output, weights = base(module, q, k, v, mask, *args, **kwargs)
         qkv = [t.detach().double() for t in (q, k, v)]
@@ -226,7 +220,7 @@ def _softmax_watched(base: AttentionFunction, kept: dict[str, float]) -> Attenti
 
         def hook(gradient: Tensor) -> None:
             gradient = gradient.double().transpose(1, 2)
-            kept["softmax"] += float(softmax_retention(*qkv, mask, gradient, scale, cap).sum())
+            amounts["softmax"] += float(softmax_retention(*qkv, mask, gradient, scale, cap).sum())
 
         output.register_hook(hook)
         return output, weights

@@ -57,7 +57,10 @@ def weight_relevance(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
         return
     weight_OI = layer.weight_OI
     dtype = _exact(weight_OI.dtype)
-    x_BTI, delta_BTO = (_as_factor(tensor, dtype) for tensor in (layer.x_BTI, layer.delta_BTO))
+    x_BTI, delta_BTO = (  # CUDA multiplies half precision into float32 by itself; a CPU gets float32 factors
+        t if t.is_cuda and t.dtype in (torch.bfloat16, torch.float16) else t.to(dtype)
+        for t in (layer.x_BTI, layer.delta_BTO)
+    )
     num_out, num_in = weight_OI.shape
     size = min(num_out, _block_rows(weight_OI))
     buffer = torch.empty(size, num_in, dtype=dtype, device=weight_OI.device)
@@ -89,11 +92,6 @@ def _block_rows(weight_OI: Tensor) -> int:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _as_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """CUDA multiplies half precision into float32 by itself; a CPU gets float32 factors."""
-    return tensor if tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) else tensor.to(dtype)
 
 
 def no_counts(device: torch.device) -> Counts:

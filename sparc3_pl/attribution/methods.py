@@ -468,17 +468,14 @@ class _InputSquares:
     def of(self, x: Tensor) -> tuple[Tensor, Sums]:
         """The sum, ``[I]`` float64, and, where they count as 0, the numbers of NaN and infinite inputs."""
         if self._last is None or self._last[0] is not x:
-            self._last = (x, *self._sum(x))
+            tokens_NI = x.reshape(*self._mask_BT.shape, -1)
+            tokens_NI = tokens_NI[self._mask_BT.to(x.device)] if self._padded else tokens_NI.flatten(0, 1)
+            counts: Sums = {}
+            if self._zero_nonfinite:
+                counts = no_counts(x.device)
+                tokens_NI = drop_nonfinite(tokens_NI.clone(), counts)
+            self._last = x, tokens_NI.float().square().sum(0).double(), counts
         return self._last[1:]
-
-    def _sum(self, x: Tensor) -> tuple[Tensor, Sums]:
-        tokens_NI = x.reshape(*self._mask_BT.shape, -1)
-        tokens_NI = tokens_NI[self._mask_BT.to(x.device)] if self._padded else tokens_NI.flatten(0, 1)
-        counts: Sums = {}
-        if self._zero_nonfinite:
-            counts = no_counts(x.device)
-            tokens_NI = drop_nonfinite(tokens_NI.clone(), counts)
-        return tokens_NI.float().square().sum(0).double(), counts
 
 
 class Magnitude(Method):

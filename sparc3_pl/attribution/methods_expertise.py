@@ -83,8 +83,8 @@ class Expertise(Method):
         site = site_of(group) if self.needs_values else group
         if site.width != 1 or (not self.needs_values and site.axis != "out"):
             raise InputError(
-                f"method expertise: the components of {group.layer} are no single units; score neuron, or channel with "
-                "at=values"
+                f"method expertise: the components of {group.layer} are not single units; score neuron, or channel "
+                "with at=values"
             )
         zeros = torch.zeros(group.shape, dtype=torch.float64, device=weight_OI.device)
         return no_counts(weight_OI.device) | {"sum": zeros, "pairs": zeros.new_zeros(())}
@@ -104,8 +104,8 @@ class Expertise(Method):
             x_BTN = x.detach().reshape(*batch.attention_mask.shape, -1)[:num_samples]
             x_BTN = x_BTN.masked_fill(~mask_BT1.to(x.device), -torch.inf)
             if options.nonfinite == "zero":
-                hidden = ~mask_BT1.to(x.device).expand_as(x_BTN)
-                x_BTN = drop_nonfinite(x_BTN.masked_fill(hidden, 0), layer.sums).masked_fill(hidden, -torch.inf)
+                padding = ~mask_BT1.to(x.device).expand_as(x_BTN)
+                x_BTN = drop_nonfinite(x_BTN.masked_fill(padding, 0), layer.sums).masked_fill(padding, -torch.inf)
             response_BN = x_BTN.amax(1) if num_samples else x_BTN[:, 0]
             if self.needs_values:
                 response_BN = site_of(layer.group).gathered(response_BN)

@@ -107,7 +107,7 @@ class IntegratedGradients(AttributionPatching):
         if isinstance(target, Predicted):
             raise InputError(
                 "method integrated_gradients: model.target=predicted would mean another token at each step; name one "
-                "that the sample fixes, as answer"
+                "that the sample fixes, such as answer"
             )
 
     def passes(

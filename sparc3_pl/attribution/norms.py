@@ -135,13 +135,13 @@ def _size(module: nn.Module) -> int | None:
 @torch.no_grad()
 def _try(module: nn.Module, size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Input, output, weight and bias of ``module`` on rows of three magnitudes (small ones show the epsilon)."""
-    seen: list[Any] = []
+    values: list[Any] = []
     slot = forward_slot(module)
     inner = getattr(module, slot)
 
     def look(x: Tensor) -> Tensor:
-        seen.extend([x, inner(x), getattr(module, "weight", None), getattr(module, "bias", None)])
-        return seen[1]
+        values.extend([x, inner(x), getattr(module, "weight", None), getattr(module, "bias", None)])
+        return values[1]
 
     weight = getattr(module, "weight", None)
     place = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
@@ -151,4 +151,4 @@ def _try(module: nn.Module, size: int) -> tuple[Tensor, Tensor, Tensor | None, T
     rows *= torch.tensor([1.0, 1.0, 30.0, 30.0, 1e-3, 1e-3])[:, None]
     with swapped(module, slot, look):
         module(rows.to(**place))
-    return tuple(seen)
+    return tuple(values)

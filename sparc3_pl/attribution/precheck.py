@@ -43,7 +43,12 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
     Raises:
         InputError: on every rank, if the account does not balance, or a module has no rule.
     """
-    if reason := _reason_against(model, sample):
+    reason = None
+    if not sample:
+        reason = "there is no sample"
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        reason = "part of the model is offloaded (model.device_map); run sparc3 doctor where it fits"
+    if reason is not None:
         log.warning("the LRP rules were not checked by a relevance account: %s", reason)
         return {"relative_residual": None, "num_tokens": 0, "reason": reason}
     if any(map(is_sharded, model.parameters())):
@@ -59,14 +64,6 @@ def checked_rules(model: nn.Module, sample: Sequence[int], *, unlisted: bool = F
 
 _accounts: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 """The last result for each model."""
-
-
-def _reason_against(model: nn.Module, sample: Sequence[int]) -> str | None:
-    if not sample:
-        return "there is no sample"
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return "part of the model is offloaded (model.device_map); run sparc3 doctor where it fits"
-    return None
 
 
 def _outcome(model: nn.Module, input_ids_1T: torch.Tensor, unlisted: bool) -> float | str:

@@ -148,25 +148,21 @@ class PreparedRules:
     def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
         """The block of ``attn_lrp``; raises what that raises."""
         if model in _active:
-            raise RuntimeError(f"attn_lrp already acts on this {type(model).__name__}; leave the first block before")
-        _check_eval(model)
+            raise RuntimeError(f"attn_lrp already acts on this {type(model).__name__}; leave the first block first")
+        name = next((name for name, module in model.named_modules() if module.training), None)
+        if name is not None:
+            raise InputError(f"LRP needs eval mode, but {name or 'the model'} is training; call model.eval()")
         if self._known is None or self._known[0] is not model:
             if self._missing == "refuse":
                 _check_family(model, self._unlisted)
             self._known = model, _plan(model, self._rules, self._temperature, self._missing)
-        with _worn(model, self._known[1]):
+        with ExitStack() as undo:
+            _active.add(model)
+            undo.callback(_active.discard, model)
+            for rule in self._known[1].values():
+                if rule.put_on is not None:
+                    undo.enter_context(rule.put_on())
             yield model
-
-
-@contextmanager
-def _worn(model: nn.Module, plan: dict[str, _Rule]) -> Iterator[None]:
-    with ExitStack() as undo:
-        _active.add(model)
-        undo.callback(_active.discard, model)
-        for rule in plan.values():
-            if rule.put_on is not None:
-                undo.enter_context(rule.put_on())
-        yield
 
 
 def rule_table(model: nn.Module, rules: RuleSet = "attn", missing: Missing = "refuse") -> dict[str, str]:
@@ -181,12 +177,6 @@ def rule_table(model: nn.Module, rules: RuleSet = "attn", missing: Missing = "re
         InputError: if a module has no rule, unless ``missing`` is ``plain``.
     """
     return {name: rule.name for name, rule in _plan(model, rules, missing=missing).items()}
-
-
-def _check_eval(model: nn.Module) -> None:
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise InputError(f"LRP needs eval mode, but {training or 'the model'} is training; call model.eval()")
 
 
 def _check_family(model: nn.Module, unlisted: bool) -> None:
@@ -274,10 +264,10 @@ def _attention_rules(inside: nn.Module, prefix: str, rules: RuleSet, temperature
 
 def _product_rules(model: nn.Module) -> dict[str, _Rule]:
     """Gated products have no module of their own: they are listed by the down-projection that reads them."""
-    gated = [mlp.down for mlp in mlps(model) if mlp.gated]
+    downs = [mlp.down for mlp in mlps(model) if mlp.gated]
     return {
         f"{down} (input)": _Rule("gated product: gradient halved", _product_rule(model.get_submodule(down)))
-        for down in gated
+        for down in downs
     }
 
 

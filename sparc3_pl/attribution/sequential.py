@@ -73,11 +73,11 @@ class Sparsity:
         """
         if self.pattern is not None and num_inputs % self.pattern[1]:
             raise InputError(
-                f"model.sequential={self.text}: the {num_inputs} inputs of {name} are no multiple of "
+                f"model.sequential={self.text}: the {num_inputs} inputs of {name} are not a multiple of "
                 f"{self.pattern[1]}; leave the layer out (model.targets), or use another pattern"
             )
         if self.share is not None and not int(num_inputs * self.share):
-            raise InputError(f"model.sequential={self.text} of {num_inputs} inputs of {name} is no weight; raise it")
+            raise InputError(f"model.sequential={self.text} of {num_inputs} inputs of {name} is less than 1; raise it")
 
     def lowest(self, scores_OI: Tensor) -> Tensor:
         """A mask of the scores to remove, ``[O, I]`` bool on the host; of equal scores the first go."""

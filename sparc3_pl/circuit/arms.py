@@ -91,11 +91,11 @@ def arms_of(
             what pairs do not have.
     """
     if not methods:
-        raise InputError("model.methods is an empty list; name how components are scored, as lrp")
+        raise InputError("model.methods is an empty list; name how components are scored, such as lrp")
     arms: dict[str, Arm] = {}
     granularity = [granularity] if isinstance(granularity, str | dict) else list(granularity)
     if not granularity:
-        raise InputError("model.granularity is an empty list; name what circuits consist of, as neuron")
+        raise InputError("model.granularity is an empty list; name what circuits consist of, such as neuron")
     kinds = [COMPONENTS.choose(kind).object for kind in granularity]
     for spec in methods:
         method = METHODS.choose(spec)
@@ -252,8 +252,8 @@ def score_arm(
             if in_parts or place == len(batches) - 1:
                 scorer.finish()
                 own = {name: {k: tensor.clone() for k, tensor in sums.items()} for name, sums in scorer.sums.items()}
-                num_scored = len(run.samples) - before - sum(unit.num_samples for unit in units if unit.group == number)
-                units.append(Unit(own, num_scored, number))
+                num_new = len(run.samples) - before - sum(unit.num_samples for unit in units if unit.group == number)
+                units.append(Unit(own, num_new, number))
                 for sums in scorer.sums.values():
                     for tensor in sums.values():
                         tensor.zero_()

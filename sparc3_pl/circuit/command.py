@@ -91,7 +91,7 @@ def circuit(
     if resamples < 0 or permutations < 1:
         raise InputError(f"resamples={resamples}, permutations={permutations}: give 0 or more, and 1 or more")
     if save_fraction is not None and not 0 < save_fraction < 1:
-        raise InputError(f"save_fraction={save_fraction}: give a share between 0 and 1, as 0.05")
+        raise InputError(f"save_fraction={save_fraction}: give a share between 0 and 1, such as 0.05")
     kind = ABLATIONS.choose(ablation)
     arms = arms_of(
         model.methods, model.granularity, model.target, model.targets, model.signed, model.draws, model.seed,
@@ -157,7 +157,8 @@ class _Run:
         kinds = {choice.name: choice.object for choice in arms[0].request.components}
         self.candidates = Candidates.of(self.model, kinds, model.targets)
         if save_fraction is not None and not num_kept(save_fraction, self.candidates.count):
-            raise InputError(f"save_fraction={save_fraction} of {self.candidates.count} components is none; give more")
+            total = self.candidates.count
+            raise InputError(f"save_fraction={save_fraction} of {total} components is less than 1; raise it")
         self.description = describe(self.model, source)
         if model.device_map == SHARDED:
             self._check_arms()  # now, while the weights are whole
@@ -303,11 +304,11 @@ def _warnings(bench: Bench) -> Iterator[str]:
     if none := [fraction for fraction, size in zip(bench.fractions, bench.sizes, strict=True) if not size]:
         yield (
             f"the fractions {', '.join(f'{fraction:g}' for fraction in none)} of {bench.candidates.count} components "
-            "are none: the curve begins with the empty model"
+            "are less than 1: the curve begins with the empty model"
         )
     name, head = output_head(bench.model)
-    scored = {span.group.layer for span in bench.candidates.spans}
-    if bench.candidates.are_weights and name in scored and head.weight is bench.model.get_input_embeddings().weight:
+    layers = {span.group.layer for span in bench.candidates.spans}
+    if bench.candidates.are_weights and name in layers and head.weight is bench.model.get_input_embeddings().weight:
         yield f"{name} and the word embeddings are one matrix: what is ablated in the one is ablated in the other too"
 
 

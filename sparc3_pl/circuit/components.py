@@ -66,7 +66,7 @@ class Candidates:
                 if group.routed:
                     raise InputError(
                         f"model.targets: only some tokens reach {group.layer}, an expert's, so that no ablation is "
-                        "known for it; measure heads or channels, or layers that are no experts'"
+                        "known for it; measure heads or channels, or layers outside of the experts"
                     )
                 spans.append(Span(name, group, start))
                 start += group.count

@@ -209,8 +209,8 @@ def _measured(outcomes: Sequence[Outcome], ends: Ends) -> list[dict[str, float |
     """The figures of each model, with 95 % intervals over pairs."""
     values, weights = _sums(outcomes, ends)
     flat = (array.reshape(len(array), -1) for array in (values, weights))
-    drawn = bootstrap_ratios(*flat, seed=ends.seed).reshape(-1, *values.shape[1:])
-    return _named(values.sum(0) / weights.sum(0), *np.quantile(drawn, (0.025, 0.975), axis=0), ends.gap.is_clear)
+    resamples = bootstrap_ratios(*flat, seed=ends.seed).reshape(-1, *values.shape[1:])
+    return _named(values.sum(0) / weights.sum(0), *np.quantile(resamples, (0.025, 0.975), axis=0), ends.gap.is_clear)
 
 
 def levels(ends: Ends) -> tuple[Level, Level]:
@@ -251,10 +251,10 @@ def areas(fractions: Sequence[float], outcomes: Sequence[Outcome], ends: Ends) -
     if not ends.gap.is_clear:
         return dict.fromkeys(_DISTANCES, Area(None, None, None))
     own_PJ, whole_PJ = (array[:, 3] for array in _sums(outcomes, ends))
-    drawn_RJ, shares_J = bootstrap_ratios(own_PJ, whole_PJ, seed=ends.seed), own_PJ.sum(0) / whole_PJ.sum(0)
+    draws_RJ, shares_J = bootstrap_ratios(own_PJ, whole_PJ, seed=ends.seed), own_PJ.sum(0) / whole_PJ.sum(0)
     result = {}
     for name, integrand in _DISTANCES.items():
-        low, high = np.quantile(trapezoids(fractions, integrand(drawn_RJ)), (0.025, 0.975))
+        low, high = np.quantile(trapezoids(fractions, integrand(draws_RJ)), (0.025, 0.975))
         result[name] = Area(float(trapezoids(fractions, integrand(shares_J))), float(low), float(high))
     return result
 

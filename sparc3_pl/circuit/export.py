@@ -69,12 +69,12 @@ def circuit_plan(
         entries = {span.group.layer: Entries(index) for span, index in parts.items()}
     else:
         values = {span: values_N[span.own][index - span.group.first] for span, index in parts.items()}
-        listed = [
+        neurons = [
             PlannedNeuron(span.group.layer, place, value)
             for span, index in parts.items()
             for place, value in zip(index.tolist(), values[span].tolist(), strict=True)
         ]
-        entries = entries_of(sorted(listed, key=lambda neuron: -(neuron.score or 0.0)))
+        entries = entries_of(sorted(neurons, key=lambda neuron: -(neuron.score or 0.0)))
     kinds = dict.fromkeys(span.kind for span in parts)
     return PrunePlan(
         entries=entries,
@@ -110,10 +110,10 @@ def node_importances(model: nn.Module, candidates: Candidates, scores: ArmScores
         number = layer_of[span.group.layer]
         for head, score in enumerate(all_scores[span.group.layer][span.group.own].tolist()):
             nodes[f"a{number}.h{head}"] = {"in_graph": True, "score": score}
-    summed = "mlp" if "mlp" in kinds else "neuron" if scores.across_kinds == "value" else None
+    kind_in_mlps = "mlp" if "mlp" in kinds else "neuron" if scores.across_kinds == "value" else None
     numbers = {name: number for number, mlp in enumerate(mlps(model)) for name in (mlp.up, mlp.down)}
     for span in candidates.spans:
-        if span.kind == summed and span.group.layer in numbers:
+        if span.kind == kind_in_mlps and span.group.layer in numbers:
             score = float(all_scores[span.group.layer][span.group.own].double().sum())
             nodes[f"m{numbers[span.group.layer]}"] = {"in_graph": True, "score": score}
     sizes = {

@@ -68,7 +68,13 @@ def load_pairs(settings: CircuitData, encoder: Encoder, needs_counterfactuals: b
     except InputError as error:  # who draws samples knows one key for their number
         raise InputError(str(error).replace("data.num_samples", "data.num_test")) from None
     for batch in (*(batch for batches in sets for batch in batches), *tests):
-        _check(batch, settings, needs_counterfactuals)
+        if bool((batch.fields["foil"] < 0).any()):
+            raise InputError(f"data.source={settings.source!r}: a pair has no foil, which the logit difference needs")
+        if needs_counterfactuals and "counterfactual_ids" not in batch.fields:
+            raise InputError(
+                f"data.source={settings.source!r} has no counterfactuals, which the ablation or a method needs; give "
+                "data.counterfactual_field, or ablation: zero"
+            )
     texts_of_sets = {text for batches in sets for batch in batches for texts in batch.text_ids for text in texts}
     if any(text in texts_of_sets for batch in tests for texts in batch.text_ids for text in texts):
         raise InputError(
@@ -124,7 +130,7 @@ def _read(
     if settings.counterfactual is not None:
         raise InputError(
             f"data.counterfactual={settings.counterfactual!r} is for tasks that make their sentences, and "
-            f"data.source={settings.source!r} is none; leave it out"
+            f"data.source={settings.source!r} is not one; leave it out"
         )
     fields = RecordFields(
         answer=settings.answer_field, foil=settings.foil_field, counterfactual=settings.counterfactual_field
@@ -141,13 +147,3 @@ def _read(
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _check(batch: ReferenceBatch, settings: CircuitData, needs_counterfactuals: bool) -> None:
-    if bool((batch.fields["foil"] < 0).any()):
-        raise InputError(f"data.source={settings.source!r}: a pair has no foil, which the logit difference needs")
-    if needs_counterfactuals and "counterfactual_ids" not in batch.fields:
-        raise InputError(
-            f"data.source={settings.source!r} has no counterfactuals, which the ablation or a method needs; give "
-            "data.counterfactual_field, or ablation: zero"
-        )

@@ -181,7 +181,7 @@ def measure_arm(
     scores = [score_arm(request, bench.model, sets, progress) for request in arm.requests]
     values = [_values_of_sets(one, bench.candidates, len(sets)) for one in scores]
     orders = [order_of(one) for one in values]
-    scored = time.perf_counter()
+    middle = time.perf_counter()
     is_signed = any(bool((one < 0).any()) for one in values)
     choices: dict[str, Choice] = {}
     for draw, order in enumerate(orders):
@@ -227,7 +227,7 @@ def measure_arm(
     )
     log.info(
         "%s: scored in %.1f s, %d circuits measured in %.1f s",
-        arm.name, scored - start, len(choices), time.perf_counter() - scored,
+        arm.name, middle - start, len(choices), time.perf_counter() - middle,
     )  # fmt: skip
     return Measured(result, scores, orders[0], values[0])
 
@@ -274,23 +274,24 @@ def overlaps_of_arms(
     for fraction, size in zip(bench.fractions, bench.sizes, strict=True):
         if not 0 < size < bench.candidates.count:
             continue
-        chosen = {name: order[:size].sort().values.numpy() for name, order in orders.items()}
-        pairs = list(itertools.combinations(chosen, 2))
-        drawn: dict[tuple[str, str], list[int]] = {pair: [] for pair in pairs}
-        for draw in matched_draws(list(chosen.values()), strata, permutations, bench.seed) if pairs else ():
-            named = dict(zip(chosen, draw, strict=True))
+        circuits = {name: order[:size].sort().values.numpy() for name, order in orders.items()}
+        pairs = list(itertools.combinations(circuits, 2))
+        null_counts: dict[tuple[str, str], list[int]] = {pair: [] for pair in pairs}
+        for draw in matched_draws(list(circuits.values()), strata, permutations, bench.seed) if pairs else ():
+            random_circuits = dict(zip(circuits, draw, strict=True))
             for one, other in pairs:
-                drawn[one, other].append(len(np.intersect1d(named[one], named[other], assume_unique=True)))
+                in_both = np.intersect1d(random_circuits[one], random_circuits[other], assume_unique=True)
+                null_counts[one, other].append(len(in_both))
         for one, other in pairs:
-            common = len(np.intersect1d(chosen[one], chosen[other], assume_unique=True))
+            common = len(np.intersect1d(circuits[one], circuits[other], assume_unique=True))
             result.append(
                 Overlap(
                     [one, other],
                     fraction,
                     common,
                     common / (2 * size - common),
-                    expected_common([chosen[one], chosen[other]], strata),
-                    permutation_p(common, drawn[one, other]),
+                    expected_common([circuits[one], circuits[other]], strata),
+                    permutation_p(common, null_counts[one, other]),
                 )
             )
     return result

@@ -156,10 +156,10 @@ class Encoder:
         """
         if isinstance(text, list) or self._special is None or not self._special.search(text):
             return {}
-        stripped = self.stripped(text)
+        own = self.stripped(text)
         return {
-            "num_with_prefix": int(bool(self._head) and self._head in text[: len(text) - len(stripped)]),
-            "num_with_special": int(self._special.search(stripped) is not None),
+            "num_with_prefix": int(bool(self._head) and self._head in text[: len(text) - len(own)]),
+            "num_with_special": int(self._special.search(own) is not None),
         }
 
     def is_only_special(self, text: Text) -> bool:

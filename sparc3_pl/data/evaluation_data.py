@@ -179,13 +179,13 @@ def sliding_windows(num_tokens: int, max_length: int, stride: int) -> list[Windo
             f"model.stride={stride} is not between 1 and model.max_length={max_length}: tokens would be left out"
         )
     windows: list[Window] = []
-    reached = 0
+    last_end = 0
     for start in range(0, num_tokens, stride):
         end = min(start + max_length, num_tokens)
-        scored = max(reached, start + 1)
+        scored = max(last_end, start + 1)
         if scored < end:  # a last token alone in its window has no context: nothing to score
             windows.append(Window(len(windows), start, end, scored))
-        reached = end
+        last_end = end
     return windows
 
 
@@ -552,14 +552,14 @@ class EvaluationData(LightningDataModule):
             _chunks(sorted(texts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size], self.prompts_per_batch)
             for texts in (self.prompts, self.neutral)
         )
-        completed = [PromptBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in prompts]
-        completed += [NeutralBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in neutral]
+        batches = [PromptBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in prompts]
+        batches += [NeutralBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in neutral]
         units = [
             UnitBatch(one.measurement, chunk)
             for one in self._units
             for chunk in _chunks(one.items[rank::world_size], one.batch_size)
         ]
-        return DataLoader(_Batches(self, windows, [*completed, *units]), batch_size=None, collate_fn=_unchanged)
+        return DataLoader(_Batches(self, windows, [*batches, *units]), batch_size=None, collate_fn=_unchanged)
 
     def window_batch(self, windows: list[Window]) -> WindowBatch:
         """Tokens and labels of some windows, ``[B, T]``."""
@@ -567,8 +567,8 @@ class EvaluationData(LightningDataModule):
         input_ids, mask = pad_right([self.token_ids[w.start : w.end] for w in windows], pad_id)
         labels = torch.full_like(input_ids, IGNORE)
         for row, window in enumerate(windows):
-            scored = slice(window.scored - window.start, window.end - window.start)
-            labels[row, scored] = input_ids[row, scored]
+            own = slice(window.scored - window.start, window.end - window.start)
+            labels[row, own] = input_ids[row, own]
         return WindowBatch(input_ids, mask, labels, [window.index for window in windows])
 
     def describe(self) -> Record:
@@ -602,6 +602,10 @@ class EvaluationData(LightningDataModule):
         query = self.query
         if query is None:
             return {"prompts_source": None}
+        neutral: Record = {}
+        if (other := self.neutral_query) is not None:
+            about = {"source": other.source, "field": other.text_field, "filter": other.filter, **other.origin}
+            neutral = {"neutral": {**about, "num_prompts": len(self.neutral), **dict(other.counts)}}
         return {
             "prompts_source": query.source,
             "prompts_field": query.text_field,
@@ -615,14 +619,8 @@ class EvaluationData(LightningDataModule):
             "partition_seed": query.partition_seed,
             "partition_share": query.partition_share,
             **dict(query.counts),
-            **self._describe_neutral(),
+            **neutral,
         }
-
-    def _describe_neutral(self) -> Record:
-        if (query := self.neutral_query) is None:
-            return {}
-        about = {"source": query.source, "field": query.text_field, "filter": query.filter, **query.origin}
-        return {"neutral": {**about, "num_prompts": len(self.neutral), **dict(query.counts)}}
 
 
 Batch = WindowBatch | PromptBatch | NeutralBatch | UnitBatch
@@ -637,11 +635,11 @@ def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
     Raises:
         InputError: if a name cannot be one, or a text has no source, an unknown key, or a file that is missing.
     """
-    checked = {}
+    by_name = {}
     for name, text in texts.items():
         where = f"data.further_texts.{name}"
         if not re.fullmatch(r"\w[\w.+ -]*", name):
-            raise InputError(f"data.further_texts: {name!r} is no name; use letters, digits, _, -, + and full stops")
+            raise InputError(f"data.further_texts: {name!r} is not a name; use letters, digits, _, -, + and full stops")
         if wrong := sorted(text.keys() - set(_TEXT_KEYS)):
             raise InputError(f"{where}: {wrong[0]} is none of its keys; they are {', '.join(_TEXT_KEYS)}")
         source = text.get("source")
@@ -651,8 +649,8 @@ def _checked_texts(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
         if (size := text.get("max_bytes")) is not None and (type(size) is not int or size < 1):
             raise InputError(f"{where}.max_bytes={size!r}: give 1 or more")
         source = "demo:text" if source == "demo" else source
-        checked[name] = {key: value for key, value in text.items() if value is not None} | {"source": source}
-    return checked
+        by_name[name] = {key: value for key, value in text.items() if value is not None} | {"source": source}
+    return by_name
 
 
 class _Batches(Dataset):

@@ -117,9 +117,7 @@ def decoded(data: bytes, where: Callable[[int], str], whole: bool = True) -> str
     except UnicodeDecodeError as error:
         raise BadFile(f"{where(error.start)} is not UTF-8; convert the file to UTF-8") from error
     if "\0" in text:
-        raise BadFile(
-            f"{where(data.index(0))} holds a NUL byte, so this is no text in UTF-8; convert the file to UTF-8"
-        )
+        raise BadFile(f"{where(data.index(0))} holds a NUL byte, so this is not UTF-8 text; convert the file to UTF-8")
     return text
 
 

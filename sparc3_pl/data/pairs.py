@@ -112,7 +112,7 @@ class PairQuery:
         kinds = PAIR_TASKS[self.source].counterfactuals
         if self.counterfactual is not None and self.counterfactual not in kinds:
             raise InputError(
-                f"data.counterfactual={self.counterfactual!r} is no kind that {self.source} knows; give "
+                f"data.counterfactual={self.counterfactual!r} is not a kind that {self.source} knows; give "
                 f"{' or '.join(kinds)}"
             )
 

@@ -255,7 +255,7 @@ class ReferenceData(LightningDataModule):
         _check_fields(fields, weight_baseline, gae_lambda, match, max_tokens)
         check_unequal(unequal)
         if source in PAIR_TASKS:
-            unused = {
+            of_read_data = {
                 "filter": filter,
                 "partition_field": partition_field,
                 "match": match,
@@ -263,7 +263,11 @@ class ReferenceData(LightningDataModule):
                 "subset": subset,
                 **fields.given,
             }
-            _check_made(source, {name: value for name, value in unused.items() if value is not None})
+            for name, value in of_read_data.items():
+                if value is not None:
+                    raise InputError(
+                        f"data.{name}={value!r} has no meaning where data.source={source} makes sentences; leave it out"
+                    )
         elif counterfactual is not None:
             raise InputError(
                 f"data.counterfactual={counterfactual!r} is for sources that make their sentences "
@@ -453,14 +457,6 @@ class ReferenceData(LightningDataModule):
             **({"gae_lambda": self.gae_lambda} if self.weight_baseline == "prefix" else {}),
             **dict(query.counts),
         }
-
-
-def _check_made(source: str, unused: Record) -> None:
-    """Refuses settings for data that is read, where the data is made."""
-    for name, value in unused.items():
-        raise InputError(
-            f"data.{name}={value!r} has no meaning where data.source={source} makes sentences; leave it out"
-        )
 
 
 def _check_fields(

@@ -60,8 +60,8 @@ class RunningText:
             size += len((text + SEPARATOR).encode())
             if self.max_bytes is not None and size >= self.max_bytes:
                 break
-        encoded = SEPARATOR.join(parts).encode()[: self.max_bytes]
-        return encoded.decode(errors="ignore")  # ignores only a last character that the limit cut in two
+        data = SEPARATOR.join(parts).encode()[: self.max_bytes]
+        return data.decode(errors="ignore")  # ignores only a last character that the limit cut in two
 
     def _documents(self) -> Iterator[str]:
         """The records' texts in order; empty ones too, as they are part of the running text."""

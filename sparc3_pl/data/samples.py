@@ -157,10 +157,10 @@ def pack_windows(
     documents: list[tuple[int, int, set[str]]] = []  # where each begins and ends in the stream, and its identities
     num_tokens = 0
     for number, (text, body) in enumerate(_read(itertools.chain(first, texts), encoder, counts)):
-        added = [*separator, *body] if number else body
-        documents.append((len(stream), len(stream) + len(added), made_from(text, encoder, origins)))
-        stream += added
-        num_tokens += len(added)
+        piece = [*separator, *body] if number else body
+        documents.append((len(stream), len(stream) + len(piece), made_from(text, encoder, origins)))
+        stream += piece
+        num_tokens += len(piece)
         start = 0
         while len(stream) - start >= length and len(windows) != n:
             end = start + length

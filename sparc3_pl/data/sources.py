@@ -165,16 +165,16 @@ def listed_records(records: Iterable[Record], name: str) -> Records:
 
 
 def _read_files(paths: Sequence[Path], seed: int | None, name: str) -> Records:
-    fixed = all(ending(path) not in (".jsonl", ".json") for path in paths)
+    has_fixed_fields = all(ending(path) not in (".jsonl", ".json") for path in paths)
     if seed is None:
-        return Records(file_rows(paths), _origin(None, "records in their order"), fixed, name)
+        return Records(file_rows(paths), _origin(None, "records in their order"), has_fixed_fields, name)
     files = _some_files(paths, seed)
     drawn_from = "all records"
     if len(files) < len(paths):
         drawn_from += f" of {len(files)} of {len(paths)} files, which the seed chose"
         log.warning("%s: its files are larger than %d GiB, so samples are drawn from %s; name one file to draw from it",
                     name, WHOLE_BYTES // 2**30, drawn_from)  # fmt: skip
-    return Records(shuffled_file_rows(files, seed), _origin(None, drawn_from), fixed, name)
+    return Records(shuffled_file_rows(files, seed), _origin(None, drawn_from), has_fixed_fields, name)
 
 
 def _some_files(paths: Sequence[Path], seed: int) -> list[Path]:
@@ -231,8 +231,8 @@ def _plain_files(builder: Any, split: str) -> list[Path] | None:
     usual = {"sep": "\t"} if paths and all(ending(path) == ".tsv" for path in paths) else {}
     of_all_sets = {"name", "version", "data_dir", "data_files", "description", "features"}
     for option in dataclasses.fields(config):
-        expected = usual.get(option.name, option.default)
-        if option.name not in of_all_sets and getattr(config, option.name) != expected:
+        usual_value = usual.get(option.name, option.default)
+        if option.name not in of_all_sets and getattr(config, option.name) != usual_value:
             return None
     return paths if paths and all(ending(path) in ENDINGS for path in paths) else None
 

@@ -143,29 +143,29 @@ class TextQuery:
 
     def _passing(self, records: Records) -> Iterator[TextRecord]:
         """The records that pass, their texts all of one kind."""
-        num_lacking, first_error, kind = 0, None, None
+        num_without_field, first_error, kind = 0, None, None
         for record in records:
             try:
-                passing = self._read(record)
+                text_record = self._read(record)
             except MissingField as error:
                 if records.fixed_fields:
                     raise
                 # Where every record has fields of its own, one that lacks a field has a null there.
-                num_lacking, first_error = num_lacking + 1, first_error or error
+                num_without_field, first_error = num_without_field + 1, first_error or error
                 self.counts["num_null"] += 1
                 continue
             except InputError as error:
                 raise InputError(f"{error} ({records.place})") from error
-            if passing is None:
+            if text_record is None:
                 continue
-            if kind not in (None, type(passing.text)):
+            if kind not in (None, type(text_record.text)):
                 raise InputError(
                     f"{self._field_key}: {self.text_field!r} holds texts in some records and token ids in others "
                     f"({records.place}); give a source with one of them"
                 )
-            kind = type(passing.text)
-            yield passing
-        if first_error is not None and num_lacking == self.counts["num_read"]:
+            kind = type(text_record.text)
+            yield text_record
+        if first_error is not None and num_without_field == self.counts["num_read"]:
             raise first_error
 
     def _read(self, record: dict) -> TextRecord | None:

@@ -85,19 +85,19 @@ def check_architecture(manifest: Manifest) -> Check:
 
 def _problems(manifest: Manifest, expected: Architecture) -> list[str]:
     problems = []
-    scored = {name: tuple(layer.shape) for name, layer in manifest.layers.items()}
+    shapes = {name: tuple(layer.shape) for name, layer in manifest.layers.items()}
     if (class_name := manifest.model.get("architecture")) not in (None, expected.class_name):
         problems.append(f"scored as {class_name}, but the config says {expected.class_name}")
-    missing, unexpected = expected.shapes.keys() - scored, scored.keys() - expected.shapes
+    missing, unexpected = expected.shapes.keys() - shapes, shapes.keys() - expected.shapes
     for text, names in (("lacks", missing), ("has the unexpected", unexpected)):
         if names:
             problems.append(f"{text} {len(names)} layer(s), e.g. {min(names)}")
     for name, shape in expected.shapes.items():
-        if name in scored and scored[name] != shape:
-            problems.append(f"{name} has shape {list(scored[name])}, the model {list(shape)}")
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"{name} has shape {list(shapes[name])}, the model {list(shape)}")
     for name, layer in manifest.layers.items():
         if layer.component is not None and layer.component != (kind := expected.components.get(name)):
             problems.append(f"{name} is scored as {layer.component}, in the model it is a layer of {kind}")
-    if not problems and list(expected.shapes) != list(scored):
+    if not problems and list(expected.shapes) != list(shapes):
         problems.append("its layers are not in the model's order")
     return problems[:4]

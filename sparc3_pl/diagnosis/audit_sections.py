@@ -23,9 +23,9 @@ def audit_sections(audit: Audit) -> list[Section]:
 
 def verdicts(audit: Audit) -> tuple[Block, ...]:
     """The checks of every folder and of every group of seeds."""
-    named = [(folder.name, folder.checks) for folder in audit.folders]
-    named += [(f"seeds: {', '.join(group.names)}", group.checks) for group in audit.seeds]
-    return tuple(Checks(checks, name) for name, checks in named)
+    groups = [(folder.name, folder.checks) for folder in audit.folders]
+    groups += [(f"seeds: {', '.join(group.names)}", group.checks) for group in audit.seeds]
+    return tuple(Checks(checks, name) for name, checks in groups)
 
 
 def _scored(folders: Sequence[FolderAudit]) -> Table:

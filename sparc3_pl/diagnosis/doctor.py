@@ -172,7 +172,7 @@ def diagnose(
         start: ``time.perf_counter()`` when the work began.
     """
     start = time.perf_counter() if start is None else start
-    named = {"pretrained": pretrained, "architecture": type(model).__name__, "dtype": dtype}
+    about = {"pretrained": pretrained, "architecture": type(model).__name__, "dtype": dtype}
     device = input_device(model)
     try:
         with attn_lrp(model):
@@ -182,7 +182,7 @@ def diagnose(
         unlisted = all(check.status != "fail" for check in checks)
         if not unlisted:
             return Diagnosis(
-                **named, rules=rules, accounts=accounts, checks=checks, seconds=time.perf_counter() - start
+                **about, rules=rules, accounts=accounts, checks=checks, seconds=time.perf_counter() - start
             )
     else:
         accounts = tuple(relevance_account(model, sample[None].to(device)) for sample in samples)
@@ -199,7 +199,7 @@ def diagnose(
         precision = precision_agreement(exact.flat, scores[dtype].flat)
     checks = (*checks, *_judge(accounts, forward, scores, precision, padding))
     return Diagnosis(
-        **named,
+        **about,
         rules=rules,
         accounts=accounts,
         forward=forward,

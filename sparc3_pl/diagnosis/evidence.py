@@ -268,13 +268,13 @@ def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Ch
     each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(units_behaviour)
     overlaps = [split_half_overlaps(units, units_behaviour, choice, size, seed=seed) for size in sizes]
     null = null_against_null(units, choice, seed=seed)
-    mixed = null_against_selection(units, selection, choice, seed=seed)
+    null_with_selection = null_against_selection(units, selection, choice, seed=seed)
     return Stability(
         samples=tuple(size * each for size in sizes),
         halves=tuple(map(fmean, overlaps)),
         spread=stdev(overlaps[-1]) if overlaps and len(overlaps[-1]) > 1 else None,
         null=fmean(null) if null else None,
-        null_with_selection=fmean(mixed) if mixed else None,
+        null_with_selection=fmean(null_with_selection) if null_with_selection else None,
         chance=choice.num_neurons / general.count,
     )
 

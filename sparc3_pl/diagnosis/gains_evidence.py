@@ -152,7 +152,13 @@ def _halves_check(halves: float | None) -> Check:
 def gains_sections(result: GainsEvidence) -> list[Section]:
     """The tables and the verdicts."""
     rows = [
-        (kind, count(one.components), count(one.far), number(one.expected, 3), percent(_share(one), 2))
+        (
+            kind,
+            count(one.components),
+            count(one.far),
+            number(one.expected, 3),
+            percent(None if one.far is None else one.far / one.components, 2),
+        )
         for kind, one in result.kinds.items()
     ]
     columns = ("kind", "components", f"|t| >= {FAR:g}", "by chance", "share")
@@ -167,7 +173,3 @@ def gains_sections(result: GainsEvidence) -> list[Section]:
         Section("Stability of the edit", (Table.of(("", "budget"), halves),)),
         Section("Verdicts", (Checks(result.checks),)),
     ]
-
-
-def _share(one: KindEvidence) -> float | None:
-    return None if one.far is None else one.far / one.components

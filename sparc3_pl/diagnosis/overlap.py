@@ -224,10 +224,10 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None
             raise InputError(f"{first} is a plan of {one.unit} and {name} of {plan.unit}; compare plans of one kind")
     if general is None:
         return
-    scored = general.folders[0].manifest
+    manifest = general.folders[0].manifest
     kinds = {layer: plan.component(layer) for plan in plans.values() for layer in plan.entries}
     other = next((kind for layer, kind in kinds.items() if general.components.get(layer, kind) != kind), None)
-    if other or scored.model["fingerprint"] != one.fingerprint:
+    if other or manifest.model["fingerprint"] != one.fingerprint:
         raise InputError(
             f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
         )
@@ -282,12 +282,12 @@ def _null(
         name: np.array([starts[layer] + index - layers[layer].offset for layer, index in sorted(members)])
         for name, members in sets.items()
     }
-    drawn: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
+    sizes: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
     for draw in matched_draws(list(positions.values()), strata, num_permutations, seed):
         selections = dict(zip(positions, map(set, (selection.tolist() for selection in draw)), strict=True))
         for group in groups:
-            drawn[group].append(len(set.intersection(*(selections[name] for name in group))))
-    return {group: (expected_common([positions[name] for name in group], strata), drawn[group]) for group in groups}
+            sizes[group].append(len(set.intersection(*(selections[name] for name in group))))
+    return {group: (expected_common([positions[name] for name in group], strata), sizes[group]) for group in groups}
 
 
 def _common(
@@ -327,9 +327,9 @@ def overlap_sections(result: Overlap) -> list[Section]:
     total = "" if result.num_candidates is None else f" from {result.num_candidates:,} {result.unit}"
     intro = Text(f"Sizes of the selections{total}: {sizes}.")
     sections = [Section("Intersections", (intro, _intersections(result), _picture(result)))]
-    correlated = [group for group in result.groups if group.quadrants]
-    if correlated:
-        sections.append(Section("Contrasts", (_correlations(correlated),)))
+    pairs = [group for group in result.groups if group.quadrants]
+    if pairs:
+        sections.append(Section("Contrasts", (_correlations(pairs),)))
     return sections
 
 

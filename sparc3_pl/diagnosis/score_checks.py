@@ -302,10 +302,10 @@ def _sample_checks(manifest: Manifest, samples: Sequence[ScoredSample]) -> Itera
     if not manifest.num_samples:
         return
     ids = manifest.data.get("sample_ids") or []
-    repeated = len(ids) - len(set(ids))
+    num_repeats = len(ids) - len(set(ids))
     tokens = sum(sample.num_tokens for sample in samples)
-    if repeated:
-        yield Check("samples", "fail", f"{repeated} sample(s) are counted twice: score again")
+    if num_repeats:
+        yield Check("samples", "fail", f"{num_repeats} sample(s) are counted twice: score again")
     elif not len(ids) == len(samples) == manifest.num_samples or tokens != manifest.num_tokens:
         reason = (
             f"num_samples={manifest.num_samples}, num_tokens={manifest.num_tokens}, but {len(ids)} ids and "
@@ -435,7 +435,7 @@ def _is_finite(folder: ScoreFolder) -> bool:
 
 def _pairs(group: dict[str, ScoreFolder]) -> list[Pair]:
     """The agreement of every two folders. Each folder is read four times, however many pairs there are."""
-    drawn = {name: drawn_scores(Scores.of([folder])) for name, folder in group.items()}
+    draws = {name: drawn_scores(Scores.of([folder])) for name, folder in group.items()}
     top = {name: _strongest(Scores.of([folder]), max(TOP)) for name, folder in group.items()}
     ids = {name: _sample_ids(folder) for name, folder in group.items()}
     count = Scores.of([next(iter(group.values()))]).count if group else 0
@@ -444,7 +444,7 @@ def _pairs(group: dict[str, ScoreFolder]) -> list[Pair]:
         Pair(
             one,
             other,
-            rank_correlation(drawn[one], drawn[other]),
+            rank_correlation(draws[one], draws[other]),
             {k: jaccard(top[one][:k], top[other][:k]) for k in sizes},
             len(ids[one] & ids[other]),
         )
@@ -459,10 +459,10 @@ def drawn_scores(scores: Scores, most: int = MOST_RANKED) -> Tensor:
 
 def _strongest(scores: Scores, most: int) -> list[tuple[str, int]]:
     """The strongest components by magnitude, strongest first."""
-    chosen = select_lowest(strongest(scores), min(most, scores.count))
+    selection = select_lowest(strongest(scores), min(most, scores.count))
     rows = [
         (value, place, (layer, index))
-        for place, (layer, (indices, values)) in enumerate(chosen.items())
+        for place, (layer, (indices, values)) in enumerate(selection.items())
         for index, value in zip(indices.tolist(), values.tolist(), strict=True)
     ]
     return [component for _, _, component in sorted(rows)]

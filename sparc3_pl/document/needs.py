@@ -45,11 +45,11 @@ def refuse_what_cannot_fit(needs: Sequence[Need], free: Mapping[str, int | None]
         parts = [need for need in needs if _place(need, free) == where and need.bytes is not None]
         total = sum(need.bytes for need in parts)
         if available is not None and total > available:
-            named = ", ".join(f"{need.what} {_size(need.bytes)}" for need in parts)
+            items = ", ".join(f"{need.what} {_size(need.bytes)}" for need in parts)
             ways = dict.fromkeys(need.way_out for need in parts if need.way_out)
             raise InputError(
-                f"the run does not fit: {named} make {_size(total)} on the {where}, but {_size(available)} are free; "
-                + ("; or ".join(ways) or "make room there")
+                f"the run does not fit: {items} add up to {_size(total)} on the {where}, but {_size(available)} are "
+                "free; " + ("; or ".join(ways) or "make room there")
             )
 
 
@@ -61,7 +61,7 @@ def table_of(needs: Sequence[Need], free: Mapping[str, int | None]) -> Table:
     """The needs of one pass as a table, with what is free in each place."""
     rows: list[tuple[Any, ...]] = [(need.what, _place(need, free), _size(need.bytes), need.note) for need in needs]
     rows += [("free", where, _size(available), "") for where, available in free.items()]
-    return Table.of(("what", "where", "size", "how"), rows, note="Of each process; nothing was loaded.")
+    return Table.of(("what", "where", "size", "how"), rows, note="For each process; nothing was loaded.")
 
 
 def table_of_stages(stages: Mapping[str, Sequence[Need]], free: Mapping[str, int | None]) -> Table:
@@ -76,7 +76,7 @@ def table_of_stages(stages: Mapping[str, Sequence[Need]], free: Mapping[str, int
     on_disk = [need.bytes for needs in stages.values() for need in needs if need.where == "disk"]
     rows.append(("all", "results", "disk", _size(sum(size or 0 for size in on_disk)), "known ones"))
     rows += [("free", "", where, _size(available), "") for where, available in free.items()]
-    note = "Of each process of a pass; nothing was loaded. Plans, comparisons and the report come on top."
+    note = "For each process of a pass; nothing was loaded. Plans, comparisons and the report come on top."
     return Table.of(("stage", "what", "where", "size", "how"), rows, note=note)
 
 

@@ -105,20 +105,14 @@ def printable(text: str, encoding: str | None = "utf-8") -> str:
         for c in text
     )
     encoding = encoding or "ascii"
-    if _fits(text, encoding):
-        return text
-    return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-
-
-_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-
-
-def _fits(text: str, encoding: str) -> bool:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return False
-    return True
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class _Console(Console):

@@ -44,9 +44,9 @@ class BitMask:
     @classmethod
     def of_index(cls, index: Tensor, size: int) -> Self:
         """The set of the components ``index``, ``[n]`` integers."""
-        chosen = torch.zeros(size, dtype=torch.bool)
-        chosen[index.long()] = True
-        return cls.of(chosen)
+        flags = torch.zeros(size, dtype=torch.bool)
+        flags[index.long()] = True
+        return cls.of(flags)
 
     @property
     def problem(self) -> str | None:
@@ -68,11 +68,11 @@ class BitMask:
     def add(self, offset: int, chosen: Tensor) -> None:
         """Adds those of the components from ``offset`` on that ``chosen``, ``[n]`` bool, marks."""
         lead = offset % 8
-        padded = np.zeros(lead + len(chosen), dtype=bool) if lead else chosen.numpy()
+        flags = np.zeros(lead + len(chosen), dtype=bool) if lead else chosen.numpy()
         if lead:
-            padded[lead:] = chosen.numpy()
-        packed = torch.from_numpy(np.packbits(padded, bitorder="little"))
-        self.bits[offset // 8 : offset // 8 + len(packed)] |= packed
+            flags[lead:] = chosen.numpy()
+        new_bits = torch.from_numpy(np.packbits(flags, bitorder="little"))
+        self.bits[offset // 8 : offset // 8 + len(new_bits)] |= new_bits
 
     def part(self, start: int, stop: int) -> Tensor:
         """Whether each of the components ``start .. stop - 1`` is in the set, ``[stop - start]`` bool."""

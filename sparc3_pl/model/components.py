@@ -293,10 +293,10 @@ class WholeMLP(Component):
         for pattern in patterns or ():
             if not fnmatch.filter([mlp.down for mlp in blocks], pattern):
                 raise InputError(f"targets: {pattern!r} matches no down-projection; they are {blocks[0].down}, ...")
-        chosen = [m for m in blocks if patterns is None or any(fnmatch.fnmatchcase(m.down, p) for p in patterns)]
+        selection = [m for m in blocks if patterns is None or any(fnmatch.fnmatchcase(m.down, p) for p in patterns)]
         return [
             Group(mlp.down, (1,), "in", 1, width=mlp.width, routed=is_routed(model.get_submodule(mlp.down)))
-            for mlp in chosen
+            for mlp in selection
         ]
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
@@ -318,7 +318,7 @@ class WholeExpert(WholeMLP):
     def blocks(self, model: nn.Module) -> list[MLP]:
         experts = [mlp for mlp in mlps(model) if is_routed(model.get_submodule(mlp.down))]
         if not experts:
-            raise InputError(f"{type(model).__name__} is no mixture of experts; score whole MLPs (granularity mlp)")
+            raise InputError(f"{type(model).__name__} is not a mixture of experts; score whole MLPs (granularity mlp)")
         return experts
 
 

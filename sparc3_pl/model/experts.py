@@ -17,9 +17,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +102,8 @@ def is_routed(module: nn.Module) -> bool:
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``model`` that hold all experts of a decoder layer in one parameter, by name."""
-    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+    modules = ((name, module, module._parameters.get("down_proj")) for name, module in model.named_modules())
+    return {name: module for name, module, down in modules if down is not None and down.dim() == 3}
 
 
 def router_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -253,11 +253,6 @@ def is_open(experts: nn.Module) -> bool:
     return "0" in experts._modules
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    down = module._parameters.get("down_proj")
-    return down is not None and down.dim() == 3
-
-
 def _reason_against(experts: nn.Module) -> str | None:
     """How the experts differ from ``down(act(gate(x)) * up(x))``, weighted and summed over a token's; None: nowhere."""
     from transformers.integrations import moe
@@ -298,14 +293,11 @@ def _register() -> None:
 def _run(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
     if any(layer._forward_hooks or layer._forward_pre_hooks for layer in experts.modules() if is_routed(layer)):
         return _one_by_one(experts, hidden_NH, chosen_NK, weights_NK)
-    return _base(experts)(experts, hidden_NH, chosen_NK, weights_NK)
-
-
-def _base(experts: nn.Module) -> Callable[..., Any]:
-    """The function that would run the experts if they were not open."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return ALL_EXPERTS_FUNCTIONS.get_interface(getattr(experts.config, _BASE), inspect.unwrap(type(experts).forward))
+    # what would run the experts if they were not open
+    base = ALL_EXPERTS_FUNCTIONS.get_interface(getattr(experts.config, _BASE), inspect.unwrap(type(experts).forward))
+    return base(experts, hidden_NH, chosen_NK, weights_NK)
 
 
 def _one_by_one(experts: nn.Module, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:

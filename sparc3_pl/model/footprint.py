@@ -92,18 +92,18 @@ def activation_bytes(skeleton: nn.Module, batch_size: int, length: int) -> int |
 
     None if the model's code does something that tensors without values cannot.
     """
-    kept: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
     own = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         if (storage := tensor.untyped_storage()._cdata) not in own:
-            kept[storage] = tensor
+            storages[storage] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if not _pass_without_values(skeleton, batch_size, length, use_cache=False):
             return None
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def key_value_bytes(skeleton: nn.Module) -> int | None:

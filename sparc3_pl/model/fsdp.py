@@ -104,10 +104,10 @@ class InStep:
         """
         stop = stop_requested()
         signals = (signal.SIGTERM, signal.SIGINT)
-        asked = [int(stop is not None and stop.code == 128 + number) for number in signals]
-        totals = torch.tensor([own, *asked])
+        requests = [int(stop is not None and stop.code == 128 + number) for number in signals]
+        totals = torch.tensor([own, *requests])
         sum_over_ranks(totals)
-        working, *asked = totals.tolist()
-        if (number := next((n for n, count in zip(signals, asked, strict=True) if count), None)) is not None:
+        num_working, *requests = totals.tolist()
+        if (number := next((n for n, count in zip(signals, requests, strict=True) if count), None)) is not None:
             raise Stop(number)
-        return working
+        return num_working

@@ -74,16 +74,15 @@ def attentions(model: nn.Module) -> list[Attention]:
             f"{type(model).__name__} has no attention that goes through transformers' registry, so its heads are "
             "unknown; score neurons or weights instead"
         )
-    fused = {name: m for name, m in modules.items() if not _separate(m)}
-    first_by_name = _first_token(model, fused) if fused else {}
+    is_separate = {
+        name: all(_named(m, names) is not None for names in (_QUERY, _KEY, _VALUE)) for name, m in modules.items()
+    }
+    others = {name: m for name, m in modules.items() if not is_separate[name]}
+    first_by_name = _first_token(model, others) if others else {}
     return [
-        _from_separate(name, m) if name not in fused else _from_fused(name, m, *first_by_name[name])
+        _from_separate(name, m) if is_separate[name] else _from_fused(name, m, *first_by_name[name])
         for name, m in modules.items()
     ]
-
-
-def _separate(module: nn.Module) -> bool:
-    return all(_named(module, names) is not None for names in (_QUERY, _KEY, _VALUE))
 
 
 def _named(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -165,17 +165,14 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
 
     The fingerprint is not taken again if it is ``known``.
     """
+    kind = type(model)
+    if any(map(is_sharded, model.parameters())):  # FSDP2 gives the model a class of its own, derived from its first one
+        kind = kind.__bases__[1]
     return {
         "pretrained": source.pretrained,
         "revision": getattr(model.config, "_commit_hash", None) or source.revision,
         "fingerprint": known or fingerprint(model),
-        "architecture": _class_of(model).__name__,
+        "architecture": kind.__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model_config(model),
     } | ({"dequantized": quantised} if (quantised := getattr(model, "dequantized", None)) else {})
-
-
-def _class_of(model: nn.Module) -> type:
-    """The model's class; for a sharded model, which FSDP2 gives a class of its own, the class that it had before."""
-    kind = type(model)
-    return kind.__bases__[1] if any(map(is_sharded, model.parameters())) else kind

@@ -30,13 +30,11 @@ def row_nll(logits_NV: Tensor, targets_N: Tensor, rows: int | None = None) -> Te
         ``[N]`` in nats, float32 (float64 for float64 logits).
     """
     rows = rows or max(1, _BLOCK // logits_NV.shape[-1])
-    blocks = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    return torch.cat([_block_nll(logits, targets) for logits, targets in blocks])
-
-
-def _block_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return logits_NV.logsumexp(-1) - logits_NV.gather(-1, targets_N[:, None])[:, 0]
+    parts = []
+    for logits, targets in zip(logits_NV.split(rows), targets_N.split(rows), strict=True):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        parts.append(logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 class WindowScorer:
@@ -70,17 +68,13 @@ class WindowScorer:
             For each window the sum in nats (``[B]``, float64) and the number of scored tokens (``[B]``, int64).
         """
         with onednn_linears(self.model):
-            return self._score(input_ids, None if _right_padded(attention_mask) else attention_mask, labels)
-
-    def _score(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.head_only is None:
-            self.head_only = self._head_is_all(input_ids[:1, :8])
-        want = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)  # want[t]: what position t predicts
-        scored = want != self.ignore_index
-        rows = scored.nonzero()[:, 0]
-        nll = self._nll(input_ids, mask, want, scored)
-        total = torch.zeros(len(want), dtype=torch.float64, device=nll.device).index_add_(0, rows, nll.double())
-        return total, scored.sum(1)
+            if self.head_only is None:
+                self.head_only = self._head_is_all(input_ids[:1, :8])
+            want = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)  # want[t]: what position t predicts
+            scored = want != self.ignore_index
+            nll = self._nll(input_ids, None if _right_padded(attention_mask) else attention_mask, want, scored)
+            total = torch.zeros(len(want), dtype=torch.float64, device=nll.device)
+            return total.index_add_(0, scored.nonzero()[:, 0], nll.double()), scored.sum(1)
 
     def _nll(self, input_ids: Tensor, attention_mask: Tensor | None, want: Tensor, scored: Tensor) -> Tensor:
         """Negative log-likelihoods of the scored positions, in row-major order, ``[N]``."""

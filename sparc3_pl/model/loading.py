@@ -231,19 +231,15 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
         InputError: If the tokenizer cannot be loaded, or has more tokens than the model has embeddings.
     """
     with timed("loading"):
-        return _load_vocabulary(source)
+        from transformers import AutoTokenizer
 
-
-def _load_vocabulary(source: ModelSource) -> Vocabulary:
-    from transformers import AutoTokenizer
-
-    where = _locate(source)
-    tokenizer = None
-    with quiet_library(), _network(where), _as_input_error(source, where, what="tokenizer"):
-        if has_tokenizer_files(source):
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-        config = _config(where).get_text_config()
-    return ready_vocabulary(tokenizer, config, source)
+        where = _locate(source)
+        tokenizer = None
+        with quiet_library(), _network(where), _as_input_error(source, where, what="tokenizer"):
+            if has_tokenizer_files(source):
+                tokenizer = AutoTokenizer.from_pretrained(**where)
+            config = _config(where).get_text_config()
+        return ready_vocabulary(tokenizer, config, source)
 
 
 def ready_vocabulary(
@@ -283,21 +279,16 @@ def _locate(source: ModelSource) -> dict[str, Any]:
         return where | ({"revision": source.revision} if source.revision else {})
     where["local_files_only"] = True
     if path.is_dir():
-        _check_folder(path, source)
+        if not (path / "config.json").is_file():
+            files = sorted(entry.name for entry in path.glob("*.gguf"))
+            hint = f"name its file: {path / files[0]}" if files else "give a folder written by save_pretrained"
+            raise InputError(f"model.pretrained={source.pretrained!r}: the folder has no config.json; {hint}")
         return where | {"pretrained_model_name_or_path": str(path)}
     if path.suffix.lower() != ".gguf":
         raise InputError(f"model.pretrained={source.pretrained!r} is a file but not a .gguf file; {_WAY_OUT}")
     for package in ("gguf", "accelerate"):
         _require(package, "loading a GGUF file", "model.pretrained")
     return where | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-
-
-def _check_folder(path: Path, source: ModelSource) -> None:
-    if (path / "config.json").is_file():
-        return
-    files = sorted(entry.name for entry in path.glob("*.gguf"))
-    hint = f"name its file: {path / files[0]}" if files else "give a folder written by save_pretrained"
-    raise InputError(f"model.pretrained={source.pretrained!r}: the folder has no config.json; {hint}")
 
 
 def _require(package: str, what: str, key: str) -> None:
@@ -388,7 +379,7 @@ def _as_input_error(source: ModelSource, where: dict[str, Any], what: str = "mod
         raise
     except UnpicklingError as error:
         raise InputError(
-            f"{name}: its weights file is no plain checkpoint (a pickle of anything else is not opened); {_WAY_OUT}"
+            f"{name}: its weights file is not a plain checkpoint (a pickle of anything else is not opened); {_WAY_OUT}"
         ) from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError, TypeError) as error:
         if "trust_remote_code" in str(error):

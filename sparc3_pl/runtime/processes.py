@@ -253,19 +253,16 @@ class _Process:
         while any(child.poll() is None for child in self.children) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
-    def _kill_children(self) -> None:
-        for child in self.children:
-            if child.poll() is None:
-                child.kill()
-        for child in self.children:
-            child.wait()
-
     def conclude(self, code: int) -> int:
         """Ends the other ranks and shows the first failure, last on the screen; gives the exit code."""
         self.leaving = True
         if code == 0:
             self._wait_for_children(GRACE_SECONDS)  # they have done their work and are on their way out
-        self._kill_children()
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+        for child in self.children:
+            child.wait()
         if code and self.launcher is None:
             code = self._show(code)
         if self.launcher is None:
@@ -410,14 +407,11 @@ def _error_text(error: BaseException) -> str:
 
 
 def _lost_text(rank: int, error: BaseException) -> str:
+    reason = redacted(str(error).partition("\n")[0]) or type(error).__name__
     return (
-        f"rank {rank} lost contact with another rank, which has reported no error here ({_first_line(error)}); "
-        "if it is only slow, raise trainer.rank_timeout"
+        f"rank {rank} lost contact with another rank, which has reported no error here ({reason}); if it is only slow, "
+        "raise trainer.rank_timeout"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return redacted(str(error).partition("\n")[0]) or type(error).__name__
 
 
 def _ended_text(rank: int, pid: int, code: int) -> str:

@@ -106,7 +106,7 @@ class Adapter:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Draws the distribution as a figure, for loggers without histograms of their own."""
-        self.figure(name, _drawn(values, name), step)
+        self.figure(name, _histogram(values, name), step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Writes a PNG file."""
@@ -201,7 +201,7 @@ adapted.register(MLFlowLogger, MLFlow)
 adapted.register(CSVLogger, CSV)
 
 
-def _drawn(values: Tensor, name: str) -> Figure:
+def _histogram(values: Tensor, name: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3), layout="constrained")

@@ -212,11 +212,11 @@ def timing() -> Timing | None:
     likes = [one.like for one in clock.stages.values() if one.like is not None]
     like = next((one for one in likes if one.device.type != "meta"), None)
     rate = None if like is None else _matrix_rate(like.device, like.dtype)
-    stages = [_told(name, one, rate) for name, one in clock.stages.items()]
+    stages = [_stage_time(name, one, rate) for name, one in clock.stages.items()]
     return Timing(rate, [*stages, StageTime("other", round(max(0.0, clock.rest), 3))])
 
 
-def _told(name: str, one: Stage, rate: float | None) -> StageTime:
+def _stage_time(name: str, one: Stage, rate: float | None) -> StageTime:
     counts = (one.samples, one.tokens, one.peak_bytes)
     speed = round(one.tokens / one.seconds, 1) if one.tokens and one.seconds else None
     share = round(one.flops / one.seconds / rate, 4) if one.flops and one.seconds and rate else None
@@ -252,9 +252,9 @@ def rows_of_results(results: Mapping[str, Timing | None]) -> list[StageTime]:
     """The stages of several results, each named after its result; a result without any is left out."""
     return [
         replace(stage, stage=f"{name}: {stage.stage}")
-        for name, measured in results.items()
-        if measured is not None
-        for stage in measured.stages
+        for name, times in results.items()
+        if times is not None
+        for stage in times.stages
     ]
 
 

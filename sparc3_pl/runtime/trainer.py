@@ -98,7 +98,7 @@ class Trainer(pl.Trainer):
         rank_timeout: float = 30.0,
     ) -> None:
         arguments: dict[str, Any] = {k: v for k, v in locals().items() if k not in NOT_LIGHTNINGS}
-        _check(rank_timeout, limit_predict_batches, limit_test_batches)
+        _require_positive(rank_timeout, limit_predict_batches, limit_test_batches)
         arguments["accelerator"] = _with_float64(accelerator)
         ours = {"inference_mode": False, "use_distributed_sampler": False, "enable_model_summary": False}
         if (environment := _environment(strategy)) is not None:
@@ -121,16 +121,16 @@ class Trainer(pl.Trainer):
         """Refuses processes that do not know of each other: each would do all the work, or wait for the others."""
         environment, expected = self._accelerator_connector.cluster_environment, self.num_devices * self.num_nodes
         if isinstance(environment, LightningEnvironment):
-            started = int(os.environ.get("WORLD_SIZE", expected))
-            if started == 1 and "LOCAL_RANK" not in os.environ:  # this process starts the others
+            num_started = int(os.environ.get("WORLD_SIZE", expected))
+            if num_started == 1 and "LOCAL_RANK" not in os.environ:  # this process starts the others
                 return
         else:
-            started = environment.world_size()
-        if started != expected:
+            num_started = environment.world_size()
+        if num_started != expected:
             by = STARTERS.get(type(environment), type(environment).__name__)
             raise InputError(
                 f"trainer.devices={self.num_devices}, trainer.num_nodes={self.num_nodes}: that is {expected} "
-                f"processes, but {by} says that {started} were started; give trainer.devices the number on each "
+                f"processes, but {by} says that {num_started} were started; give trainer.devices the number on each "
                 "machine and trainer.num_nodes the number of machines"
             )
 
@@ -276,7 +276,9 @@ def _clean_refusal(trainer: pl.Trainer) -> Iterator[None]:
         raise
 
 
-def _check(rank_timeout: float, limit_predict_batches: float | None, limit_test_batches: float | None) -> None:
+def _require_positive(
+    rank_timeout: float, limit_predict_batches: float | None, limit_test_batches: float | None
+) -> None:
     if not rank_timeout > 0:
         raise InputError(f"trainer.rank_timeout={rank_timeout}; give a positive number of minutes")
     limits = {"limit_predict_batches": limit_predict_batches, "limit_test_batches": limit_test_batches}

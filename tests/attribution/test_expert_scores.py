@@ -167,7 +167,7 @@ def test_whole_experts_by_their_own_loop(family, method):
     expected = slow_relevance(model, lrp=method == "lrp")
     _, scores = scored(model, method, "expert")
     assert len(scores) == 8
-    with pytest.raises(InputError, match="no mixture of experts"):
+    with pytest.raises(InputError, match="not a mixture of experts"):
         Scorer(tiny("llama"), "gradient", "expert")
     for name, (_, down) in expected.items():
         for e in range(4):

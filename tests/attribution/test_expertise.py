@@ -108,7 +108,7 @@ def test_what_cannot_be_done():
     alike.finish()
     with pytest.raises(InputError, match="the samples are all labelled, or none is"):
         alike.scores("model.layers.0.mlp.up_proj", 7)
-    with pytest.raises(InputError, match="no single units"):
+    with pytest.raises(InputError, match="not single units"):
         Scorer(model, "expertise", "head")
     with pytest.raises(InputError, match="cannot score it"):
         Scorer(model, "expertise", "weight")

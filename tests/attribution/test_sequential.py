@@ -143,8 +143,8 @@ def test_what_cannot_be_pruned_so():
     batch = padded(samples_of(model))
     for layers, sparsity, message in [
         (["lm_head"], "0.5", "no layer of model.targets lies in a decoder layer"),
-        (["*.up_proj"], "3:7", "are no multiple of 7; leave the layer out"),
-        (["*.up_proj"], "0.01", "is no weight; raise it"),
+        (["*.up_proj"], "3:7", "are not a multiple of 7; leave the layer out"),
+        (["*.up_proj"], "0.01", "is less than 1; raise it"),
     ]:
         with pytest.raises(InputError, match=message):
             Scorer(model, "wanda", "weight", layers, options=Options(sequential=sparsity)).update(batch)

@@ -221,7 +221,7 @@ def test_bad_settings_end_with_one_line_and_nothing_written(place, capsys, optio
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"save_fraction": 0.001}, r"save_fraction=0\.001 of 56 components is none"),
+        ({"save_fraction": 0.001}, r"save_fraction=0\.001 of 56 components is less than 1"),
         ({"methods": ["gradient", "lrp"]}, "no LRP rules"),
         ({"methods": ["wanda"], "logits": 1.5}, "does something to its logits"),
     ],
@@ -252,7 +252,7 @@ def test_a_function_for_a_notebook(place):
     model = CircuitModel(str(place / "model"), methods=["wanda"], granularity=["mlp"], targets=["*.0.mlp.down_proj"])
     results = circuit(model, data, fractions=[0.5, 1.0], resamples=0, output=str(place / "mlp"))
     assert results.components.counts == {"mlp": 1}
-    assert any("of 1 components are none" in text for text in results.warnings)
+    assert any("of 1 components are less than 1" in text for text in results.warnings)
     assert torch.is_grad_enabled()
 
 

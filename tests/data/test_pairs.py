@@ -236,7 +236,7 @@ def test_more_pairs_than_there_are_are_refused(monkeypatch):
     ("options", "message"),
     [
         ({"source": "ior"}, "data.source='ior' makes no pairs; give ioi, greater_than, agreement"),
-        ({"counterfactual": "number"}, "data.counterfactual='number' is no kind that ioi knows; give abc or s2_io"),
+        ({"counterfactual": "number"}, "data.counterfactual='number' is not a kind that ioi knows; give abc or s2_io"),
         ({"num_pairs": 0}, "data.num_samples=0 is too small"),
         ({"half": "test"}, "data.partition='test' is not known"),
         ({"partition_share": 2.0}, "data.partition_share=2.0 is not between 0 and 1"),
@@ -363,7 +363,7 @@ def test_the_data_module_serves_what_make_pairs_makes(encoders):
             "data.answer_field='answer' has no meaning where data.source=ioi",
         ),
         ({"source": "ioi", "filter": "a > 1"}, "data.filter='a > 1' has no meaning"),
-        ({"source": "ioi", "counterfactual": "number"}, "data.counterfactual='number' is no kind that ioi knows"),
+        ({"source": "ioi", "counterfactual": "number"}, "data.counterfactual='number' is not a kind that ioi knows"),
         (
             {"source": "demo", "counterfactual": "abc"},
             "data.counterfactual='abc' is for sources that make their sentences",

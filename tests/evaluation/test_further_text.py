@@ -100,7 +100,7 @@ def test_an_evaluation_of_two_texts(tmp_path):
     [
         ({"a": {"field": "text"}}, "data.further_texts.a has no source"),
         ({"a": {"source": "demo", "fild": "text"}}, "data.further_texts.a: fild is none of its keys"),
-        ({"a/b": {"source": "demo"}}, "'a/b' is no name"),
+        ({"a/b": {"source": "demo"}}, "'a/b' is not a name"),
         ({"a": {"source": "./no/such.jsonl"}}, "no/such.jsonl"),
         ({"a": {"source": "demo", "max_bytes": 0}}, "max_bytes=0: give 1 or more"),
     ],

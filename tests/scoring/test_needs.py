@@ -71,13 +71,14 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
         Need("scores", "disk", 2**20, way_out="tidy up"),
     ]
     refuse_what_cannot_fit(needs, {"device": 3 * 2**20, "host": None, "disk": 2**20})
-    with pytest.raises(InputError, match=r"weights 3\.0 MiB make 3\.0 MiB on the device, but 1\.0 MiB are free; get a"):
+    message = r"weights 3\.0 MiB add up to 3\.0 MiB on the device, but 1\.0 MiB are free; get a"
+    with pytest.raises(InputError, match=message):
         refuse_what_cannot_fit(needs, {"device": 2**20, "disk": 2**30})
     with pytest.raises(InputError, match=r"on the disk, but 0\.5 MiB are free; tidy up"):
         refuse_what_cannot_fit(needs, {"disk": 2**19})
     on_the_cpu = [*needs, Need("sums", "host", 2**20)]  # both are in the host's memory
     refuse_what_cannot_fit(on_the_cpu, {"host": 4 * 2**20})
-    with pytest.raises(InputError, match=r"weights 3\.0 MiB, sums 1\.0 MiB make 4\.0 MiB on the host"):
+    with pytest.raises(InputError, match=r"weights 3\.0 MiB, sums 1\.0 MiB add up to 4\.0 MiB on the host"):
         refuse_what_cannot_fit(on_the_cpu, {"host": 4 * 2**20 - 1})
 
 

@@ -68,9 +68,9 @@ class Agreement(PairTask):
             for template, number, other_number in kinds:
                 subject, other = rng.sample(nouns, 2)
                 verb = rng.choice(verbs)
-                clean, changed = (
+                clean, other_sentence = (
                     template.format(subject=subject + "s" * plural, other=other + "s" * other_number)
                     for plural in (number, 1 - number)
                 )
                 answer, foil = f" {verb[number]}", f" {verb[1 - number]}"
-                yield PairText(clean, answer, foil, changed, template, (subject, other))
+                yield PairText(clean, answer, foil, other_sentence, template, (subject, other))

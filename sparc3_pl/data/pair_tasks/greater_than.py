@@ -57,9 +57,9 @@ class GreaterThan(PairTask):
     counterfactuals: ClassVar[tuple[str, ...]] = ("start_01",)
 
     def texts(self, encoder: Encoder, part: Part, counterfactual: str, rng: random.Random) -> Iterator[PairText]:
-        posed = {broken: self._years(encoder, broken) for broken in (True, False)}
-        within_year = len(posed[True]) >= len(posed[False])
-        years = posed[within_year]
+        years_by_end = {within: self._years(encoder, within) for within in (True, False)}
+        within_year = len(years_by_end[True]) >= len(years_by_end[False])
+        years = years_by_end[within_year]
         if len(years) < 50:
             tokens = [encoder.decode([token]) for token in encoder.body("in 1758")]
             raise InputError(
@@ -72,7 +72,7 @@ class GreaterThan(PairTask):
             rng.shuffle(kinds)
             for template in kinds:
                 year, event = rng.choice(years), rng.choice(events)
-                begun, changed = (
+                clean, other_sentence = (
                     f"{template.format(event=event, start=f'{year.century}{last:02}')} "
                     f"{year.century if within_year else ''}"
                     for last in (year.start, 1)
@@ -81,7 +81,8 @@ class GreaterThan(PairTask):
                     f"{'' if within_year else year.century}{last:02}"
                     for last in (rng.choice(year.later), rng.choice(year.earlier))
                 )
-                yield PairText(begun, answer, foil, changed, template, (event, f"{year.century}{year.start:02}"))
+                words = event, f"{year.century}{year.start:02}"
+                yield PairText(clean, answer, foil, other_sentence, template, words)
 
     def _years(self, encoder: Encoder, within_year: bool) -> list[_Years]:
         """The start years that this tokenizer allows, the sentence breaking off within the year or before it."""

@@ -81,6 +81,6 @@ class IndirectObjects(PairTask):
                 def sentence(first: str, second: str, subject: str) -> str:
                     return template.format(first=first, second=second, subject=subject, **fill)  # noqa: B023
 
-                changed = sentence(*three) if counterfactual == "abc" else sentence(*pair, other)
+                other_sentence = sentence(*three) if counterfactual == "abc" else sentence(*pair, other)
                 clean = sentence(*pair, subject)
-                yield PairText(clean, f" {other}", f" {subject}", changed, template, (other, subject))
+                yield PairText(clean, f" {other}", f" {subject}", other_sentence, template, (other, subject))
