@@ -17,9 +17,9 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -48,13 +48,14 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.timing import timed
 
 __all__ = [
-    "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "models_are_kept", "models_kept",
-    "quiet_library", "ready_vocabulary",
+    "auto_class", "load_model", "load_skeleton", "load_tokenizer", "load_vocabulary", "measured_once",
+    "models_are_kept", "models_kept", "quiet_library", "ready_vocabulary",
 ]  # fmt: skip
 
 
 log = logging.getLogger(__name__)
 
+Measured = TypeVar("Measured")
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -103,25 +104,38 @@ def models_are_kept() -> bool:
     return _kept is not None
 
 
+def measured_once(model: PreTrainedModel, key: Hashable, measure: Callable[[], Measured]) -> Measured:
+    """``measure()``; of a model that ``models_kept`` keeps, the value that was measured first under this key.
+
+    For what depends on nothing but the key and the model as ``load_model`` has returned it, with no edit in force.
+    """
+    if _kept is None or _kept.loaded is not model:
+        return measure()
+    if key not in _kept.measured:
+        _kept.measured[key] = measure()
+    return _kept.measured[key]
+
+
 class _KeptModel:
-    """The model that was loaded last, and its state at that time."""
+    """The model that was loaded last, its state at that time, and what was measured of it in that state."""
 
     def __init__(self) -> None:
         self._source: ModelSource | None = None
         self._files: tuple[Any, ...] = ()
-        self._model: PreTrainedModel | None = None
         self._digest = ""
+        self.loaded: PreTrainedModel | None = None
+        self.measured: dict[Hashable, Any] = {}
 
     def model(self, source: ModelSource) -> PreTrainedModel:
         files = _files_of(source)
-        if self._model is not None and (source, files) == (self._source, self._files):
-            if _digest_of(self._model) == self._digest:
-                return self._model
+        if self.loaded is not None and (source, files) == (self._source, self._files):
+            if _digest_of(self.loaded) == self._digest:
+                return self.loaded
             log.info("%s has changed since it was loaded: it is loaded again", source.pretrained)
-        self._model = None  # so that there is room for the next one
+        self.loaded, self.measured = None, {}  # so that there is room for the next one
         model = _load(source)
         if source.device_map is None:
-            self._source, self._files, self._model, self._digest = source, files, model, _digest_of(model)
+            self._source, self._files, self.loaded, self._digest = source, files, model, _digest_of(model)
         return model
 
 

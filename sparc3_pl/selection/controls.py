@@ -354,7 +354,8 @@ def random_matched(
         near = near[free[layer][near]]
         if not len(near):
             raise InputError(
-                f"control=random_matched: layer {layer} has nothing left to match with; lower num_neurons or protect"
+                f"control=random_matched: layer {layer} has nothing left to match with; lower num_neurons or protect, "
+                "or take control=permuted for edit=gains"
             )
         match = int(near[torch.randint(len(near), (), generator=generator)])
         free[layer][match] = False

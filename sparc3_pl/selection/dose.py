@@ -384,7 +384,7 @@ class _Losses:
         from sparc3_pl.model.placement import input_device
 
         self._scorer, self._texts = WindowScorer(model), texts
-        self._device = input_device(model)
+        self.device = input_device(model)
         self.num_tokens = [0] * len(texts)
 
     def __call__(self) -> list[float]:
@@ -392,7 +392,7 @@ class _Losses:
         for place, text in enumerate(self._texts):
             total, count = 0.0, 0
             for window in text.windows:
-                ids = torch.tensor([window.input_ids], device=self._device)
+                ids = torch.tensor([window.input_ids], device=self.device)
                 nll, num_scored = self._scorer(ids, torch.ones_like(ids), ids)
                 total, count = total + float(nll.sum()), count + int(num_scored.sum())
             losses.append(total / count)
@@ -421,11 +421,13 @@ def spend(
     Raises:
         InputError: if even the smallest scale tried costs more than the budget, or the plan does not fit the model.
     """
+    from sparc3_pl.model.loading import measured_once
     from sparc3_pl.pruning.edit import planned_changes, pruned
 
     planned_changes(model, dose.at(1.0))  # a plan of another model is refused before anything is measured
     losses = _Losses(model, texts)
-    before = losses()
+    windows = tuple(tuple(window.id for window in text.windows) for text in texts)
+    before = measured_once(model, ("losses", str(losses.device), windows), losses)
     for text, nll in zip(texts, before, strict=True):
         if not math.isfinite(nll):
             raise InputError(

@@ -628,6 +628,10 @@ def test_settings_of_every_pass_are_read_before_the_first_is_done(
         ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3]}, "budgets in place of counts"),
         ({"plan": {"edit": "gains", "budget": 0.01}, "controls": ["null"]}, "null is no control of plan.edit=gains"),
         ({"controls": ["permuted"]}, "permuted is no control of plan.edit=zero; use random_matched"),
+        (
+            {"plan": {"edit": "gains", "budget": 0.01, "num_neurons": None}, "controls": ["random_matched"]},
+            "about half of all are chosen; use permuted, or give plan.num_neurons",
+        ),
         ({"completions": {"samples_per_prompt": 3}}, "completions: samples_per_prompt is none of its keys"),
         ({"plan": {"num_neurons": 3, "protekt": 0.1}}, "plan: got an unexpected keyword argument 'protekt'"),
         ({"plan": {"num_neurons": 3, "overwrite": True}}, "plan: .* multiple values"),

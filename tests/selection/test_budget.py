@@ -14,6 +14,8 @@ from sparc3_pl.cli import main
 from sparc3_pl.data.sources import listed_records
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.loading import load_model, models_kept
+from sparc3_pl.model.source import ModelSource
 from sparc3_pl.passes.parser import function_parser
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan, TextRise, entries_of
@@ -23,7 +25,7 @@ from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
 from sparc3_pl.selection.contrast import CONTRASTS, Scores
-from sparc3_pl.selection.dose import BudgetSource, held_back, search_scale, spend
+from sparc3_pl.selection.dose import BudgetSource, _Losses, held_back, search_scale, spend
 
 KINDS = {
     "model.layers.0.mlp.up_proj": "neuron",
@@ -720,6 +722,31 @@ def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
     assert not plan.settings["gains"]["reached"]
     assert "the budget of 50.00% was not reached" in plan.warnings[-1]
     assert {n.factor for n in plan.neurons} == {0.999}
+
+
+def test_what_the_model_loses_without_an_edit_is_measured_once(demo_folders, monkeypatch):
+    """Of a model that a run keeps, for each choice of texts; plans are equal to those of models loaded anew."""
+    folder, _, encoder = demo_folders
+    sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
+    dose, source = make_dose(*sides), [BudgetSource.of("demo:text")]
+    texts = [held_back(source, encoder, sides[0], num_windows=1, length=length) for length in (64, 32)]
+    real, passes = _Losses.__call__, []
+    monkeypatch.setattr(_Losses, "__call__", lambda self: passes.append(1) or real(self))
+
+    def plans() -> list[dict]:
+        passes.clear()
+        models = [load_model(ModelSource("demo")) for _ in range(3)]
+        of_texts = zip(models, (texts[0], texts[0], texts[1]), strict=True)
+        return [spend(dose, model, text, None, scale=2.0).settings["gains"] for model, text in of_texts]
+
+    anew = plans()
+    assert len(passes) == 6
+    with models_kept():
+        assert plans() == anew
+        assert len(passes) == 5
+        load_model(ModelSource("demo")).lm_head.weight.data[0, 0] += 1
+        assert plans() == anew  # another model: it is loaded, and measured, again
+        assert len(passes) == 5
 
 
 def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
