@@ -25,7 +25,8 @@ _OF_GAINS = (
     *("gains_range", "scale"),
 )
 """Arguments of ``prune`` that are for ``edit=gains`` alone."""
-_DEFAULT_CONTROLS = ["random_matched"]
+_DEFAULT_CONTROLS = ("random_matched", "random", "permuted")
+"""Of which the first is taken that a plan can have."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def correction_arms(
     seeds: Sequence[int],
     counts: Sequence[int] | None,
     budgets: Sequence[float] | None,
-    controls: Sequence[str],
+    controls: Sequence[str] | None,
 ) -> list[CorrectionArm]:
     """The experiment's own settings as an arm without a name, then its arms.
 
@@ -89,15 +90,16 @@ def correction_arms(
         seeds: Its seeds.
         counts: Its counts.
         budgets: Its budgets.
-        controls: Its controls.
+        controls: Its controls; None: the first of random_matched, random and permuted that each arm can have.
 
     Raises:
         InputError: naming the arm and the key that is wrong.
     """
     own: dict[str, Settings] = {key: sections.get(key) or {} for key in _SECTIONS}
-    edits = _edits(own["plan"], own["score"], counts, budgets, controls)
-    scores = own["score"] | own["behaviour_score"], own["score"] | own["general_score"]
     needs_general = CONTRASTS.make(own["plan"].get("contrast", "difference")).needs_general
+    own_controls = _fitting(None, own, needs_general) if controls is None else controls
+    edits = _edits(own["plan"], own["score"], counts, budgets, own_controls)
+    scores = own["score"] | own["behaviour_score"], own["score"] | own["general_score"]
     result = [
         CorrectionArm(None, own["behaviour"], own["general"], texts, scores, seeds if needs_general else (), edits)
     ]
@@ -165,14 +167,19 @@ def _edits_of_arm(
     if lists[kind] is None and "scale" not in plan:
         lists[kind] = shared[kind]
     if lists["controls"] is None:
-        fitting = (CONTROLS.make(name) for name in shared["controls"])
-        lists["controls"] = [
-            CONTROLS.name_of(control)
-            for control in fitting
-            if _objection(plan, merged["score"], CONTROLS.name_of(control)) is None
-            and (needs_general or not control.uses_general)
-        ]
+        lists["controls"] = _fitting(shared["controls"], merged, needs_general)
     return _edits(plan, merged["score"], lists["counts"], lists["budgets"], lists["controls"])
+
+
+def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], needs_general: bool) -> list[str]:
+    """Those of the controls that a plan can have; None: the first of the default ones."""
+    fitting = [
+        name
+        for name in (_DEFAULT_CONTROLS if controls is None else controls)
+        if _objection(sections["plan"], sections["score"], name) is None
+        and (needs_general or not CONTROLS.make(name).uses_general)
+    ]
+    return fitting[:1] if controls is None else fitting
 
 
 def _is_gains(plan: Settings) -> bool:

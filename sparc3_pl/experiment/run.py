@@ -88,7 +88,7 @@ def run(
     trainer: Settings | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed; shown by --help)
     counts: list[int] | None = None,
-    controls: list[ControlName] = ["random_matched"],  # noqa: B006
+    controls: list[ControlName] | None = None,
     shares: list[float] | None = None,
     arms: dict[str, Settings | None] | None = None,
     max_perplexity_increase: float = 0.01,
@@ -124,7 +124,8 @@ def run(
             tables show mean and deviation.
         counts: Further numbers of neurons (or weights), for the dose-response curve.
         controls: Controls of the plan's size: random_matched, random, top_general, null. With ``edit: gains`` permuted
-            or random_matched, at every budget, each at the scale found for it. Not with shares.
+            or, with num_neurons, random_matched, at every budget, each at the scale found for it. Default: the first of
+            random_matched, random and permuted that the plan can have. Not with shares.
         shares: For compression: the shares to remove, e.g. [0.1, 0.3, 0.5].
         arms: By name, other ways to score and choose: sections ``score``, ``general`` and ``plan`` of each, added to
             the experiment's, and ``seeds`` and ``shares`` in place of its: ``{wanda: {score: {method: wanda}}}``. Equal
@@ -162,7 +163,7 @@ def run(
         others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
         others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
         others |= {"word_filter": word_filter, "rounds": None if rounds == 1 else rounds}
-        others |= {"controls": None if controls in ([], ["random_matched"]) else controls}
+        others |= {"controls": controls or None}
         if useless := [key for key, value in others.items() if value is not None]:
             raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
         each = arms_of(arms, score, general, plan, seeds, shares)

@@ -464,6 +464,24 @@ def test_rounds_that_are_refused(with_budget, passes, change, match):
     assert (passes.done, asked) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("score", "plan", "control"),
+    [
+        ({}, {"num_neurons": 4}, "control-random_matched"),
+        ({"granularity": "weight"}, {"num_weights": 4}, "control-random"),
+        ({}, {"edit": "gains", "budget": 0.01}, "control-permuted-0.01"),
+        ({}, {"edit": "gains", "budget": 0.01, "num_neurons": 4}, "control-random_matched-0.01"),
+        ({"method": "expertise"}, {"contrast": "expertise", "num_neurons": 4}, "control-random"),
+    ],
+)
+def test_controls_that_are_not_given_are_one_that_the_plan_can_have(score, plan, control):
+    sections = {"plan": plan, "score": score, "behaviour": {"source": "b"}, "general": {"source": "g"}}
+    lists = {"texts": [], "seeds": [0], "counts": None, "budgets": None, "controls": None}
+    own, arm = correction_arms({"same": {}}, sections, **lists)
+    assert [name for name, edit in own.edits.items() if edit.control] == [control]
+    assert [name for name, edit in arm.edits.items() if edit.control] == [f"same-{control}"]
+
+
 # --- arms -------------------------------------------------------------------------------------------------------------
 
 
