@@ -642,8 +642,8 @@ def test_settings_of_every_pass_are_read_before_the_first_is_done(
     ("changes", "match"),
     [
         ({"budgets": [0.02]}, r"budgets=\[0.02\] are for plan.edit=gains"),
-        ({"plan": {"edit": "gains"}}, "give plan.budget"),
-        ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3]}, "budgets in place of counts"),
+        ({"plan": {"edit": "gains"}, "controls": []}, "give plan.budget"),
+        ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3], "controls": []}, "budgets in place of counts"),
         ({"plan": {"edit": "gains", "budget": 0.01}, "controls": ["null"]}, "null is no control of plan.edit=gains"),
         ({"controls": ["permuted"]}, "permuted is no control of plan.edit=zero; use random_matched"),
         (
