@@ -245,8 +245,8 @@ class PatternScope(Scope):
         for layer in side.layers:
             if side.row_length(layer) % of:
                 raise InputError(
-                    f"pattern={self.pattern}: the {side.row_length(layer)} inputs of {layer} are no multiple of {of}; "
-                    "leave the layer out (layers), or use another pattern"
+                    f"pattern={self.pattern}: the {side.row_length(layer)} inputs of {layer} are not a multiple of "
+                    f"{of}; leave the layer out (layers), or use another pattern"
                 )
         every = dict.fromkeys(side.layers, of)
         yield from lowest_in_groups(passes, every, dict.fromkeys(every, of - kept_of_group), _sizes(side))
