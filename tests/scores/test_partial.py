@@ -232,7 +232,7 @@ def test_another_part_and_another_config_are_other_sums(tmp_path):
     PartialSums(tmp_path / "scores", 0).take_up(before)
     new_library = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e4}, "new": 2}}, "part": 1}
     PartialSums(tmp_path / "scores", 0).take_up(new_library)
-    with pytest.raises(InputError, match=r"another part \(1, here 2\)"):
+    with pytest.raises(InputError, match=r"a different part \(1, here 2\)"):
         PartialSums(tmp_path / "scores", 0).take_up(before | {"part": 2})
     other = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e6}}}, "part": 1}
     with pytest.raises(InputError, match=r"another model.config.rope.theta \(10000.0, here 1000000.0\)"):
@@ -247,7 +247,7 @@ def test_a_part_does_not_take_up_another_part(files, tmp_path, monkeypatch, caps
     assert scored(tmp_path / "scores") == NUM_SAMPLES // 2
     capsys.readouterr()
     assert main([*words, "--shard", "2/2"]) == 2
-    assert "another part (1, here 2)" in capsys.readouterr().err
+    assert "a different part (1, here 2)" in capsys.readouterr().err
 
 
 def test_finished_completions_are_not_made_again(ranks, files, tmp_path):
