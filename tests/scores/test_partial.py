@@ -235,7 +235,7 @@ def test_another_part_and_another_config_are_other_sums(tmp_path):
     with pytest.raises(InputError, match=r"a different part \(1, here 2\)"):
         PartialSums(tmp_path / "scores", 0).take_up(before | {"part": 2})
     other = {"model": {"fingerprint": "x", "config": {"rope": {"theta": 1e6}}}, "part": 1}
-    with pytest.raises(InputError, match=r"another model.config.rope.theta \(10000.0, here 1000000.0\)"):
+    with pytest.raises(InputError, match=r"a different model.config.rope.theta \(10000.0, here 1000000.0\)"):
         PartialSums(tmp_path / "scores", 0).take_up(other)
 
 
