@@ -189,14 +189,15 @@ def _is_gains(plan: Settings) -> bool:
 
 def _objection(plan: Settings, score: Settings, control: str) -> str | None:
     """Why a control does not go with what is scored or with the edit of a plan; None if it does."""
-    if _holds_weights(score) and not CONTROLS.make(control).for_weights:
+    kind = CONTROLS.make(control)
+    if _holds_weights(score) and not kind.for_weights:
         return f"controls: {control} is not for weight scores; use random"
-    if _is_gains(plan) and control == "random_matched" and plan.get("num_neurons") is None:
+    if _is_gains(plan) and kind.draws_unchosen and plan.get("num_neurons") is None:
         return (
-            "controls: random_matched replaces the chosen components by others, and of plan.edit=gains without "
+            f"controls: {control} replaces the chosen components by others, and of plan.edit=gains without "
             "plan.num_neurons about half of all are chosen; use permuted, or give plan.num_neurons"
         )
-    if CONTROLS.make(control).for_steps if _is_gains(plan) else control != "permuted":
+    if kind.for_steps if _is_gains(plan) else control != "permuted":
         return None
     others = "permuted or random_matched" if _is_gains(plan) else "random_matched"
     return f"controls: {control} is no control of plan.edit={plan.get('edit', 'zero')}; use {others}"

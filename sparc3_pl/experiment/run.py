@@ -163,7 +163,8 @@ def run(
         others = {"behaviour": behaviour, "counts": counts, "completions": completions, "texts": texts}
         others |= {"behaviour_score": behaviour_score, "general_score": general_score, "budgets": budgets}
         others |= {"word_filter": word_filter, "rounds": None if rounds == 1 else rounds}
-        others |= {"controls": controls or None}
+        former_default = ["random_matched"]  # which configurations written by --print_config hold
+        others |= {"controls": None if controls in ([], former_default) else controls}
         if useless := [key for key, value in others.items() if value is not None]:
             raise InputError(f"shares are for compression by general text; leave out {useless[0]}, or shares")
         each = arms_of(arms, score, general, plan, seeds, shares)

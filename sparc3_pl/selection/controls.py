@@ -167,6 +167,8 @@ class Control:
     """Whether it is drawn by general scores, and not only from the components that these list."""
     for_weights: ClassVar[bool] = True
     """Whether it can be drawn among single weights."""
+    draws_unchosen: ClassVar[bool] = False
+    """Whether each chosen component is replaced by one that is not chosen: as many must be left."""
     for_steps: ClassVar[bool] = True
     """Whether it can be the control of an edit whose components have a step each."""
 
@@ -227,6 +229,7 @@ class RandomMatched(Control):
 
     uses_general = True
     for_weights = False
+    draws_unchosen = True
 
     def values(self, question: Question) -> Passes:
         if question.general.holds_weights:

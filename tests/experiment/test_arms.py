@@ -142,6 +142,7 @@ def test_random_scores_follow_the_seed():
         ({"shares": [0.5], "general_score": {"target": "text"}}, "leave out general_score, or shares"),
         ({"shares": [0.5], "controls": ["random"]}, "leave out controls, or shares"),
         ({"shares": [1.5]}, r"shares=\[1.5\]: give shares between 0 and 1"),
+        ({"shares": [1.5], "controls": ["random_matched"]}, r"shares=\[1.5\]: give shares between 0 and 1"),
         ({"shares": []}, r"shares=\[\]: give shares"),
         ({}, "behaviour is missing: give behaviour to correct one, or shares"),
         ({"arms": {"a": {}}}, "behaviour is missing: give behaviour to correct one, or shares"),
