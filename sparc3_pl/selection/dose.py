@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 _WINDOW = 1024
 _TOLERANCE = 0.03
 _MOST = 12
+_FIRST_LOOK = 8  # the search begins on one window in so many
+_FIRST_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ def search_scale(
 ) -> Search:
     """The scale at which the dearest text's loss rises by ``budget``, from below.
 
-    The loss is about quadratic in the scale. So while every scale tried was too small, the next one is the last times
-    sqrt(budget / rise), at most 4 times as large (and after three of those, the largest there is); once one was too
-    large, the next one lies between the nearest two, where the line through the roots of their rises meets the budget.
+    The loss of a text is about a parabola in the scale. So the next scale is where the parabola through the two trials
+    nearest to the budget meets it; at most 4 times the last while every one was too small (and after three of those,
+    the largest there is), and between the nearest two once one was too large.
 
     Args:
         rises_at: Scale to the rise of each text's loss, nats a token.
@@ -165,29 +167,42 @@ def search_scale(
         tolerance: A rise within this share below the budget ends the search.
         most: Trials.
     """
-    search, low, high, scale = Search(), (0.0, 0.0), None, min(start, largest)
-    aim = math.sqrt(budget * (1 - tolerance / 2))
+    search, too_large, scale = Search(), math.inf, min(start, largest)
     for trial in range(most):
         rises = tuple(float(rise) for rise in rises_at(scale))
         search.trials.append((scale, rises))
-        root = math.sqrt(max(max(rises), 0.0))
-        if root**2 <= budget:
-            search.scale, search.rises, low = scale, rises, (scale, root)
-            search.reached = root**2 >= budget * (1 - tolerance)
+        if max(rises) <= budget:
+            search.scale, search.rises = scale, rises
+            search.reached = max(rises) >= budget * (1 - tolerance)
             if search.reached or scale >= largest:
                 break
         else:
-            high = (scale, root)
-        if high is None:
-            scale = min(largest, scale * min(4.0, aim / root if root else 4.0))
+            too_large = scale
+        scale = _by_parabola(search.trials, budget * (1 - tolerance / 2))
+        if math.isinf(too_large):
+            scale = min(max(scale, 1.01 * search.scale), 4 * search.scale, largest)
             if trial >= 3 and math.isfinite(largest):
                 scale = largest
-        elif high[0] > 16 * max(low[0], 1e-300) and low[0]:
-            scale = math.sqrt(low[0] * high[0])
-        else:
-            share = (aim - low[1]) / (high[1] - low[1]) if math.isfinite(high[1]) else 0.5
-            scale = low[0] + min(max(share, 0.05), 0.95) * (high[0] - low[0])
+        elif not search.scale < scale < too_large or trial % 5 == 4:  # halved now and then, lest one end never moves
+            scale = math.sqrt(search.scale * too_large) or too_large / 4
     return search
+
+
+def _by_parabola(trials: Sequence[tuple[float, Sequence[float]]], aim: float) -> float:
+    """The scale at which the dearest text's loss rises by ``aim``, as the nearest trials forecast; inf if never."""
+    known = [(scale, max(rises)) for scale, rises in trials if math.isfinite(max(rises))]
+    known.sort(key=lambda one: abs(one[1] - aim))
+    if not known:
+        return math.inf
+    (scale, rise), linear = known[0], 0.0
+    square = rise / scale**2
+    if len(known) > 1:
+        other, its_rise = known[1]
+        square = (rise / scale - its_rise / other) / (scale - other)
+        linear = rise / scale - square * scale
+    if square <= 0:
+        return aim / linear if linear > 0 else math.inf
+    return (math.sqrt(linear**2 + 4 * square * aim) - linear) / (2 * square)
 
 
 # --- held-back text ---------------------------------------------------------------------------------------------------
@@ -376,28 +391,56 @@ def held_back(
     return texts
 
 
-class _Losses:
-    """Mean negative log-likelihood of each text, nats a token; the model may be edited in between."""
+class _Rises:
+    """How much more the model loses on each text at a scale of the edit, nats a token.
 
-    def __init__(self, model: PreTrainedModel, texts: Sequence[BudgetText]) -> None:
+    Attributes:
+        before: The mean negative log-likelihood of each text without the edit, nats a token.
+        num_tokens: Tokens of each text that are predicted.
+    """
+
+    def __init__(
+        self, dose: Dose, model: PreTrainedModel, texts: Sequence[BudgetText], tell: Callable[[float], None]
+    ) -> None:
         from sparc3_pl.model.likelihood import WindowScorer
+        from sparc3_pl.model.loading import measured_once
         from sparc3_pl.model.placement import input_device
 
-        self._scorer, self._texts = WindowScorer(model), texts
-        self.device = input_device(model)
-        self.num_tokens = [0] * len(texts)
+        self._dose, self._model, self._texts, self._tell = dose, model, texts, tell
+        self._scorer, self._device = WindowScorer(model), input_device(model)
+        windows = tuple(tuple(window.id for window in text.windows) for text in texts)
+        self.before, self.num_tokens = measured_once(model, ("losses", str(self._device), windows), self._losses)
+        for text, nll in zip(texts, self.before, strict=True):
+            if not math.isfinite(nll):
+                raise InputError(
+                    f"budget_text: the model's own loss on {text.source} is {nll}, so no rise can be measured; load it "
+                    "in another number format (dtype), or give other text"
+                )
 
-    def __call__(self) -> list[float]:
-        losses = []
-        for place, text in enumerate(self._texts):
+    def __call__(self, scale: float) -> list[float]:
+        from sparc3_pl.pruning.edit import pruned
+
+        with pruned(self._model, self._dose.at(scale), check_fingerprint=False):
+            after, _ = self._losses()
+        self._tell(scale)
+        rises = [a - b for a, b in zip(after, self.before, strict=True)]
+        if not all(map(math.isfinite, rises)):
+            return [math.inf] * len(rises)
+        changes = (f"{one.source} {math.expm1(rise):+.3%}" for one, rise in zip(self._texts, rises, strict=True))
+        log.info("scale %.4g: perplexity of %s (%d tokens)", scale, ", ".join(changes), sum(self.num_tokens))
+        return rises
+
+    def _losses(self) -> tuple[list[float], list[int]]:
+        losses, num_tokens = [], []
+        for text in self._texts:
             total, count = 0.0, 0
             for window in text.windows:
-                ids = torch.tensor([window.input_ids], device=self.device)
+                ids = torch.tensor([window.input_ids], device=self._device)
                 nll, num_scored = self._scorer(ids, torch.ones_like(ids), ids)
                 total, count = total + float(nll.sum()), count + int(num_scored.sum())
             losses.append(total / count)
-            self.num_tokens[place] = count
-        return losses
+            num_tokens.append(count)
+        return losses, num_tokens
 
 
 def spend(
@@ -421,40 +464,26 @@ def spend(
     Raises:
         InputError: if even the smallest scale tried costs more than the budget, or the plan does not fit the model.
     """
-    from sparc3_pl.model.loading import measured_once
-    from sparc3_pl.pruning.edit import planned_changes, pruned
+    from sparc3_pl.pruning.edit import planned_changes
 
     planned_changes(model, dose.at(1.0))  # a plan of another model is refused before anything is measured
-    losses = _Losses(model, texts)
-    windows = tuple(tuple(window.id for window in text.windows) for text in texts)
-    before = measured_once(model, ("losses", str(losses.device), windows), losses)
-    for text, nll in zip(texts, before, strict=True):
-        if not math.isfinite(nll):
-            raise InputError(
-                f"budget_text: the model's own loss on {text.source} is {nll}, so no rise can be measured; load it "
-                "in another number format (dtype), or give other text"
-            )
-    perplexities = ", ".join(f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, before, strict=True))
+    rises_at = _Rises(dose, model, texts, tell)
+    perplexities = ", ".join(
+        f"{text.source} {math.exp(nll):.4g}" for text, nll in zip(texts, rises_at.before, strict=True)
+    )
     log.info("perplexity of held-back text: %s", perplexities)
-
-    def rises_at(scale: float) -> list[float]:
-        with pruned(model, dose.at(scale), check_fingerprint=False):
-            after = losses()
-        tell(scale)
-        rises = [a - b for a, b in zip(after, before, strict=True)]
-        if not all(map(math.isfinite, rises)):
-            return [math.inf] * len(rises)
-        changes = ", ".join(f"{text.source} {math.expm1(rise):+.3%}" for text, rise in zip(texts, rises, strict=True))
-        log.info("scale %.4g: perplexity of %s", scale, changes)
-        return rises
-
-    search = Search()
     if scale is not None:
         search = Search(scale, tuple(rises_at(scale)))
     else:
         assert budget is not None
-        rise = math.log1p(budget)
-        search = search_scale(rises_at, rise, dose.predicted_scale(rise), dose.largest_scale())
+        rise, largest = math.log1p(budget), dose.largest_scale()
+        start = dose.predicted_scale(rise)
+        if few := min(len(text.windows) for text in texts) // _FIRST_LOOK:
+            # The forecast is too low by far where components that cost much together are weakened.
+            some = [replace(text, windows=text.windows[:few]) for text in texts]
+            look = search_scale(_Rises(dose, model, some, tell), rise, start, largest, _FIRST_TOLERANCE)
+            start = look.scale or start
+        search = search_scale(rises_at, rise, start, largest)
     if not search.scale:
         scale, rises = min(search.trials)
         raise InputError(
@@ -465,7 +494,7 @@ def spend(
         asdict(
             TextRise(text.source, nll, nll + rise, math.expm1(rise), len(text.windows), num_tokens, text.num_left_out)
         )
-        for text, nll, rise, num_tokens in zip(texts, before, search.rises, losses.num_tokens, strict=True)
+        for text, nll, rise, num_tokens in zip(texts, rises_at.before, search.rises, rises_at.num_tokens, strict=True)
     ]
     more = {"budget": budget, "reached": search.reached if budget is not None else None, "texts": costs}
     names = {name for text in texts for window in text.windows for name in window.text_ids}

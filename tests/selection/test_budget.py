@@ -25,7 +25,7 @@ from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
 from sparc3_pl.selection.contrast import CONTRASTS, Scores
-from sparc3_pl.selection.dose import BudgetSource, _Losses, held_back, search_scale, spend
+from sparc3_pl.selection.dose import BudgetSource, _Rises, held_back, search_scale, spend
 
 KINDS = {
     "model.layers.0.mlp.up_proj": "neuron",
@@ -333,6 +333,15 @@ def test_the_search_finds_what_a_fine_grid_finds(start):
     assert 0.97 * grid < search.scale <= grid
     assert 0.0097 <= max(search.rises) <= 0.01
     assert len(search.trials) <= 10
+
+
+@pytest.mark.parametrize("power", [1.8, 2.0, 2.2])
+def test_a_search_that_begins_within_a_factor_of_two_needs_three_trials(power):
+    """Each is a pass over all held-back text; the loss of a real model is nearly quadratic in the scale."""
+    for start in (0.6, 0.8, 1.3, 2.0):
+        search = search_scale(lambda c: (0.01 * c**power,), 0.01, start)
+        assert search.reached
+        assert len(search.trials) <= 3
 
 
 def test_a_budget_that_the_range_cannot_use_up():
@@ -712,6 +721,22 @@ def test_a_model_is_shared_out_by_several_processes_only(demo_folders, tmp_path,
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_a_search_looks_first_at_one_window_in_eight(demo_folders, monkeypatch):
+    folder, model, encoder = demo_folders
+    sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
+    texts = held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=16, length=32)
+    real, passes = _Rises._losses, []
+    monkeypatch.setattr(_Rises, "_losses", lambda self: passes.append(len(self._texts[0].windows)) or real(self))
+    plan = spend(make_dose(*sides), model, texts, 0.02)
+    (cost,) = plan.settings["gains"]["texts"]
+    assert 0.97 * 0.02 <= cost["rise"] <= 0.02 + 1e-12  # the budget is that of all windows
+    assert cost["num_windows"] == 16
+    whole = passes.count(16)
+    assert passes[0] == 16  # without an edit
+    assert passes[1:] == [2] * (len(passes) - whole) + [16] * (whole - 1)
+    assert 2 in passes
+
+
 def test_a_range_too_narrow_for_the_budget_is_told(demo_folders):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
@@ -730,8 +755,8 @@ def test_what_the_model_loses_without_an_edit_is_measured_once(demo_folders, mon
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
     dose, source = make_dose(*sides), [BudgetSource.of("demo:text")]
     texts = [held_back(source, encoder, sides[0], num_windows=1, length=length) for length in (64, 32)]
-    real, passes = _Losses.__call__, []
-    monkeypatch.setattr(_Losses, "__call__", lambda self: passes.append(1) or real(self))
+    real, passes = _Rises._losses, []
+    monkeypatch.setattr(_Rises, "_losses", lambda self: passes.append(1) or real(self))
 
     def plans() -> list[dict]:
         passes.clear()
@@ -753,8 +778,8 @@ def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
     texts = held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=1, length=64)
-    losses = [[math.nan], [1.0], [math.inf]]
-    monkeypatch.setattr("sparc3_pl.selection.dose._Losses.__call__", lambda self: losses.pop(0))
+    losses = [([math.nan], [63]), ([1.0], [63]), ([math.inf], [63])]
+    monkeypatch.setattr(_Rises, "_losses", lambda self: losses.pop(0))
     with pytest.raises(InputError, match=r"the model's own loss on .* is nan, so no rise can be measured"):
         spend(make_dose(*sides), model, texts, 0.5)
     plan = spend(make_dose(*sides), model, texts, None, scale=2.0)
