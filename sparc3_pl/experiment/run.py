@@ -285,16 +285,16 @@ class _Experiment:
     def do(self, stages: Sequence[Stage]) -> list[StageTime]:
         """Does the stages in their order; refuses wrong settings, or others than before, first of all.
 
-        Stages that run in this process share one loaded model.
+        Stages that run in this process share one loaded model and its tokenizer.
 
         Returns:
             Where the time went.
         """
         from sparc3_pl.model.loading import models_kept  # torch
 
-        for stage in self._distinct(stages).values():  # the last one comes hours after the first
-            stage.check()
         with models_kept():
+            for stage in self._distinct(stages).values():  # the last one comes hours after the first
+                stage.check()
             for number, stage in enumerate(stages, start=1):
                 self.stages.do(stage, f"stage {number} of {len(stages)}: ")
         times = self.stages.times(stages)
@@ -317,8 +317,10 @@ class _Experiment:
         """
         from sparc3_pl.document.needs import refuse_what_cannot_fit, table_of_stages
         from sparc3_pl.document.terminal import print_result
+        from sparc3_pl.model.loading import models_kept  # torch
 
-        each = {kind: one.forecast() for kind, one in self._distinct(stages).items() if one.forecast is not None}
+        with models_kept():
+            each = {kind: one.forecast() for kind, one in self._distinct(stages).items() if one.forecast is not None}
         forecasts = {stage.name: each[_kind(stage)] for stage in stages if stage.forecast is not None}
         free = next(iter(forecasts.values())).free
         print_result(table_of_stages({name: one.needs for name, one in forecasts.items()}, free))

@@ -117,12 +117,16 @@ def measured_once(model: PreTrainedModel, key: Hashable, measure: Callable[[], M
 
 
 class _KeptModel:
-    """The model that was loaded last, its state at that time, and what was measured of it in that state."""
+    """The model that was loaded last, its state at that time, and what was measured of it in that state.
+
+    Its tokenizer too, of which everybody gets a copy: that of a GGUF file takes seconds to make.
+    """
 
     def __init__(self) -> None:
         self._source: ModelSource | None = None
         self._files: tuple[Any, ...] = ()
         self._digest = ""
+        self._vocabulary: tuple[tuple[ModelSource, tuple[Any, ...]], Vocabulary] | None = None
         self.loaded: PreTrainedModel | None = None
         self.measured: dict[Hashable, Any] = {}
 
@@ -137,6 +141,16 @@ class _KeptModel:
         if source.device_map is None:
             self._source, self._files, self.loaded, self._digest = source, files, model, _digest_of(model)
         return model
+
+    def vocabulary(self, source: ModelSource) -> Vocabulary:
+        key = source, _files_of(source)
+        if self._vocabulary is None or self._vocabulary[0] != key:
+            vocabulary = _load_vocabulary(source)
+            try:
+                self._vocabulary = key, copy.deepcopy(vocabulary)
+            except TypeError:  # a tokenizer around a compiled object that cannot be copied
+                return vocabulary
+        return copy.deepcopy(self._vocabulary[1])
 
 
 _kept: _KeptModel | None = None
@@ -245,15 +259,19 @@ def load_vocabulary(source: ModelSource) -> Vocabulary:
         InputError: If the tokenizer cannot be loaded, or has more tokens than the model has embeddings.
     """
     with timed("loading"):
-        from transformers import AutoTokenizer
+        return _load_vocabulary(source) if _kept is None else _kept.vocabulary(source)
 
-        where = _locate(source)
-        tokenizer = None
-        with quiet_library(), _network(where), _as_input_error(source, where, what="tokenizer"):
-            if has_tokenizer_files(source):
-                tokenizer = AutoTokenizer.from_pretrained(**where)
-            config = _config(where).get_text_config()
-        return ready_vocabulary(tokenizer, config, source)
+
+def _load_vocabulary(source: ModelSource) -> Vocabulary:
+    from transformers import AutoTokenizer
+
+    where = _locate(source)
+    tokenizer = None
+    with quiet_library(), _network(where), _as_input_error(source, where, what="tokenizer"):
+        if has_tokenizer_files(source):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        config = _config(where).get_text_config()
+    return ready_vocabulary(tokenizer, config, source)
 
 
 def ready_vocabulary(

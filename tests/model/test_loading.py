@@ -3,6 +3,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_models import tiny, tokens
 from tiny_tokenizers import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     T5Config,
@@ -27,7 +29,14 @@ from sparc3_pl.io.hub import hub_available
 from sparc3_pl.model import identity, loading
 from sparc3_pl.model.checks import check_plain_weights, check_vocabulary
 from sparc3_pl.model.identity import ModelRecord, describe, differing_config, fingerprint, model_config
-from sparc3_pl.model.loading import auto_class, load_model, load_skeleton, load_tokenizer, models_kept
+from sparc3_pl.model.loading import (
+    auto_class,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    load_vocabulary,
+    models_kept,
+)
 from sparc3_pl.model.source import ModelSource
 
 VOCAB = 320
@@ -540,6 +549,41 @@ def test_a_model_that_is_kept_is_loaded_once(folder):
         assert torch.equal(second.get_output_embeddings().weight, before)
         assert load_model(source(folder, dtype="bfloat16")) is not second
     assert load_model(source(folder)) is not second
+
+
+def test_the_tokenizer_of_a_model_that_is_kept_is_made_once(folder, monkeypatch):
+    made = []
+    real = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: made.append(k) or real(*a, **k))
+    with models_kept():
+        first = load_vocabulary(source(folder))
+        first.tokenizer.padding_side = "left"  # whoever changes his own
+        first.tokenizer.add_tokens(["<more>"])
+        second = load_vocabulary(source(folder))
+        assert len(made) == 1
+        assert second.tokenizer.padding_side == "right"
+        assert len(second.tokenizer) == len(first.tokenizer) - 1
+        words = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(words | {"model_max_length": 7}))
+        assert load_vocabulary(source(folder)).context == 7
+        assert len(made) == 2
+    load_vocabulary(source(folder))
+    assert len(made) == 3
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_loaded_again(folder, monkeypatch):
+    real = AutoTokenizer.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        tokenizer = real(*args, **kwargs)
+        tokenizer.compiled = threading.Lock()
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with models_kept():
+        first, second = (load_vocabulary(source(folder)).tokenizer for _ in range(2))
+    assert first is not second
+    assert first.get_vocab() == second.get_vocab()
 
 
 @pytest.mark.parametrize(
