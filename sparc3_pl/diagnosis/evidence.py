@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
-from sparc3_pl.selection.contrast import Scores, format_warnings, share_of_strongest
+from sparc3_pl.selection.budget import Budget
+from sparc3_pl.selection.contrast import CONTRASTS, Scores, format_warnings, share_of_strongest
 from sparc3_pl.selection.contrast import contrast as contrast_of
 from sparc3_pl.selection.stability import (
     Choice,
@@ -145,7 +146,7 @@ def evidence(
     general: list[str],
     behaviour: list[str],
     num_neurons: int | None = None,
-    contrast: WeighedContrast | Literal["budget"] = "difference",
+    contrast: WeighedContrast | Literal["budget"] | dict[str, Any] = "difference",
     protect: float = 0.0,
     layers: list[str] | None = None,
     seed: int = 0,
@@ -164,7 +165,8 @@ def evidence(
         behaviour: Score folders of the behaviour's samples, one per seed.
         num_neurons: Number of components that prune would choose; unset: 100 neurons, or of other components 10 % of
             those scored, at most 100.
-        contrast: Contrast that prune would choose by. For budget the derivative itself is examined: whether more
+        contrast: Contrast that prune would choose by. For budget, alone or with its arguments as
+            "{class_path: budget, init_args: {off_diagonal: 0.5}}", the derivative itself is examined: whether more
             components than by chance have one, and whether two halves of the samples give the same edit.
         protect: Share of the strongest on general text that prune would leave alone.
         layers: Glob patterns of the layers to choose from.
@@ -177,16 +179,20 @@ def evidence(
         InputError: If the scores cannot be compared or are not of neurons, or an output is taken.
     """
     check_places("evidence", output, html, overwrite)
-    if contrast == "budget" and (num_neurons is not None or protect):
+    budget = CONTRASTS.make(contrast) if contrast == "budget" or isinstance(contrast, dict) else None
+    if isinstance(contrast, dict) and not isinstance(budget, Budget):
+        raise InputError(f"contrast={contrast}: arguments are for budget only; give the name alone")
+    if budget is not None and (num_neurons is not None or protect):
         name = f"protect={protect}" if num_neurons is None else f"num_neurons={num_neurons}"
         raise InputError(f"{name} with contrast=budget: the derivative of every component is looked at; leave it out")
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
     scores = [Scores.of(side, layers, but=["plan"]) for side in sides]  # weigh_gains and what follows check it
     result: Evidence | GainsEvidence
-    if contrast == "budget":
-        result = weigh_gains(*scores, seed=seed)
+    if isinstance(budget, Budget):
+        result = weigh_gains(*scores, budget, seed=seed)
         sections = gains_sections(result)
     else:
+        assert not isinstance(contrast, dict)
         require_comparable([folder for side in sides for folder in side])
         size = usual_size(scores[0]) if num_neurons is None else num_neurons
         result = weigh(*scores, Choice(contrast, size, protect), seed=seed)

@@ -6,18 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparc3_pl.document.blocks import Checks, Section, Table, count, number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.io.formats import Record
 from sparc3_pl.selection.budget import Budget
-from sparc3_pl.selection.contrast import Scores, Vector
+from sparc3_pl.selection.contrast import Scores
 from sparc3_pl.selection.lowest import collect
-from sparc3_pl.selection.stability import mean_scores_of, parts_of, units_of
+from sparc3_pl.selection.stability import Unit, mean_scores_of, parts_of, units_of
 
 __all__ = ["GainsEvidence", "KindEvidence", "gains_sections", "weigh_gains"]
 
@@ -76,13 +74,21 @@ class GainsEvidence:
         return {"verdict": self.verdict, "contrast": "budget"} | asdict(self)
 
 
-def weigh_gains(general: Scores, behaviour: Scores, *, seed: int = 0) -> GainsEvidence:
+def weigh_gains(general: Scores, behaviour: Scores, contrast: Budget | None = None, *, seed: int = 0) -> GainsEvidence:
     """The measurements and verdicts, without opening, writing and printing.
+
+    The steps of halves are taken before ``gains_range`` cuts them: so their cosine is 0 by chance.
+
+    Args:
+        general: Scores of general text.
+        behaviour: The derivative by the gains.
+        contrast: Its ridge, weights and ``off_diagonal`` count; None: the default.
+        seed: Seed for the split halves.
 
     Raises:
         InputError: if the scores are not what ``contrast=budget`` needs.
     """
-    contrast = Budget()
+    contrast = contrast or Budget()
     contrast.require_comparable(general, behaviour)
     kinds = _kinds(behaviour)
     cosines = _halves(contrast, general, behaviour, seed)
@@ -118,15 +124,14 @@ def _kinds(behaviour: Scores) -> dict[str, KindEvidence]:
 def _halves(contrast: Budget, general: Scores, behaviour: Scores, seed: int) -> list[float]:
     """Cosines of the steps from two halves of the behaviour's samples, for several ways to halve them."""
     units = units_of(behaviour)
-    cost, _ = contrast.sides(general, behaviour)
-    fisher = Vector(torch.cat([block.values for block in cost()]))
-
-    def step(half: Sequence[Any]) -> Tensor:
-        (one,) = contrast.steps(fisher, mean_scores_of(half)).values()
-        return one
-
     pairs = parts_of(units, 2, len(units) // 2, 20, seed)
-    return [float(torch.cosine_similarity(step(one), step(other), dim=0)) for one, other in pairs]
+    step = contrast.free_steps(general, behaviour)
+
+    def cosine(*halves: Sequence[Unit]) -> float:
+        one, other = (step(mean_scores_of(half).scores) for half in halves)
+        return float(torch.cosine_similarity(one, other, dim=0))
+
+    return [cosine(one, other) for one, other in pairs]
 
 
 def _t_check(kinds: dict[str, KindEvidence]) -> Check:

@@ -281,6 +281,9 @@ def _is_large(entry: PlanWithScores) -> bool:
 def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
     """The evidence section for these plans, as far as their scores are among the inputs and of neurons."""
     from sparc3_pl.diagnosis.evidence import evidence_sections, weigh
+    from sparc3_pl.diagnosis.gains_evidence import gains_sections, weigh_gains
+    from sparc3_pl.selection.budget import Budget
+    from sparc3_pl.selection.contrast import named_in_plan
 
     blocks: list[Block] = []
     for name in names:
@@ -288,11 +291,15 @@ def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
         plan = entry.plan
         if not entry.is_complete or not entry.behaviour or plan.control or _is_large(entry):
             continue
-        if plan.holds_weights or plan.contrast not in get_args(WeighedContrast):
+        contrast = named_in_plan(plan.contrast, plan.settings) if plan.contrast == "budget" else None
+        if plan.holds_weights or not (isinstance(contrast, Budget) or plan.contrast in get_args(WeighedContrast)):
             continue
-        sides = (_scores_of(side, plan) for side in (entry.general, entry.behaviour))
-        choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
-        sections = evidence_sections(weigh(*sides, choice))
+        sides = [_scores_of(side, plan) for side in (entry.general, entry.behaviour)]
+        if isinstance(contrast, Budget):
+            sections = gains_sections(weigh_gains(*sides, contrast))
+        else:
+            choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
+            sections = evidence_sections(weigh(*sides, choice))
         blocks += [Text(f"Plan {name}:"), *(block for section in sections for block in section.blocks)]
     if blocks:
         yield Section("Enough samples?", tuple(blocks))

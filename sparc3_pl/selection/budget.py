@@ -26,7 +26,7 @@ show it: the sum over groups of s s' by the number of tokens that are predicted,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
-from sparc3_pl.selection.cone import lowest_in_cone
+from sparc3_pl.selection.cone import lowest_anywhere, lowest_in_cone
 from sparc3_pl.selection.contrast import Contrast, Scores, Side
 from sparc3_pl.selection.lowest import Block, Passes
 
@@ -254,6 +254,22 @@ class Budget(Contrast):
             step = budget_steps(torch.cat([block.values for block in derivatives.values()]), fisher, self.ridge)
         return dict(zip(derivatives, step.split([len(b.values) for b in derivatives.values()]), strict=True))
 
+    def free_steps(self, general: Side, behaviour: Side) -> Callable[[Tensor], Tensor]:
+        """What gives the changes at scale 1 for any derivative ``[N]``, as if ``gains_range`` had no ends.
+
+        Args:
+            general: Scores of general text.
+            behaviour: Scores that are comparable with them, for what is checked.
+
+        Raises:
+            InputError: if the scores are not what this contrast is made of.
+        """
+        general, behaviour = self.sides(general, behaviour)
+        fisher = torch.cat([block.values for block in general.in_memory.values()])
+        if self.off_diagonal and isinstance(general, Fisher):
+            return lowest_anywhere(*_cost_together(general, self.ridge, self.off_diagonal))
+        return lambda derivative: budget_steps(derivative, fisher, self.ridge)
+
     def factors(self, step: Tensor, scale: float) -> Tensor:
         """The factor of each component: 1 + scale * step, within ``gains_range``."""
         return (1 + scale * step).clamp(*self._range())
@@ -264,12 +280,15 @@ def _steps_together(
     general: Fisher, behaviour: Side, ridge: float, off_diagonal: float, down: bool, up: bool
 ) -> Tensor:
     """The change of every gain at scale 1, by what components cost together."""
-    fisher, derivative = (
-        torch.cat([block.values for block in side.in_memory.values()]).double() for side in (general, behaviour)
-    )
+    derivative = torch.cat([block.values for block in behaviour.in_memory.values()]).double()
+    return lowest_in_cone(derivative, *_cost_together(general, ridge, off_diagonal), down=down, up=up)
+
+
+def _cost_together(general: Fisher, ridge: float, off_diagonal: float) -> tuple[Tensor, Tensor]:
+    """H of the module's docstring: its diagonal without what the rows add to it ``[N]``, and the rows ``[R, N]``."""
+    fisher = torch.cat([block.values for block in general.in_memory.values()]).double()
     rows = torch.cat(list(general.rows().values()), 1).mul_(math.sqrt(off_diagonal))
-    diagonal = (1 - off_diagonal) * fisher + ridge * fisher.mean()
-    return lowest_in_cone(derivative, diagonal, rows, down=down, up=up)
+    return (1 - off_diagonal) * fisher + ridge * fisher.mean(), rows
 
 
 def _check(general: Scores, behaviour: Scores, fisher: bool) -> None:

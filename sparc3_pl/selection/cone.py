@@ -1,18 +1,43 @@
-"""The best change within a cone for a quadratic cost whose matrix is a diagonal and a few rows."""
+"""The best change, free or within a cone, for a quadratic cost whose matrix is a diagonal and a few rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
 
-__all__ = ["lowest_in_cone"]
+__all__ = ["lowest_anywhere", "lowest_in_cone"]
 
 _TOLERANCE = 1e-4
 _MOST = 2_000
+
+
+def lowest_anywhere(diagonal_N: Tensor, rows_RN: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives, for a derivative a, the d that makes a . d + 1/2 d' H d smallest, H = diag(diagonal) + rows' rows.
+
+    By the Woodbury identity, which leaves one matrix of ``[R, R]`` to be factorised, for all derivatives.
+
+    Args:
+        diagonal_N: Above 0 everywhere.
+        rows_RN: The rows; products are taken in float64.
+
+    Returns:
+        Derivative ``[N]`` to change ``[N]``, both float64.
+    """
+    diagonal_N, rows_RN = diagonal_N.double(), rows_RN.double()
+    inner_RR = torch.eye(len(rows_RN), dtype=torch.float64) + (rows_RN / diagonal_N) @ rows_RN.T
+    factor_RR = torch.linalg.cholesky(inner_RR)
+
+    def lowest(derivative_N: Tensor) -> Tensor:
+        alone_N = derivative_N.double() / diagonal_N
+        together_R = torch.cholesky_solve((rows_RN @ alone_N)[:, None], factor_RR)[:, 0]
+        return (rows_RN.T @ together_R) / diagonal_N - alone_N
+
+    return lowest
 
 
 def lowest_in_cone(

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import norm
 from score_folders import write
 
+from sparc3_pl.cli import main
 from sparc3_pl.diagnosis.evidence import evidence, weigh
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import ScoreFolder
@@ -192,6 +193,35 @@ def test_derivatives_are_held_against_chance_and_halves_against_each_other(tmp_p
     said = json.loads((tmp_path / "e.json").read_text())
     assert (said["contrast"], said["verdict"]) == ("budget", "pass")
     assert "Derivatives by the gains" in capsys.readouterr().out
+
+
+def test_halves_of_a_budget_that_counts_what_components_cost_together(tmp_path, capsys):
+    """Against the whole matrix, solved."""
+    values_SN, _ = gains_sides(tmp_path, 1.0)
+    layer = "model.layers.0.mlp.up_proj"
+    draws_SN = torch.randn(40, 300, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    draws_SN[:, 40:] += draws_SN[:, :1]  # most cost much together
+    about = {"signed": True, "at_values": True, "method": "gradient", "num_samples": 40, "model": {"fingerprint": "f"}}
+    text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 400}
+    with ScoreWriter(tmp_path / "together") as writer:
+        writer.add_layer(layer, draws_SN.mean(0), draws_SN.square().mean(0), (draws_SN, [1] * 40))
+        writer.finish(data={"sample_ids": []}, **about, **text)
+    sides = ["--general", str(tmp_path / "together"), "--behaviour", str(tmp_path / "b")]
+    contrast = "{class_path: budget, init_args: {off_diagonal: 0.5, ridge: 0.2}}"
+    assert main(["evidence", *sides, "--contrast", contrast, "--output", str(tmp_path / "e.json")]) == 0
+    fisher_NN = draws_SN.T @ draws_SN / 360
+    diagonal_N = fisher_NN.diagonal()
+    cost_NN = 0.5 * fisher_NN + torch.diag(0.5 * diagonal_N + 0.2 * diagonal_N.mean())
+    cosines = []
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = rng.permutation(8)
+        halves = (values_SN.view(8, 5, 300)[list(part)].mean((0, 1)) for part in (order[:4], order[4:]))
+        one, other = (torch.linalg.solve(cost_NN, half) for half in halves)
+        cosines.append(float(one @ other / (one.norm() * other.norm())))
+    assert json.loads((tmp_path / "e.json").read_text())["halves"] == pytest.approx(sum(cosines) / 20, rel=1e-4)
+    assert main(["evidence", *sides, "--contrast", "{class_path: rank}"]) == 2
+    assert "arguments are for budget only" in capsys.readouterr().err
 
 
 def test_settings_that_a_budget_does_not_read_are_refused(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from score_folders import LAYERS, write
 
+from sparc3_pl.diagnosis.gains_evidence import weigh_gains
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
@@ -23,7 +24,9 @@ from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, dose_pictures, effects, gains_table, headline
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.budget import Budget
 from sparc3_pl.selection.choose import make_plan
+from sparc3_pl.selection.contrast import Scores
 from sparc3_pl.statistics.paired import paired_change
 
 MODEL = {
@@ -445,3 +448,30 @@ def test_a_browser_opens_it_without_complaint(experiment, tmp_path, scheme):
         assert image.size == (1200, 3000)
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
     assert (corner < 60) == (scheme == "dark")
+
+
+def test_a_plan_within_a_budget_is_told_with_how_well_its_derivative_is_known(tmp_path):
+    derivative_GN = {name: torch.randn(8, 50, generator=torch.Generator().manual_seed(3)) + 1 for name in LAYERS}
+    means = {name: groups.mean(0) for name, groups in derivative_GN.items()}
+    squares = {name: groups.square().mean(0) for name, groups in derivative_GN.items()}
+    about = {"signed": True, "at_values": True, "method": "gradient", "num_samples": 8, "group_sizes": [1] * 8}
+    text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 90}
+    weighed = {
+        "source": "demo",
+        "seed": 0,
+        "sample_ids": [],
+        "weight_field": "scores.toxicity",
+        "weight_baseline": "mean",
+    }
+    behaviour = write(tmp_path / "b", means, squares, groups=derivative_GN, target="completion", data=weighed, **about)
+    general = write(tmp_path / "g", means, squares, groups=derivative_GN, **text, **about)
+    together = {"class_path": "budget", "init_args": {"off_diagonal": 0.5}}
+    plan = make_plan([general], [behaviour], contrast=together, edit="gains", scale=0.1)
+    plan.save(tmp_path / "plan.json")
+    evaluation(tmp_path / "before", None, 1.0, 12.0)
+    evaluation(tmp_path / "after", plan.summary(), 0.5, 12.0)
+    words = make_report([tmp_path]).markdown
+    assert "Enough samples?" in words
+    expected = weigh_gains(Scores.of([general]), Scores.of([behaviour]), Budget(off_diagonal=0.5))
+    assert f"{expected.halves:.3g}" in words.split("cosine of the steps from two halves")[1].splitlines()[0]
+    assert expected.halves != pytest.approx(weigh_gains(Scores.of([general]), Scores.of([behaviour])).halves, rel=1e-3)
