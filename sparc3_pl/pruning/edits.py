@@ -87,7 +87,7 @@ class Edit(ABC):
         return None
 
     def participle(self) -> str:
-        """What was done to the components, to follow their name: ``zeroed``."""
+        """What was done to the components, to follow their name: ``set to zero``."""
         return f"edited by {EDITS.name_of(self)}"
 
     def arguments(self) -> Record:
@@ -103,7 +103,7 @@ class Zero(Edit):
         return [Change(part, 0.0) for part in chosen.parts]
 
     def participle(self) -> str:
-        return "zeroed"
+        return "set to zero"
 
 
 @dataclass(frozen=True)

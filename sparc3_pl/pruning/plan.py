@@ -259,6 +259,24 @@ class PlanSummary:
         """How far an edit of gains goes; None for any other edit."""
         return _gains_of(self.settings)
 
+    def done(self) -> str:
+        """What was done to the components, to follow their name: ``set to zero``."""
+        try:
+            return _edit_of(self.edit, self.alpha, self.settings).participle()
+        except InputError:  # a user's class that this process may not import
+            return f"edited by {self.edit}"
+
+
+def _edit_of(name: str, alpha: float | None, settings: Record) -> Edit:
+    """The edit that a plan names, with its arguments.
+
+    Raises:
+        InputError: if there is no such edit, the user has not allowed its module to be imported, or its arguments are
+            wrong.
+    """
+    arguments = typed(dict, settings.get("edit", {}), "settings.edit", "make the plan again")
+    return EDITS.from_file(name, ({} if alpha is None else {"alpha": alpha}) | arguments)
+
 
 def _gains_of(settings: Record) -> GainsFigures | None:
     gains = settings.get("gains")
@@ -390,8 +408,7 @@ class PrunePlan(_About, Shown):
         Raises:
             InputError: as ``load_components``, or if its arguments are wrong.
         """
-        alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        return EDITS.from_file(self.edit, alpha | self.settings.get("edit", {}))
+        return _edit_of(self.edit, self.alpha, self.settings)
 
     def first(self, num_neurons: int) -> "PrunePlan":
         """The plan of the first ``num_neurons`` neurons: plans of growing size are nested.

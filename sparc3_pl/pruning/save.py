@@ -55,7 +55,7 @@ class SavedModel:
         max_difference: Largest difference between the logits of the reloaded model and of the pruned one in memory.
         parameters: Number of parameters before and after.
         bytes: Their size before and after.
-        done: What was done to the chosen: ``neurons zeroed``; of a smaller model, what was removed and from where.
+        done: What was done to the chosen: ``neurons set to zero``; of a smaller model, what was removed and from where.
         zeros: Share of the parameters that are zero.
     """
 

@@ -143,21 +143,13 @@ def _story(inputs: Inputs, best: Effect) -> str:
         of = ""
         if plan.size and plan.num_candidates:
             of = f" of {plan.num_candidates:,} ({100 * plan.size / plan.num_candidates:.2g} %)"
-        text = f"In {model}, {count(best.size)} {best.unit}{of} were {_done_to(plan)}: {_chosen_by(inputs, plan)}."
+        text = f"In {model}, {count(best.size)} {best.unit}{of} were {plan.done()}: {_chosen_by(inputs, plan)}."
     bound = f"{100 * best.bound:g} %"
     if best.rise is None:
         return f"{text} This is the largest edit; whether it keeps perplexity within {bound} was not measured."
     if best.rise <= best.bound:
         return f"{text} This is the largest edit that raises perplexity by at most {bound}."
     return f"{text} This is the edit that raises perplexity least; no edit keeps it within {bound}."
-
-
-def _done_to(plan: PlanSummary) -> str:
-    """What happened to the chosen components, in words."""
-    if plan.gains is not None:
-        return "multiplied, each by a factor of its own"
-    edits = {"zero": "set to zero", "mean": "replaced by their mean", "scale": f"multiplied by {plan.alpha}"}
-    return edits.get(plan.edit, "edited")
 
 
 def _chosen_by(inputs: Inputs, plan: PlanSummary) -> str:

@@ -44,7 +44,7 @@ def test_loads_plainly_with_equal_logits(tiny_model, tokenizer, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert torch.equal(logits(loaded), expected)
     assert result.max_difference == 0
-    assert "same size: neurons zeroed" in str(result)
+    assert "same size: neurons set to zero" in str(result)
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("a b")["input_ids"] == [3, 4]
     assert PrunePlan.load(tmp_path / "m/plan.json").neurons == plan.neurons
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -87,7 +87,7 @@ def test_model_card_tells_the_provenance(tiny_llama, tokenizer, tmp_path):
     text = (tmp_path / "m/README.md").read_text()
     for part in (
         plan.fingerprint,
-        "Same size: neurons zeroed, ",
+        "Same size: neurons set to zero, ",
         "general samples are long",
         "model.layers.1.mlp.up_proj",
         "6 neurons",
@@ -113,7 +113,7 @@ def test_what_is_said_of_an_edit_is_what_it_did(tokenizer, tmp_path, fields, tol
 
 def test_model_card_of_a_plan_from_a_folder_whose_name_is_not_utf8(tiny_llama, tokenizer, tmp_path):
     plan = plan_for(tiny_llama, command="sparc3 prune --general caf\udce9")
-    result = SavedModel(tmp_path, 0.0, (1, 1), (4, 4), "neurons zeroed")
+    result = SavedModel(tmp_path, 0.0, (1, 1), (4, 4), "neurons set to zero")
     assert r"--general caf\udce9" in _model_card(tiny_llama, plan, result).encode().decode()
 
 

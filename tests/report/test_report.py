@@ -19,7 +19,8 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import compare, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
-from sparc3_pl.io.formats import to_json
+from sparc3_pl.io.formats import to_json, typed
+from sparc3_pl.pruning.plan import PlanSummary
 from sparc3_pl.report.collect import collect
 from sparc3_pl.report.command import make_report, report
 from sparc3_pl.report.effects import by_experiment, dose_pictures, effects, gains_table, headline
@@ -311,6 +312,22 @@ def test_compression_is_told_without_a_behaviour(tmp_path):
     evaluation(tmp_path / "half", PLAN | {"contrast": "general", "sha256": "x"}, 1.0, 12.03)
     words = " ".join(make_report([tmp_path]).markdown.split())
     assert "40 neurons of 1,000 (4 %) were set to zero: those with the lowest scores on general text." in words
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        ({"edit": "scale", "alpha": 0.5}, "multiplied by 0.5"),
+        ({"edit": "mean"}, "replaced by their mean activation"),
+        ({"edit": "remove"}, "taken out of the routing"),
+        ({"edit": "gains"}, "multiplied, each by a factor of its own"),
+        ({"edit": "extensions.Gains", "settings": {"edit": {"strength": 2.0}}}, "edited by extensions.Gains"),
+        ({"edit": "nowhere.Half"}, "edited by nowhere.Half"),  # its module may not be imported
+        ({"edit": "zero", "settings": {"edit": [1]}}, "edited by zero"),
+    ],
+)
+def test_every_edit_says_what_it_did(edit, told):
+    assert typed(PlanSummary, PLAN | edit, "plan", "again").done() == told
 
 
 def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):

@@ -67,7 +67,7 @@ def test_needs_no_model_for_a_plan(tmp_path, monkeypatch):
 
 def test_save_model(scored, tmp_path, capsys):
     result = prune(**scored, num_neurons=8, save_model=str(tmp_path / "pruned"), keep_values=True)
-    assert "same size: neurons zeroed" in capsys.readouterr().out
+    assert "same size: neurons set to zero" in capsys.readouterr().out
     original = load_model(ModelSource(str(tmp_path / "model")))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     ids = tokens(2, 8)
@@ -212,7 +212,7 @@ def test_compresses_rows_and_patterns(tmp_path, tokenizer, capsys, words, stay, 
     assert main(["prune", "--general", folder, "--contrast", "general", *words, *places]) == 0
     said = capsys.readouterr().out
     assert "a pruned model keeps its size, with 50.0 % zeros among these weights" in said
-    assert "same size: weights zeroed, " in said
+    assert "same size: weights set to zero, " in said
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
     scores = ScoreFolder.open(folder)
     for name, before in model.state_dict().items():
