@@ -9,6 +9,7 @@ import yaml
 
 from sparc3_pl.cli import execute
 from sparc3_pl.experiment.correction import correction_arms
+from sparc3_pl.passes.run import check_pass
 from sparc3_pl.scoring.score_run import ScoreRequest
 from sparc3_pl.selection.command import prune
 
@@ -83,8 +84,8 @@ ARMS = {name: paths for name, paths in experiments_with_arms().items() if not na
 
 
 @pytest.mark.parametrize("paths", ARMS.values(), ids=ARMS)
-def test_arms_of_a_correction_are_whole(paths, capsys):
-    """Each arm has an edit, by arguments that ``prune`` has, of scores that its method can make."""
+def test_arms_of_a_correction_are_whole(paths, capsys, tmp_path):
+    """Each arm has an edit, by arguments of ``prune``, of scores that its method can make and settings that parse."""
     with pytest.raises(SystemExit) as stop:
         execute(["run", *(word for path in paths for word in ("--config", str(path))), "--print_config"])
     assert stop.value.code == 0
@@ -99,12 +100,18 @@ def test_arms_of_a_correction_are_whole(paths, capsys):
         assert arm.edits
         for edit in arm.edits.values():
             inspect.signature(prune).bind_partial(**edit.settings)
-        for score in arm.scores[: 2 if arm.seeds else 1]:
+        samples = {"source": "demo", **{key: value for key, value in arm.behaviour.items() if value is not None}}
+        sides = [(arm.scores[0], samples | {"subset": None})]
+        sides += [(arm.scores[1], arm.general | own) for own in ({}, *(arm.texts or ()))] if arm.seeds else []
+        for number, (score, data) in enumerate(sides):
+            settings = tmp_path / f"{arm.name}-{number}.yaml"
             names = ("method", "granularity", "target", "labels")
             ScoreRequest.of(
                 score.get("method", "lrp"), score.get("granularity", "neuron"), score.get("target", "predicted"), None,
                 score.get("labels", "data"), **{key: value for key, value in score.items() if key not in names},
             )  # fmt: skip
+            settings.write_text(yaml.safe_dump({"model": config["model"] | score, "data": data}))
+            check_pass("score", ["--config", str(settings)])
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "circuits").glob("*.yaml")), ids=lambda path: path.stem)

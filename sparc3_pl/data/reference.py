@@ -311,6 +311,12 @@ class ReferenceData(LightningDataModule):
         data.query.listed = records
         return data
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sample, as the settings bound it; None: as many as the texts have."""
+        has_windows = self.match is None and self.pair_query is None and not self.query.fields.given
+        return self.seq_len if has_windows and self.seq_len is not None else self.max_tokens
+
     def read(self, encoder: Encoder) -> None:
         """Draw the samples; every rank draws the same ones. A second call does nothing.
 

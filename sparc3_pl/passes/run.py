@@ -61,7 +61,7 @@ DRY_RUN = "Say what would be loaded and how much memory it takes, and refuse wha
 
 
 def _needs_of_scoring(module: ScoringModule, data: ReferenceData, free: Mapping[str, int | None]) -> list[Need]:
-    return needs_of_scoring(module.request, module.source, data.batch_size, data.seq_len or data.max_tokens)
+    return needs_of_scoring(module.request, module.source, data.batch_size, data.longest)
 
 
 PASSES = {

@@ -64,6 +64,18 @@ def test_activations_are_what_a_backward_pass_keeps(folder):
     assert "activations" not in by_what(folder, method="wanda")
 
 
+def test_samples_of_any_length_are_not_counted_at_the_longest_that_the_model_takes(folder, tmp_path, capsys):
+    need = by_what(folder, length=None)["activations"]
+    assert need.bytes is None
+    assert f"{by_what(folder, length=128)['activations'].bytes / 2**20:,.1f} MiB for 2 x 128 tokens" in need.note
+    words = ["--dry_run", "--model.pretrained", folder, "--data.seq_len", "64"]  # which records do not use
+    for more, note in ((["--data.completion_field", "c"], "unknown"), (["--data.text_field", "t"], "x 64 tokens")):
+        target = ["--model.target", "completion"] if note == "unknown" else []
+        execute(["score", *words, *more, *target, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "activations" in line)
+        assert note in line
+
+
 def test_what_does_not_fit_is_refused_with_both_numbers():
     needs = [
         Need("weights", "device", 3 * 2**20, way_out="get a larger one"),
