@@ -32,12 +32,12 @@ def _scored(folders: Sequence[FolderAudit]) -> Table:
     rows = [
         (
             folder.name,
-            f"{'signed ' if folder.about['signed'] else ''}{folder.about['method']}",
-            str(folder.about["source"]),
-            _seed(folder.about["seed"]),
+            f"{'signed ' if folder.about.signed else ''}{folder.about.method}",
+            str(folder.about.source),
+            _seed(folder.about.seed),
             count(folder.num_layers),
             count(folder.num_scores),
-            folder.about["granularity"],
+            folder.about.granularity,
             number(folder.total_relevance, 6),
         )
         for folder in folders
@@ -62,8 +62,8 @@ def _samples(folders: Sequence[FolderAudit]) -> Table:
     rows = [
         (
             folder.name,
-            count(folder.about["num_samples"]),
-            count(folder.about["num_tokens"]),
+            count(folder.about.num_samples),
+            count(folder.about.num_tokens),
             _spread(folder.tokens),
             percent(folder.stops, 0),
             number(folder.relevance.mean if folder.relevance else None, 5),

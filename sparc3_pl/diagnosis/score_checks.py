@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
+from typing import Self
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from sparc3_pl.document.blocks import number, percent
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
-from sparc3_pl.io.formats import Record
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 from sparc3_pl.scores.manifest import Manifest, ScoredSample
 from sparc3_pl.selection.contrast import Scores, strongest
@@ -70,12 +70,52 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class AuditedScores:
+    """Which scores are audited, in the words of their manifest; None: it does not say.
+
+    Attributes:
+        method: How they were made.
+        granularity: The kind of component.
+        signed: Whether they keep their sign.
+        model: Name of the model.
+        dtype: Number format of its weights.
+        num_samples: Samples in the mean.
+        num_tokens: Real tokens of those samples.
+        source: Where the samples were read.
+        seed: Seed by which they were drawn.
+        seq_len: Tokens of a sample.
+        filter: Condition on their records.
+        match: What they were matched to.
+    """
+
+    method: str
+    granularity: str
+    signed: bool
+    model: str | None
+    dtype: str | None
+    num_samples: int
+    num_tokens: int
+    source: str | None
+    seed: int | str | None
+    seq_len: int | None
+    filter: str | None
+    match: str | None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """The scores of a manifest."""
+        data = {key: manifest.data.get(key) for key in ("source", "seed", "seq_len", "filter", "match")}
+        own = {key: getattr(manifest, key) for key in ("method", "granularity", "signed", "num_samples", "num_tokens")}
+        return cls(model=manifest.model.get("pretrained"), dtype=manifest.model.get("dtype"), **own, **data)
+
+
+@dataclass(frozen=True)
 class FolderAudit:
     """The audit of one score folder.
 
     Attributes:
         name: Name of the folder, as it was given.
-        about: Method, granularity, model, data and seed.
+        about: Which scores they are.
         num_layers: Number of layers.
         num_scores: Number of neurons or weights that have a score.
         counts: ``nan``, ``inf``, ``negative`` and ``zero`` scores.
@@ -89,7 +129,7 @@ class FolderAudit:
     """
 
     name: str
-    about: Record
+    about: AuditedScores
     num_layers: int
     num_scores: int
     counts: dict[str, int]
@@ -196,7 +236,6 @@ def audit_folder(folder: ScoreFolder, name: str | None = None, read: bool = True
         InputError: if a byte was changed.
     """
     manifest, samples = folder.manifest, folder.samples()
-    data_keys = ("source", "seed", "seq_len", "filter", "match")
     counts = {
         key: sum(getattr(layer, key) for layer in manifest.layers.values())
         for key in ("nan", "inf", "negative", "zero")
@@ -206,16 +245,7 @@ def audit_folder(folder: ScoreFolder, name: str | None = None, read: bool = True
     endings = [sample.ending for sample in samples if sample.ending]
     return FolderAudit(
         name=name or str(folder.path),
-        about={
-            "method": manifest.method,
-            "granularity": manifest.granularity,
-            "signed": manifest.signed,
-            "model": manifest.model.get("pretrained"),
-            "dtype": manifest.model.get("dtype"),
-            "num_samples": manifest.num_samples,
-            "num_tokens": manifest.num_tokens,
-            **{key: manifest.data.get(key) for key in data_keys},
-        },
+        about=AuditedScores.of(manifest),
         num_layers=len(manifest.layers),
         num_scores=manifest.num_scores,
         counts=counts,

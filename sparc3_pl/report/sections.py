@@ -376,7 +376,7 @@ def _relevance(audit: Audit) -> Iterator[Picture]:
 
     groups: dict[tuple[Any, ...], dict[str, dict[str, float]]] = {}
     for folder in audit.folders:
-        key = (folder.about["model"], folder.about["method"], folder.about["signed"], tuple(folder.layer_sums))
+        key = (folder.about.model, folder.about.method, folder.about.signed, tuple(folder.layer_sums))
         groups.setdefault(key, {})[folder.name] = folder.layer_sums
     for place, ((_, method, *_), sets) in enumerate(groups.items()):
         highest = {name: max(sums, key=lambda layer: sums[layer]) for name, sums in sets.items()}
