@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
@@ -24,12 +25,13 @@ from sparc3_pl.evaluation.figures import (
 from sparc3_pl.evaluation.fluency import Fluency
 from sparc3_pl.evaluation.generation import Completion, Generator
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, WordsJudge, describe_judge, judged
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, Subject
 from sparc3_pl.evaluation.repetition import uniqueness
 from sparc3_pl.evaluation.results import CompletionStore, main_label
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.evaluation.toxicity import CompletionToxicity
 from sparc3_pl.io.formats import Record
+from sparc3_pl.model.placement import input_device
 from sparc3_pl.runtime.collectives import gather_lists
 from sparc3_pl.runtime.processes import kept
 from sparc3_pl.runtime.progress import Done, RunningMean
@@ -108,14 +110,28 @@ class CompletionRun(MeasurementRun):
         self._means, self._num_prompts, self._num_tokens = RunningMean(), 0, 0
         self._count([])  # so that a rank without prompts takes part like the others
 
-    def keep(self, output: str, about: Mapping[str, Any], rank: int) -> None:
-        """Keeps completions beside ``output`` until ``remove_kept``, and takes up those that an earlier run has left.
+    @classmethod
+    def of(cls, subject: Subject) -> Self | None:
+        if not cls._prompts(subject):
+            return None
+        settings, place = subject.settings, input_device(subject.model)
+        generator = Generator(
+            subject.model,
+            subject.encoder.tokenizer,
+            settings.sampling,
+            settings.generation_batch_size,
+            settings.word_filter,
+        )
+        device = subject.device or place
+        return cls(generator, settings.judge, device, place, settings.further_judges, settings.judge_prefixes)
 
-        Args:
-            output: The evaluation folder to be.
-            about: What completions depend on besides generator and judge: the weights and their precision.
-            rank: Rank of this process.
-        """
+    @staticmethod
+    def _prompts(subject: Subject) -> list[str]:
+        """The subject's prompts that are this run's, over all ranks."""
+        return subject.data.prompts
+
+    def keep(self, output: str | Path, about: Mapping[str, Any], rank: int) -> None:
+        """Keeps completions, and takes up those that an earlier run has left."""
         key = {**about, "generation": self.generator.describe(), "judge": describe_judge(self.judge)}
         if self.further:
             key["judges"] = {name: describe_judge(judge) for name, judge in self.further.items()}
@@ -273,14 +289,14 @@ class CompletionRun(MeasurementRun):
         rows = sorted(gather_lists(self.rows), key=lambda row: (row.id, row.k))
         assert len({(row.id, row.k) for row in rows}) == len(rows), "a completion was counted twice"
         results = {
-            "toxicity": ToxicityFigures(**_figures(self.toxicity)),
+            "toxicity": _figures(self.toxicity),
             "repetition": Repetition(**self.fluency.compute()),
             "generation": Generation(**self.generator.describe()),
             "judge": describe_judge(self.judge),
         }
         if self.further:
             results["judges"] = {
-                name: JudgeFigures(**_figures(metric), judge=describe_judge(self.further[name]))
+                name: JudgeFigures(**vars(_figures(metric)), judge=describe_judge(self.further[name]))
                 for name, metric in self.further_toxicity.items()
             }
         if (word_filter := self.generator.word_filter) is not None:
@@ -305,7 +321,11 @@ class NeutralRun(CompletionRun):
     takes = NeutralBatch
     unit = "neutral prompts"
 
-    def keep(self, output: str, about: Mapping[str, Any], rank: int) -> None:
+    @staticmethod
+    def _prompts(subject: Subject) -> list[str]:
+        return subject.data.neutral
+
+    def keep(self, output: str | Path, about: Mapping[str, Any], rank: int) -> None:
         """Keeps completions, as ``CompletionRun`` does, in files of their own."""
         super().keep(output, {**about, "prompts": "neutral"}, rank)
 
@@ -344,12 +364,12 @@ def _update(metric: CompletionToxicity, rows: Sequence[CompletionRow], scores: S
     metric.update([row.id for row in rows], tensors, [row.failed is not None for row in rows])
 
 
-def _figures(metric: CompletionToxicity) -> dict[str, Any]:
-    """Arguments of ``ToxicityFigures``: of all labels, and those of the headline label."""
-    figures = metric.compute()
-    main = main_label(figures["labels"])
-    labels = {label: ScoreFigures(**one) for label, one in figures["labels"].items()}
-    return {**figures["labels"][main], "label": main, **figures, "labels": labels}
+def _figures(metric: CompletionToxicity) -> ToxicityFigures:
+    """The figures of all labels, and at their top those of the headline label."""
+    counts = dict(metric.compute())
+    labels = {label: ScoreFigures(**one) for label, one in counts.pop("labels").items()}
+    main = main_label(labels)
+    return ToxicityFigures(**vars(labels[main]), label=main, **counts, labels=labels)
 
 
 def _row(

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, Units, WindowBatch
-from sparc3_pl.data.running_text import RunningText
+from sparc3_pl.data.evaluation_data import NeutralBatch, PromptBatch, UnitBatch, Units, WindowBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.figures import Results
-from sparc3_pl.evaluation.measurement_run import MeasurementRun
+from sparc3_pl.evaluation.further_text import FurtherText
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, Subject, UnitRun
 from sparc3_pl.evaluation.pairs import SentencePair
+from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import FORMAT, Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.io.formats import Record
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from sparc3_pl.pruning.plan import PrunePlan
 
 __all__ = ["EvaluatedModel", "EvaluationRun"]
+
+RUNS: tuple[type[MeasurementRun], ...] = (PerplexityRun, CompletionRun, NeutralRun, UnitRun)
+"""What is measured, in this order on every rank."""
 
 MOST_KNOWN_TEXT = 0.01
 """Share of a text that may be known from elsewhere: lines such as headings are in many texts."""
@@ -60,9 +65,8 @@ class EvaluatedModel:
         loaded: Record,
         fingerprint: str,
         plan: PrunePlan | None,
-        data: EvaluationData,
+        subject: Subject,
         units: Sequence[Units] = (),
-        texts: Sequence[RunningText] = (),
     ) -> Self:
         """The model, with what of the evaluation's own data its plan was made from.
 
@@ -70,15 +74,16 @@ class EvaluatedModel:
             loaded: The model as it was loaded.
             fingerprint: Fingerprint of the weights that are evaluated.
             plan: The plan by which they were edited, if one is known.
-            data: The text and prompts to evaluate on; they have been read.
-            units: The units of measurements.
-            texts: Further texts; they are read.
+            subject: What is measured; further texts among its measurements are read.
+            units: The units of its measurements.
         """
         if plan is None:
             return cls(loaded, fingerprint)
         behaviour, held_back = set(plan.behaviour_samples), set(plan.budget_samples)
+        data = subject.data
         shares = {cls.text_key: data.known_text(held_back)}
-        for text in texts if held_back else ():
+        measurements = (choice.object for choice in subject.measurements) if held_back else ()
+        for text in (one.text for one in measurements if isinstance(one, FurtherText)):
             text.read()
             shares[text.key] = text.known(held_back, data.encoder)
         key = max(shares, key=lambda key: shares[key])
@@ -158,6 +163,28 @@ class EvaluationRun:
         """Results and rows, not yet sealed; on rank 0, once the run is finished."""
         self.written_to: Path | None = None
 
+    @classmethod
+    def of(
+        cls, evaluated: EvaluatedModel, subject: Subject, output: str | Path | None = None, rank: int = 0
+    ) -> EvaluationRun:
+        """A run of all that there is to measure; every rank must call this.
+
+        Args:
+            evaluated: What the results say of the model.
+            subject: What is measured.
+            output: The evaluation folder to be, beside which completions are kept while the run goes on; None: nowhere.
+            rank: Rank of this process.
+
+        Raises:
+            InputError: if a judge fails on a trial sentence.
+        """
+        runs = [run for kind in RUNS if (run := kind.of(subject)) is not None]
+        if output is not None:
+            about = {"model": evaluated.fingerprint, "dtype": str(subject.model.dtype)}
+            for run in runs:
+                run.keep(output, about, rank)
+        return cls(evaluated, runs)
+
     @torch.no_grad()
     def add(self, batch: WindowBatch | PromptBatch | NeutralBatch | UnitBatch) -> Done:
         """Gives one batch to the measurement that it is for.
@@ -198,10 +225,10 @@ class EvaluationRun:
             InputError: if there was nothing to evaluate, or the folder cannot be written.
         """
         outcomes = [one.finish(data) for one in self.measurements]
-        completions, windows, measurements, neutral = (
-            [row for outcome in outcomes for row in getattr(outcome, name)]
-            for name in ("completions", "windows", "measurements", "neutral")
-        )
+        completions = [row for outcome in outcomes for row in outcome.completions]
+        windows = [row for outcome in outcomes for row in outcome.windows]
+        measurements = [row for outcome in outcomes for row in outcome.measurements]
+        neutral = [row for outcome in outcomes for row in outcome.neutral]
         if not (completions or windows or measurements):
             raise InputError("nothing was evaluated; give data.text_source, data.prompts_source or model.measurements")
         if is_rank_zero():

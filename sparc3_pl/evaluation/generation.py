@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from sparc3_pl.evaluation.decoding import Decoder
 
 __all__ = [
-    "Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "most_rows", "prompts_at_once",
-    "row_bytes", "uniforms",
+    "Completion", "Generator", "Sampling", "choose_tokens", "completion_seed", "most_rows", "row_bytes",
+    "uniforms",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -476,11 +476,6 @@ class Generator:
         tokens = tuple(new[:end])
         text = self.text(tokens)
         return Completion(row.id, row.prompt, row.k, row.seed, text, tokens, new[end] if end < len(new) else None)
-
-
-def prompts_at_once(rows_per_batch: int | None, samples_per_prompt: int) -> int:
-    """How many prompts are completed at once, all completions of each together, at most."""
-    return max(1, (rows_per_batch or MOST_ROWS) // samples_per_prompt)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-from sparc3_pl.data.evaluation_data import UnitBatch
+from sparc3_pl.data.evaluation_data import UnitBatch, Units
 from sparc3_pl.evaluation.measurement import Measured, Measurement, Row, checked_rows
 from sparc3_pl.evaluation.rows import CompletionRow, WindowRow
 from sparc3_pl.io.formats import Record
 from sparc3_pl.registry import Choice
-from sparc3_pl.runtime.collectives import gather_lists
+from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists
 from sparc3_pl.runtime.progress import Done
 from sparc3_pl.runtime.timing import timed
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from sparc3_pl.data.encoding import Encoder
+    from sparc3_pl.data.evaluation_data import EvaluationData, WindowSize
+    from sparc3_pl.evaluation.settings import EvaluationSettings
 
-__all__ = ["MeasurementRun", "Outcome", "UnitRun"]
+__all__ = ["MeasurementRun", "Outcome", "Subject", "UnitRun", "units_of"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a loaded model, on what, and how.
+
+    Attributes:
+        model: The model in eval mode, edited if it is to be.
+        encoder: Turns texts into the model's token ids.
+        settings: How text is read, and how completions are drawn and judged.
+        data: Text and prompts; they have been read.
+        window: Size of the text's windows; None without text.
+        measurements: The user's own.
+        device: Device of the sums that the ranks add up; None: the model's.
+    """
+
+    model: PreTrainedModel
+    encoder: Encoder
+    settings: EvaluationSettings
+    data: EvaluationData
+    window: WindowSize | None = None
+    measurements: tuple[Choice[Measurement], ...] = ()
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,22 @@ class MeasurementRun(ABC):
     """
 
     takes: type
+
+    @classmethod
+    @abstractmethod
+    def of(cls, subject: Subject) -> Self | None:
+        """The run on a subject; None if the subject has nothing for it, which is so on all ranks or on none."""
+
+    def keep(self, output: str | Path, about: Mapping[str, Any], rank: int) -> None:  # noqa: B027 (most keep nothing)
+        """Keeps beside ``output`` what would be lost if the run were interrupted, until ``remove_kept``.
+
+        All ranks must call it. What an earlier run has left there is taken up.
+
+        Args:
+            output: The evaluation folder to be.
+            about: What the results depend on besides the settings: the weights and their precision.
+            rank: Rank of this process.
+        """
 
     @abstractmethod
     def add(self, batch: Any) -> None:
@@ -99,6 +142,10 @@ class UnitRun(MeasurementRun):
         """One row for each unit of this rank, by measurement."""
         self._current = ""
 
+    @classmethod
+    def of(cls, subject: Subject) -> Self | None:
+        return cls(subject.model, subject.encoder, subject.measurements) if subject.measurements else None
+
     def add(self, batch: UnitBatch) -> None:
         """Measures one batch of units.
 
@@ -128,3 +175,16 @@ class UnitRun(MeasurementRun):
         }
         rows = [{"measurement": one.choice.object.name, **row} for one in measured for row in one.rows]
         return Outcome(results if measured else {}, measurements=rows)
+
+
+def units_of(measurements: Iterable[Choice[Measurement]], encoder: Encoder) -> list[Units]:
+    """The units of measurements, which rank 0 reads for all ranks.
+
+    Args:
+        measurements: The user's own.
+        encoder: Turns texts into the model's token ids.
+    """
+    return [
+        Units(one.name, from_rank_zero(lambda one=one: list(one.units(encoder))), one.batch_size)
+        for one in (choice.object for choice in measurements)
+    ]

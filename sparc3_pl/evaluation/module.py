@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -11,17 +12,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 import lightning.pytorch as pl
 
 from sparc3_pl.data.encoding import Encoder, load_encoder
-from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize, window_size
+from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
-from sparc3_pl.evaluation.further_text import FurtherText, further_texts
-from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
+from sparc3_pl.evaluation.further_text import further_texts
+from sparc3_pl.evaluation.generation import Sampling
 from sparc3_pl.evaluation.judges import Judge, SequenceJudge, chosen_judges
-from sparc3_pl.evaluation.measurement import chosen_measurements
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun
-from sparc3_pl.evaluation.perplexity_run import PerplexityRun
+from sparc3_pl.evaluation.measurement import Measurement, chosen_measurements
+from sparc3_pl.evaluation.measurement_run import Subject, units_of
 from sparc3_pl.evaluation.results import KIND, Evaluation
+from sparc3_pl.evaluation.settings import EvaluationSettings
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
 from sparc3_pl.evaluation.words import WordFilter, WordsJudge
@@ -30,10 +30,9 @@ from sparc3_pl.model.fsdp import InStep
 from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe, fingerprint
 from sparc3_pl.model.loading import load_model
-from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import pruning_of
-from sparc3_pl.registry import Spec
+from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import from_rank_zero
 from sparc3_pl.runtime.progress import Watch, show_progress
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
@@ -49,6 +48,25 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationModule", "check_sizes"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What there is while the model is evaluated.
+
+    Attributes:
+        run: Measures the batches.
+        output: The evaluation folder to be; None: nothing is written.
+        log: The Trainer's loggers.
+        watch: Tells how long the rest takes.
+        in_step: Keeps the ranks of a sharded model in step.
+    """
+
+    run: EvaluationRun
+    output: str | None
+    log: RunLog
+    watch: Watch
+    in_step: InStep | None
 
 
 class EvaluationModule(pl.LightningModule):
@@ -132,39 +150,42 @@ class EvaluationModule(pl.LightningModule):
         super().__init__()
         check_sizes(max_length, stride, windows, generation_batch_size)
         self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
-        self.sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
-        self.word_filter = None
-        if word_filter is not None:
-            self.word_filter = WordFilter.of(word_filter, word_filter_tries, temperature)
+        sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
+        words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
             raise InputError("model.tasks_folder and model.tasks_limit need model.tasks; name tasks, or leave them out")
-        self._specs = [*(measurements or ()), *task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)]
-        self.measurements = chosen_measurements(self._specs)
-        """The measurements of ``measurements`` and ``tasks``; from ``setup`` on also the pairs of the data module."""
-        self._max_length, self._stride, self._windows = max_length, stride, windows
-        self.generation_batch_size, self.allow_overlap = generation_batch_size, allow_overlap
-        self.output, self.overwrite = output, overwrite
-        judge, self.further_judges = chosen_judges(judge, judges, pretrained)
-        self.judge_prefixes = judge_prefixes
-        self._judge = (judge,)  # in a tuple: a judge that is a module must not join this one's state dict
+        self.specs = [*(measurements or ()), *task_specs(tasks or (), tasks_folder, tasks_limit, tasks_batch_size)]
+        """The measurements that ``measurements`` and ``tasks`` name."""
+        chosen_measurements(self.specs)  # refuses now what ``setup`` would
+        main, further = chosen_judges(judge, judges, pretrained)
+        self.settings = EvaluationSettings(
+            sampling, main, further, judge_prefixes, words, generation_batch_size, max_length, stride, windows
+        )
+        self.output, self.overwrite, self.allow_overlap = output, overwrite, allow_overlap
         self.model: transformers.PreTrainedModel | None = None
-        self.run: EvaluationRun | None = None
-        """Once the Trainer has started."""
-        self._in_step: InStep | None = None
         self._loaded_fingerprint: str | None = None
         """Fingerprint of the model before any edit; None if the plan's own check tells it."""
-        self._window: WindowSize | None = None
+        self._measurements: tuple[Choice[Measurement], ...] = ()
+        """Those of ``specs`` and those that the data module asks for; from ``setup`` on."""
         self._units: list[Units] = []
+        """The units of ``_measurements``."""
+        self._test: _Test | None = None
+        """From ``on_test_start`` on."""
 
     @property
     def evaluation(self) -> Evaluation | None:
         """Results and rows, not yet sealed; on rank 0, at the end."""
-        return None if self.run is None else self.run.evaluation
+        return None if self._test is None else self._test.run.evaluation
 
     @property
     def written_to(self) -> Path | None:
         """The evaluation folder; on rank 0, once it is written."""
-        return None if self.run is None else self.run.written_to
+        return None if self._test is None else self._test.run.written_to
+
+    @property
+    def _started(self) -> _Test:
+        assert self._test is not None, "the Trainer calls on_test_start first"
+        return self._test
 
     @property
     def data(self) -> EvaluationData:
@@ -178,16 +199,6 @@ class EvaluationModule(pl.LightningModule):
         """What turns texts into the model's token ids, loaded before the weights."""
         return load_encoder(self.source)
 
-    @property
-    def window_settings(self) -> tuple[int | None, int | None, Windows]:
-        """Length, stride and kind of the windows of perplexity, as they were asked for."""
-        return self._max_length, self._stride, self._windows
-
-    @property
-    def judge(self) -> Judge:
-        """What scores completions."""
-        return self._judge[0]
-
     def setup(self, stage: str) -> None:
         """Checks what would otherwise fail after the model was loaded, and has text and prompts read.
 
@@ -196,26 +207,21 @@ class EvaluationModule(pl.LightningModule):
         """
         check_precision(self.trainer)
         check_placement(self.trainer, self.source.device_map)
-        specs: list[Spec] = [] if self.data.pairs is None else [self.data.pairs]
+        specs = [*self.specs, *([] if self.data.pairs is None else [self.data.pairs])]
         if self.data.further_texts:
-            self._window = window_size(self.encoder.context, self._max_length, self._stride, self._windows)
-            specs += further_texts(self.data.further_texts, self._window, self.data.window_batch_size)
-        if specs:
-            self.measurements = chosen_measurements([*self._specs, *specs])
-        if self.data.text_source is None and self.data.query is None and not self.measurements:
+            window = self.settings.window(self.encoder.context)
+            specs += further_texts(self.data.further_texts, window, self.data.window_batch_size)
+        self._measurements = chosen_measurements(specs)
+        if self.data.text_source is None and self.data.query is None and not specs:
             raise InputError(
                 "data.text_source and data.prompts_source are both null: nothing to evaluate; give one of them, "
                 "data.pairs_source, model.measurements or model.tasks"
             )
-        if self.word_filter is not None and self.data.query is None:
+        if self.settings.word_filter is not None and self.data.query is None:
             raise InputError("model.word_filter needs completions; give data.prompts_source, or leave it out")
         with timed("reading"):
             self.data.read(self.encoder)
-        measurements = (choice.object for choice in self.measurements)
-        self._units = [
-            Units(one.name, from_rank_zero(lambda one=one: list(one.units(self.encoder))), one.batch_size)
-            for one in measurements
-        ]
+        self._units = units_of(self._measurements, self.encoder)
 
     def configure_model(self) -> None:
         """Loads the weights, once, takes their fingerprint before any edit, and says what the batches are to hold.
@@ -238,25 +244,27 @@ class EvaluationModule(pl.LightningModule):
             self._plan_batches()
 
     def _fingerprint(self) -> str:
-        assert self.model is not None
         if self._trainer is not None and is_sharded_run(self._trainer):
             return fingerprint(self.model)  # which gathers the ranks' parts
         return from_rank_zero(lambda: fingerprint(self.model))
 
+    def _window(self) -> WindowSize | None:
+        """The windows of ``data.text_source``, in which the model can read it; None without that text."""
+        if self.data.text_source is None:
+            return None
+        return self.settings.window(getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+
     def _plan_batches(self) -> None:
         """Has windows, units and prompts put into batches: the data module cannot know the model's context."""
-        assert self.model is not None
-        of_further_texts, self._window = self._window, None
-        if self.data.text_source is not None:
-            context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            self._window = window_size(context, self._max_length, self._stride, self._windows)
-        if self.data.further_texts and self._window not in (None, of_further_texts):
-            raise InputError(
-                f"the tokenizer allows windows of {of_further_texts.max_length} tokens and the model of "
-                f"{self._window.max_length}; set model.max_length, so that all texts are measured alike"
-            )
-        at_once = prompts_at_once(self.generation_batch_size, self.sampling.samples_per_prompt)
-        self.data.plan_batches(self._window, self._units, at_once)
+        window = self._window()
+        if window is not None and self.data.further_texts:
+            of_further_texts = self.settings.window(self.encoder.context)
+            if window != of_further_texts:
+                raise InputError(
+                    f"the tokenizer allows windows of {of_further_texts.max_length} tokens and the model of "
+                    f"{window.max_length}; set model.max_length, so that all texts are measured alike"
+                )
+        self.data.plan_batches(window, self._units, self.settings.prompts_at_once)
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
@@ -267,45 +275,25 @@ class EvaluationModule(pl.LightningModule):
             InputError: if the output cannot be written, a prompt was used to make the plan, or a judge fails on a
                 trial sentence.
         """
-        assert self.model is not None
         self.model.eval()
         folder = run_folder(self.trainer)  # on every rank
-        if self.output is None and folder is not None:
-            self.output = str(folder / "evaluation")
-        if self.output is not None and self.trainer.is_global_zero:
-            check_output(self.output, self.overwrite, KIND)
-        self._log = RunLog(self.trainer)
-        evaluated = self._identify()
-        prompts = [*self.data.prompt_ids, *self.data.neutral_ids]  # of all ranks, on every rank
-        if not self.allow_overlap:
-            evaluated.require_held_out(prompts)
-        runs: list[MeasurementRun] = []  # the same on every rank, also on one without prompts or windows
-        if self._window is not None:
-            runs.append(PerplexityRun(self.model, self._window, self.device))
-        if self.data.prompt_ids:
-            runs.append(self._completion_run(evaluated, CompletionRun))
-        if self.data.neutral_ids:
-            runs.append(self._completion_run(evaluated, NeutralRun))
-        if self.measurements:
-            runs.append(UnitRun(self.model, self.encoder, self.measurements))
-        self.run = EvaluationRun(evaluated, runs)
-        self._watch = Watch(self.data.shares())
-        if is_sharded_run(self.trainer):
-            self._in_step = InStep(self.model)
-
-    def _completion_run(self, evaluated: EvaluatedModel, kind: type[CompletionRun]) -> CompletionRun:
-        assert self.model is not None
-        generator = Generator(
-            self.model, self.encoder.tokenizer, self.sampling, self.generation_batch_size, self.word_filter
+        output = self.output
+        if output is None and folder is not None:
+            output = str(folder / "evaluation")
+        if output is not None and self.trainer.is_global_zero:
+            check_output(output, self.overwrite, KIND)
+        run_log = RunLog(self.trainer)
+        subject = Subject(
+            self.model, self.encoder, self.settings, self.data, self._window(), self._measurements, self.device
         )
-        judge_device = input_device(self.model)
-        completions = kind(generator, self.judge, self.device, judge_device, self.further_judges, self.judge_prefixes)
-        if self.output is not None:
-            copy = {"model": evaluated.fingerprint, "dtype": str(self.model.dtype)}
-            completions.keep(self.output, copy, self.global_rank)
-        return completions
+        evaluated = self._identify(subject)
+        if not self.allow_overlap:
+            evaluated.require_held_out([*self.data.prompt_ids, *self.data.neutral_ids])  # of all ranks, on every rank
+        run = EvaluationRun.of(evaluated, subject, output, self.global_rank)
+        in_step = InStep(self.model) if is_sharded_run(self.trainer) else None
+        self._test = _Test(run, output, run_log, Watch(self.data.shares()), in_step)
 
-    def _identify(self) -> EvaluatedModel:
+    def _identify(self, subject: Subject) -> EvaluatedModel:
         """What is evaluated: asks the Trainer's callbacks, which have edited the model by now, and the weights."""
         pruning = pruning_of(self.trainer)
         edit = None if pruning is None else pruning.applied
@@ -313,15 +301,8 @@ class EvaluationModule(pl.LightningModule):
         if self._loaded_fingerprint is None:
             assert plan is not None, "a callback that checks the fingerprint has done so"
             self._loaded_fingerprint = plan.fingerprint
-        texts = [one.object.text for one in self.measurements if isinstance(one.object, FurtherText)]
-        evaluated = EvaluatedModel.of(
-            describe(self.model, self.source, self._loaded_fingerprint),
-            self._fingerprint(),
-            plan,
-            self.data,
-            self._units,
-            texts,
-        )
+        loaded = describe(self.model, self.source, self._loaded_fingerprint)
+        evaluated = EvaluatedModel.of(loaded, self._fingerprint(), plan, subject, self._units)
         if evaluated.is_edited_unknown:
             log.warning(
                 "the model's weights were changed after loading, but by no PruningCallback: the results cannot name "
@@ -331,13 +312,13 @@ class EvaluationModule(pl.LightningModule):
 
     def test_step(self, batch: WindowBatch | PromptBatch | NeutralBatch | UnitBatch, batch_idx: int) -> None:
         """Takes in one batch of windows, of prompts, of neutral prompts or of other units."""
-        assert self.run is not None
+        test = self._started
         start = time.perf_counter()
-        progress = self.run.add(batch)
-        self._watch.took(progress.unit, time.perf_counter() - start)
-        show_progress(self.trainer, "eval", self._watch, progress)
-        running = {f"eval/running_{name}": value for name, value in self.run.status().items()}
-        self._log.scalars(running, batch_idx)
+        progress = test.run.add(batch)
+        test.watch.took(progress.unit, time.perf_counter() - start)
+        show_progress(self.trainer, "eval", test.watch, progress)
+        running = {f"eval/running_{name}": value for name, value in test.run.status().items()}
+        test.log.scalars(running, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Gathers the ranks; rank 0 writes the results and logs them.
@@ -345,16 +326,15 @@ class EvaluationModule(pl.LightningModule):
         Raises:
             InputError: if there was nothing to evaluate.
         """
-        assert self.run is not None
-        if self._in_step is not None:
-            self._in_step.finish()
-        if self.output is None:
+        test = self._started
+        if test.in_step is not None:
+            test.in_step.finish()
+        if test.output is None:
             log.info("fast_dev_run: no results are written (give --output to write them)")
-        rows = self.run.finish(
-            self.data.describe(), self.output, resolved_config(self.trainer), overwrite=self.overwrite
-        )
+        config = resolved_config(self.trainer)
+        rows = test.run.finish(self.data.describe(), test.output, config, overwrite=self.overwrite)
         if self.evaluation is not None:
-            write_to_loggers(self._log, self.evaluation.figures, rows, shown_settings(self.trainer))
+            write_to_loggers(test.log, self.evaluation.figures, rows, shown_settings(self.trainer))
 
     def on_test_end(self) -> None:
         """Prints the figures on rank 0, once the progress bar is closed."""

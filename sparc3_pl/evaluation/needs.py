@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sparc3_pl.data.evaluation_data import window_size
 from sparc3_pl.document.needs import Need
 from sparc3_pl.evaluation.generation import most_rows, row_bytes
 from sparc3_pl.model.footprint import activation_bytes, key_value_bytes, num_layers, skeleton_in_dtype, weight_bytes
 
 if TYPE_CHECKING:
+    from sparc3_pl.data.encoding import Encoder
     from sparc3_pl.data.evaluation_data import EvaluationData
     from sparc3_pl.evaluation.module import EvaluationModule
+    from sparc3_pl.evaluation.settings import EvaluationSettings
 
 __all__ = ["needs_of"]
 
@@ -37,14 +38,14 @@ def needs_of(module: EvaluationModule, data: EvaluationData, free: Mapping[str, 
     Raises:
         InputError: as ``load_skeleton``, or if text or prompts cannot be read.
     """
-    skeleton = skeleton_in_dtype(module.source)
+    settings, skeleton = module.settings, skeleton_in_dtype(module.source)
     data.read(module.encoder)
     weights, dtype = weight_bytes(skeleton), skeleton.dtype
     name = str(dtype).removeprefix("torch.")
     needs = [Need("weights", "device", weights, f"{weights // dtype.itemsize:,} parameters, {name}", _LESS)]
     if data.text_source is not None or data.further_texts:
         context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-        window = window_size(context, *module.window_settings)
+        window = settings.window(context)
         data.plan_batches(window)  # refuses what the tokenizer says that the model cannot read
         activations = activation_bytes(skeleton, data.window_batch_size, window.max_length)
         what = f"one layer's, {data.window_batch_size} x {window.max_length} tokens"
@@ -53,28 +54,29 @@ def needs_of(module: EvaluationModule, data: EvaluationData, free: Mapping[str, 
         )
     prompts = [*data.prompts, *data.neutral]
     if prompts:
-        judges = {"judge": module.judge, **{f"judge {key}": one for key, one in module.further_judges.items()}}
+        judges = {"judge": settings.judge} | {f"judge {key}": one for key, one in settings.further_judges.items()}
         for label, judge in judges.items():
             if (stored_bytes := getattr(judge, "stored_bytes", None)) is not None:
                 needs.append(Need(label, "device", stored_bytes(), "as the checkpoint is stored"))
         available = free.get("device", free.get("host"))
         rest = None if available is None else available - sum(need.bytes or 0 for need in needs)
-        needs += _of_completions(module, prompts, key_value_bytes(skeleton), skeleton, rest)
+        needs += _of_completions(settings, module.encoder, prompts, key_value_bytes(skeleton), skeleton, rest)
     return needs
 
 
 def _of_completions(
-    module: EvaluationModule,
+    settings: EvaluationSettings,
+    encoder: Encoder,
     prompts: Sequence[str],
     token_bytes: int | None,
     skeleton: nn.Module,
     available: int | None,
 ) -> list[Need]:
     """The needs of a batch of completions as large as the run would make it, and of all of them on the disk."""
-    lengths = [len(module.encoder.prefix) + len(module.encoder.body(prompt)) for prompt in prompts]
-    new, number = module.sampling.max_new_tokens, len(prompts) * module.sampling.samples_per_prompt
+    lengths = [len(encoder.prefix) + len(encoder.body(prompt)) for prompt in prompts]
+    new, number = settings.sampling.max_new_tokens, len(prompts) * settings.sampling.samples_per_prompt
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    size, rows = None, module.generation_batch_size
+    size, rows = None, settings.generation_batch_size
     if token_bytes is not None:
         of_row = row_bytes(max(lengths) + new, token_bytes, vocabulary)
         rows = min(number, most_rows(of_row, rows, available))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from sparc3_pl.data.evaluation_data import WindowBatch, WindowSize
 from sparc3_pl.evaluation.figures import PerplexityFigures
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome
+from sparc3_pl.evaluation.measurement_run import MeasurementRun, Outcome, Subject
 from sparc3_pl.evaluation.perplexity import Perplexity
 from sparc3_pl.evaluation.rows import WindowRow
 from sparc3_pl.io.formats import Record
@@ -50,6 +50,10 @@ class PerplexityRun(MeasurementRun):
         self.perplexity = Perplexity().to(device or self._device)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.perplexity.device)
         self.perplexity.update(nll=nothing, num_tokens=nothing)  # a rank without windows takes part like the others
+
+    @classmethod
+    def of(cls, subject: Subject) -> Self | None:
+        return None if subject.window is None else cls(subject.model, subject.window, subject.device)
 
     def add(self, batch: WindowBatch) -> None:
         """Scores one batch of windows."""

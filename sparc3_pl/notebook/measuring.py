@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from sparc3_pl.data.evaluation_data import EvaluationData, Units, Windows, window_size
+from sparc3_pl.data.evaluation_data import EvaluationData, Windows
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations
-from sparc3_pl.evaluation.completion_run import CompletionRun, NeutralRun
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.further_text import FurtherText
-from sparc3_pl.evaluation.generation import Generator, Sampling, prompts_at_once
+from sparc3_pl.evaluation.generation import Sampling
 from sparc3_pl.evaluation.judges import Judge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
-from sparc3_pl.evaluation.measurement_run import MeasurementRun, UnitRun
+from sparc3_pl.evaluation.measurement_run import Subject, units_of
 from sparc3_pl.evaluation.module import check_sizes
-from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import Evaluation
+from sparc3_pl.evaluation.settings import EvaluationSettings
 from sparc3_pl.evaluation.words import WordFilter
 from sparc3_pl.model.identity import describe, fingerprint
-from sparc3_pl.model.placement import input_device
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, edits_in_force, encoder_of
 from sparc3_pl.runtime.progress import Watch
 from sparc3_pl.statistics.paired import NUM_RESAMPLES
@@ -115,34 +113,28 @@ def evaluate(
     words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
     with borrowed(model) as source:
         encoder = encoder_of(model, tokenizer, source)
+        main, further = chosen_judges(judge, judges, source.pretrained)
+        settings = EvaluationSettings(
+            sampling, main, further, judge_prefixes, words, generation_batch_size, max_length, stride, windows
+        )
         options = {"seed": seed, "batch_size": batch_size, "window_batch_size": window_batch_size}
         data = EvaluationData.of_lists(text, prompts, IN_MEMORY, neutral, **options)
         data.read(encoder)
-        size = window_size(encoder.context, max_length, stride, windows)
-        window = None if text is None else size
+        size = settings.window(encoder.context)
         more = [
             FurtherText(name, IN_MEMORY, **vars(size), batch_size=window_batch_size, listed=listed)
             for name, listed in (further_texts or {}).items()
         ]
         choices = chosen_measurements([*measurements, *more])
-        own = [choice.object for choice in choices]
-        units = [Units(one.name, list(one.units(encoder)), one.batch_size) for one in own]
-        data.plan_batches(window, units, prompts_at_once(generation_batch_size, samples_per_prompt))
+        subject = Subject(model, encoder, settings, data, None if text is None else size, choices)
+        units = units_of(choices, encoder)
+        data.plan_batches(subject.window, units, settings.prompts_at_once)
         plan = edits_in_force.get(model)
         about = describe(model, source, None if plan is None else plan.fingerprint)
-        evaluated = EvaluatedModel.of(about, fingerprint(model), plan, data, units, [one.text for one in more])
+        evaluated = EvaluatedModel.of(about, fingerprint(model), plan, subject, units)
         if not allow_overlap:
             evaluated.require_held_out([*data.prompt_ids, *data.neutral_ids])
-        runs: list[MeasurementRun] = [] if window is None else [PerplexityRun(model, window)]
-        if data.prompts:
-            generator = Generator(model, encoder.tokenizer, sampling, generation_batch_size, words)
-            main, further = chosen_judges(judge, judges, source.pretrained)
-            kinds = (CompletionRun, NeutralRun) if data.neutral else (CompletionRun,)
-            place = input_device(model)
-            runs += [kind(generator, main, place, further=further, prefixes=judge_prefixes) for kind in kinds]
-        if choices:
-            runs.append(UnitRun(model, encoder, choices))
-        run = EvaluationRun(evaluated, runs)
+        run = EvaluationRun.of(evaluated, subject)
         watch = Watch(data.shares())
         with tqdm(data.test_dataloader(), desc="evaluating", unit=" batches", disable=not progress) as batches:
             for batch in batches:

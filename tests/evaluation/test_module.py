@@ -498,5 +498,5 @@ def test_figures_and_completions_reach_tensorboard(files):
 
 
 def test_default_judges():
-    assert module_under_test.EvaluationModule().judge.variant == "demo"
-    assert module_under_test.EvaluationModule("some/model").judge.variant == "original"
+    assert module_under_test.EvaluationModule().settings.judge.variant == "demo"
+    assert module_under_test.EvaluationModule("some/model").settings.judge.variant == "original"

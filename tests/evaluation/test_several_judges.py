@@ -62,11 +62,11 @@ def test_further_judges_score_the_same_completions_and_change_nothing_else(files
 def test_without_a_judge_the_first_of_several_has_the_headline(files, caplog):  # noqa: F811
     caplog.set_level("INFO")
     only = module_of(files, judge=None, judges={"mine": CountingJudge(), "words": WordsJudge()})
-    assert (type(only.judge), list(only.further_judges)) == (CountingJudge, ["words"])
+    assert (type(only.settings.judge), list(only.settings.further_judges)) == (CountingJudge, ["words"])
     assert caplog.messages == ["no judge is set: 'mine', the first of judges, gives the figures that are shown first"]
     caplog.clear()
     both = module_of(files, judge=EvenJudge(), judges={"mine": CountingJudge()})
-    assert (type(both.judge), list(both.further_judges)) == (EvenJudge, ["mine"])
+    assert (type(both.settings.judge), list(both.settings.further_judges)) == (EvenJudge, ["mine"])
     assert not caplog.messages
 
 
@@ -109,8 +109,8 @@ def test_yaml_and_the_command_line_name_judges(tmp_path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EvaluationModule, "model")
     parser.add_argument("--config", action="config")
-    module = parser.instantiate_classes(parser.parse_args([f"--config={config}"])).model
-    assert (module.judge.words, list(module.further_judges)) == ("words.txt", ["alpha"])  # in the order of the file
+    settings = parser.instantiate_classes(parser.parse_args([f"--config={config}"])).model.settings
+    assert (settings.judge.words, list(settings.further_judges)) == ("words.txt", ["alpha"])  # in the order of the file
 
 
 RNG = np.random.default_rng(5)
