@@ -27,7 +27,7 @@ from sparc3_pl.scores.sums import SumsFile
 SLOW = 0.2
 STEP = "sparc3_pl.scoring.module:ScoringModule.predict_step"
 FINISH = "sparc3_pl.scores.writer:ScoreWriter.finish"
-PUBLISH = "sparc3_pl.scores.partial:publish"
+PUBLISH = "sparc3_pl.scores.partial:put_in_place"
 
 
 @dataclass

@@ -20,7 +20,7 @@ from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.pruning.save import shrink
 from sparc3_pl.scores.folder import require_comparable
 from sparc3_pl.selection.choose import make_plan
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 
 BOTH = "neuron+channel"
 
@@ -154,7 +154,7 @@ def test_matched_controls_stay_in_their_layer(sides):
 
 def test_overlap_of_plans_of_both_kinds(tmp_path, sides):
     plans = {str(n): make_plan(*sides, num_neurons=n) for n in (10, 30)}
-    result = measure_overlap(plans, Scores.of(sides[0]), {}, num_permutations=10)
+    result = measure_overlap(plans, SideScores.of(sides[0]), {}, num_permutations=10)
     assert (result.groups[0].common, result.unit, result.num_candidates) == (10, "neurons and channels", 112)
     one = {"a": make_plan(*sides, num_neurons=10, layers=["*.up_proj"]), "b": plans["10"]}
     with pytest.raises(InputError, match="a is a plan of neurons and b of neurons and channels"):
@@ -162,7 +162,7 @@ def test_overlap_of_plans_of_both_kinds(tmp_path, sides):
     kinds = layer_kinds() | {"model.layers.0.self_attn.o_proj": "neuron"}
     other = both(tmp_path / "other", 0, tiny("llama"), components=kinds)
     with pytest.raises(InputError, match="give the right --general"):
-        measure_overlap(plans, Scores.of([other]), {})
+        measure_overlap(plans, SideScores.of([other]), {})
 
 
 def test_an_audit_sees_a_kind_that_is_not_the_models(sides):

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from sparc3_pl.circuit.measure import Outcome
+from sparc3_pl.circuit.measure import Predictions
 from sparc3_pl.errors import InputError
 from sparc3_pl.statistics.paired import bootstrap_interval, bootstrap_ratios
 
@@ -156,13 +156,13 @@ class Ends:
     """The two models that faithfulness is measured between.
 
     Attributes:
-        full: Outcome of the model as it is.
-        empty: Outcome with every component ablated.
+        full: Predictions of the model as it is.
+        empty: Predictions with every component ablated.
         seed: Seed of all resampling of pairs.
     """
 
-    full: Outcome
-    empty: Outcome
+    full: Predictions
+    empty: Predictions
     seed: int = 0
 
     @cached_property
@@ -180,10 +180,10 @@ class Ends:
 _FIGURES = ("logit_difference", "accuracy", "first", "faithfulness")
 
 
-def _sums(outcomes: Sequence[Outcome], ends: Ends) -> tuple[Floats, Floats]:
+def _sums(predictions: Sequence[Predictions], ends: Ends) -> tuple[Floats, Floats]:
     """Values and weights of every pair, ``[P, 4, J]``: a figure is the sum of the values over that of the weights."""
-    difference_PJ = np.stack([outcome.difference_P for outcome in outcomes], 1)
-    right_PJ, first_PJ = (np.stack([getattr(o, name) for o in outcomes], 1) for name in ("right_P", "first_P"))
+    difference_PJ = np.stack([own.difference_P for own in predictions], 1)
+    right_PJ, first_PJ = (np.stack([getattr(own, name) for own in predictions], 1) for name in ("right_P", "first_P"))
     values = np.stack([difference_PJ, right_PJ, first_PJ, difference_PJ - ends.empty.difference_P[:, None]], 1)
     weights = np.ones_like(values)
     if ends.gap.is_clear:
@@ -205,9 +205,9 @@ def _named(means_FJ: Floats, low_FJ: Floats, high_FJ: Floats, is_clear: bool) ->
     return rows
 
 
-def _measured(outcomes: Sequence[Outcome], ends: Ends) -> list[dict[str, float | None]]:
+def _measured(predictions: Sequence[Predictions], ends: Ends) -> list[dict[str, float | None]]:
     """The figures of each model, with 95 % intervals over pairs."""
-    values, weights = _sums(outcomes, ends)
+    values, weights = _sums(predictions, ends)
     flat = (array.reshape(len(array), -1) for array in (values, weights))
     resamples = bootstrap_ratios(*flat, seed=ends.seed).reshape(-1, *values.shape[1:])
     return _named(values.sum(0) / weights.sum(0), *np.quantile(resamples, (0.025, 0.975), axis=0), ends.gap.is_clear)
@@ -221,36 +221,38 @@ def levels(ends: Ends) -> tuple[Level, Level]:
     return full, empty
 
 
-def curve(fractions: Sequence[float], kept: Sequence[int], outcomes: Sequence[Outcome], ends: Ends) -> list[Point]:
+def curve(
+    fractions: Sequence[float], kept: Sequence[int], predictions: Sequence[Predictions], ends: Ends
+) -> list[Point]:
     """The points of a curve. The interval of a faithfulness draws pairs for numerator and denominator together.
 
     Args:
         fractions: The J fractions.
         kept: Components that each measured model keeps.
-        outcomes: The outcome of each of them.
+        predictions: The predictions of each of them.
         ends: What faithfulness is measured between.
     """
-    rows = _measured(outcomes, ends)
+    rows = _measured(predictions, ends)
     return [Point(fraction=f, kept=k, **row) for f, k, row in zip(fractions, kept, rows, strict=True)]
 
 
 def mean_curve(
-    fractions: Sequence[float], kept: Sequence[int], draws: Sequence[Sequence[Outcome]], ends: Ends
+    fractions: Sequence[float], kept: Sequence[int], draws: Sequence[Sequence[Predictions]], ends: Ends
 ) -> list[Point]:
     """Several curves as one: the mean of each figure over the draws, and the 2.5 % and 97.5 % quantiles of them."""
     figures = []
-    for outcomes in draws:
-        values, weights = _sums(outcomes, ends)
+    for predictions in draws:
+        values, weights = _sums(predictions, ends)
         figures.append(values.sum(0) / weights.sum(0))
     rows = _named(np.mean(figures, 0), *np.quantile(figures, (0.025, 0.975), axis=0), ends.gap.is_clear)
     return [Point(fraction=f, kept=k, **row) for f, k, row in zip(fractions, kept, rows, strict=True)]
 
 
-def areas(fractions: Sequence[float], outcomes: Sequence[Outcome], ends: Ends) -> dict[str, Area]:
+def areas(fractions: Sequence[float], predictions: Sequence[Predictions], ends: Ends) -> dict[str, Area]:
     """``cpr`` and ``cmd`` of a curve, with 95 % intervals over pairs: each resample draws a whole curve."""
     if not ends.gap.is_clear:
         return dict.fromkeys(_DISTANCES, Area(None, None, None))
-    own_PJ, whole_PJ = (array[:, 3] for array in _sums(outcomes, ends))
+    own_PJ, whole_PJ = (array[:, 3] for array in _sums(predictions, ends))
     draws_RJ, shares_J = bootstrap_ratios(own_PJ, whole_PJ, seed=ends.seed), own_PJ.sum(0) / whole_PJ.sum(0)
     result = {}
     for name, integrand in _DISTANCES.items():
@@ -259,11 +261,11 @@ def areas(fractions: Sequence[float], outcomes: Sequence[Outcome], ends: Ends) -
     return result
 
 
-def mean_areas(fractions: Sequence[float], draws: Sequence[Sequence[Outcome]], ends: Ends) -> dict[str, Area]:
+def mean_areas(fractions: Sequence[float], draws: Sequence[Sequence[Predictions]], ends: Ends) -> dict[str, Area]:
     """The mean of the draws' areas, and their 2.5 % and 97.5 % quantiles."""
     if not ends.gap.is_clear:
         return dict.fromkeys(_DISTANCES, Area(None, None, None))
-    sums = [_sums(outcomes, ends) for outcomes in draws]
+    sums = [_sums(predictions, ends) for predictions in draws]
     shares_DJ = np.stack([values[:, 3].sum(0) / weights[:, 3].sum(0) for values, weights in sums])
     each = {name: trapezoids(fractions, integrand(shares_DJ)) for name, integrand in _DISTANCES.items()}
     return {name: Area(float(v.mean()), *map(float, np.quantile(v, (0.025, 0.975)))) for name, v in each.items()}

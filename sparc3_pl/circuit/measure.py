@@ -23,13 +23,13 @@ from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.size import decoder_flops, head_flops
 from sparc3_pl.runtime.timing import timed
 
-__all__ = ["Outcome", "measure", "outcome_of_batch"]
+__all__ = ["Predictions", "measure", "predictions_of_batch"]
 
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Predictions:
     """The predictions of a model for P pairs.
 
     Attributes:
@@ -54,8 +54,8 @@ def measure(
     replacement: Replacement,
     progress: Callable[[int], None] = lambda done: None,
     compact: bool = False,
-) -> dict[K, Outcome]:
-    """The outcome of every set of components that stay, all others ablated.
+) -> dict[K, Predictions]:
+    """The predictions with each set of components that stays, all others ablated.
 
     Args:
         model: A causal language model in eval mode.
@@ -74,7 +74,7 @@ def measure(
 
     def run(key: K, batch: ReferenceBatch) -> None:
         with timed("ablated passes") as now:
-            parts[key].append(outcome_of_batch(model, batch))
+            parts[key].append(predictions_of_batch(model, batch))
             tokens, size = int(batch.attention_mask.sum()), len(batch.input_ids)
             now.like = model.get_input_embeddings().weight
             flops = body * tokens + head * size
@@ -100,11 +100,12 @@ def measure(
                     with ablated(model, candidates, kept_N, values):
                         run(key, batch)
     return {
-        key: Outcome(*(torch.cat(column).numpy() for column in zip(*rows, strict=True))) for key, rows in parts.items()
+        key: Predictions(*(torch.cat(column).numpy() for column in zip(*rows, strict=True)))
+        for key, rows in parts.items()
     }
 
 
-def outcome_of_batch(model: nn.Module, batch: ReferenceBatch) -> tuple[Tensor, Tensor]:
+def predictions_of_batch(model: nn.Module, batch: ReferenceBatch) -> tuple[Tensor, Tensor]:
     """The logit differences ``[B]`` float64 of a batch, and whether the answers come first, ``[B]`` bool; on the CPU.
 
     Raises:

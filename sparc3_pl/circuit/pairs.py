@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.circuit.settings import CircuitData
 from sparc3_pl.data.batches import ReferenceBatch
@@ -13,14 +13,15 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 from sparc3_pl.statistics.paired import LEAST_UNITS
 
+if TYPE_CHECKING:
+    from sparc3_pl.data.sources import Half
+
 __all__ = ["CircuitPairs", "load_pairs"]
 
 FEWEST_UNITS = 16
 """Batches that a set of discovery pairs is scored in, if it is large enough: what is resampled for the stability."""
 
 _OF_OWN_PAIRS = ("text_field", "answer_field", "foil_field", "counterfactual_field", "filter", "split", "subset")
-
-Half = Literal["attribution", "evaluation"]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from sparc3_pl.circuit.curves import (
     num_kept,
     smallest_faithful,
 )
-from sparc3_pl.circuit.measure import Outcome, measure
+from sparc3_pl.circuit.measure import Predictions, measure
 from sparc3_pl.circuit.results import ArmResult, Overlap, Smallest, Stability
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.scoring.score_run import ScoreRequest
@@ -45,7 +45,7 @@ STRATUM = 20
 
 
 @dataclass(frozen=True)
-class Choice:
+class Cutoff:
     """The first ``number`` of an order, or all but them."""
 
     order_N: Tensor
@@ -115,7 +115,7 @@ class Bench:
         replacement = ablation.replacement(model, list(candidates.readers), discovery)
         return cls(model, candidates, tests, replacement, fractions, seed, progress)
 
-    def _measure(self, kept: Mapping[str, Tensor], progress: Progress) -> dict[str, Outcome]:
+    def _measure(self, kept: Mapping[str, Tensor], progress: Progress) -> dict[str, Predictions]:
         return measure(self.model, self.candidates, self.tests, kept, self.replacement, progress, self.compact)
 
     @property
@@ -123,22 +123,22 @@ class Bench:
         """The number of components that each fraction is."""
         return [num_kept(fraction, self.candidates.count) for fraction in self.fractions]
 
-    def outcomes(self, choices: Mapping[str, Choice], progress: Progress) -> dict[str, Outcome]:
-        """The outcome of every choice; equal ones, and those that keep all or nothing, are measured once."""
-        outcomes: dict[str, Outcome] = {}
+    def predictions(self, cutoffs: Mapping[str, Cutoff], progress: Progress) -> dict[str, Predictions]:
+        """The predictions at every cutoff; equal ones, and those that keep all or nothing, are measured once."""
+        predictions: dict[str, Predictions] = {}
         same: dict[bytes, list[str]] = {}
-        for name, choice in choices.items():
-            if choice.num_kept in (0, self.candidates.count):
-                outcomes[name] = self.ends.full if choice.num_kept else self.ends.empty
+        for name, cutoff in cutoffs.items():
+            if cutoff.num_kept in (0, self.candidates.count):
+                predictions[name] = self.ends.full if cutoff.num_kept else self.ends.empty
             elif self.candidates.are_weights:  # masks of millions: one at a time
-                outcomes |= self._measure({name: choice.kept_N}, progress)
+                predictions |= self._measure({name: cutoff.kept_N}, progress)
             else:
-                same.setdefault(np.packbits(choice.kept_N.numpy()).tobytes(), []).append(name)
-        kept = {names[0]: choices[names[0]].kept_N for names in same.values()}
+                same.setdefault(np.packbits(cutoff.kept_N.numpy()).tobytes(), []).append(name)
+        kept = {names[0]: cutoffs[names[0]].kept_N for names in same.values()}
         if kept:
             once = self._measure(kept, progress)
-            outcomes |= {name: once[names[0]] for names in same.values() for name in names}
-        return outcomes
+            predictions |= {name: once[names[0]] for names in same.values() for name in names}
+        return predictions
 
 
 @dataclass(frozen=True)
@@ -183,28 +183,28 @@ def measure_arm(
     orders = [order_of(one) for one in values]
     middle = time.perf_counter()
     is_signed = any(bool((one < 0).any()) for one in values)
-    choices: dict[str, Choice] = {}
+    cutoffs: dict[str, Cutoff] = {}
     for draw, order in enumerate(orders):
         for place, size in enumerate(bench.sizes):
-            choices[f"curve {draw} {place}"] = Choice(order, size)
-            choices[f"necessity {draw} {place}"] = Choice(order, size, is_removed=True)
+            cutoffs[f"curve {draw} {place}"] = Cutoff(order, size)
+            cutoffs[f"necessity {draw} {place}"] = Cutoff(order, size, is_removed=True)
     for draw, one in enumerate(values if is_signed else ()):
         by_size = order_of(one.abs())
-        choices |= {f"absolute {draw} {place}": Choice(by_size, size) for place, size in enumerate(bench.sizes)}
-    outcomes = bench.outcomes(choices, progress)
+        cutoffs |= {f"absolute {draw} {place}": Cutoff(by_size, size) for place, size in enumerate(bench.sizes)}
+    predictions = bench.predictions(cutoffs, progress)
 
-    def outcomes_of(kind: str) -> list[list[Outcome]]:
+    def predictions_of(kind: str) -> list[list[Predictions]]:
         places = range(len(bench.sizes))
-        return [[outcomes[f"{kind} {draw} {place}"] for place in places] for draw in range(len(orders))]
+        return [[predictions[f"{kind} {draw} {place}"] for place in places] for draw in range(len(orders))]
 
     def points(kind: str):
-        kept = [choices[f"{kind} 0 {place}"].num_kept for place in range(len(bench.sizes))]
+        kept = [cutoffs[f"{kind} 0 {place}"].num_kept for place in range(len(bench.sizes))]
         if len(orders) > 1:
-            return mean_curve(bench.fractions, kept, outcomes_of(kind), bench.ends)
-        return curve(bench.fractions, kept, outcomes_of(kind)[0], bench.ends)
+            return mean_curve(bench.fractions, kept, predictions_of(kind), bench.ends)
+        return curve(bench.fractions, kept, predictions_of(kind)[0], bench.ends)
 
     def area(kind: str, name: str) -> dict[str, float | None]:
-        own = outcomes_of(kind)
+        own = predictions_of(kind)
         every = mean_areas if len(own) > 1 else areas
         area_of_curve = every(bench.fractions, own if len(own) > 1 else own[0], bench.ends)[name]
         return {name: area_of_curve.value, f"{name}_low": area_of_curve.low, f"{name}_high": area_of_curve.high}
@@ -227,7 +227,7 @@ def measure_arm(
     )
     log.info(
         "%s: scored in %.1f s, %d circuits measured in %.1f s",
-        arm.name, middle - start, len(choices), time.perf_counter() - middle,
+        arm.name, middle - start, len(cutoffs), time.perf_counter() - middle,
     )  # fmt: skip
     return Measured(result, scores, orders[0], values[0])
 

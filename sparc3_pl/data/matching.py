@@ -16,7 +16,7 @@ from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.hub import first_line
 
-__all__ = ["Target", "matched_samples", "read_targets"]
+__all__ = ["SampleFormat", "matched_samples", "read_formats"]
 
 _Fits = Callable[["_Document", list[int], int, Ending], bool]
 
@@ -27,7 +27,7 @@ _SEARCH_DOCUMENTS = 50
 
 
 @dataclass(frozen=True)
-class Target:
+class SampleFormat:
     """The format a matched sample must have: its length in tokens, special tokens included, and its ending."""
 
     num_tokens: int
@@ -37,7 +37,7 @@ class Target:
 # --- matched samples --------------------------------------------------------------------------------------------------
 
 
-def read_targets(folder: Path) -> list[Target]:
+def read_formats(folder: Path) -> list[SampleFormat]:
     """Lengths and endings of the samples of a score folder (its ``samples.jsonl``).
 
     Raises:
@@ -46,70 +46,70 @@ def read_targets(folder: Path) -> list[Target]:
     file = folder / "samples.jsonl"
     if not file.is_file():
         raise InputError(f"data.match={str(folder)!r}: no samples.jsonl in it; give a score folder or a data file")
-    targets = []
+    formats = []
     lines = filter(None, file.read_text(encoding="utf-8").split("\n"))  # a string in them may hold other line ends
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if row["ending"] is None:
                 raise ValueError("its samples were token ids that no tokenizer could read")
-            targets.append(Target(int(row["num_tokens"]), "stop" if row["ending"] == "stop" else "cut"))
+            formats.append(SampleFormat(int(row["num_tokens"]), "stop" if row["ending"] == "stop" else "cut"))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"data.match: line {number} of {str(file)!r} has no num_tokens and ending ({first_line(error)}); "
                 "score the behaviour set again"
             ) from error
-    if not targets:
+    if not formats:
         raise InputError(f"data.match={str(folder)!r}: its samples.jsonl is empty; match a folder with samples")
-    return targets
+    return formats
 
 
 def matched_samples(
     texts: Iterable[Text],
     encoder: Encoder,
-    targets: Sequence[Target],
+    formats: Sequence[SampleFormat],
     source: str = "the source",
     counts: Counter[str] | None = None,
     origins: Origins | None = None,
 ) -> list[Sample]:
-    """General samples of exactly the targets' lengths and, as far as the texts permit, their endings.
+    """General samples of exactly the lengths asked for and, as far as the texts permit, of the endings.
 
     Each comes from a document of its own and starts where a sentence starts (the document's first one if that fits).
     A ``cut`` sample stops mid-sentence, after a whole word, with more text to follow; a ``stop`` sample ends where a
-    sentence ends. Documents that fit no target are passed over. Targets that no document met are filled last from
-    those, first with cuts inside a word, then ``stop`` targets with cuts; both are counted. At most
-    ``_SEARCH_DOCUMENTS`` documents for every target are looked at, so that an endless stream comes to an end.
+    sentence ends. Documents that fit no format are passed over. Formats that no document met are filled last from
+    those, first with cuts inside a word, then ``stop`` formats with cuts; both are counted. At most
+    ``_SEARCH_DOCUMENTS`` documents for every sample are looked at, so that an endless stream comes to an end.
 
     Args:
         texts: Documents; token ids have no sentences to start at and are refused.
         encoder: The model's encoder, with a tokenizer.
-        targets: Lengths and endings.
+        formats: Lengths and endings.
         source: Name of what the documents come from, for messages.
-        counts: Grows by ``num_too_short`` (documents shorter than every target), ``num_cut_in_word`` and
+        counts: Grows by ``num_too_short`` (documents shorter than every format), ``num_cut_in_word`` and
             ``num_unmatched_endings``.
         origins: Ids of the texts that a document was cut out of.
 
     Returns:
-        The samples in the order of ``targets``.
+        The samples in the order of ``formats``.
 
     Raises:
-        InputError: If the texts run out before every target has a sample.
+        InputError: If the texts run out before every format has its sample.
     """
     counts = Counter() if counts is None else counts
     counts.update(num_too_short=0, num_cut_in_word=0, num_unmatched_endings=0)
-    matcher = _Matcher(encoder, targets, origins)
-    documents = _documents(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(targets) + 1)), encoder, counts)
+    matcher = _Matcher(encoder, formats, origins)
+    documents = _documents(itertools.islice(texts, _SEARCH_DOCUMENTS * (len(formats) + 1)), encoder, counts)
     spare = matcher.fill(documents, _fits)
     counts["num_too_short"] += sum(matcher.too_short(document) for document in spare)
     spare = matcher.fill(spare, _fits_but_for_the_word, "num_cut_in_word", counts)
     matcher.fill(spare, _is_cut, "num_unmatched_endings", counts)
     if matcher.open:
-        longest = max(target.num_tokens for target in matcher.open)
+        longest = max(sample_format.num_tokens for sample_format in matcher.open)
         raise InputError(
-            f"data.match: {source} gives only {len(matcher.samples)} samples for {len(targets)} lengths to match (the "
+            f"data.match: {source} gives only {len(matcher.samples)} samples for {len(formats)} lengths to match (the "
             f"longest left: {longest} tokens); give more or longer documents"
         )
-    return [matcher.samples[i] for i in range(len(targets))]
+    return [matcher.samples[i] for i in range(len(formats))]
 
 
 def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) -> Iterator[str]:
@@ -121,27 +121,25 @@ def _documents(texts: Iterable[Text], encoder: Encoder, counts: Counter[str]) ->
 
 
 class _Matcher:
-    """Gives each target a document. Targets that are hard to meet choose first: endings at a stop, then great lengths.
-
-    Targets of one format want the same of a document, so that a document is looked at once for each format, not once
-    for each target.
+    """Finds a document for each sample. Formats that are hard to meet choose first: endings at a stop, then great
+    lengths. A document is looked at once for each format, not once for each sample that is to have it.
     """
 
-    def __init__(self, encoder: Encoder, targets: Sequence[Target], origins: Origins | None) -> None:
+    def __init__(self, encoder: Encoder, formats: Sequence[SampleFormat], origins: Origins | None) -> None:
         self.encoder, self.origins = encoder, origins
-        self.open: dict[Target, deque[int]] = {}
-        """The places of the targets that have no sample yet, by format, in the order of choice."""
-        for i in sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i)):
-            self.open.setdefault(targets[i], deque()).append(i)
+        self.open: dict[SampleFormat, deque[int]] = {}
+        """The places of the samples still missing, by format, in the order of choice."""
+        for i in sorted(range(len(formats)), key=lambda i: (formats[i].ending == "cut", -formats[i].num_tokens, i)):
+            self.open.setdefault(formats[i], deque()).append(i)
         self.samples: dict[int, Sample] = {}
         self._ids: set[str] = set()
         self._special = len(encoder.prefix)
-        self._shortest = min((target.num_tokens for target in targets), default=0) - self._special
+        self._shortest = min((sample_format.num_tokens for sample_format in formats), default=0) - self._special
 
     def fill(
         self, texts: Iterable[str], fits: _Fits, counter: str | None = None, counts: Counter[str] | None = None
     ) -> list[str]:
-        """Serve the open targets from ``texts``; returns the texts that were not used."""
+        """Serve the open formats from ``texts``; returns the texts that were not used."""
         texts, rest = iter(texts), []
         while self.open and (text := next(texts, None)) is not None:
             if not self._take(text, fits):
@@ -151,17 +149,17 @@ class _Matcher:
         return rest
 
     def too_short(self, text: str) -> bool:
-        """Whether the text is shorter than every target."""
+        """Whether the text is shorter than every format."""
         return len(self.encoder.body(text)) <= self._shortest
 
     def _take(self, text: str, fits: _Fits) -> bool:
-        """Gives a sample of the text to the first open target that some span of it fits; False if there is none."""
-        longest = max(target.num_tokens for target in self.open) - self._special
+        """Gives a sample of the text to the first open format that some span of it fits; False if there is none."""
+        longest = max(sample_format.num_tokens for sample_format in self.open) - self._special
         document = _Document(text, self.encoder, longest)
-        for target in self.open:
-            length = target.num_tokens - self._special
+        for sample_format in self.open:
+            length = sample_format.num_tokens - self._special
             for span in document.spans():
-                if not (1 <= length <= len(span) and fits(document, span, length, target.ending)):
+                if not (1 <= length <= len(span) and fits(document, span, length, sample_format.ending)):
                     continue
                 ids = self.encoder.prefix + span[:length]
                 identity = text_id(ids)
@@ -169,10 +167,10 @@ class _Matcher:
                     continue
                 self._ids.add(identity)
                 text_ids = tuple(sorted(made_from(text, self.encoder, self.origins)))
-                place = self.open[target].popleft()
+                place = self.open[sample_format].popleft()
                 self.samples[place] = Sample(identity, ids, document.ending(span[:length]), text_ids)
-                if not self.open[target]:
-                    del self.open[target]
+                if not self.open[sample_format]:
+                    del self.open[sample_format]
                 return True
         return False
 

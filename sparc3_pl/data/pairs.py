@@ -17,7 +17,7 @@ from sparc3_pl.data.fields import TextRecord, Unequal, Values, check_unequal
 from sparc3_pl.data.pair_tasks.agreement import Agreement
 from sparc3_pl.data.pair_tasks.greater_than import GreaterThan
 from sparc3_pl.data.pair_tasks.indirect_objects import IndirectObjects
-from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part
+from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Partition
 from sparc3_pl.data.samples import Sample, pad_samples, record_sample
 from sparc3_pl.data.texts import PartitionChoice
 from sparc3_pl.errors import InputError
@@ -132,10 +132,10 @@ class PairQuery:
                 f"data.source={self.source} makes sentences for the model's tokenizer, and the model has none; put the "
                 "tokenizer's files (tokenizer.json, tokenizer_config.json) beside its config.json"
             )
-        part = Part(self.half, self.partition_seed, self.partition_share)
+        partition = Partition(self.half, self.partition_seed, self.partition_share)
         # The counterfactual has no say in the draw: both kinds are made of the same sentences.
         rng = random.Random(f"{self.seed} {self.source} {self.half}")
-        return PAIR_TASKS[self.source].texts(encoder, part, self.kind, rng)
+        return PAIR_TASKS[self.source].texts(encoder, partition, self.kind, rng)
 
 
 @dataclass(frozen=True)

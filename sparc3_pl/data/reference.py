@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder, Text, UnreadableTextError
 from sparc3_pl.data.fields import Baseline, RecordFields, Unequal, check_unequal, less_baseline
-from sparc3_pl.data.matching import Target, matched_samples, read_targets
+from sparc3_pl.data.matching import SampleFormat, matched_samples, read_formats
 from sparc3_pl.data.pairs import PAIR_TASKS, PairQuery, make_pairs
 from sparc3_pl.data.samples import (
     Sample,
@@ -33,7 +33,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.collectives import gather_lists
 
-__all__ = ["ReferenceBatch", "ReferenceData", "build_samples", "build_targets"]
+__all__ = ["ReferenceBatch", "ReferenceData", "build_formats", "build_samples"]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def build_samples(
     seq_len: int | None = None,
     num_samples: int | None = None,
     max_tokens: int | None = None,
-    targets: Sequence[Target] | None = None,
+    formats: Sequence[SampleFormat] | None = None,
     baseline: Baseline = "mean",
     gae_lambda: float = 1.0,
     unequal: Unequal = "drop",
@@ -62,7 +62,7 @@ def build_samples(
     seed: int = 0,
     progress: Progress = lambda texts, unit, total: texts,
 ) -> list[Sample]:
-    """Draw samples from a source: matched to ``targets`` if these are given, else each record a sample if fields of it
+    """Draw samples from a source: matched to ``formats`` if they are given, else each record a sample if fields of it
     are asked for (``query.fields``), else windows of ``seq_len`` tokens, else each text a sample.
 
     ``query.counts`` holds afterwards what was read and left out; beside the counts of ``TextQuery``:
@@ -76,7 +76,7 @@ def build_samples(
         seq_len: Tokens of a window, special tokens included.
         num_samples: Number of samples; None: all.
         max_tokens: Where each text is a sample: keep only this many of its first tokens.
-        targets: Lengths and endings to match.
+        formats: Lengths and endings to match.
         baseline: What is taken off the weights of records, see ``less_baseline`` and ``token_advantages``.
         gae_lambda: See ``token_advantages``.
         unequal: What to do with records that cannot be compared, see ``record_samples``.
@@ -92,8 +92,8 @@ def build_samples(
     about = {"source": name, "counts": counts, "origins": query.made_from}
     texts = query.texts()
     try:
-        if targets is not None:
-            samples = matched_samples(texts, encoder, targets, **about)
+        if formats is not None:
+            samples = matched_samples(texts, encoder, formats, **about)
         elif query.fields.given:
             records = progress(query.records(), "records", num_samples)
             weights = {"baseline": baseline, "gae_lambda": gae_lambda}
@@ -123,35 +123,35 @@ def build_samples(
     return samples
 
 
-def build_targets(
+def build_formats(
     match: Path | TextQuery, encoder: Encoder, *, max_tokens: int | None = None, count: int | None = None, seed: int = 0
-) -> list[Target]:
+) -> list[SampleFormat]:
     """Lengths and endings of a score folder's samples, or of the texts of a source.
 
     Args:
         match: The folder or the source.
         encoder: The model's encoder.
         max_tokens: Keep only this many of a text's first tokens.
-        count: Number of targets; the samples' formats are repeated or reduced to it. None: as many as there are.
+        count: Number of formats; those of the samples are repeated or reduced to it. None: as many as there are.
         seed: Seed for drawing the remainder where ``count`` is not a multiple of their number.
 
     Raises:
         InputError: If there is no sample, or one whose ending is not known.
     """
     if isinstance(match, Path):
-        targets = read_targets(match)
+        formats = read_formats(match)
     else:
         samples = build_samples(match, encoder, max_tokens=max_tokens)
-        targets = [Target(len(sample.input_ids), sample.ending) for sample in samples if sample.ending]
-        if len(targets) < len(samples):
+        formats = [SampleFormat(len(sample.input_ids), sample.ending) for sample in samples if sample.ending]
+        if len(formats) < len(samples):
             raise InputError(
                 f"data.match={match.source!r} holds token ids, whose endings only a tokenizer can tell; put the "
                 "model's tokenizer beside its config.json, or leave data.match out"
             )
-    if count is None or count == len(targets):
-        return targets
-    whole, rest = divmod(count, len(targets))
-    return targets * whole + random.Random(seed).sample(targets, rest)
+    if count is None or count == len(formats):
+        return formats
+    whole, rest = divmod(count, len(formats))
+    return formats * whole + random.Random(seed).sample(formats, rest)
 
 
 # --- the DataModule ---------------------------------------------------------------------------------------------------
@@ -335,18 +335,18 @@ class ReferenceData(LightningDataModule):
             self.query.counts.update(pairs.counts)
             self._tell()
             return
-        targets = None
+        formats = None
         if self.match is not None:
             match = self.match_query or local_source(self.match, "data.match")
             options = {"max_tokens": self.max_tokens, "count": self.num_samples, "seed": self.seed}
-            targets = build_targets(match, encoder, **options)
+            formats = build_formats(match, encoder, **options)
         self.samples = build_samples(
             self.query,
             encoder,
             seq_len=self.seq_len,
             num_samples=self.num_samples,
             max_tokens=self.max_tokens,
-            targets=targets,
+            formats=formats,
             baseline=self.weight_baseline,
             gae_lambda=self.gae_lambda,
             unequal=self.unequal,

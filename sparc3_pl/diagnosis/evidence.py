@@ -19,10 +19,10 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 from sparc3_pl.selection.budget import Budget
-from sparc3_pl.selection.contrast import CONTRASTS, Scores, format_warnings, share_of_strongest
+from sparc3_pl.selection.contrast import CONTRASTS, SideScores, format_warnings, share_of_strongest
 from sparc3_pl.selection.contrast import contrast as contrast_of
 from sparc3_pl.selection.stability import (
-    Choice,
+    SelectionSettings,
     WeighedContrast,
     chosen,
     null_against_null,
@@ -186,7 +186,7 @@ def evidence(
         name = f"protect={protect}" if num_neurons is None else f"num_neurons={num_neurons}"
         raise InputError(f"{name} with contrast=budget: the derivative of every component is looked at; leave it out")
     sides = [[ScoreFolder.open(path) for path in paths] for paths in (general, behaviour)]
-    scores = [Scores.of(side, layers, but=["plan"]) for side in sides]  # weigh_gains and what follows check it
+    scores = [SideScores.of(side, layers, but=["plan"]) for side in sides]  # weigh_gains and what follows check it
     result: Evidence | GainsEvidence
     if isinstance(budget, Budget):
         result = weigh_gains(*scores, budget, seed=seed)
@@ -195,7 +195,7 @@ def evidence(
         assert not isinstance(contrast, dict)
         require_comparable([folder for side in sides for folder in side])
         size = usual_size(scores[0]) if num_neurons is None else num_neurons
-        result = weigh(*scores, Choice(contrast, size, protect), seed=seed)
+        result = weigh(*scores, SelectionSettings(contrast, size, protect), seed=seed)
         sections = evidence_sections(result)
     json = as_json("evidence", result.to_json())
     title = "Evidence before pruning"
@@ -203,12 +203,12 @@ def evidence(
     return result
 
 
-def usual_size(scores: Scores) -> int:
+def usual_size(scores: SideScores) -> int:
     """Size of the selection if none is given. A model has thousands of neurons but few heads: not all may be chosen."""
     return 100 if scores.granularity == "neuron" else min(100, max(1, scores.count // 10))
 
 
-def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) -> Evidence:
+def weigh(general: SideScores, behaviour: SideScores, settings: SelectionSettings, *, seed: int = 0) -> Evidence:
     """The measurements and verdicts of ``evidence``, without opening, writing and printing.
 
     Raises:
@@ -216,26 +216,26 @@ def weigh(general: Scores, behaviour: Scores, choice: Choice, *, seed: int = 0) 
     """
     if general.holds_weights:
         raise InputError("evidence is for neuron scores; for weight scores see the warnings of prune")
-    if not 0 < choice.num_neurons < general.count:
-        raise InputError(f"num_neurons={choice.num_neurons}: give 1 or more, less than the {general.count} scored")
-    by_layer = chosen(general, behaviour, choice)
+    if not 0 < settings.num_neurons < general.count:
+        raise InputError(f"num_neurons={settings.num_neurons}: give 1 or more, less than the {general.count} scored")
+    by_layer = chosen(general, behaviour, settings)
     selection = positions(by_layer, general)
     g, b = (torch.cat([block.values.double() for block in side()]) for side in (general, behaviour))
     strongest = Strongest(*(share_of_strongest(by_layer, general, share) for share in (0.01, 0.05)))
     totals = (float(g.sum()), float(b.sum()))
     t = _t_of(general, behaviour, selection)
-    stability = _stability(general, behaviour, selection, choice, seed)
+    stability = _stability(general, behaviour, selection, settings, seed)
     checks = (
         _strong_check(strongest),
-        _total_check(totals, choice),
+        _total_check(totals, settings),
         *_format_checks(general.folders, behaviour.folders),
         _t_check(t),
         *_stability_checks(stability),
     )
     return Evidence(
-        num_neurons=choice.num_neurons,
+        num_neurons=settings.num_neurons,
         num_candidates=general.count,
-        contrast=choice.kind,
+        contrast=settings.kind,
         totals=totals,
         total_t=_total_t(general.folders, behaviour.folders),
         correlation=rank_correlation(g - b, g),
@@ -259,7 +259,7 @@ def _total_t(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -
     return (fmean(sides[0]) - fmean(sides[1])) / error if error else None
 
 
-def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance | None:
+def _t_of(general: SideScores, behaviour: SideScores, selection: Tensor) -> Significance | None:
     """The significance of the selection's t-statistics; None without squares."""
     folders = (*general.folders, *behaviour.folders)
     if not all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in folders):
@@ -268,20 +268,22 @@ def _t_of(general: Scores, behaviour: Scores, selection: Tensor) -> Significance
     return Significance(float(t.median()), float((t <= -SIGNIFICANT).double().mean()))
 
 
-def _stability(general: Scores, behaviour: Scores, selection: Tensor, choice: Choice, seed: int) -> Stability:
+def _stability(
+    general: SideScores, behaviour: SideScores, selection: Tensor, settings: SelectionSettings, seed: int
+) -> Stability:
     units, units_behaviour = units_of(general), units_of(behaviour)
     sizes = range(1, len(units_behaviour) // 2 + 1) if len(units) > 1 else ()
     each = sum(max(1, folder.manifest.num_samples) for folder in behaviour.folders) / len(units_behaviour)
-    overlaps = [split_half_overlaps(units, units_behaviour, choice, size, seed=seed) for size in sizes]
-    null = null_against_null(units, choice, seed=seed)
-    null_with_selection = null_against_selection(units, selection, choice, seed=seed)
+    overlaps = [split_half_overlaps(units, units_behaviour, settings, size, seed=seed) for size in sizes]
+    null = null_against_null(units, settings, seed=seed)
+    null_with_selection = null_against_selection(units, selection, settings, seed=seed)
     return Stability(
         samples=tuple(size * each for size in sizes),
         halves=tuple(map(fmean, overlaps)),
         spread=stdev(overlaps[-1]) if overlaps and len(overlaps[-1]) > 1 else None,
         null=fmean(null) if null else None,
         null_with_selection=fmean(null_with_selection) if null_with_selection else None,
-        chance=choice.num_neurons / general.count,
+        chance=settings.num_neurons / general.count,
     )
 
 
@@ -298,10 +300,10 @@ def _strong_check(strongest: Strongest) -> Check:
     return Check("strongest neurons", status, text + advice)
 
 
-def _total_check(totals: tuple[float, float], choice: Choice) -> Check:
+def _total_check(totals: tuple[float, float], settings: SelectionSettings) -> Check:
     change = (totals[1] - totals[0]) / abs(totals[0]) if totals[0] else math.nan
     text = f"the behaviour's total relevance differs by {100 * change:+.1f} % from general text's"
-    if choice.kind == "difference" and not abs(change) <= TOTAL_WARN:
+    if settings.kind == "difference" and not abs(change) <= TOTAL_WARN:
         return Check("totals", "warn", f"{text}: a raw difference measures this too; try contrast=normalized")
     return Check("totals", "pass", text)
 

@@ -20,7 +20,7 @@ from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 from sparc3_pl.selection.contrast import contrast as contrast_of
 from sparc3_pl.selection.intersections import (
     Ints,
@@ -147,7 +147,7 @@ def overlap(
             plans[name], contrasts[name] = _from_scores(path, base, num_neurons, contrast, protect)
         else:
             plans[name] = PrunePlan.load(path)
-    sides = Scores.of(base) if base else None
+    sides = SideScores.of(base) if base else None
     options = {"num_permutations": num_permutations, "stratum": stratum, "seed": seed}
     result = measure_overlap(plans, sides, contrasts, **options)
     sections = overlap_sections(result)
@@ -164,13 +164,13 @@ def _from_scores(
         raise InputError(f"{path}: scores of a behaviour need general scores for a contrast; give --general DIR")
     behaviour = ScoreFolder.open(path)
     plan = make_plan(general, [behaviour], num_neurons=num_neurons, contrast=kind, protect=protect)
-    values = contrast_of(kind, Scores.of(general), Scores.of([behaviour]))
+    values = contrast_of(kind, SideScores.of(general), SideScores.of([behaviour]))
     return plan, torch.cat([block.values for block in values()])
 
 
 def measure_overlap(
     plans: Mapping[str, PrunePlan],
-    general: Scores | None,
+    general: SideScores | None,
     contrasts: Mapping[str, Tensor],
     *,
     num_permutations: int = 1000,
@@ -215,7 +215,7 @@ def measure_overlap(
     )
 
 
-def _check_plans(plans: Mapping[str, PrunePlan], general: Scores | None) -> None:
+def _check_plans(plans: Mapping[str, PrunePlan], general: SideScores | None) -> None:
     (first, one), *others = plans.items()
     for name, plan in others:
         if plan.fingerprint != one.fingerprint:
@@ -268,7 +268,7 @@ def _exclusive_weights(plans: Mapping[str, PrunePlan]) -> dict[frozenset[str], i
 
 def _null(
     sets: Mapping[str, set[tuple[str, int]]],
-    general: Scores,
+    general: SideScores,
     groups: Sequence[tuple[str, ...]],
     num_permutations: int,
     stratum: int,

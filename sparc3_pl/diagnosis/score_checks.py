@@ -18,7 +18,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
 from sparc3_pl.scores.folder import ScoreFolder, require_comparable
 from sparc3_pl.scores.manifest import Manifest, ScoredSample
-from sparc3_pl.selection.contrast import Scores, strongest
+from sparc3_pl.selection.contrast import SideScores, strongest
 from sparc3_pl.selection.lowest import sample, select_lowest
 from sparc3_pl.statistics.agreement import jaccard, rank_correlation
 
@@ -465,10 +465,10 @@ def _is_finite(folder: ScoreFolder) -> bool:
 
 def _pairs(group: dict[str, ScoreFolder]) -> list[Pair]:
     """The agreement of every two folders. Each folder is read four times, however many pairs there are."""
-    draws = {name: drawn_scores(Scores.of([folder])) for name, folder in group.items()}
-    top = {name: _strongest(Scores.of([folder]), max(TOP)) for name, folder in group.items()}
+    draws = {name: drawn_scores(SideScores.of([folder])) for name, folder in group.items()}
+    top = {name: _strongest(SideScores.of([folder]), max(TOP)) for name, folder in group.items()}
     ids = {name: _sample_ids(folder) for name, folder in group.items()}
-    count = Scores.of([next(iter(group.values()))]).count if group else 0
+    count = SideScores.of([next(iter(group.values()))]).count if group else 0
     sizes = [k for k in TOP if 2 * k <= count]  # of a larger share, most are in common by chance
     return [
         Pair(
@@ -482,12 +482,12 @@ def _pairs(group: dict[str, ScoreFolder]) -> list[Pair]:
     ]
 
 
-def drawn_scores(scores: Scores, most: int = MOST_RANKED) -> Tensor:
+def drawn_scores(scores: SideScores, most: int = MOST_RANKED) -> Tensor:
     """All scores as one vector, or ``most`` of them at positions that depend on their number only."""
     return sample(scores, scores.count, most)
 
 
-def _strongest(scores: Scores, most: int) -> list[tuple[str, int]]:
+def _strongest(scores: SideScores, most: int) -> list[tuple[str, int]]:
     """The strongest components by magnitude, strongest first."""
     selection = select_lowest(strongest(scores), min(most, scores.count))
     rows = [

@@ -37,13 +37,13 @@ from sparc3_pl.selection.controls import ControlName
 if TYPE_CHECKING:
     from sparc3_pl.document.blocks import Table
 
-__all__ = ["Outcome", "largest_within", "run"]
+__all__ = ["EditOutcome", "largest_within", "run"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditOutcome:
     """One edit, measured against the model as it was."""
 
     name: str
@@ -206,11 +206,13 @@ def run(
         return
     times = experiment.do(stages)
     outcomes = [
-        Outcome(name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name)
+        EditOutcome(
+            name, experiment.count(name), edit.control, experiment.compare(name), experiment.scale(name), way.name
+        )
         for name, (way, edit) in edits.items()
     ]
     if word_filter is not None:
-        outcomes.append(Outcome("word_filter", 0, WORD_FILTER, experiment.compare("word_filter")))
+        outcomes.append(EditOutcome("word_filter", 0, WORD_FILTER, experiment.compare("word_filter")))
     by_arm = {way.name: [outcome for outcome in outcomes if outcome.arm == way.name] for way in ways}
     best = {arm: largest_within(own, max_perplexity_increase) for arm, own in by_arm.items()}
     lines = []
@@ -263,7 +265,8 @@ def _compress(experiment: _Experiment, arms: Sequence[Arm], measuring: Settings,
     comparisons = [(cut, experiment.compare(cut.name)) for cut in cuts]
     counts = [sum(PrunePlan.load(stage.output).counts().values()) for stage in plans]
     outcomes = [
-        Outcome(cut.name, count, None, comparison) for (cut, comparison), count in zip(comparisons, counts, strict=True)
+        EditOutcome(cut.name, count, None, comparison)
+        for (cut, comparison), count in zip(comparisons, counts, strict=True)
     ]
     curves = curves_of(comparisons)
     large = {stage.output for stage in (*scoring.values(), *plans)}  # gigabytes, which a report would read again
@@ -468,7 +471,7 @@ class _Experiment:
         return comparison
 
     def conclude(
-        self, outcomes: Sequence[Outcome], bound: float, stages: Sequence[Stage], more: Mapping[str, Any]
+        self, outcomes: Sequence[EditOutcome], bound: float, stages: Sequence[Stage], more: Mapping[str, Any]
     ) -> None:
         """Writes what was measured, and makes the report of it and of the results of ``stages``."""
         from sparc3_pl.report.command import report
@@ -515,7 +518,7 @@ def _options(arguments: Settings) -> Iterator[str]:
             yield from (f"--{name}", *map(str, values))
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+def outcome_table(outcomes: Sequence[EditOutcome]) -> Table:
     """A row for each edit, label and judge: before and after, interval, p-value, and the change of perplexity.
 
     Where no completions were judged, the rows are those of the measurements' figures.

@@ -51,9 +51,9 @@ from sparc3_pl.report.effects import (
 )
 from sparc3_pl.runtime.timing import COLUMNS, rows_of_results, table_rows
 from sparc3_pl.scores.folder import ScoreFolder
-from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
+from sparc3_pl.selection.contrast import SideScores, contrast, named_in_plan
 from sparc3_pl.selection.lowest import sample
-from sparc3_pl.selection.stability import Choice, WeighedContrast
+from sparc3_pl.selection.stability import SelectionSettings, WeighedContrast
 from sparc3_pl.statistics.paired import PairedChange
 
 __all__ = ["report_sections"]
@@ -260,9 +260,9 @@ def _chosen(inputs: Inputs, names: Sequence[str]) -> Iterator[Block]:
         yield Checks(tuple(checks), "Warnings")
 
 
-def _scores_of(folders: Sequence[ScoreFolder], plan: PrunePlan) -> Scores:
+def _scores_of(folders: Sequence[ScoreFolder], plan: PrunePlan) -> SideScores:
     """The scores that the plan was chosen from."""
-    return Scores.of(folders, plan.settings.get("layers"), plan.settings.get("left_out") or (), but=["plan"])
+    return SideScores.of(folders, plan.settings.get("layers"), plan.settings.get("left_out") or (), but=["plan"])
 
 
 def _is_large(entry: PlanWithScores) -> bool:
@@ -290,8 +290,8 @@ def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
         if isinstance(contrast, Budget):
             sections = gains_sections(weigh_gains(*sides, contrast))
         else:
-            choice = Choice(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
-            sections = evidence_sections(weigh(*sides, choice))
+            settings = SelectionSettings(plan.contrast, plan.num_neurons, plan.settings.get("protect") or 0.0)
+            sections = evidence_sections(weigh(*sides, settings))
         blocks += [Text(f"Plan {name}:"), *(block for section in sections for block in section.blocks)]
     if blocks:
         yield Section("Enough samples?", tuple(blocks))

@@ -135,7 +135,7 @@ class PartialSums:
             self.folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
         write_text(draft, strict_json(now, indent=1) + "\n")
-        publish(draft, path)
+        put_in_place(draft, path)
 
     def _live_files(self) -> list[SumsFile]:
         """Files of the latest generation, its base first. One whose samples are held already is left out: two runs
@@ -169,7 +169,7 @@ class PartialSums:
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_sums(draft, shapes, load, samples)
             with writing(path):
-                publish(draft, path)
+                put_in_place(draft, path)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -184,7 +184,7 @@ class PartialSums:
         return int(path.name.partition("-")[0])
 
 
-def publish(draft: Path, path: Path) -> None:
+def put_in_place(draft: Path, path: Path) -> None:
     """Gives a finished file its name, in one step that is on the disk when this returns."""
     draft.replace(path)
     fsync(path.parent)

@@ -37,7 +37,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
 from sparc3_pl.selection.cone import lowest_anywhere, lowest_in_cone
-from sparc3_pl.selection.contrast import Contrast, Scores, Side
+from sparc3_pl.selection.contrast import Contrast, Side, SideScores
 from sparc3_pl.selection.lowest import Block, Passes
 
 __all__ = ["Budget", "Fisher", "budget_steps", "fisher_per_token"]
@@ -84,7 +84,7 @@ class Fisher(Side):
         weights: Weights of the folders in the mean, summing to 1; None: all the same.
     """
 
-    scores: Scores
+    scores: SideScores
     weights: tuple[float, ...] | None = None
 
     @property
@@ -207,7 +207,7 @@ class Budget(Contrast):
         return float(values[0]), float(values[1])
 
     def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
-        if isinstance(general, Scores) and isinstance(behaviour, Scores):
+        if isinstance(general, SideScores) and isinstance(behaviour, SideScores):
             _check(general, behaviour, self.fisher)
             general = Fisher(general, self._shares(len(general.folders))) if self.fisher else _Even(general)
         return general, behaviour
@@ -291,7 +291,7 @@ def _cost_together(general: Fisher, ridge: float, off_diagonal: float) -> tuple[
     return (1 - off_diagonal) * fisher + ridge * fisher.mean(), rows
 
 
-def _check(general: Scores, behaviour: Scores, fisher: bool) -> None:
+def _check(general: SideScores, behaviour: SideScores, fisher: bool) -> None:
     """Refuses scores that are not the derivatives and squares that the contrast is made of."""
     sides = [("general", folder) for folder in general.folders] + [("behaviour", f) for f in behaviour.folders]
     for side, folder in sides:

@@ -18,7 +18,7 @@ from sparc3_pl.registry import Spec
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import Fisher
 from sparc3_pl.selection.budgets import BUDGETS, Budgets, FileBudgets, block_of, budgets_of
-from sparc3_pl.selection.contrast import CONTRASTS, Contrast, Scores, format_warnings, share_of_strongest
+from sparc3_pl.selection.contrast import CONTRASTS, Contrast, SideScores, format_warnings, share_of_strongest
 from sparc3_pl.selection.controls import CONTROLS, Control, Question, best_first
 from sparc3_pl.selection.dose import Dose
 from sparc3_pl.selection.lowest import Block, Selection
@@ -83,10 +83,10 @@ def make_plan(
     steps = Control(seed) if control is None else _seeded(control, seed)
     own_general, general = general, _general_side(kind, steps, protect, general, behaviour)
     general, behaviour = steps.sides(general, behaviour)
-    if change.only_for is not None and (kinds := Scores.of(general, layers).granularity) != change.only_for:
+    if change.only_for is not None and (kinds := SideScores.of(general, layers).granularity) != change.only_for:
         raise InputError(f"edit={EDITS.name_of(change)} is for {change.only_for} scores, and these are of {kinds}s")
     left_out = _left_out(general, layers) if budgets is not None or not among.whole_model else []
-    sides = Scores.of(general, layers, left_out), Scores.of(behaviour, layers, left_out) if behaviour else None
+    sides = SideScores.of(general, layers, left_out), SideScores.of(behaviour, layers, left_out) if behaviour else None
     if control is None:
         missing = [layer for layer in general[0].layers if block_of(layer) and layer not in sides[0].layers]
         check_sequential(
@@ -167,8 +167,8 @@ def make_dose(
         raise InputError(f"control={name} gives no factors for edit=gains; use permuted or random_matched")
     if not behaviour:
         raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
-    scores = Scores.of(_general_side(kind, steps, protect, general, behaviour), layers)
-    sides = kind.sides(scores, Scores.of(behaviour, layers, but=["plan"]))  # of rounds: the contrast checks it
+    scores = SideScores.of(_general_side(kind, steps, protect, general, behaviour), layers)
+    sides = kind.sides(scores, SideScores.of(behaviour, layers, but=["plan"]))  # of rounds: the contrast checks it
     amount = Amount("num_neurons")
     if num_neurons is not None or share is not None:
         amount, _ = _amount(scores, among, num_neurons, None, share, None)
@@ -211,7 +211,7 @@ def _gains_plan(
 
 def _plan(
     entries: dict[str, Entries],
-    candidates: Scores,
+    candidates: SideScores,
     general: Sequence[ScoreFolder],
     behaviour: Sequence[ScoreFolder],
     kind: Contrast,
@@ -307,7 +307,7 @@ def _left_out(general: Sequence[ScoreFolder], layers: Sequence[str] | None) -> l
 
 
 def _amount(
-    scores: Scores,
+    scores: SideScores,
     scope: Scope,
     num_neurons: int | None,
     num_weights: int | None,
@@ -343,7 +343,7 @@ def _refuse_factors(edit: Edit, values: torch.Tensor) -> None:
         raise InputError(f"edit={EDITS.name_of(edit)} gives every component a factor: it is not for single weights")
 
 
-def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries]:
+def _entries(chosen: Selection, scores: SideScores, edit: Edit) -> dict[str, Entries]:
     """The selection as a plan holds it: single weights by their indices, everything else listed best first."""
     if scores.holds_weights:
         for _, values in chosen.values():
@@ -359,7 +359,7 @@ def _entries(chosen: Selection, scores: Scores, edit: Edit) -> dict[str, Entries
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:
+def _strength_warnings(chosen: Selection, general: SideScores) -> list[str]:
     part = share_of_strongest({layer: index for layer, (index, _) in chosen.items()}, general, _STRONG)
     if part <= _MANY:
         return []
@@ -369,7 +369,7 @@ def _strength_warnings(chosen: Selection, general: Scores) -> list[str]:
     ]
 
 
-def _outside_warnings(general: Scores) -> list[str]:
+def _outside_warnings(general: SideScores) -> list[str]:
     """Warns of compression in which the output head, or another layer outside of the blocks, competes with the rest."""
     outside = [layer for layer in general.layers if block_of(layer) is None]
     if not outside or len(outside) == len(general.layers):

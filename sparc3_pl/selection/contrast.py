@@ -37,8 +37,8 @@ from sparc3_pl.selection.lowest import Block, Passes, all_finite, collect, cut_l
 __all__ = [
     "CONTRASTS",
     "Contrast",
-    "Scores",
     "Side",
+    "SideScores",
     "Vector",
     "average_ranks",
     "contrast",
@@ -117,7 +117,7 @@ class Side(ABC):
 
 
 @dataclass(frozen=True)
-class Scores(Side):
+class SideScores(Side):
     """The mean of several comparable score folders, restricted to some layers.
 
     Args:
@@ -135,7 +135,7 @@ class Scores(Side):
         patterns: Sequence[str] | None = None,
         without: Sequence[str] = (),
         but: Sequence[str] = (),
-    ) -> "Scores":
+    ) -> "SideScores":
         """The scores of ``folders`` in the layers that match the glob ``patterns`` (None: all), ``without`` some.
 
         Keys of the manifest in ``but`` may differ between the folders.
@@ -215,9 +215,12 @@ class Scores(Side):
         return sum(_squared_error(folder, layer) for folder in self.folders) / len(self.folders) ** 2
 
     def require_comparable(self, other: Side) -> None:
-        if isinstance(other, Scores):
+        if isinstance(other, SideScores):
             require_comparable([*self.folders, *other.folders])
         super().require_comparable(other)
+
+
+Scores = SideScores  # the former name, which diagnosis/gains_evidence.py still imports
 
 
 def _squared_error(folder: ScoreFolder, layer: str) -> Tensor:
@@ -455,7 +458,7 @@ def contrast(spec: Spec | Contrast, general: Side, behaviour: Side | None) -> Pa
     if general.holds_weights and not kind.for_weights:
         raise InputError(f"contrast={name} is not for weight scores; use difference or normalized")
     passes = kind.passes(general, general if behaviour is None else behaviour)
-    if passes is general and isinstance(general, Scores):
+    if passes is general and isinstance(general, SideScores):
         return passes  # which looks at every value itself
 
     def checked() -> Iterator[Block]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.selection.contrast import Contrast, Scores, Side
+from sparc3_pl.selection.contrast import Contrast, Side, SideScores
 from sparc3_pl.selection.lowest import Block, Passes
 
 __all__ = ["Expertise", "aura_steps"]
@@ -60,7 +60,7 @@ class Expertise(Contrast):
             raise InputError(f"contrast=expertise: threshold={self.threshold!r} is not from 0.5 to below 1; e.g. 0.5")
 
     def sides(self, general: Side, behaviour: Side) -> tuple[Side, Side]:
-        if isinstance(behaviour, Scores):
+        if isinstance(behaviour, SideScores):
             for folder in behaviour.folders:
                 if folder.manifest.method != "expertise":
                     raise InputError(

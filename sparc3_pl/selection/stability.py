@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_pl.selection.contrast import Scores, Side, Vector, contrast, protected
+from sparc3_pl.selection.contrast import Side, SideScores, Vector, contrast, protected
 from sparc3_pl.selection.lowest import select_lowest
 
 __all__ = [
-    "Choice",
+    "SelectionSettings",
     "Unit",
     "WeighedContrast",
     "chosen",
@@ -56,7 +56,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionSettings:
     """How neurons are chosen.
 
     Attributes:
@@ -70,7 +70,7 @@ class Choice:
     protect: float = 0.0
 
 
-def units_of(scores: Scores) -> list[Unit]:
+def units_of(scores: SideScores) -> list[Unit]:
     """The groups of samples of every folder, or the folder itself if it has no groups.
 
     All folders have the same weight, and groups have weight by their number of samples: the mean of all units is that
@@ -93,10 +93,10 @@ def mean_scores_of(units: Sequence[Unit]) -> Vector:
     return Vector(torch.stack([unit.scores.double() * (unit.weight / total) for unit in units]).sum(0).float())
 
 
-def chosen(general: Side, behaviour: Side, choice: Choice) -> dict[str, Tensor]:
+def chosen(general: Side, behaviour: Side, settings: SelectionSettings) -> dict[str, Tensor]:
     """Indices of the neurons that ``prune`` would choose, ascending, by layer."""
-    values = protected(contrast(choice.kind, general, behaviour), general, choice.protect)
-    return {layer: index for layer, (index, _) in select_lowest(values, choice.num_neurons).items()}
+    values = protected(contrast(settings.kind, general, behaviour), general, settings.protect)
+    return {layer: index for layer, (index, _) in select_lowest(values, settings.num_neurons).items()}
 
 
 def positions(selection: dict[str, Tensor], side: Side) -> Tensor:
@@ -115,16 +115,16 @@ def overlap_of(one: Tensor, other: Tensor) -> float:
     return float(torch.isin(one, other).float().mean())
 
 
-def _select(general: Sequence[Unit], behaviour: Sequence[Unit], choice: Choice) -> Tensor:
+def _select(general: Sequence[Unit], behaviour: Sequence[Unit], settings: SelectionSettings) -> Tensor:
     """Positions of the neurons chosen by the scores of some units."""
     sides = mean_scores_of(general), mean_scores_of(behaviour)
-    return positions(chosen(*sides, choice), sides[0])
+    return positions(chosen(*sides, settings), sides[0])
 
 
 def split_half_overlaps(
     general: Sequence[Unit],
     behaviour: Sequence[Unit],
-    choice: Choice,
+    settings: SelectionSettings,
     size: int | None = None,
     most: int = 20,
     seed: int = 0,
@@ -134,7 +134,7 @@ def split_half_overlaps(
     Args:
         general: Units of general text.
         behaviour: Units of the behaviour.
-        choice: How to choose.
+        settings: How to choose.
         size: Behaviour units of a half, to see what fewer samples would give; of general text the same share.
         most: Ways to halve at most.
         seed: Seed for the halves.
@@ -145,21 +145,23 @@ def split_half_overlaps(
     ways = zip(
         parts_of(general, 2, general_size, most, seed), parts_of(behaviour, 2, size, most, seed + 1), strict=False
     )
-    return [overlap_of(*(_select(g, b, choice) for g, b in zip(*sides, strict=True))) for sides in ways]
+    return [overlap_of(*(_select(g, b, settings) for g, b in zip(*sides, strict=True))) for sides in ways]
 
 
-def null_against_null(general: Sequence[Unit], choice: Choice, most: int = 20, seed: int = 0) -> list[float]:
+def null_against_null(
+    general: Sequence[Unit], settings: SelectionSettings, most: int = 20, seed: int = 0
+) -> list[float]:
     """Overlaps of two null selections from four disjoint parts of general text; empty for fewer than four units."""
     ways = parts_of(general, 4, len(general) // 4, most, seed)
-    return [overlap_of(_select(a, b, choice), _select(c, d, choice)) for a, b, c, d in ways]
+    return [overlap_of(_select(a, b, settings), _select(c, d, settings)) for a, b, c, d in ways]
 
 
 def null_against_selection(
-    general: Sequence[Unit], selection: Tensor, choice: Choice, most: int = 20, seed: int = 0
+    general: Sequence[Unit], selection: Tensor, settings: SelectionSettings, most: int = 20, seed: int = 0
 ) -> list[float]:
     """Overlaps of a selection (positions) with null selections, from halves of general text in either order."""
     ways = parts_of(general, 2, len(general) // 2, most, seed)
-    return [overlap_of(selection, _select(*sides, choice)) for a, b in ways for sides in ((a, b), (b, a))]
+    return [overlap_of(selection, _select(*sides, settings)) for a, b in ways for sides in ((a, b), (b, a))]
 
 
 def parts_of(units: Sequence[Unit], count: int, size: int, most: int, seed: int) -> Iterator[list[list[Unit]]]:

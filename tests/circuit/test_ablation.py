@@ -11,7 +11,7 @@ from tiny_models import tiny
 
 from sparc3_pl.circuit.ablation import ABLATIONS, Mean, ablated, allows_compact, masked_weights, readings
 from sparc3_pl.circuit.components import Candidates
-from sparc3_pl.circuit.measure import measure, outcome_of_batch
+from sparc3_pl.circuit.measure import measure, predictions_of_batch
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS
 from sparc3_pl.model.structure import weight_matrix
@@ -42,7 +42,7 @@ def test_zero_ablation_is_what_zeroed_columns_give(family):
     candidates = Candidates.of(model, KINDS)
     kept = some_kept(candidates.count)
     zero = ABLATIONS.make("zero").replacement(model, list(candidates.readers), batches)
-    outcome = measure(model, candidates, batches, {"some": kept}, zero)["some"]
+    predictions = measure(model, candidates, batches, {"some": kept}, zero)["some"]
     weights = {}
     for span in candidates.spans:
         for part in KINDS[span.kind].parts(
@@ -54,8 +54,8 @@ def test_zero_ablation_is_what_zeroed_columns_give(family):
                 for column, owner in zip(part.index.tolist(), part.owner.tolist(), strict=True):
                     if not kept[span.start + owner]:
                         matrix[:, column] = 0.0
-    wanted = torch.cat([outcome_of_batch(model, batch)[0] for batch in batches])
-    torch.testing.assert_close(torch.from_numpy(outcome.difference_P), wanted, rtol=1e-9, atol=1e-9)
+    wanted = torch.cat([predictions_of_batch(model, batch)[0] for batch in batches])
+    torch.testing.assert_close(torch.from_numpy(predictions.difference_P), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,8 +66,8 @@ def test_neurons_that_are_read_as_zero_need_not_be_made(family):
     before = state(model)
     kept = {share: some_kept(candidates.count, share) for share in (0.0, 0.3, 0.9)}
     slow, fast = (measure(model, candidates, batches, kept, lambda batch: {}, compact=c) for c in (False, True))
-    for share, outcome in slow.items():
-        assert fast[share].difference_P == pytest.approx(outcome.difference_P, rel=1e-9, abs=1e-9)
+    for share, predictions in slow.items():
+        assert fast[share].difference_P == pytest.approx(predictions.difference_P, rel=1e-9, abs=1e-9)
     assert state(model)[:2] == before[:2]
 
 
@@ -86,11 +86,11 @@ def test_zero_ablation_equals_a_plan_that_zeroes_the_components(family, kind):
     model, batches = frozen(family), pair_batches([6, 5, 7], 3)
     candidates = Candidates.of(model, {kind: KINDS[kind]})
     kept = some_kept(candidates.count)
-    outcome = measure(model, candidates, batches, {0: kept}, lambda batch: {})[0]
+    predictions = measure(model, candidates, batches, {0: kept}, lambda batch: {})[0]
     chosen = [(span.group.layer, i) for span, index in candidates.split(~kept).items() for i in index.tolist()]
     with pruned(model, replace(plan_for(model, chosen, granularity=kind), shapes={})):
-        wanted = outcome_of_batch(model, batches[0])[0]
-    torch.testing.assert_close(torch.from_numpy(outcome.difference_P), wanted, rtol=1e-9, atol=1e-9)
+        wanted = predictions_of_batch(model, batches[0])[0]
+    torch.testing.assert_close(torch.from_numpy(predictions.difference_P), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("family", "by_position"), [("llama", True), ("gpt2", False), ("opt", True), ("phi3", False)])
@@ -101,12 +101,14 @@ def test_mean_and_counterfactual_by_loops_over_single_pairs(family, by_position)
     readers, kept = list(candidates.readers), some_kept(candidates.count)
     means = mean_by_loops(model, readers, discovery, by_position)
     for name, ablation in (("mean", Mean(by_position)), ("counterfactual", ABLATIONS.make("counterfactual"))):
-        outcome = measure(model, candidates, batches, {0: kept}, ablation.replacement(model, readers, discovery))[0]
+        predictions = measure(model, candidates, batches, {0: kept}, ablation.replacement(model, readers, discovery))[0]
         for pair, (clean, other, answer, foil) in enumerate(single_pairs(batches)):
             stand_in = means(len(clean)) if name == "mean" else inputs(model, readers, other)
             logits = patched_logits(model, candidates, kept, clean, stand_in)
-            assert outcome.difference_P[pair] == pytest.approx(float(logits[answer] - logits[foil]), rel=1e-9, abs=1e-9)
-            assert bool(outcome.first_P[pair]) == (int(logits.argmax()) == answer)
+            assert predictions.difference_P[pair] == pytest.approx(
+                float(logits[answer] - logits[foil]), rel=1e-9, abs=1e-9
+            )
+            assert bool(predictions.first_P[pair]) == (int(logits.argmax()) == answer)
 
 
 def single_pairs(batches):
@@ -174,7 +176,7 @@ def test_single_weights_are_masked_and_restored_bit_for_bit():
     model, batches = tiny("gpt2").requires_grad_(False), pair_batches([6, 5], 2)
     candidates = Candidates.of(model, {"weight": COMPONENTS.make("weight")}, ["*.mlp.c_fc"])
     kept, before = some_kept(candidates.count), state(model)
-    outcome = measure(model, candidates, batches, {0: kept, 1: ~kept}, lambda batch: {})
+    predictions = measure(model, candidates, batches, {0: kept, 1: ~kept}, lambda batch: {})
     assert state(model)[2][0].equal(before[2][0]) and all(map(torch.equal, state(model)[2], before[2]))
     start = 0
     for span in candidates.spans:
@@ -184,8 +186,8 @@ def test_single_weights_are_masked_and_restored_bit_for_bit():
                 if not kept[start]:
                     matrix[o, i] = 0.0
                 start += 1
-    wanted = outcome_of_batch(model, batches[0])[0]
-    torch.testing.assert_close(torch.from_numpy(outcome[0].difference_P), wanted)
+    wanted = predictions_of_batch(model, batches[0])[0]
+    torch.testing.assert_close(torch.from_numpy(predictions[0].difference_P), wanted)
 
 
 @pytest.mark.parametrize("crash", [False, True])
@@ -211,12 +213,12 @@ def test_batches_make_no_difference():
     candidates = Candidates.of(model, KINDS)
     kept, readers = some_kept(candidates.count), list(candidates.readers)
     for name in ABLATIONS:
-        outcomes = []
+        predictions = []
         for size in (5, 1):
             batches = pair_batches(lengths, size)
             replacement = ABLATIONS.make(name).replacement(model, readers, batches)
-            outcomes.append(measure(model, candidates, batches, {0: kept}, replacement)[0])
-        assert outcomes[0].difference_P == pytest.approx(outcomes[1].difference_P, rel=1e-9, abs=1e-9)
+            predictions.append(measure(model, candidates, batches, {0: kept}, replacement)[0])
+        assert predictions[0].difference_P == pytest.approx(predictions[1].difference_P, rel=1e-9, abs=1e-9)
 
 
 def test_what_nothing_reads_is_refused():

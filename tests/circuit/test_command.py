@@ -15,7 +15,7 @@ from sparc3_pl.circuit.ablation import ABLATIONS
 from sparc3_pl.circuit.arms import arms_of
 from sparc3_pl.circuit.command import _warnings, circuit
 from sparc3_pl.circuit.components import Candidates
-from sparc3_pl.circuit.measure import outcome_of_batch
+from sparc3_pl.circuit.measure import predictions_of_batch
 from sparc3_pl.circuit.results import open_circuit
 from sparc3_pl.circuit.run import Bench
 from sparc3_pl.circuit.settings import CircuitData, CircuitModel
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
     model = tiny("llama")
     model.save_pretrained(folder / "model")
     (batch,) = pair_batches([5 + i % 3 for i in range(60)], 60)
-    swap = outcome_of_batch(model, batch)[0] < 0
+    swap = predictions_of_batch(model, batch)[0] < 0
     with (folder / "pairs.jsonl").open("w") as stream:
         for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
             answer, foil = (int(batch.fields[name][row]) for name in ("answer", "foil"))

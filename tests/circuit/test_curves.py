@@ -16,20 +16,20 @@ from sparc3_pl.circuit.curves import (
     smallest_faithful,
     trapezoids,
 )
-from sparc3_pl.circuit.measure import Outcome
+from sparc3_pl.circuit.measure import Predictions
 from sparc3_pl.errors import InputError
 
 P = 30
 
 
-def outcome(mean, seed):
+def predictions_around(mean, seed):
     rng = np.random.default_rng(seed)
-    return Outcome(mean + rng.normal(size=P), rng.random(P) < 0.5)
+    return Predictions(mean + rng.normal(size=P), rng.random(P) < 0.5)
 
 
 def example(fractions=FRACTIONS):
-    ends = Ends(outcome(5.0, 0), outcome(0.5, 1), seed=3)
-    return ends, [outcome(5 * fraction**0.3 + 0.4, 10 + i) for i, fraction in enumerate(fractions)]
+    ends = Ends(predictions_around(5.0, 0), predictions_around(0.5, 1), seed=3)
+    return ends, [predictions_around(5 * fraction**0.3 + 0.4, 10 + i) for i, fraction in enumerate(fractions)]
 
 
 def plain_bootstrap(figure, seed, times=10_000):
@@ -52,16 +52,16 @@ def area_by_loop(fractions, values):
 
 
 def test_points_are_means_and_their_ends_a_plain_bootstrap():
-    ends, outcomes = example()
-    points = curve(FRACTIONS, range(10), outcomes, ends)
-    for point, one in zip(points, outcomes, strict=True):
+    ends, predictions = example()
+    points = curve(FRACTIONS, range(10), predictions, ends)
+    for point, one in zip(points, predictions, strict=True):
         assert point.logit_difference == pytest.approx(sum(one.difference_P) / P)
         assert point.accuracy == sum(d > 0 for d in one.difference_P) / P
         assert point.first == pytest.approx(sum(one.first_P) / P)
         assert point.faithfulness == pytest.approx(faithfulness(ends, one))
-    ratio = plain_bootstrap(lambda picked: faithfulness(ends, outcomes[4], picked), seed=3, times=3000)
+    ratio = plain_bootstrap(lambda picked: faithfulness(ends, predictions[4], picked), seed=3, times=3000)
     assert (points[4].low, points[4].high) == pytest.approx(tuple(ratio), rel=0.03)  # fewer draws of the same sequence
-    right = plain_bootstrap(lambda picked: np.mean(outcomes[0].difference_P[picked] > 0), seed=4, times=3000)
+    right = plain_bootstrap(lambda picked: np.mean(predictions[0].difference_P[picked] > 0), seed=4, times=3000)
     assert (points[0].accuracy_low, points[0].accuracy_high) == pytest.approx(tuple(right), abs=0.04)
     full, empty = levels(ends)
     assert (full.logit_difference, empty.first) == pytest.approx(
@@ -70,17 +70,17 @@ def test_points_are_means_and_their_ends_a_plain_bootstrap():
 
 
 def test_areas_equal_a_loop():
-    ends, outcomes = example()
-    shares = [faithfulness(ends, one) for one in outcomes]
-    found = areas(FRACTIONS, outcomes, ends)
+    ends, predictions = example()
+    shares = [faithfulness(ends, one) for one in predictions]
+    found = areas(FRACTIONS, predictions, ends)
     assert found["cpr"].value == pytest.approx(area_by_loop(FRACTIONS, shares))
     assert found["cmd"].value == pytest.approx(area_by_loop(FRACTIONS, [abs(1 - share) for share in shares]))
     drawn = plain_bootstrap(
-        lambda picked: area_by_loop(FRACTIONS, [faithfulness(ends, o, picked) for o in outcomes]), 3, 500
+        lambda picked: area_by_loop(FRACTIONS, [faithfulness(ends, o, picked) for o in predictions]), 3, 500
     )
     assert (found["cpr"].low, found["cpr"].high) == pytest.approx(tuple(drawn), abs=0.01)
     drawn = plain_bootstrap(
-        lambda picked: area_by_loop(FRACTIONS, [abs(1 - faithfulness(ends, o, picked)) for o in outcomes]), 3, 500
+        lambda picked: area_by_loop(FRACTIONS, [abs(1 - faithfulness(ends, o, picked)) for o in predictions]), 3, 500
     )
     assert (found["cmd"].low, found["cmd"].high) == pytest.approx(tuple(drawn), abs=0.01)
 
@@ -95,8 +95,8 @@ def test_a_perfect_circuit_has_the_area_that_mib_counts():
 
 @pytest.mark.parametrize("gap", [0.0, -3.0, 0.05])
 def test_no_share_of_a_gap_that_is_noise(gap):
-    ends = Ends(outcome(1.0 + gap, 0), outcome(1.0, 1))
-    points = curve(FRACTIONS, range(10), [outcome(1.0, i) for i in range(10)], ends)
+    ends = Ends(predictions_around(1.0 + gap, 0), predictions_around(1.0, 1))
+    points = curve(FRACTIONS, range(10), [predictions_around(1.0, i) for i in range(10)], ends)
     assert not ends.gap.is_clear
     assert {(p.faithfulness, p.low, p.high) for p in points} == {(None, None, None)}
     assert all(p.logit_difference_low < p.logit_difference < p.logit_difference_high for p in points)
@@ -107,7 +107,7 @@ def test_no_share_of_a_gap_that_is_noise(gap):
 
 def test_draws_become_their_mean_and_band():
     ends, _ = example()
-    draws = [[outcome(fraction, 100 * d + i) for i, fraction in enumerate(FRACTIONS)] for d in range(20)]
+    draws = [[predictions_around(fraction, 100 * d + i) for i, fraction in enumerate(FRACTIONS)] for d in range(20)]
     points = mean_curve(FRACTIONS, range(10), draws, ends)
     each = sorted(faithfulness(ends, draw[3]) for draw in draws)
     assert points[3].faithfulness == pytest.approx(sum(each) / 20)
@@ -121,8 +121,8 @@ def test_draws_become_their_mean_and_band():
 def test_the_smallest_circuit_is_the_first_that_is_faithful():
     ends, _ = example()
     shares = [0.1, 0.95, 0.7, 0.92, 1.0]
-    outcomes = [Outcome(ends.empty.difference_P + share * ends.whole_P, ends.full.first_P) for share in shares]
-    points = curve((0.1, 0.2, 0.3, 0.5, 1.0), (1, 2, 3, 5, 10), outcomes, ends)
+    predictions = [Predictions(ends.empty.difference_P + share * ends.whole_P, ends.full.first_P) for share in shares]
+    points = curve((0.1, 0.2, 0.3, 0.5, 1.0), (1, 2, 3, 5, 10), predictions, ends)
     assert smallest_faithful(points).kept == 2
 
 

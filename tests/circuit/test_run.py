@@ -14,7 +14,7 @@ from sparc3_pl.circuit.arms import agreement, arms_of, kept_of, order_of, score_
 from sparc3_pl.circuit.components import Candidates
 from sparc3_pl.circuit.curves import num_kept
 from sparc3_pl.circuit.export import circuit_plan, node_importances
-from sparc3_pl.circuit.measure import outcome_of_batch
+from sparc3_pl.circuit.measure import predictions_of_batch
 from sparc3_pl.circuit.run import Bench, measure_arm, overlaps_of_arms, strength_request
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import COMPONENTS
@@ -38,7 +38,7 @@ def setting(family="llama", kinds=("neuron", "head"), sets=1):
 def as_it_should(model, batches):
     """The pairs with answer and foil so exchanged that the model is right on each."""
     for batch in batches:
-        difference, _ = outcome_of_batch(model, batch)
+        difference, _ = predictions_of_batch(model, batch)
         swap, (answer, foil) = difference < 0, (batch.fields[name] for name in ("answer", "foil"))
         batch.fields |= {"answer": torch.where(swap, foil, answer), "foil": torch.where(swap, answer, foil)}
     return batches
@@ -90,7 +90,7 @@ def derivatives_by_gains(model, candidates, batches):
     for name, owner in candidates.readers.items():
         hook = lambda _, args, owner=owner: (args[0] * gains[owner], *args[1:])  # noqa: E731
         hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    total = sum(outcome_of_batch(model, batch)[0].sum() for batch in batches) / len(LENGTHS)
+    total = sum(predictions_of_batch(model, batch)[0].sum() for batch in batches) / len(LENGTHS)
     for hook in hooks:
         hook.remove()
     return torch.autograd.grad(total, gains)[0][:-1]
@@ -101,7 +101,7 @@ def mean_difference(model, candidates, batches, kept):
     every = torch.zeros(candidates.count, dtype=torch.bool)
     every[range(candidates.count) if kept is None else kept] = True
     with torch.no_grad(), ablated(model, candidates, every, {}):
-        return float(np.mean([d for batch in batches for d in outcome_of_batch(model, batch)[0].tolist()]))
+        return float(np.mean([d for batch in batches for d in predictions_of_batch(model, batch)[0].tolist()]))
 
 
 def test_a_method_that_compares_all_samples_is_completed_for_each_set():
@@ -231,7 +231,7 @@ def test_plans_remove_and_keep_the_circuit():
         assert plan.num_neurons == int(chosen.sum())
         stays = (~chosen).nonzero().flatten().tolist()
         with pruned(model, plan):
-            found = float(np.mean([d for batch in tests for d in outcome_of_batch(model, batch)[0].tolist()]))
+            found = float(np.mean([d for batch in tests for d in predictions_of_batch(model, batch)[0].tolist()]))
         assert found == pytest.approx(mean_difference(model, candidates, tests, stays))
 
 

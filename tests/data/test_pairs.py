@@ -10,7 +10,7 @@ from sparc3_pl.data.pair_tasks import agreement
 from sparc3_pl.data.pair_tasks.agreement import NOUNS, VERBS
 from sparc3_pl.data.pair_tasks.greater_than import EVENTS
 from sparc3_pl.data.pair_tasks.indirect_objects import NAMES, OBJECTS, PLACES, TEMPLATES
-from sparc3_pl.data.pair_tasks.task import PairText, Part, one_token
+from sparc3_pl.data.pair_tasks.task import PairText, Partition, one_token
 from sparc3_pl.data.pairs import PAIR_TASKS, Pair, PairQuery, encode_pair, make_pairs, pad_pairs
 from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
@@ -251,10 +251,10 @@ def test_bad_settings_are_refused_before_a_tokenizer_is_there(options, message):
 def test_halves_are_disjoint_and_whole_whatever_the_share():
     items = [f"word {i}" for i in range(30)]
     for share in (0.0, 0.2, 0.5, 1.0):
-        one, other = (Part(half, 5, share).of(items) for half in ("attribution", "evaluation"))
+        one, other = (Partition(half, 5, share).of(items) for half in ("attribution", "evaluation"))
         assert len(one) == round(30 * share)
-        assert sorted(one + other) == sorted(items) == sorted(Part("all", 5, share).of(items))
-    assert Part("attribution", 5).of(items) == Part("attribution", 5).of(items[::-1])
+        assert sorted(one + other) == sorted(items) == sorted(Partition("all", 5, share).of(items))
+    assert Partition("attribution", 5).of(items) == Partition("attribution", 5).of(items[::-1])
 
 
 # --- pairs as a file has them -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import digits_tokenizer, documents, sentences, tiny_tokenizer, with_template
 
 from sparc3_pl.data.encoding import Encoder, UnreadableTextError
-from sparc3_pl.data.matching import Target, matched_samples, read_targets
+from sparc3_pl.data.matching import SampleFormat, matched_samples, read_formats
 from sparc3_pl.data.samples import ending, pack_windows, random_windows, text_samples
 from sparc3_pl.data.sources import text_id
 from sparc3_pl.errors import InputError
@@ -185,15 +185,15 @@ def test_texts_cut_out_of_others_keep_the_ids_of_those():
     expected = {"a", "b", text_id(texts[0])}
     assert set(text_samples(texts, encoder, origins=origins)[0].text_ids) == expected
     assert set(pack_windows(texts, encoder, 8, 1, origins=origins)[0].text_ids) == expected
-    assert set(matched_samples(texts, encoder, [Target(8, "cut")], origins=origins)[0].text_ids) == expected
+    assert set(matched_samples(texts, encoder, [SampleFormat(8, "cut")], origins=origins)[0].text_ids) == expected
 
 
 def test_samples_hold_nothing_that_comes_after_a_text():
     plain, ending = Encoder(tiny_tokenizer()), Encoder(with_template(tiny_tokenizer(), "<s> $A </s>"))
-    texts, targets = documents(20), [Target(n, "cut") for n in (5, 9, 12)]
+    texts, formats = documents(20), [SampleFormat(n, "cut") for n in (5, 9, 12)]
     assert text_samples(texts, ending) == text_samples(texts, plain)
     assert pack_windows(texts, ending, 16, None) == pack_windows(texts, plain, 16, None)
-    assert matched_samples(texts, ending, targets) == matched_samples(texts, plain, targets)
+    assert matched_samples(texts, ending, formats) == matched_samples(texts, plain, formats)
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_token_ids_that_are_none():
     with pytest.raises(InputError, match="longer than the model's context of 4"):
         text_samples([[1] * 5], encoder)
     with pytest.raises(UnreadableTextError, match=r"data\.match needs text"):
-        matched_samples([[1, 2, 3]], Encoder(tiny_tokenizer()), [Target(2, "cut")])
+        matched_samples([[1, 2, 3]], Encoder(tiny_tokenizer()), [SampleFormat(2, "cut")])
 
 
 # --- one text a sample ------------------------------------------------------------------------------------------------
@@ -289,14 +289,14 @@ def test_texts_equal_once_cut_are_one_sample():
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_matched_samples_have_the_targets_format(bos):
+def test_matched_samples_have_the_formats_asked_for(bos):
     tokenizer = tiny_tokenizer(bos)
     stops = [len(tokenizer(text).input_ids) for text in (sentences(1)[0], "Page 7.")]
-    targets = [Target(n, "cut") for n in (5, 9, 9, 12, 20)] + [Target(n, "stop") for n in stops]
+    formats = [SampleFormat(n, "cut") for n in (5, 9, 9, 12, 20)] + [SampleFormat(n, "stop") for n in stops]
     counts = Counter()
-    samples = matched_samples(documents(200), Encoder(tokenizer), targets, counts=counts)
-    assert [len(s.input_ids) for s in samples] == [t.num_tokens for t in targets]
-    assert [s.ending for s in samples] == [t.ending for t in targets]
+    samples = matched_samples(documents(200), Encoder(tokenizer), formats, counts=counts)
+    assert [len(s.input_ids) for s in samples] == [t.num_tokens for t in formats]
+    assert [s.ending for s in samples] == [t.ending for t in formats]
     assert counts["num_unmatched_endings"] == 0
     for sample in samples:
         text = tokenizer.decode(sample.input_ids, skip_special_tokens=True)
@@ -305,38 +305,38 @@ def test_matched_samples_have_the_targets_format(bos):
         assert text.endswith(".") == (sample.ending == "stop")
 
 
-def slow_matched(texts, tokenizer, targets):
-    """Every document tried on every open target by every sentence start; no order of formats, nothing kept."""
-    todo = sorted(range(len(targets)), key=lambda i: (targets[i].ending == "cut", -targets[i].num_tokens, i))
+def slow_matched(texts, tokenizer, formats):
+    """Every document tried on every open format by every sentence start; no order of formats, nothing kept."""
+    todo = sorted(range(len(formats)), key=lambda i: (formats[i].ending == "cut", -formats[i].num_tokens, i))
     samples = {}
     for text in texts:
         starts = [0, *(match.end() for match in re.finditer(r"[.!?]\s+(?=\S)", text))][:32]
         spans = [tokenizer(text[start:], add_special_tokens=False).input_ids for start in starts]
 
         def fits(i, span):
-            length = targets[i].num_tokens - 1
+            length = formats[i].num_tokens - 1
             said, more = tokenizer.decode(span[:length]), tokenizer.decode(span[: length + 1])
             is_whole = len(span) >= length and not more[len(said) : len(said) + 1].isalnum()
-            is_cut = targets[i].ending == "cut"
-            return is_whole and ending(said) == targets[i].ending and len(span) > length * is_cut
+            is_cut = formats[i].ending == "cut"
+            return is_whole and ending(said) == formats[i].ending and len(span) > length * is_cut
 
-        tried = ((i, [0, *span[: targets[i].num_tokens - 1]]) for i in todo for span in spans if fits(i, span))
+        tried = ((i, [0, *span[: formats[i].num_tokens - 1]]) for i in todo for span in spans if fits(i, span))
         chosen = next(((i, ids) for i, ids in tried if ids not in samples.values()), None)
         if chosen is not None:
             samples[chosen[0]] = chosen[1]
             todo.remove(chosen[0])
-    return [samples[i] for i in range(len(targets))]
+    return [samples[i] for i in range(len(formats))]
 
 
 def test_matched_samples_by_the_slow_road():
     tokenizer, texts = tiny_tokenizer(), documents(120)
     lengths = [len(tokenizer(text).input_ids) for text in sentences(10)]
-    targets = [Target(lengths[i % 10], "stop") if i % 3 else Target(5 + i % 7, "cut") for i in range(40)]
-    samples = matched_samples(texts, Encoder(tokenizer), targets)
-    assert [sample.input_ids for sample in samples] == slow_matched(texts, tokenizer, targets)
+    formats = [SampleFormat(lengths[i % 10], "stop") if i % 3 else SampleFormat(5 + i % 7, "cut") for i in range(40)]
+    samples = matched_samples(texts, Encoder(tokenizer), formats)
+    assert [sample.input_ids for sample in samples] == slow_matched(texts, tokenizer, formats)
 
 
-def test_targets_of_one_format_are_tried_once_a_document(monkeypatch):
+def test_samples_of_one_format_are_tried_once_a_document(monkeypatch):
     looks = []
 
     def counting(tokenizer):
@@ -344,12 +344,12 @@ def test_targets_of_one_format_are_tried_once_a_document(monkeypatch):
         tokenizer.decode = lambda *args, **kwargs: looks.append(1) or decode(*args, **kwargs)
         return Encoder(tokenizer)
 
-    def number_of_looks(num_targets):
+    def number_of_looks(num_formats):
         encoder = counting(tiny_tokenizer())
         looks.clear()
         texts = [text.replace(".", ",") for text in documents(30)]
         with pytest.raises(InputError, match="lengths to match"):
-            matched_samples(texts, encoder, [Target(9, "stop"), Target(12, "stop")] * num_targets)
+            matched_samples(texts, encoder, [SampleFormat(9, "stop"), SampleFormat(12, "stop")] * num_formats)
         return len(looks)
 
     assert number_of_looks(400) <= 2 * number_of_looks(40)
@@ -357,14 +357,14 @@ def test_targets_of_one_format_are_tried_once_a_document(monkeypatch):
 
 def test_matched_samples_come_from_different_documents():
     tokenizer, texts = tiny_tokenizer(), [f"Page {i} tells of some bread and the evening star." for i in range(9)]
-    samples = matched_samples(texts, Encoder(tokenizer), [Target(8, "cut")] * 9)
+    samples = matched_samples(texts, Encoder(tokenizer), [SampleFormat(8, "cut")] * 9)
     starts = {tokenizer.decode(s.input_ids, skip_special_tokens=True)[:6] for s in samples}
     assert starts == {f"Page {i}" for i in range(9)}
 
 
 def test_matched_cuts_end_after_a_word():
     tokenizer, texts = tiny_tokenizer(), documents(50)
-    samples = matched_samples(texts, Encoder(tokenizer), [Target(n, "cut") for n in range(5, 25)])
+    samples = matched_samples(texts, Encoder(tokenizer), [SampleFormat(n, "cut") for n in range(5, 25)])
     words = {word.strip(".") for text in texts for word in text.split()}
     for sample in samples:
         assert tokenizer.decode(sample.input_ids, skip_special_tokens=True).split()[-1] in words
@@ -373,7 +373,7 @@ def test_matched_cuts_end_after_a_word():
 def test_short_documents_are_passed_over_and_counted():
     texts = ["Short.", "Some.", *documents(3)]
     counts = Counter()
-    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(30, "cut")] * 3, counts=counts)
+    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [SampleFormat(30, "cut")] * 3, counts=counts)
     assert [len(s.input_ids) for s in samples] == [30] * 3
     assert counts["num_too_short"] == 2
 
@@ -382,26 +382,30 @@ def test_a_whole_text_is_no_cut():
     tokenizer = tiny_tokenizer()
     headline = "The evening star"
     with pytest.raises(InputError, match="only 0 samples for 1 lengths"):
-        matched_samples([headline], Encoder(tokenizer), [Target(len(tokenizer(headline).input_ids), "cut")])
+        matched_samples([headline], Encoder(tokenizer), [SampleFormat(len(tokenizer(headline).input_ids), "cut")])
 
 
 def test_cuts_inside_a_word_are_the_last_resort():
     counts = Counter()
-    samples = matched_samples(["Neighbourhood" * 20], Encoder(tiny_tokenizer()), [Target(9, "cut")], counts=counts)
+    samples = matched_samples(
+        ["Neighbourhood" * 20], Encoder(tiny_tokenizer()), [SampleFormat(9, "cut")], counts=counts
+    )
     assert [len(s.input_ids) for s in samples] == [9]
     assert counts["num_cut_in_word"] == 1
 
 
 def test_the_same_sentence_in_two_documents_is_used_once():
     texts = [f"The red fox crosses the wide field. It is page {i} of my old neighbour." for i in range(3)]
-    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(9, "cut")] * 2)
+    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [SampleFormat(9, "cut")] * 2)
     assert len({s.id for s in samples}) == 2
 
 
 def test_endings_that_cannot_be_met_are_filled_and_counted():
     texts = [text.replace(".", ",") for text in documents(5)]
     counts = Counter()
-    samples = matched_samples(texts, Encoder(tiny_tokenizer()), [Target(9, "stop"), Target(9, "cut")], counts=counts)
+    samples = matched_samples(
+        texts, Encoder(tiny_tokenizer()), [SampleFormat(9, "stop"), SampleFormat(9, "cut")], counts=counts
+    )
     assert [s.ending for s in samples] == ["cut", "cut"]
     assert counts["num_unmatched_endings"] == 1
 
@@ -412,13 +416,13 @@ def test_an_endless_stream_comes_to_an_end():
             yield "no, no"
 
     with pytest.raises(InputError, match="only 0 samples for 1 lengths to match"):
-        matched_samples(endless(), Encoder(tiny_tokenizer()), [Target(40, "cut")])
+        matched_samples(endless(), Encoder(tiny_tokenizer()), [SampleFormat(40, "cut")])
 
 
-def test_read_targets(tmp_path):
+def test_read_formats(tmp_path):
     rows = [{"id": "a", "num_tokens": 5, "ending": "stop", "relevance": 1.0}, {"num_tokens": 7, "ending": "cut"}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_targets(tmp_path) == [Target(5, "stop"), Target(7, "cut")]
+    assert read_formats(tmp_path) == [SampleFormat(5, "stop"), SampleFormat(7, "cut")]
 
 
 @pytest.mark.parametrize(
@@ -431,9 +435,9 @@ def test_read_targets(tmp_path):
         ('{"num_tokens": 5, "ending": null}\n', "token ids that no tokenizer could read"),
     ],
 )
-def test_targets_that_cannot_be_read(content, message, tmp_path):
+def test_formats_that_cannot_be_read(content, message, tmp_path):
     if content is not None:
         (tmp_path / "samples.jsonl").write_text(content)
     with pytest.raises(InputError, match=message) as error:
-        read_targets(tmp_path)
+        read_formats(tmp_path)
     assert "data.match" in str(error.value)

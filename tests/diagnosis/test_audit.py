@@ -14,7 +14,7 @@ from tiny_models import tiny
 from sparc3_pl.diagnosis.audit import audit
 from sparc3_pl.diagnosis.score_checks import audit_folder, audit_folders, drawn_scores
 from sparc3_pl.errors import InputError
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 
 
 def samples(count, relevance, seed=0, **more):
@@ -161,11 +161,11 @@ def test_a_drawn_part_is_the_same_components_in_both(tmp_path):
     """Weight scores are ranked on a draw; its positions must not depend on the values or on the blocks."""
     shape = (40, 50)
     folder = write(tmp_path / "a", {name: torch.arange(2000.0).view(shape) + 2000 * i for i, name in enumerate(LAYERS)})
-    drawn = drawn_scores(Scores.of([folder]), most=600)
+    drawn = drawn_scores(SideScores.of([folder]), most=600)
     assert len(drawn) == 600
     assert (drawn.diff() > 0).all()  # ascending values were put in: ascending positions were taken
     assert ((drawn / 10).long() == torch.arange(600)).all()  # one from each stretch of ten
-    assert len(drawn_scores(Scores.of([folder]), most=10_000)) == 6000
+    assert len(drawn_scores(SideScores.of([folder]), most=10_000)) == 6000
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])

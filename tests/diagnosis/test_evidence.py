@@ -15,8 +15,8 @@ from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.scores.manifest import ScoredSample
 from sparc3_pl.scores.writer import ScoreWriter
 from sparc3_pl.selection.choose import make_plan
-from sparc3_pl.selection.contrast import Scores, contrast
-from sparc3_pl.selection.stability import Choice
+from sparc3_pl.selection.contrast import SideScores, contrast
+from sparc3_pl.selection.stability import SelectionSettings
 
 LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
 WIDTH, GROUPS, EACH = 500, 8, 4
@@ -119,7 +119,7 @@ def test_the_selection_is_that_of_prune(tmp_path, strengths, kind):
     totals = [torch.cat([f.load(layer).double() for layer in LAYERS]) for f in sides[0]]
     mean = (totals[0] + totals[1]) / 2
     chosen = [LAYERS.index(n.layer) * WIDTH + n.index for n in plan.neurons]
-    measured = weigh(*(Scores.of(side) for side in sides), Choice(kind, 20))
+    measured = weigh(*(SideScores.of(side) for side in sides), SelectionSettings(kind, 20))
     top = set(mean.argsort(descending=True)[: round(0.05 * 2 * WIDTH)].tolist())
     assert measured.strongest.top_5 == len(top & set(chosen)) / 20
     assert measured.totals[0] == pytest.approx(float(mean.sum()), rel=1e-6)
@@ -130,7 +130,7 @@ def test_t_is_that_of_the_t_contrast(tmp_path, strengths):
     used = strengths.clone()
     used[1, :20] += 3
     paths = folder(tmp_path / "g", strengths, source="g"), folder(tmp_path / "b", used, seed=1, source="b")
-    sides = [Scores.of([ScoreFolder.open(path)]) for path in paths]
+    sides = [SideScores.of([ScoreFolder.open(path)]) for path in paths]
     expected = torch.cat([block.values for block in contrast("t", *sides)()])
     difference = torch.cat([block.values for block in contrast("difference", *sides)()])
     lowest = difference.argsort(stable=True)[:20]

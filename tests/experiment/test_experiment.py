@@ -20,7 +20,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
-from sparc3_pl.experiment.run import Outcome, largest_within, outcome_table
+from sparc3_pl.experiment.run import EditOutcome, largest_within, outcome_table
 from sparc3_pl.experiment.run import run as run_experiment
 from sparc3_pl.io.formats import to_json
 from sparc3_pl.model import loading
@@ -155,18 +155,18 @@ def test_largest_within_the_bound():
             self.measurements = {} if of_web is None else {"text web": {"perplexity": web}, "pairs": {"share": web}}
 
     outcomes = [
-        Outcome("a", 5, None, Stub(1.001)),
-        Outcome("b", 10, None, Stub(1.009)),
-        Outcome("c", 20, None, Stub(1.05)),
-        Outcome("d", 20, "random", Stub(1.0)),
-        Outcome("e", 30, None, Stub(None)),
+        EditOutcome("a", 5, None, Stub(1.001)),
+        EditOutcome("b", 10, None, Stub(1.009)),
+        EditOutcome("c", 20, None, Stub(1.05)),
+        EditOutcome("d", 20, "random", Stub(1.0)),
+        EditOutcome("e", 30, None, Stub(None)),
     ]
     assert largest_within(outcomes, 0.01).name == "b"
     assert largest_within(outcomes, 0.0001) is None
-    dear = Outcome("f", 15, None, Stub(1.001, 1.02))  # within the bound on the first text alone
+    dear = EditOutcome("f", 15, None, Stub(1.001, 1.02))  # within the bound on the first text alone
     assert dear.rises == {"": pytest.approx(0.001), "web": pytest.approx(0.02)}
     assert largest_within([*outcomes, dear], 0.01).name == "b"
-    gains = [Outcome(f"budget-{scale}", 9, None, Stub(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
+    gains = [EditOutcome(f"budget-{scale}", 9, None, Stub(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
     assert largest_within(gains, 0.01).name == "budget-1.0"  # all turn equally many components
 
 
@@ -686,7 +686,7 @@ def test_the_table_is_of_what_was_measured():
 
     def table(**figures):
         given = {"perplexity": None, "toxicity": {}, "judges": {}, "measurements": {}} | figures
-        return outcome_table([Outcome("prune-4", 4, None, SimpleNamespace(**given))])
+        return outcome_table([EditOutcome("prune-4", 4, None, SimpleNamespace(**given))])
 
     judged = table(toxicity={"repetition": {"mean": change}})
     assert judged.columns[2] == "repetition"

@@ -20,7 +20,7 @@ from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.pruning.save import save_pruned, save_shrunk
 from sparc3_pl.selection.command import prune
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 from sparc3_pl.selection.controls import Permuted
 
 IDS = tokens(2, 9)
@@ -268,7 +268,7 @@ def test_prune_chooses_experts_layer_by_layer(tmp_path, capsys):
 def test_factors_are_dealt_out_among_the_experts_of_a_layer(tmp_path):
     names = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(2) for e in range(4)]
     folder = write(tmp_path / "scores", {name: torch.rand(1) for name in names}, granularity="expert")
-    question = SimpleNamespace(general=Scores.of([folder]))
+    question = SimpleNamespace(general=SideScores.of([folder]))
     draws = {tuple(Permuted(seed).counterparts(question, [(name, 0) for name in names])) for seed in range(8)}
     assert len(draws) > 1
     for draw in draws:

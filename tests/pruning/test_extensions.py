@@ -19,7 +19,7 @@ from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.plan import PrunePlan
 from sparc3_pl.selection.choose import make_plan
 from sparc3_pl.selection.command import _with_kept_values
-from sparc3_pl.selection.contrast import Scores, contrast, named_in_plan
+from sparc3_pl.selection.contrast import SideScores, contrast, named_in_plan
 
 RATIO = {"class_path": "extensions.Ratio", "init_args": {"floor": 0.5}}
 GAINS = {"class_path": "extensions.Gains", "init_args": {"strength": 0.5}}
@@ -148,6 +148,6 @@ def test_a_plan_without_all_factors_is_refused(folders, tmp_path):
 
 def test_a_contrast_whose_values_are_not_finite_is_refused(folders):
     """They would sort to one end of the choice."""
-    sides = [Scores.of(side) for side in folders]
+    sides = [SideScores.of(side) for side in folders]
     with pytest.raises(InputError, match=r"contrast=extensions.Ratio: layer .* values that are not finite"):
         list(contrast({"class_path": "extensions.Ratio", "init_args": {"floor": float("nan")}}, *sides)())

@@ -27,7 +27,7 @@ from sparc3_pl.report.effects import by_experiment, dose_pictures, effects, gain
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import Budget
 from sparc3_pl.selection.choose import make_plan
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 from sparc3_pl.statistics.paired import paired_change
 
 MODEL = {
@@ -489,6 +489,8 @@ def test_a_plan_within_a_budget_is_told_with_how_well_its_derivative_is_known(tm
     evaluation(tmp_path / "after", plan.summary(), 0.5, 12.0)
     words = make_report([tmp_path]).markdown
     assert "Enough samples?" in words
-    expected = weigh_gains(Scores.of([general]), Scores.of([behaviour]), Budget(off_diagonal=0.5))
+    expected = weigh_gains(SideScores.of([general]), SideScores.of([behaviour]), Budget(off_diagonal=0.5))
     assert f"{expected.halves:.3g}" in words.split("cosine of the steps from two halves")[1].splitlines()[0]
-    assert expected.halves != pytest.approx(weigh_gains(Scores.of([general]), Scores.of([behaviour])).halves, rel=1e-3)
+    assert expected.halves != pytest.approx(
+        weigh_gains(SideScores.of([general]), SideScores.of([behaviour])).halves, rel=1e-3
+    )

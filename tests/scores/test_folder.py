@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from score_folders import LAYERS, random_scores, write
 
-from sparc3_pl.data.matching import Target, read_targets
+from sparc3_pl.data.matching import SampleFormat, read_formats
 from sparc3_pl.errors import InputError
 from sparc3_pl.io import files
 from sparc3_pl.scores.folder import ScoreFolder, mean_blocks, require_comparable
@@ -297,7 +297,7 @@ def test_line_ends_in_what_is_known_of_a_sample(tmp_path):
     assert folder.samples() == [ScoredSample("a", 1, more={"token": "x\u2028y\x85z"})]
     assert folder.samples()[0].to_json() == record
     (tmp_path / "samples.jsonl").write_text(files.strict_json(record | {"ending": "stop"}) + "\n", encoding="utf-8")
-    assert read_targets(tmp_path) == [Target(1, "stop")]
+    assert read_formats(tmp_path) == [SampleFormat(1, "stop")]
 
 
 @pytest.mark.parametrize(

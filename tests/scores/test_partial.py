@@ -26,7 +26,7 @@ from sparc3_pl.scores.writer import ScoreWriter
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 NUM_SAMPLES = 12
-PUBLISH = "sparc3_pl.scores.partial:publish"
+PUBLISH = "sparc3_pl.scores.partial:put_in_place"
 
 
 @pytest.fixture(scope="module")

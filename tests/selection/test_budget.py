@@ -24,7 +24,7 @@ from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
-from sparc3_pl.selection.contrast import CONTRASTS, Scores
+from sparc3_pl.selection.contrast import CONTRASTS, SideScores
 from sparc3_pl.selection.dose import BudgetSource, _Rises, held_back, search_scale, spend
 
 KINDS = {
@@ -205,7 +205,7 @@ def test_the_step_is_the_best_of_its_range_for_what_components_cost_together(gro
     contrast = CONTRASTS.make(
         {"class_path": "budget", "init_args": {"off_diagonal": off_diagonal, "gains_range": [low, high]}}
     )
-    general, behaviour = (Scores.of(folders) for folders in grouped_sides)
+    general, behaviour = (SideScores.of(folders) for folders in grouped_sides)
     steps = contrast.steps(general, behaviour)
     d = torch.cat([steps[layer] for layer in general.layers])
     order = [(layer, i) for layer in general.layers for i in range(WIDTHS[KINDS[layer]])]

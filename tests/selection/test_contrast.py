@@ -10,7 +10,7 @@ from score_folders import LAYERS, random_scores, write
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores import folder as scores_module
 from sparc3_pl.scores.folder import ScoreFolder
-from sparc3_pl.selection.contrast import Scores, SetDifference, average_ranks, contrast, format_warnings, protected
+from sparc3_pl.selection.contrast import SetDifference, SideScores, average_ranks, contrast, format_warnings, protected
 from sparc3_pl.selection.lowest import collect
 
 
@@ -24,8 +24,8 @@ def open_to_choice(passes) -> np.ndarray:
     return torch.cat([torch.ones(len(b.values)) if b.allowed is None else b.allowed for b in blocks]).bool().numpy()
 
 
-def side(tmp_path, name, seeds, shape=(7,), **kwargs) -> Scores:
-    return Scores.of([write(tmp_path / f"{name}{seed}", random_scores(seed, shape), **kwargs) for seed in seeds])
+def side(tmp_path, name, seeds, shape=(7,), **kwargs) -> SideScores:
+    return SideScores.of([write(tmp_path / f"{name}{seed}", random_scores(seed, shape), **kwargs) for seed in seeds])
 
 
 def values_of(seeds, shape=(7,)) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_difference_and_normalized_by_loops(tmp_path, shape):
 
 def test_normalized_takes_magnitudes_of_signed_scores(tmp_path):
     values = {"a": torch.tensor([3.0, -3.0, 2.0])}
-    general, behaviour = (Scores.of([write(tmp_path / n, values, signed=True)]) for n in "gb")
+    general, behaviour = (SideScores.of([write(tmp_path / n, values, signed=True)]) for n in "gb")
     assert general.total() == 8
     assert not flat(contrast("normalized", general, behaviour)).any()
 
@@ -70,7 +70,7 @@ def test_t_is_welchs_statistic(tmp_path):
     generator = torch.Generator().manual_seed(0)
     samples = [torch.rand(n, 7, generator=generator) for n in (12, 5)]
     sides = [
-        Scores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
+        SideScores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
         for i, x in enumerate(samples)
     ]
     expected = ttest_ind(samples[0].double().numpy(), samples[1].double().numpy(), equal_var=False).statistic
@@ -81,13 +81,15 @@ def test_t_with_several_seeds(tmp_path):
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.rand(n, 4, generator=generator).double() for n in (6, 9)]
     other = torch.rand(5, 4, generator=generator).double()
-    general = Scores.of(
+    general = SideScores.of(
         [
             write(tmp_path / f"g{i}", {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))
             for i, x in enumerate(seeds)
         ]
     )
-    behaviour = Scores.of([write(tmp_path / "b", {"a": other.mean(0)}, {"a": other.square().mean(0)}, num_samples=5)])
+    behaviour = SideScores.of(
+        [write(tmp_path / "b", {"a": other.mean(0)}, {"a": other.square().mean(0)}, num_samples=5)]
+    )
     error = sum(x.var(0) / len(x) for x in seeds) / 4 + other.var(0) / 5
     expected = ((seeds[0].mean(0) + seeds[1].mean(0)) / 2 - other.mean(0)) / error.sqrt()
     np.testing.assert_allclose(flat(contrast("t", general, behaviour)), expected.numpy(), rtol=1e-4)
@@ -95,7 +97,7 @@ def test_t_with_several_seeds(tmp_path):
 
 def test_t_of_dead_and_of_constant_neurons_is_finite(tmp_path):
     sides = [
-        Scores.of([write(tmp_path / n, {"a": torch.tensor([0.0, c])}, {"a": torch.tensor([0.0, c * c])})])
+        SideScores.of([write(tmp_path / n, {"a": torch.tensor([0.0, c])}, {"a": torch.tensor([0.0, c * c])})])
         for n, c in (("g", 2.0), ("b", 3.0))
     ]
     values = flat(contrast("t", *sides))
@@ -110,7 +112,7 @@ def test_t_of_a_layer_that_is_read_in_several_blocks(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples = [torch.rand(n, 7, generator=generator).double() for n in (12, 5)]
     sides = [
-        Scores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
+        SideScores.of([write(tmp_path / str(i), {"a": x.mean(0)}, {"a": x.square().mean(0)}, num_samples=len(x))])
         for i, x in enumerate(samples)
     ]
     g, b = samples
@@ -130,7 +132,7 @@ def test_set_difference_by_sets(tmp_path):
 
 
 def test_protected_are_the_strongest_by_magnitude(tmp_path):
-    general = Scores.of([write(tmp_path / "g", {"a": torch.tensor([1.0, -9.0, 8.0, 0.5, -2.0])}, signed=True)])
+    general = SideScores.of([write(tmp_path / "g", {"a": torch.tensor([1.0, -9.0, 8.0, 0.5, -2.0])}, signed=True)])
     passes = protected(general, general, 0.4)
     assert np.flatnonzero(~open_to_choice(passes)).tolist() == [1, 2]
     assert flat(passes).tolist() == [1.0, -9.0, 8.0, 0.5, -2.0]
@@ -139,14 +141,14 @@ def test_protected_are_the_strongest_by_magnitude(tmp_path):
 
 def test_layers_can_be_chosen(tmp_path):
     folder = write(tmp_path / "g", random_scores(1))
-    assert Scores.of([folder], ["*.1.*", "*.0.*"]).layers == LAYERS[:2]
+    assert SideScores.of([folder], ["*.1.*", "*.0.*"]).layers == LAYERS[:2]
     with pytest.raises(InputError, match=r"layers: 'x\*' matches no scored layer"):
-        Scores.of([folder], ["x*"])
+        SideScores.of([folder], ["x*"])
 
 
 def test_rows_of_a_fused_map_that_are_not_neurons_are_left_out(tmp_path):
     folder = write(tmp_path / "g", {"a": torch.arange(6.0), "b": torch.arange(6.0)}, neuron_rows={"a": [3, 6]})
-    scores = Scores.of([folder])
+    scores = SideScores.of([folder])
     assert scores.count == 9
     assert [(layer, block.offset, block.values.tolist()) for layer, block in collect(scores).items()] == [
         ("a", 3, [3.0, 4.0, 5.0]),
@@ -170,7 +172,7 @@ def test_one_block_at_a_time(tmp_path, monkeypatch, kind):
 def test_scores_that_are_not_finite_are_refused(tmp_path):
     folder = write(tmp_path / "g", {"a": torch.tensor([1.0, math.nan])})
     with pytest.raises(InputError, match="layer a has scores that are not finite"):
-        flat(contrast("general", Scores.of([folder]), None))
+        flat(contrast("general", SideScores.of([folder]), None))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_needs_behaviour(tmp_path):
 
 
 def test_all_zero_cannot_be_normalized(tmp_path):
-    zero = Scores.of([write(tmp_path / "z", {"a": torch.zeros(3)})])
+    zero = SideScores.of([write(tmp_path / "z", {"a": torch.zeros(3)})])
     with pytest.raises(InputError, match="all scores are zero"):
         contrast("normalized", zero, zero)
 

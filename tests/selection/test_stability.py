@@ -5,7 +5,7 @@ import torch
 
 from sparc3_pl.selection.contrast import Vector, share_of_strongest
 from sparc3_pl.selection.stability import (
-    Choice,
+    SelectionSettings,
     Unit,
     chosen,
     mean_scores_of,
@@ -46,7 +46,9 @@ def test_chosen_by_hand(kind, protect, expected):
         expected = [0, 2]
     if kind == "normalized":  # 1/23-3/35 = -.042, 4/23-7/35 = -.026, 10/23-19/35 = -.108
         expected = [3, 0]
-    assert positions(chosen(general, behaviour, Choice(kind, 2, protect)), general).tolist() == sorted(expected)
+    assert positions(chosen(general, behaviour, SelectionSettings(kind, 2, protect)), general).tolist() == sorted(
+        expected
+    )
 
 
 def test_overlap_and_strength():
@@ -61,12 +63,12 @@ def test_a_real_behaviour_is_found_in_both_halves_and_beats_the_null():
     used = mean.clone()
     used[:50] += 1
     general, behaviour = population(mean, 0.1, 8, 1), population(used, 0.1, 8, 2)
-    choice = Choice("difference", 50)
-    halves = split_half_overlaps(general, behaviour, choice)
+    settings = SelectionSettings("difference", 50)
+    halves = split_half_overlaps(general, behaviour, settings)
     assert len(halves) == 20
     assert min(halves) == 1.0
-    assert max(null_against_null(general, choice)) < 0.2
-    assert max(null_against_selection(general, torch.arange(50), choice)) < 0.2
+    assert max(null_against_null(general, settings)) < 0.2
+    assert max(null_against_selection(general, torch.arange(50), settings)) < 0.2
 
 
 def test_noise_in_the_strongest_makes_nulls_overlap_far_beyond_chance():
@@ -75,21 +77,21 @@ def test_noise_in_the_strongest_makes_nulls_overlap_far_beyond_chance():
     noise = torch.full((5000,), 0.01)
     noise[:200] = 5.0  # the strong vary the most
     general, same = population(mean, noise, 8, 3), population(mean, noise, 8, 4)
-    choice = Choice("difference", 100)
+    settings = SelectionSettings("difference", 100)
     chance = 100 / 5000
-    null = null_against_null(general, choice)
-    halves = split_half_overlaps(general, same, choice)
+    null = null_against_null(general, settings)
+    halves = split_half_overlaps(general, same, settings)
     assert sum(null) / len(null) > 10 * chance
     assert sum(halves) / len(halves) == pytest.approx(sum(null) / len(null), abs=0.1)  # and no more than the null
 
 
 def test_too_few_units_measure_nothing():
     units = population(torch.rand(20), 0.1, 3, 0)
-    choice = Choice("difference", 5)
-    assert split_half_overlaps(units, units[:1], choice) == []
-    assert null_against_null(units, choice) == []
-    assert len(split_half_overlaps(units[:2], units[:2], choice)) == 1
-    assert null_against_selection(units[:1], torch.arange(5), choice) == []
+    settings = SelectionSettings("difference", 5)
+    assert split_half_overlaps(units, units[:1], settings) == []
+    assert null_against_null(units, settings) == []
+    assert len(split_half_overlaps(units[:2], units[:2], settings)) == 1
+    assert null_against_selection(units[:1], torch.arange(5), settings) == []
 
 
 def test_fewer_samples_give_less_agreement():
@@ -97,6 +99,6 @@ def test_fewer_samples_give_less_agreement():
     used = mean.clone()
     used[:50] += 0.3
     general, behaviour = population(mean, 0.25, 16, 6), population(used, 0.25, 16, 7)
-    sizes = [split_half_overlaps(general, behaviour, Choice("difference", 50), size) for size in (1, 8)]
+    sizes = [split_half_overlaps(general, behaviour, SelectionSettings("difference", 50), size) for size in (1, 8)]
     few, many = (sum(overlaps) / len(overlaps) for overlaps in sizes)
     assert few < many - 0.1

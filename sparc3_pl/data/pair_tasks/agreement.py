@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part, one_token
+from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Partition, one_token
 from sparc3_pl.errors import InputError
 
 __all__ = ["NOUNS", "TEMPLATES", "VERBS", "Agreement"]
@@ -51,17 +51,21 @@ class Agreement(PairTask):
     name: ClassVar[str] = "agreement"
     counterfactuals: ClassVar[tuple[str, ...]] = ("number",)
 
-    def texts(self, encoder: Encoder, part: Part, counterfactual: str, rng: random.Random) -> Iterator[PairText]:
+    def texts(
+        self, encoder: Encoder, partition: Partition, counterfactual: str, rng: random.Random
+    ) -> Iterator[PairText]:
         single = set(one_token([*NOUNS, *(f"{noun}s" for noun in NOUNS), *itertools.chain(*VERBS)], encoder))
         nouns = [noun for noun in NOUNS if {noun, f"{noun}s"} <= single]
-        nouns = self.enough(nouns, part, 6, "nouns whose singular and plural are one token of the model's tokenizer")
+        nouns = self.enough(
+            nouns, partition, 6, "nouns whose singular and plural are one token of the model's tokenizer"
+        )
         verbs = [pair for pair in VERBS if set(pair) <= single]
         if not verbs:
             raise InputError(
                 f"data.source={self.name}: none of the verbs {', '.join('/'.join(pair) for pair in VERBS)} is one "
                 "token of the model's tokenizer; give another model or task"
             )
-        templates = self.enough(TEMPLATES, part, 1, "templates")
+        templates = self.enough(TEMPLATES, partition, 1, "templates")
         kinds = list(itertools.product(templates, (0, 1), (0, 1)))
         while True:
             rng.shuffle(kinds)  # each template with all numbers before any comes again

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part
+from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Partition
 from sparc3_pl.errors import InputError
 
 __all__ = ["EVENTS", "TEMPLATES", "GreaterThan"]
@@ -56,7 +56,9 @@ class GreaterThan(PairTask):
     name: ClassVar[str] = "greater_than"
     counterfactuals: ClassVar[tuple[str, ...]] = ("start_01",)
 
-    def texts(self, encoder: Encoder, part: Part, counterfactual: str, rng: random.Random) -> Iterator[PairText]:
+    def texts(
+        self, encoder: Encoder, partition: Partition, counterfactual: str, rng: random.Random
+    ) -> Iterator[PairText]:
         years_by_end = {within: self._years(encoder, within) for within in (True, False)}
         within_year = len(years_by_end[True]) >= len(years_by_end[False])
         years = years_by_end[within_year]
@@ -66,8 +68,8 @@ class GreaterThan(PairTask):
                 f"data.source={self.name}: the tokenizer writes 'in 1758' as {tokens}, so that only {len(years)} start "
                 "years leave room for a later and an earlier one told apart by one token; give another model or task"
             )
-        events = self.enough(EVENTS, part, 2, "events")
-        kinds = self.enough(TEMPLATES, part, 1, "templates")
+        events = self.enough(EVENTS, partition, 2, "events")
+        kinds = self.enough(TEMPLATES, partition, 1, "templates")
         while True:
             rng.shuffle(kinds)
             for template in kinds:

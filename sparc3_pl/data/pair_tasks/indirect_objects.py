@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from sparc3_pl.data.encoding import Encoder
-from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Part, one_token
+from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Partition, one_token
 
 __all__ = ["NAMES", "OBJECTS", "PLACES", "TEMPLATES", "IndirectObjects"]
 
@@ -66,10 +66,12 @@ class IndirectObjects(PairTask):
     name: ClassVar[str] = "ioi"
     counterfactuals: ClassVar[tuple[str, ...]] = ("abc", "s2_io")
 
-    def texts(self, encoder: Encoder, part: Part, counterfactual: str, rng: random.Random) -> Iterator[PairText]:
+    def texts(
+        self, encoder: Encoder, partition: Partition, counterfactual: str, rng: random.Random
+    ) -> Iterator[PairText]:
         single = one_token(NAMES, encoder)
-        names = self.enough(single, part, 6, "first names that are one token of the model's tokenizer")
-        templates = self.enough(TEMPLATES, part, 1, "templates")
+        names = self.enough(single, partition, 6, "first names that are one token of the model's tokenizer")
+        templates = self.enough(TEMPLATES, partition, 1, "templates")
         kinds = list(itertools.product(templates, (True, False)))
         while True:
             rng.shuffle(kinds)  # each template in both orders before any comes again

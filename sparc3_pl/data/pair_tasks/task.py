@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 
-__all__ = ["PairTask", "PairText", "Part", "one_token"]
+__all__ = ["PairTask", "PairText", "Partition", "one_token"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class PairText:
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """The templates and words that sentences are made from: all, or those of one half.
 
     Attributes:
@@ -72,12 +72,14 @@ class PairTask(ABC):
     counterfactuals: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def texts(self, encoder: Encoder, part: Part, counterfactual: str, rng: random.Random) -> Iterator[PairText]:
+    def texts(
+        self, encoder: Encoder, partition: Partition, counterfactual: str, rng: random.Random
+    ) -> Iterator[PairText]:
         """Sentences without end, some of them repeated. Clean and counterfactual have the same number of tokens.
 
         Args:
             encoder: The model's encoder; it has a tokenizer.
-            part: The half to make them from.
+            partition: The half to make them from.
             counterfactual: One of ``counterfactuals``.
             rng: Draws the words; nothing else is random.
 
@@ -85,15 +87,15 @@ class PairTask(ABC):
             InputError: If the tokenizer does not allow the task, saying why.
         """
 
-    def enough(self, items: Sequence[T], part: Part, at_least: int, what: str) -> list[T]:
-        """The items of the part.
+    def enough(self, items: Sequence[T], partition: Partition, at_least: int, what: str) -> list[T]:
+        """The items of the partition.
 
         Raises:
             InputError: If there are fewer than ``at_least``.
         """
-        own = part.of(items)
+        own = partition.of(items)
         if len(own) < at_least:
-            where = "" if part.half == "all" else f" in the {part.half} half"
+            where = "" if partition.half == "all" else f" in the {partition.half} half"
             raise InputError(
                 f"data.source={self.name}: it needs {at_least} {what}{where}, but there are {len(own)} ({len(items)} "
                 "in all); give another model or task, pairs of your own in a file, or another data.partition_share"
