@@ -428,20 +428,20 @@ class Wanda(Method):
         if options.sequential is None:
             return
         blocks, self._blocks = self._blocks_of(model, layers, options), None
-        squares = [_InputSquares(batch.attention_mask.bool(), options.nonfinite == "zero") for batch in blocks.held]
-        seen: dict[str, Tensor] = {}
+        squares = [_InputSquares(batch.attention_mask.bool(), options.nonfinite == "zero") for batch in blocks.batches]
+        totals: dict[str, Tensor] = {}
 
         def take(batch: int, name: str, x: Tensor) -> None:
             squares_I, counts = squares[batch].of(x)
             layers[name].sums["sum"] += squares_I
             for kind, count in counts.items():
                 layers[name].sums[kind] += count
-            seen[name] = layers[name].sums["sum"].sum()
+            totals[name] = layers[name].sums["sum"].sum()
 
-        def measured(name: str) -> Tensor:
-            if blocks.held:
-                require_all({name: layers[name]}, seen)
-                require_finite({name: seen[name]})
+        def scores_of(name: str) -> Tensor:
+            if blocks.batches:
+                require_all({name: layers[name]}, totals)
+                require_finite({name: totals[name]})
             sums, group = layers[name].sums, layers[name].group
             for tensor in sums.values():
                 sum_over_ranks(tensor)
@@ -451,7 +451,7 @@ class Wanda(Method):
                     tensor.zero_()
             return scores_OI
 
-        blocks.run(take, measured)
+        blocks.run(take, scores_of)
 
     def scores(self, sums: Sums, group: Group, num_samples: int, weight_OI: Tensor | None, options: Options) -> Tensor:
         return group.reduced(weight_OI.float().abs() * sums["sum"].sqrt().float()).float()

@@ -142,7 +142,7 @@ class PreparedRules:
             )
         self._rules, self._unlisted, self._temperature = rules, unlisted, softmax_temperature
         self._missing: Missing = missing
-        self._known: tuple[nn.Module, dict[str, _Rule]] | None = None
+        self._plan_of: tuple[nn.Module, dict[str, _Rule]] | None = None
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -152,14 +152,14 @@ class PreparedRules:
         name = next((name for name, module in model.named_modules() if module.training), None)
         if name is not None:
             raise InputError(f"LRP needs eval mode, but {name or 'the model'} is training; call model.eval()")
-        if self._known is None or self._known[0] is not model:
+        if self._plan_of is None or self._plan_of[0] is not model:
             if self._missing == "refuse":
                 _check_family(model, self._unlisted)
-            self._known = model, _plan(model, self._rules, self._temperature, self._missing)
+            self._plan_of = model, _plan(model, self._rules, self._temperature, self._missing)
         with ExitStack() as undo:
             _active.add(model)
             undo.callback(_active.discard, model)
-            for rule in self._known[1].values():
+            for rule in self._plan_of[1].values():
                 if rule.put_on is not None:
                     undo.enter_context(rule.put_on())
             yield model

@@ -51,9 +51,9 @@ class Sparsity:
             InputError: if it is neither.
         """
         text = str(value).strip()
-        kept, colon, of = text.partition(":")
-        if colon and kept.isdecimal() and of.isdecimal() and 0 < int(kept) < int(of):
-            return cls(text, pattern=(int(kept), int(of)))
+        count, colon, of = text.partition(":")
+        if colon and count.isdecimal() and of.isdecimal() and 0 < int(count) < int(of):
+            return cls(text, pattern=(int(count), int(of)))
         try:
             share = float(text)
         except ValueError:
@@ -92,7 +92,7 @@ class Sparsity:
 
 
 @dataclass
-class _Held:
+class _Batch:
     """One batch between two decoder layers."""
 
     input_ids: Tensor
@@ -138,7 +138,7 @@ class Blocks:
                     f"model.sequential={sparsity.text}: {name} was offloaded, so that its weights cannot be pruned "
                     "and put back; use devices that hold the model"
                 )
-        self.held: list[_Held] = []
+        self.batches: list[_Batch] = []
 
     def hold(self, batch: ReferenceBatch) -> None:
         """Keeps what the first decoder layer reads of a batch, and the other arguments of each layer's call.
@@ -171,7 +171,7 @@ class Blocks:
         if [number for number, *_ in calls] != list(range(len(self.blocks))):
             raise self._not_a_chain()
         more = [(args, kwargs) for _, _, args, kwargs in calls]
-        self.held.append(_Held(batch.input_ids, batch.attention_mask, calls[0][1], more))
+        self.batches.append(_Batch(batch.input_ids, batch.attention_mask, calls[0][1], more))
 
     def _not_a_chain(self) -> InputError:
         return InputError(
@@ -179,29 +179,30 @@ class Blocks:
             "makes; leave it out"
         )
 
-    def run(self, take: Take, measured: Callable[[str], Tensor]) -> None:
+    def run(self, take: Take, scores_of: Callable[[str], Tensor]) -> None:
         """Goes through the decoder layers; every process of several must call it.
 
         Args:
             take: Is shown what each linear layer reads, batch by batch.
-            measured: Gives a layer's scores ``[O, I]`` once all its inputs have been seen, here and by other processes.
+            scores_of: Gives a layer's scores ``[O, I]`` once all its inputs have been seen, by other processes too.
         """
         for number, own in enumerate(self.own):
             with onednn_linears(self.model), self._watching(own, take) as batch_number:
-                for batch_number[0], batch in enumerate(self.held):
+                for batch_number[0], batch in enumerate(self.batches):
                     self._called(number, batch)
             with ExitStack() as undo:
                 for name in own:
-                    undo.enter_context(_without(weight_matrix(self.layers[name]), self.sparsity.lowest(measured(name))))
+                    lowest = self.sparsity.lowest(scores_of(name))
+                    undo.enter_context(_without(weight_matrix(self.layers[name]), lowest))
                 with onednn_linears(self.model):
-                    for batch in self.held:
+                    for batch in self.batches:
                         batch.hidden = self._called(number, batch)
         if self.outside:
             self._run_outside(take)
             for name in self.outside:
-                measured(name)
+                scores_of(name)
 
-    def _called(self, number: int, batch: _Held) -> Tensor:
+    def _called(self, number: int, batch: _Batch) -> Tensor:
         args, kwargs = batch.more[number]
         return _hidden(self.blocks[number](batch.hidden, *args, **kwargs))
 
@@ -227,7 +228,7 @@ class Blocks:
         with ExitStack() as undo:
             undo.callback(hook.remove)
             number = undo.enter_context(self._watching([name for name in self.outside if name not in heads], take))
-            for number[0], batch in enumerate(self.held):
+            for number[0], batch in enumerate(self.batches):
                 last[:] = [batch.hidden]
                 hidden = as_forward(last_hidden_state, self.model, batch.input_ids, batch.attention_mask)
                 for name in heads:

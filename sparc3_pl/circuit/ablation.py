@@ -183,12 +183,12 @@ def ablated(
     blocks = {mlp.down: mlp for mlp in mlp_by_up(model).values()} if compact else {}
     with ExitStack() as undo:
         for name, owner_I in candidates.readers.items():
-            taken_I = ~kept_N[owner_I] & (owner_I >= 0)
+            ablated_I = ~kept_N[owner_I] & (owner_I >= 0)
             module = model.get_submodule(name)
-            if name in blocks and name not in values and taken_I.float().mean() > _WORTH_COMPACTING:
-                undo.enter_context(_without(model, blocks[name], (~taken_I).nonzero().flatten()))
-            elif taken_I.any():
-                hook = module.register_forward_pre_hook(partial(_replace, taken_I, values.get(name)))
+            if name in blocks and name not in values and ablated_I.float().mean() > _WORTH_COMPACTING:
+                undo.enter_context(_without(model, blocks[name], (~ablated_I).nonzero().flatten()))
+            elif ablated_I.any():
+                hook = module.register_forward_pre_hook(partial(_replace, ablated_I, values.get(name)))
                 undo.callback(hook.remove)
         yield
 
@@ -198,16 +198,16 @@ _WORTH_COMPACTING = 0.3
 
 
 @contextmanager
-def _without(model: nn.Module, mlp: MLP, kept: Tensor) -> Iterator[None]:
-    """Inside the block, an MLP makes and reads the ``kept`` neurons only, ``[n]`` int64."""
-    rows = torch.cat([kept, kept + mlp.width]) if mlp.fused else kept
+def _without(model: nn.Module, mlp: MLP, neurons: Tensor) -> Iterator[None]:
+    """Inside the block, an MLP makes and reads only these ``neurons``, ``[n]`` int64."""
+    rows = torch.cat([neurons, neurons + mlp.width]) if mlp.fused else neurons
     with ExitStack() as undo:
         for name in (mlp.up, mlp.gate, mlp.down):
             if name is None:
                 continue
             module = model.get_submodule(name)
             weight, bias = weight_matrix(module).detach(), module.bias
-            index = (kept if name == mlp.down else rows).to(weight.device)
+            index = (neurons if name == mlp.down else rows).to(weight.device)
             weight = weight[:, index] if name == mlp.down else weight[index]
             bias = bias if bias is None or name == mlp.down else bias[index]
             undo.enter_context(swapped(module, "forward", partial(F.linear, weight=weight, bias=bias)))
@@ -241,13 +241,13 @@ _ROUNDING = 1e-3
 differ by some 1e-2."""
 
 
-def _replace(taken_I: Tensor, value: Tensor | None, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _replace(ablated_I: Tensor, value: Tensor | None, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    taken_I = taken_I.to(x.device)
+    ablated_I = ablated_I.to(x.device)
     if value is None:
-        return x.masked_fill(taken_I, 0.0), *others
+        return x.masked_fill(ablated_I, 0.0), *others
     value = value.to(x)
-    return torch.where(taken_I, value.reshape(x.shape) if value.dim() == 3 else value, x), *others
+    return torch.where(ablated_I, value.reshape(x.shape) if value.dim() == 3 else value, x), *others
 
 
 @contextmanager
@@ -257,11 +257,11 @@ def masked_weights(model: nn.Module, candidates: Candidates, kept_N: Tensor) -> 
     try:
         for span in candidates.spans:
             layer = model.get_submodule(span.group.layer)
-            kept = kept_N[span.own].view(span.group.shape)
-            if not kept.all():
+            mask = kept_N[span.own].view(span.group.shape)
+            if not mask.all():
                 values = values_of(layer)
                 before[span.group.layer] = values.clone()
-                weight_matrix(layer, values).masked_fill_(~kept.to(values.device), 0.0)
+                weight_matrix(layer, values).masked_fill_(~mask.to(values.device), 0.0)
                 put_values(layer, "weight", values)
         yield
     finally:

@@ -139,7 +139,7 @@ class _Run:
         save_fraction: float | None,
     ) -> None:
         self.settings, self.ablation, self.arms, self.fractions = model, ablation, arms, fractions
-        self.measured: dict[str, Measured] = {}
+        self.arm_results: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
         self._clock = time.perf_counter()
         spread = None if model.device_map == SHARDED else model.device_map
@@ -147,9 +147,10 @@ class _Run:
             model.pretrained, model.dtype, model.revision, spread, model.trust_remote_code, model.dequantize
         )
         encoder = load_encoder(source)
-        needed = ablation.object.needs_pairs or any(COUNTERFACTUAL in arm.request.method.object.needs for arm in arms)
+        methods = [arm.request.method.object for arm in arms]
+        needs_counterfactuals = ablation.object.needs_pairs or any(COUNTERFACTUAL in one.needs for one in methods)
         with timed("reading"):
-            self.pairs: CircuitPairs = load_pairs(data, encoder, needed)
+            self.pairs: CircuitPairs = load_pairs(data, encoder, needs_counterfactuals)
         for arm in arms:
             require_fields(arm.request, self.pairs.tests[0].fields.keys())
         self.model = load_model(source)
@@ -206,9 +207,9 @@ class _Run:
         self._lap("full and empty")
         for arm in self.arms:
             with _progress(arm.name) as progress:
-                self.measured[arm.name] = measure_arm(arm, bench, sets, resamples, progress)
+                self.arm_results[arm.name] = measure_arm(arm, bench, sets, resamples, progress)
             self._lap(arm.name)
-        orders = {arm.name: self.measured[arm.name].order_N for arm in self.arms if not arm.is_random}
+        orders = {arm.name: self.arm_results[arm.name].order_N for arm in self.arms if not arm.is_random}
         overlaps = []
         if len(orders) > 1 and not self.candidates.are_weights:
             strength = score_arm(strength_request(self.arms[0], self.settings.nonfinite), self.model, sets)
@@ -217,7 +218,7 @@ class _Run:
         full, empty = levels(bench.ends)
         gap, components = bench.ends.gap, self.arms[0].request.components
         return CircuitResults(
-            arms={name: measured.result for name, measured in self.measured.items()},
+            arms={name: one.result for name, one in self.arm_results.items()},
             full=full,
             empty=empty,
             gap=gap,
@@ -253,7 +254,7 @@ class _Run:
         """Writes the folder, whole or not at all."""
         with new_folder(output, overwrite, KIND) as folder:
             for arm in self.arms:
-                scores = self.measured[arm.name].scores[0]
+                scores = self.arm_results[arm.name].scores[0]
                 write_arm_scores(folder / "scores", arm, scores, self.description, self.pairs.about)
                 importances = node_importances(self.model, self.candidates, scores)
                 if importances is not None and not arm.is_random:
@@ -280,12 +281,13 @@ class _Run:
         samples = {name for batch in batches for name in batch.ids}
         samples |= {name for batch in batches for texts in batch.text_ids for name in texts}
         for arm in (arm for arm in self.arms if not arm.is_random):
-            measured = self.measured[arm.name]
-            kept = kept_of(measured.order_N, number)
-            for what, chosen in (("remove", kept), ("keep", ~kept)):
+            arm_result = self.arm_results[arm.name]
+            kept_N = kept_of(arm_result.order_N, number)
+            for what, edited_N in (("remove", kept_N), ("keep", ~kept_N)):
                 settings = {"fraction": fraction, "circuit": what}
+                values_N = arm_result.values_N
                 plan = circuit_plan(
-                    self.candidates, arm.name, chosen, measured.values_N, self.description, settings, sorted(samples)
+                    self.candidates, arm.name, edited_N, values_N, self.description, settings, sorted(samples)
                 )
                 plan.save(folder / f"{arm.name}-{what}.json")
 

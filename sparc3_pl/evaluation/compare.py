@@ -140,8 +140,8 @@ class Comparison(Shown):
             )
         if self.num_dropped:
             lines.append(f"note: {self.num_dropped} prompts had no completion scored on both sides and are left out")
-        if self.neutral is not None and (dropped := self.neutral.num_dropped):
-            lines.append(f"note: {dropped} neutral prompts had no completion scored on both sides and are left out")
+        if self.neutral is not None and (num_dropped := self.neutral.num_dropped):
+            lines.append(f"note: {num_dropped} neutral prompts had no completion scored on both sides and are left out")
         return [Table.of(columns, _rows(self), title="After against before"), *map(Text, lines)]
 
     def changes(self) -> dict[str, PairedChange]:
@@ -485,8 +485,8 @@ def _measurement_changes(
     units = [unit for unit in sides[0] if all(side[unit].get("failed") is None for side in sides)]
     if not units:
         raise InputError(f"{before.path} and {after.path}: no {about.unit} of {name} were measured on both sides")
-    if dropped := len(sides[0]) - len(units):
-        notes.append(f"{name}: {dropped} {about.unit} were not measured on both sides and are left out")
+    if num_dropped := len(sides[0]) - len(units):
+        notes.append(f"{name}: {num_dropped} {about.unit} were not measured on both sides and are left out")
     return dict(changes_of(about, *([side[unit] for unit in units] for side in sides), **options))
 
 

@@ -151,9 +151,9 @@ class CompletionRun(MeasurementRun):
         Raises:
             InputError: if a judge does not keep to its labels, or completions cannot be kept.
         """
-        finished = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
-        todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in finished]
-        rows = [row for i in finished for row in finished[i]]
+        earlier_rows = {i: rows for i in batch.ids if (rows := self._finished(i)) is not None}
+        todo = [(i, p) for i, p in zip(batch.ids, batch.prompts, strict=True) if i not in earlier_rows]
+        rows = [row for i in earlier_rows for row in earlier_rows[i]]
         completions: list[Completion] = []
         try:
             if todo:
@@ -239,8 +239,8 @@ class CompletionRun(MeasurementRun):
         judge, metric = (
             (self.judge, self.toxicity) if name is None else (self.further[name], self.further_toxicity[name])
         )
-        known = self._known[name]
-        fresh = [text for text in dict.fromkeys(texts) if text not in known]
+        earlier_scores = self._known[name]
+        fresh = [text for text in dict.fromkeys(texts) if text not in earlier_scores]
         columns = judged(judge, fresh) if fresh else {label: torch.zeros(0) for label in metric.labels}
         self._num_judged += len(fresh)
         if tuple(columns) != tuple(metric.labels):
@@ -251,8 +251,8 @@ class CompletionRun(MeasurementRun):
         rows = [{label: round(float(column[i]), 6) for label, column in columns.items()} for i in range(len(fresh))]
         scores = dict(zip(fresh, rows, strict=True))
         if remember:
-            known |= scores
-        return [known[text] if text in known else scores[text] for text in texts]
+            earlier_scores |= scores
+        return [earlier_scores[text] if text in earlier_scores else scores[text] for text in texts]
 
     def _count(self, rows: list[CompletionRow]) -> None:
         _update(self.toxicity, rows, [row.scores for row in rows])

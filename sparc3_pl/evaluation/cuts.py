@@ -241,9 +241,9 @@ def _like(bad: Sequence[_Cut], harmless: Sequence[_Cut], each: int) -> list[_Cut
     bad_texts = {cut.text for cut in bad}
     candidates = {cut.text: cut for cut in sorted(harmless, key=lambda cut: cut.key) if cut.text}
     candidates = {text: cut for text, cut in candidates.items() if text not in bad_texts}
-    chosen = []
+    matches = []
     for cut in [cut for cut in bad for _ in range(each)]:
         if candidates:
             nearest = min(candidates, key=lambda text: (abs(len(text) - len(cut.text)), text))
-            chosen.append(candidates.pop(nearest))
-    return chosen
+            matches.append(candidates.pop(nearest))
+    return matches

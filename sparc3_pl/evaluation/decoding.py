@@ -68,16 +68,16 @@ class _Buffer(DynamicLayer):
         self.keys, self.values = (
             torch.zeros((rows, x.shape[1], length, x.shape[3]), dtype=x.dtype, device=x.device) for x in (keys, values)
         )
-        self.filled = 0
+        self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start, self.filled = self.filled, self.filled + key_states.shape[2]
-        self.keys[:, :, start : self.filled] = key_states
-        self.values[:, :, start : self.filled] = value_states
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        return self.filled
+        return self.length
 
 
 @dataclass(frozen=True)
@@ -115,30 +115,30 @@ class Decoder:
         device = logits.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         rows = torch.arange(len(prompts), device=device)  # rows of the batch that still go on
-        drawn = torch.full((len(prompts), steps), -1, device=device)
+        tokens_RS = torch.full((len(prompts), steps), -1, device=device)
         broken_at = torch.full((len(prompts),), -1, device=device)
         end_tokens, longest = torch.tensor(ends, dtype=torch.long, device=device), max(map(len, prompts))
         goes_on = torch.ones(len(prompts), dtype=torch.bool, device=device)  # for each row that is still there
         for step in range(steps):
-            picked, finite = choose(logits, step, rows)
-            drawn[rows, step] = picked
+            token_R, finite = choose(logits, step, rows)
+            tokens_RS[rows, step] = token_R
             before = broken_at[rows]
             broken_at[rows] = torch.where(finite | (before >= 0), before, step)
-            goes_on = goes_on & finite & ~torch.isin(picked, end_tokens)
-            staying = int(goes_on.sum())
-            if step + 1 == steps or not staying:
+            goes_on = goes_on & finite & ~torch.isin(token_R, end_tokens)
+            num_open = int(goes_on.sum())
+            if step + 1 == steps or not num_open:
                 break
             # Leaving copies the cache once. Until an eighth has ended, rows are carried on, and what is drawn for
             # them after their end is not looked at.
-            if len(rows) - staying >= max(1, len(rows) // 8):
+            if len(rows) - num_open >= max(1, len(rows) // 8):
                 keep = goes_on.nonzero()[:, 0]
-                rows, picked, mask, goes_on = rows[keep], picked[keep], mask[keep], goes_on[keep]
+                rows, token_R, mask, goes_on = rows[keep], token_R[keep], mask[keep], goes_on[keep]
                 cache.batch_select_indices(keep)
-            now.did(tokens=staying, padded=len(rows) - staying, flops=sum(self.flops) * staying, passes=1)
-            logits = self._step(picked, lengths[rows] + step, mask[..., : longest + step + 1], cache)
+            now.did(tokens=num_open, padded=len(rows) - num_open, flops=sum(self.flops) * num_open, passes=1)
+            logits = self._step(token_R, lengths[rows] + step, mask[..., : longest + step + 1], cache)
         return [
-            _until_end(tokens, broken, set(ends))
-            for tokens, broken in zip(drawn.tolist(), broken_at.tolist(), strict=True)
+            _until_end(tokens, first_broken, set(ends))
+            for tokens, first_broken in zip(tokens_RS.tolist(), broken_at.tolist(), strict=True)
         ]
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], steps: int) -> tuple[Tensor, Cache, Tensor]:
@@ -216,8 +216,8 @@ def prepare(model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | None:
 
     def choose(logits: Tensor, step: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         trial_logits.append(logits)
-        picked = forced[rows_R.cpu(), step].to(logits.device) if step < 2 else rows_R
-        return picked, torch.ones_like(rows_R, dtype=torch.bool)
+        token_R = forced[rows_R.cpu(), step].to(logits.device) if step < 2 else rows_R
+        return token_R, torch.ones_like(rows_R, dtype=torch.bool)
 
     try:
         flops = decoder_flops(model), 2.0 * model.get_output_embeddings().weight.numel()

@@ -162,13 +162,13 @@ def _from_nucleus(probs_RV: Tensor, uniforms_R: Tensor, top_p: float, width: int
     border_R1 = top_RW.gather(-1, last_R1)
     tokens_RW, order_RW = tokens_RW.sort(-1)  # the inverse CDF goes through them in the order of the vocabulary
     kept_RW = top_RW.where(top_RW >= border_R1, 0).gather(-1, order_RW)
-    picked_R = tokens_RW.gather(1, _inverse_cdf(kept_RW, uniforms_R)[:, None])[:, 0]
+    token_R = tokens_RW.gather(1, _inverse_cdf(kept_RW, uniforms_R)[:, None])[:, 0]
     if width < vocabulary:
         beyond_R = (mass_RW[:, -1] < top_p) | (top_RW[:, -1] == border_R1[:, 0])
         if bool(beyond_R.any()):
             wider = 8 * width if width < 4096 else vocabulary  # by then sorting it all costs no more
-            picked_R[beyond_R] = _from_nucleus(probs_RV[beyond_R], uniforms_R[beyond_R], top_p, wider)
-    return picked_R
+            token_R[beyond_R] = _from_nucleus(probs_RV[beyond_R], uniforms_R[beyond_R], top_p, wider)
+    return token_R
 
 
 def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -181,11 +181,11 @@ def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     lines, columns = 64, vocabulary // 64
     if columns < 2 * count:
         return values_RV.topk(count)
-    folded = values_RV[:, : lines * columns].unflatten(1, (lines, columns))
-    picked_RC = folded.amax(1).topk(count).indices
-    inside = folded.gather(2, picked_RC[:, None].expand(-1, lines, -1)).flatten(1)
+    lines_RLC = values_RV[:, : lines * columns].unflatten(1, (lines, columns))
+    column_RC = lines_RLC.amax(1).topk(count).indices
+    inside = lines_RLC.gather(2, column_RC[:, None].expand(-1, lines, -1)).flatten(1)
     place_of_line = torch.arange(0, lines * columns, columns, device=values_RV.device)
-    places = (picked_RC[:, None] + place_of_line[:, None]).flatten(1)
+    places = (column_RC[:, None] + place_of_line[:, None]).flatten(1)
     rest = torch.arange(lines * columns, vocabulary, device=values_RV.device).expand(num_rows, -1)
     largest, at = torch.cat([inside, values_RV[:, lines * columns :]], 1).topk(count)
     return largest, torch.cat([places, rest], 1).gather(1, at)
@@ -212,10 +212,10 @@ class _Picker:
         self.broken_at = torch.full((len(uniforms_RS),), -1, device=uniforms_RS.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        picked_R, finite_R = _chosen(scores, self.uniforms_RS[:, self.step], self.sampling)
+        token_R, finite_R = _chosen(scores, self.uniforms_RS[:, self.step], self.sampling)
         self.broken_at = self.broken_at.where(finite_R | (self.broken_at >= 0), self.step)
         self.step += 1
-        return torch.full_like(scores, -math.inf).scatter_(1, picked_R[:, None], 0.0)
+        return torch.full_like(scores, -math.inf).scatter_(1, token_R[:, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ def most_rows(of_row: int, rows_per_batch: int | None, free: int | None) -> int:
         rows_per_batch: The most that was asked for; None: as many as save time.
         free: Bytes; None: unknown.
     """
-    fitting = max(1, int((_MEMORY if free is None else free) * 0.5) // of_row)
-    return min(rows_per_batch or MOST_ROWS, fitting)
+    most_in_memory = max(1, int((_MEMORY if free is None else free) * 0.5) // of_row)
+    return min(rows_per_batch or MOST_ROWS, most_in_memory)
 
 
 class Generator:

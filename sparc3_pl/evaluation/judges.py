@@ -172,8 +172,8 @@ class SequenceJudge(ABC):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         logits = torch.zeros(len(texts), model.config.num_labels)
         for start in range(0, len(order), self.batch_size):
-            picked = order[start : start + self.batch_size]
-            logits[picked] = self._logits(model, tokenizer, [texts[i] for i in picked])
+            rows = order[start : start + self.batch_size]
+            logits[rows] = self._logits(model, tokenizer, [texts[i] for i in rows])
         return self._by_label(logits)
 
     def _ready(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -364,8 +364,8 @@ class ClassifierJudge(SequenceJudge):
 
     def _check(self, model: Any, info: dict[str, Any], name: str) -> None:
         if info["missing_keys"]:
-            lacking = sorted(info["missing_keys"])[0]
-            raise InputError(f"{name} lacks the weight {lacking!r}; give a model trained for text classification")
+            absent = sorted(info["missing_keys"])[0]
+            raise InputError(f"{name} lacks the weight {absent!r}; give a model trained for text classification")
         if self.label not in model.config.label2id:
             labels = ", ".join(map(repr, model.config.label2id))
             raise InputError(f"judge.label={self.label!r} is no label of {self.pretrained}; use one of {labels}")

@@ -220,9 +220,9 @@ def paired_names(measurement: Measurement, rows: Sequence[Row]) -> list[str]:
     common = [key for key in values if all(isinstance(row.get(key), int | float) for row in rows)]
     if measurement.paired is None:
         return common
-    if lacking := [key for key in measurement.paired if key not in common]:
+    if absent := [key for key in measurement.paired if key not in common]:
         raise InputError(
-            f"measurement {measurement.name}: {lacking[0]!r} is no number in every row; leave it out of `paired`, or "
+            f"measurement {measurement.name}: {absent[0]!r} is no number in every row; leave it out of `paired`, or "
             "let the row of a unit that could not be measured say why: failed"
         )
     return list(measurement.paired)

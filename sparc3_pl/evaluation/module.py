@@ -317,8 +317,8 @@ class EvaluationModule(pl.LightningModule):
         progress = test.run.add(batch)
         test.watch.took(progress.unit, time.perf_counter() - start)
         show_progress(self.trainer, "eval", test.watch, progress)
-        running = {f"eval/running_{name}": value for name, value in test.run.status().items()}
-        test.log.scalars(running, batch_idx)
+        status = {f"eval/running_{name}": value for name, value in test.run.status().items()}
+        test.log.scalars(status, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Gathers the ranks; rank 0 writes the results and logs them.

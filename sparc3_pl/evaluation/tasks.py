@@ -122,10 +122,8 @@ class TaskAccuracy(Measurement):
         return sorted(length, key=lambda name: (-length[name], name))
 
     def measure(self, model: PreTrainedModel, encoder: Encoder, units: Sequence[str]) -> list[Row]:
-        if lacking := [unit for unit in units if unit not in self._items]:
-            raise InputError(
-                f"model.tasks: this process reads other items of {self.name} than the first ({lacking[0]})"
-            )
+        if absent := [unit for unit in units if unit not in self._items]:
+            raise InputError(f"model.tasks: this process reads other items of {self.name} than the first ({absent[0]})")
         from sparc3_pl.evaluation.harness_model import HarnessModel
 
         if self._model is None or self._model[0] is not model:

@@ -84,10 +84,10 @@ def typed(*words: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def settings_in_file(settings: Settings, kept: Path) -> Iterator[Path]:
+def settings_in_file(settings: Settings, settings_file: Path) -> Iterator[Path]:
     """A file with the settings: the one that is kept, or, if secrets were left out there, one that goes afterwards."""
     if redacted(settings) == settings:
-        yield kept
+        yield settings_file
         return
     with _temporary(settings) as path:
         yield path

@@ -92,10 +92,10 @@ class Stages:
         if not stage.output.exists() or not path.exists():
             return
         before = load_yaml(path.read_text(encoding="utf-8"))
-        differing = next(_differing(before, redacted(stage.settings)), None)
-        if differing is not None:
+        difference = next(_differing(before, redacted(stage.settings)), None)
+        if difference is not None:
             raise InputError(
-                f"{stage.output}: was made with a different {differing} than is asked for now; choose another output, "
+                f"{stage.output}: was made with a different {difference} than is asked for now; choose another output, "
                 "or delete it"
             )
 

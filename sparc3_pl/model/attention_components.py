@@ -39,14 +39,14 @@ class Head(Component):
         parts = rows_and_bias(
             name, model.get_submodule(name), rows[index].flatten(), owner.repeat_interleave(rows.shape[1])
         )
-        shared = block.kv_heads_of(index)
+        kv_heads = block.kv_heads_of(index)
         group = block.num_heads // block.num_kv_heads
         for name, rows in (block.key, block.value):
             # Among heads that share the rows, the first in the list owns them, so that an edit writes them once.
-            first = [int((index // group == kv).nonzero()[0, 0]) for kv in shared]
+            first = [int((index // group == kv).nonzero()[0, 0]) for kv in kv_heads]
             owners = torch.tensor(first, dtype=torch.int64).repeat_interleave(rows.shape[1])
-            if len(shared):
-                parts += rows_and_bias(name, model.get_submodule(name), rows[shared].flatten(), owners)
+            if len(kv_heads):
+                parts += rows_and_bias(name, model.get_submodule(name), rows[kv_heads].flatten(), owners)
         columns = block.columns(index)
         return [*parts, Part(block.output, "columns", columns, owner.repeat_interleave(block.head_dim), "reads")]
 

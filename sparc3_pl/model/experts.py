@@ -163,7 +163,7 @@ def keep_neurons(experts: nn.Module, kept_EW: Tensor) -> None:
     _open_again(experts, number)
 
 
-def keep_experts(experts: nn.Module, router: nn.Module, kept: Tensor) -> None:
+def keep_experts(experts: nn.Module, router: nn.Module, index: Tensor) -> None:
     """Leaves only some experts of a decoder layer: their matrices, and their rows of the router.
 
     How many a token goes to is not changed here, nor is what else of the model counts experts.
@@ -171,12 +171,12 @@ def keep_experts(experts: nn.Module, router: nn.Module, kept: Tensor) -> None:
     Args:
         experts: Open; its parameters are replaced by smaller ones.
         router: The module that chooses among them; likewise.
-        kept: The experts that stay, ascending.
+        index: The experts that stay, ascending.
     """
     number = experts.down_proj.shape[0]
     for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (router, "weight")):
         parameter = getattr(module, name)
-        rows = parameter.detach()[kept.to(parameter.device)]
+        rows = parameter.detach()[index.to(parameter.device)]
         setattr(module, name, nn.Parameter(rows, parameter.requires_grad))
     _open_again(experts, number)
 
@@ -202,12 +202,12 @@ class _Rerouted:
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the experts that are left, ``[N, kept]``, and each token's weights and experts, ``[N, K]``."""
-        kept = self.routes_E.nonzero().flatten().to(self.router.weight.device)
+        index = self.routes_E.nonzero().flatten().to(self.router.weight.device)
         smaller = copy.copy(self.router)
-        smaller.__dict__["_parameters"] = {**self.router._parameters, "weight": self.router.weight[kept]}
-        smaller.num_experts, smaller.top_k = len(kept), min(self.router.top_k, len(kept))
-        logits, weights, chosen = type(self.router).forward(smaller, hidden_states)
-        return logits, weights, kept[chosen]
+        smaller.__dict__["_parameters"] = {**self.router._parameters, "weight": self.router.weight[index]}
+        smaller.num_experts, smaller.top_k = len(index), min(self.router.top_k, len(index))
+        logits, weights, experts = type(self.router).forward(smaller, hidden_states)
+        return logits, weights, index[experts]
 
 
 def routes(router: nn.Module) -> Tensor:

@@ -150,8 +150,8 @@ def _orders(heads: int, kv_heads: int, width: int) -> list[tuple[Tensor, Tensor,
     blocks = q.reshape(heads, width), k.reshape(kv_heads, width), v.reshape(kv_heads, width)
     group = heads // kv_heads
     by_group = rows.reshape(kv_heads, group + 2, width)
-    grouped = by_group[:, :group].reshape(heads, width), by_group[:, group], by_group[:, group + 1]
-    return [blocks, grouped]
+    of_groups = by_group[:, :group].reshape(heads, width), by_group[:, group], by_group[:, group + 1]
+    return [blocks, of_groups]
 
 
 @torch.no_grad()

@@ -179,9 +179,9 @@ def _spent(
 
 
 def _folders(scores: AnyScores | Sequence[AnyScores]) -> list[ScoreFolder]:
-    several = [scores] if isinstance(scores, Scores | ScoreFolder | str | Path) else scores
-    opened = [one if isinstance(one, Scores | ScoreFolder) else ScoreFolder.open(one) for one in several]
-    return [one.folder if isinstance(one, Scores) else one for one in opened]
+    all_scores = [scores] if isinstance(scores, Scores | ScoreFolder | str | Path) else scores
+    folders = [one if isinstance(one, Scores | ScoreFolder) else ScoreFolder.open(one) for one in all_scores]
+    return [one.folder if isinstance(one, Scores) else one for one in folders]
 
 
 def _require_unedited(model: PreTrainedModel) -> None:

@@ -38,7 +38,7 @@ class AppliedPlan:
     model: nn.Module
     plan: PrunePlan
     changes: list[Change]
-    kept: dict[str, Tensor] | None
+    old_values: dict[str, Tensor] | None
     zeroed: list[Part]
     active: bool = field(default=True)
 
@@ -54,11 +54,11 @@ class AppliedPlan:
             InputError: if they were not kept.
         """
         if self.active:
-            if self.kept is None:
+            if self.old_values is None:
                 raise InputError(
                     "the replaced values were not kept; apply the plan with keep=True, or load the model again"
                 )
-            _restore(self.model, self.changes, self.kept)
+            _restore(self.model, self.changes, self.old_values)
             self.active = False
 
 
@@ -159,9 +159,9 @@ def revert(model: "PreTrainedModel", plan: PrunePlan) -> None:
     _restore(model, changes, plan.kept)
 
 
-def _restore(model: nn.Module, changes: Sequence[Change], kept: Mapping[str, Tensor]) -> None:
+def _restore(model: nn.Module, changes: Sequence[Change], old_values: Mapping[str, Tensor]) -> None:
     for change in changes:
-        change.part.write(model.get_submodule(change.part.layer), kept[change.part.key])
+        change.part.write(model.get_submodule(change.part.layer), old_values[change.part.key])
 
 
 def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool = True) -> list[Change]:

@@ -428,18 +428,19 @@ _HELD_OUT = {"none": "yes", "unknown": "unknown: the model was edited, but by no
 def _measured(inputs: Inputs) -> Table:
     rows = []
     for name, ev in inputs.evaluations.items():
-        figures, text, judged = ev.figures, NOTHING, NOTHING
+        figures, text, completions_text = ev.figures, NOTHING, NOTHING
         if (perplexity := figures.perplexity) is not None:
             text = f"{perplexity.source}, window {perplexity.max_length}, stride {perplexity.stride}"
             if perplexity.windows == "published":
                 text += f", {perplexity.num_windows} whole windows as papers print it"
         if (toxicity := figures.toxicity) is not None:
             number_of = f"{toxicity.num_completions} of {toxicity.num_prompts} prompts"
-            judged = f"{number_of}, {_settings(to_json(figures.generation))}, judge {_settings(figures.judge)}"
+            completions_text = f"{number_of}, {_settings(to_json(figures.generation))}"
+            completions_text += f", judge {_settings(figures.judge)}"
             for judge, of_judge in figures.judges.items():
-                judged += f"; judge {judge}: {_settings(of_judge.judge)}"
+                completions_text += f"; judge {judge}: {_settings(of_judge.judge)}"
             if figures.word_filter is not None:
-                judged += f"; word filter {_settings(to_json(figures.word_filter))}"
+                completions_text += f"; word filter {_settings(to_json(figures.word_filter))}"
         hints = {
             "some prompts were used to make the plan": figures.num_overlapping_prompts,
             "some of the text held its budget": figures.overlapping_text,
@@ -447,7 +448,7 @@ def _measured(inputs: Inputs) -> Table:
         }
         hint = " and ".join(words for words, number_of in hints.items() if number_of)
         held_out = _HELD_OUT.get(figures.overlap, f"no: {hint or 'prompts were used to make the plan'}")
-        rows.append((name, text, judged, held_out))
+        rows.append((name, text, completions_text, held_out))
     return Table.of(("evaluation", "perplexity", "completions", "held out"), rows)
 
 

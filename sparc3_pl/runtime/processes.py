@@ -126,11 +126,11 @@ class _Process:
         self.children: list[subprocess.Popen[Any]] = []
         self.own: Failure | None = None
         self.signum: int | None = None
-        self.stopping = False
-        self.deferred = 0
-        self.kept: set[Path] = set()
+        self.is_stopping = False
+        self.num_deferrals = 0
+        self.partial_results: set[Path] = set()
         self.peer_failed = False
-        self.leaving = False
+        self.is_leaving = False
 
     @property
     def rank(self) -> int:
@@ -144,7 +144,7 @@ class _Process:
         """Handles a request to stop: passes it on to the ranks that this process has started, and stops when the work
         allows it.
         """
-        if self.leaving:
+        if self.is_leaving:
             return
         if self.peer_failed:
             raise PeerFailed
@@ -152,8 +152,8 @@ class _Process:
         if self.signum is None:
             self.signum = signum
             self.forward()
-        if insists or not (self.deferred or self.stopping):
-            self.stopping = True
+        if insists or not (self.num_deferrals or self.is_stopping):
+            self.is_stopping = True
             raise Stop(signum)
 
     def forward(self) -> None:
@@ -170,7 +170,7 @@ class _Process:
         threading.Thread(target=self._watch_children, daemon=True, name="watch-ranks").start()
 
     def _watch_children(self) -> None:
-        while not self.leaving:
+        while not self.is_leaving:
             code = self.record_ended()
             if code in STOPPED:  # it was asked to stop: so are all
                 if self.signum is None:
@@ -186,7 +186,7 @@ class _Process:
         self.peer_failed = True
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
-        if not self.leaving:
+        if not self.is_leaving:
             self.leave(1)
 
     def watch_launcher(self) -> None:
@@ -196,7 +196,7 @@ class _Process:
     def _watch_launcher(self) -> None:
         while os.getppid() == self.launcher:
             time.sleep(POLL_SECONDS)
-        if self.leaving:
+        if self.is_leaving:
             return
         failure = Failure(0, 1, f"rank 0 (process {self.launcher}) was killed: every rank stops")
         if self.reporter.claim(failure):
@@ -209,7 +209,7 @@ class _Process:
 
     def failed(self, error: BaseException) -> int:
         """Records what went wrong, or leaves that to the rank where it began; gives this process's exit code."""
-        self.leaving = True
+        self.is_leaving = True
         if isinstance(error, Stop):
             return self._stopped(error)
         if self.signum is not None and _by_another(error):  # the others have stopped while this rank waited for them
@@ -244,7 +244,7 @@ class _Process:
             dist.destroy_process_group()  # those that wait for this rank in a collective wake up
         self._wait_for_children(STOP_SECONDS)
         if self.launcher is None:
-            advice = ": run the same command again to resume" if self.kept else ""
+            advice = ": run the same command again to resume" if self.partial_results else ""
             self.own = Failure(0, stop.code, f"{stop}{advice}")
         return stop.code
 
@@ -255,7 +255,7 @@ class _Process:
 
     def conclude(self, code: int) -> int:
         """Ends the other ranks and shows the first failure, last on the screen; gives the exit code."""
-        self.leaving = True
+        self.is_leaving = True
         if code == 0:
             self._wait_for_children(GRACE_SECONDS)  # they have done their work and are on their way out
         for child in self.children:
@@ -353,11 +353,11 @@ def deferring_stop() -> Iterator[None]:
     if _process is None:
         yield
         return
-    _process.deferred += 1
+    _process.num_deferrals += 1
     try:
         yield
     finally:
-        _process.deferred -= 1
+        _process.num_deferrals -= 1
 
 
 def stop_requested() -> Stop | None:
@@ -371,7 +371,7 @@ def kept(place: Path, exists: bool = True) -> None:
     A process that is stopped advises to run the command again only where there is such a place.
     """
     if _process is not None:
-        (_process.kept.add if exists else _process.kept.discard)(place)
+        (_process.partial_results.add if exists else _process.partial_results.discard)(place)
 
 
 def run_child(command: Sequence[str]) -> int:

@@ -258,9 +258,9 @@ def rows_of_results(results: Mapping[str, Timing | None]) -> list[StageTime]:
     ]
 
 
-def table_text(measured: Timing, title: str) -> str:
+def table_text(times: Timing, title: str) -> str:
     """``timing()`` as a table of plain text."""
-    rows = [COLUMNS, *table_rows(measured.stages)]
+    rows = [COLUMNS, *table_rows(times.stages)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
     lines = []
     for row in rows:
@@ -269,7 +269,7 @@ def table_text(measured: Timing, title: str) -> str:
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    rate = measured.matrix_flops
+    rate = times.matrix_flops
     note = "" if rate is None else f"; share: of {rate / 1e9:.0f} GFLOP/s, the matrix product measured here"
     return "\n".join([f"{title}{note}", *lines])
 

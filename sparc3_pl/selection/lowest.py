@@ -206,9 +206,9 @@ def _place_of(raw: Tensor, k: int, layer: str) -> tuple[int, int]:
 
 def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
     """The bucket that holds the k-th smallest (k from 1), and how many lie in the buckets before it."""
-    running = counts.cumsum(0)
-    bucket = int(torch.searchsorted(running, k))
-    return bucket, int(running[bucket] - counts[bucket])
+    totals = counts.cumsum(0)
+    bucket = int(torch.searchsorted(totals, k))
+    return bucket, int(totals[bucket] - counts[bucket])
 
 
 def select_lowest(passes: Passes, k: int) -> Selection:
@@ -219,17 +219,17 @@ def select_lowest(passes: Passes, k: int) -> Selection:
     """
     cut = cut_lowest(passes, k)
     # Room for the answer at once: small pieces kept from every block would scatter the heap that blocks are made in.
-    indices, chosen, filled = torch.empty(k, dtype=torch.int64), torch.empty(k), 0
+    indices, values, count = torch.empty(k, dtype=torch.int64), torch.empty(k), 0
     ends: dict[str, int] = {}
     for block in passes():
         places = cut.take(block).nonzero().flatten()
         if len(places):
-            into = slice(filled, filled + len(places))
+            into = slice(count, count + len(places))
             torch.add(places, block.offset, out=indices[into])
-            torch.index_select(block.values, 0, places, out=chosen[into])
-            ends[block.layer] = filled = into.stop
+            torch.index_select(block.values, 0, places, out=values[into])
+            ends[block.layer] = count = into.stop
     starts = dict(zip(ends, [0, *ends.values()], strict=False))
-    return {layer: (indices[starts[layer] : end], chosen[starts[layer] : end]) for layer, end in ends.items()}
+    return {layer: (indices[starts[layer] : end], values[starts[layer] : end]) for layer, end in ends.items()}
 
 
 def masks_below(passes: Passes, cuts: Mapping[str, Cut], sizes: Mapping[str, int]) -> Masks:

@@ -160,10 +160,10 @@ class LayerScope(Scope):
     def _counts(self, side: Side, amount: Amount) -> dict[str, int]:
         """How many of each layer, for the layers of which any are chosen."""
         places, sizes = places_of(side), _sizes(side)
-        widths, wanted = dict.fromkeys(places.values(), 0), dict.fromkeys(places.values(), 0.0)
+        widths, amounts = dict.fromkeys(places.values(), 0), dict.fromkeys(places.values(), 0.0)
         for layer, size in sizes.items():
             widths[places[layer]] += size
-            wanted[places[layer]] += 0 if amount.number is not None else amount.share_of(layer) * size
+            amounts[places[layer]] += 0 if amount.number is not None else amount.share_of(layer) * size
         depth, width = len(widths), min(widths.values())
         if amount.number is not None and (amount.number % depth or amount.number >= width * depth):
             near = max(1, min(round(amount.number / depth), width - 1)) * depth
@@ -172,10 +172,10 @@ class LayerScope(Scope):
             )
         if amount.number is not None:
             return dict.fromkeys(widths, amount.number // depth)
-        counts = {layer: max(1, round(number)) for layer, number in wanted.items() if number}
+        counts = {layer: max(1, round(number)) for layer, number in amounts.items() if number}
         for layer, count in counts.items():
             if count >= widths[layer]:
-                share = wanted[layer] / widths[layer]
+                share = amounts[layer] / widths[layer]
                 raise InputError(f"share={share:g} leaves nothing of layer {layer}; lower it or narrow layers")
         return counts
 
@@ -233,8 +233,8 @@ class PatternScope(Scope):
     whole_model = False
 
     def __post_init__(self) -> None:
-        kept, _, of = str(self.pattern).partition(":")
-        if not (kept.isdecimal() and of.isdecimal() and 0 < int(kept) < int(of)):
+        count, _, of = str(self.pattern).partition(":")
+        if not (count.isdecimal() and of.isdecimal() and 0 < int(count) < int(of)):
             raise InputError(f"pattern={self.pattern!r}: give n:m, n of every m weights stay, e.g. 2:4")
 
     def select(self, passes: Passes, side: Side, amount: Amount) -> Selection:

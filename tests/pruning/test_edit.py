@@ -176,7 +176,7 @@ def test_a_row_that_two_layers_of_the_plan_name(tiny_llama):
     up, gate = (f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate"))
     plan = plan_for(tiny_llama, [(up, 5), (gate, 5), (gate, 2)])
     with pruned(tiny_llama, plan) as applied:
-        assert applied.kept[f"{gate}.rows"].shape == (2, 32)
+        assert applied.old_values[f"{gate}.rows"].shape == (2, 32)
         assert not tiny_llama.model.layers[0].mlp.gate_proj.weight[[2, 5]].any()
     assert same_bits(state(tiny_llama), before)
 

@@ -45,11 +45,11 @@ def test_does_what_a_list_of_indices_does(architecture, fields, tmp_path):
     assert (masked.num_weights, masked.counts()) == (listed.num_weights, listed.counts())
     before = state(model)
     with pruned(model, listed) as applied:
-        expected, kept = state(model), applied.kept
+        expected, old_values = state(model), applied.old_values
     assert not same_bits(before, expected)
     with pruned(model, masked) as applied:
         assert same_bits(state(model), expected)
-        assert all(torch.equal(applied.kept[key], kept[key]) for key in kept)
+        assert all(torch.equal(applied.old_values[key], old_values[key]) for key in old_values)
     assert same_bits(state(model), before)
 
 

@@ -489,8 +489,7 @@ def test_a_plan_within_a_budget_is_told_with_how_well_its_derivative_is_known(tm
     evaluation(tmp_path / "after", plan.summary(), 0.5, 12.0)
     words = make_report([tmp_path]).markdown
     assert "Enough samples?" in words
-    expected = weigh_gains(SideScores.of([general]), SideScores.of([behaviour]), Budget(off_diagonal=0.5))
+    sides = [SideScores.of([folder]) for folder in (general, behaviour)]
+    expected = weigh_gains(*sides, Budget(off_diagonal=0.5))
     assert f"{expected.halves:.3g}" in words.split("cosine of the steps from two halves")[1].splitlines()[0]
-    assert expected.halves != pytest.approx(
-        weigh_gains(SideScores.of([general]), SideScores.of([behaviour])).halves, rel=1e-3
-    )
+    assert expected.halves != pytest.approx(weigh_gains(*sides).halves, rel=1e-3)
