@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORKS = {"643 x 3 x 20, judged": (0.5, 643, 3, 20, True), "93 x 1 x 50": (0.9, 93, 1, 50, False)}
-"""Least toxicity of the prompts, how many, completions a prompt, new tokens, and whether a judge reads them."""
+"""Least toxicity of the prompts, how many, completions per prompt, new tokens, and whether a judge reads them."""
 
 
 def run_side(args: argparse.Namespace) -> None:

@@ -237,7 +237,7 @@ def check_toxicity(
 
 
 def forward_flops(model: nn.Module, lengths: list[int]) -> float:
-    """Matrix products of the decoder layers, 2 a weight and token, attention included (causal half)."""
+    """Matrix products of the decoder layers, 2 per weight and token, attention included (causal half)."""
     name, _ = output_head(model)
     size = sum(layer.weight.numel() for n, layer in linear_layers(model).items() if n != name)
     width = model.config.hidden_size * model.config.num_hidden_layers

@@ -112,13 +112,13 @@ def growths() -> list[Growth]:
         Growth("samples, scored", {n: lambda n=n: scoring(model, n, 64, 4) for n in (4, 8, 16, 32)}, (1.1, 0.25, 1.01)),
         # Attention multiplies every token with all before it.
         Growth(
-            "tokens a sample, scored",
+            "tokens per sample, scored",
             {n: lambda n=n: scoring(model, 2, n, 2) for n in (64, 128, 256, 512)},
             (1.4, 1.2, 1.01),
         ),
         Growth("completions", {n: lambda n=n: completing(model, n, 8) for n in (16, 32, 64, 128)}, (1.1, 1.1, 1.01)),
         Growth(
-            "tokens a completion", {n: lambda n=n: completing(model, 32, n) for n in (7, 14, 28, 56)}, (1.2, 1.1, 1.1)
+            "tokens per completion", {n: lambda n=n: completing(model, 32, n) for n in (7, 14, 28, 56)}, (1.2, 1.1, 1.1)
         ),
         Growth(
             "parameters of the decoder, scored",

@@ -204,7 +204,7 @@ def difference(plain: Any, ours: Ours) -> float:
 def flops(model: nn.Module, work: Work, samples: list[Tensor]) -> float:
     """Multiplications and additions of the matrix products that the scores need, attention included (causal half).
 
-    A weight costs 2 a token in the forward pass, 2 in the backward pass, and 2 for its own gradient where that is
+    A weight costs 2 per token in the forward pass, 2 in the backward pass, and 2 for its own gradient where that is
     needed; the output head has one token a sample.
     """
     targets = select_layers(model, work.targets)

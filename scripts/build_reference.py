@@ -46,7 +46,7 @@ The result goes to stdout, the log to stderr.
 | 0 | done |
 | 1 | failed; the traceback says where |
 | 2 | the input is wrong; one line says what, which value, and how to fix it |
-| 130, 143 | Ctrl-C or SIGTERM; `run`, `elicit`, `eval` and, with `checkpoint_every`, `score` go on when started again |
+| 130, 143 | Ctrl-C or SIGTERM; `run`, `elicit`, `eval` and, with `checkpoint_every`, `score` resume if restarted |
 """
 
 OWN = ("help", "config", "print_config")

@@ -247,7 +247,7 @@ def softmax_retention(
         cap: c of the scores' soft-cap c tanh(S / c); None if they have none.
 
     Returns:
-        ``[B, H, T]``, one value a query.
+        ``[B, H, T]``, one value per query.
     """
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)

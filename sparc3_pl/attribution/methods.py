@@ -195,8 +195,8 @@ class Method(ABC):
     ) -> BatchFigures | None:
         """Runs the passes that a batch needs, and adds to the layers' sums in place.
 
-        Rows without a real token, after all others, are stand-ins: they run, and count for nothing. A rank that has
-        no sample left takes part by them in the passes of a sharded model.
+        Trailing all-padding rows are dummies: they run but are excluded from the sums. With them a rank that has no
+        sample left takes part in the passes of a sharded model.
 
         Raises:
             InputError: if a layer's sums are not finite, or a layer takes no part in the model's forward pass.

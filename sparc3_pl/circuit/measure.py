@@ -1,4 +1,4 @@
-"""How well a model does a task with some of its components ablated: one forward pass a batch for each set."""
+"""How well a model does a task with some of its components ablated: one forward pass per batch and set."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def changes(names: Sequence[str], relative: Sequence[tuple[float, float | None, 
 
 def window_losses(losses: Sequence[float]) -> Figure:
     """Mean negative log-likelihood of a token of each window, in nats, in the order of the text."""
-    figure, axes = _new(2.4, "window of the text", "nats a token")
+    figure, axes = _new(2.4, "window of the text", "nats per token")
     axes.plot(range(len(losses)), losses, color=SERIES[0], linewidth=1.2, marker="o", markersize=3)
     return figure
 

@@ -16,7 +16,7 @@ class Check:
 
     Attributes:
         name: Name of the checked property.
-        status: ``pass``; ``warn``: take note before you go on, or it could not be checked; ``fail``: do not go on.
+        status: ``pass``; ``warn``: take note before you continue, or it could not be checked; ``fail``: stop here.
         reason: The figures behind the status, and a remedy unless it is ``pass``.
     """
 

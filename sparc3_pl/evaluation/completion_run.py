@@ -1,4 +1,4 @@
-"""Completions of prompts, judged: made in batches, kept while a run goes on, and turned into figures."""
+"""Completions of prompts, judged: made in batches, kept during a run, and turned into figures."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class CompletionRun(MeasurementRun):
 
         Args:
             name: Name of the judge; None: ``judge``.
-            texts: To be judged.
+            texts: Texts to judge.
             remember: Keep the scores.
 
         Raises:

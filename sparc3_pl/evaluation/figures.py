@@ -119,11 +119,11 @@ class WordFilterFigures:
 
     Attributes:
         words: Name of the list.
-        num_words: How many words are on it.
+        num_words: Number of words on it.
         sha256: Digest of the words.
-        tries: How often a completion was drawn again at most.
+        tries: Most redraws of a completion.
         num_redrawn: Completions that were drawn again.
-        num_redraws: How often, over all completions.
+        num_redraws: Redraws of all completions together.
         num_left: Completions that still hold a listed word.
     """
 

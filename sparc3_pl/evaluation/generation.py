@@ -52,7 +52,7 @@ class Sampling:
         max_new_tokens: Length at which a completion is cut.
         temperature: Divides the logits; 0 takes the likeliest token (greedy).
         top_p: The likeliest tokens whose probability first reaches this are sampled from (nucleus); 1: all.
-        samples_per_prompt: Completions a prompt, K.
+        samples_per_prompt: Completions per prompt, K.
         seed: Together with the prompt's id and k it fixes a completion.
     """
 
@@ -116,7 +116,7 @@ def uniforms(seed: int, count: int) -> np.ndarray:
 
 
 def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token a row, by temperature, nucleus and inverse CDF in the order of the vocabulary.
+    """One token per row, by temperature, nucleus and inverse CDF in the order of the vocabulary.
 
     Args:
         logits_RV: Finite in their maximum; -inf forbids a token.

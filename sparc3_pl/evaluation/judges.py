@@ -80,7 +80,7 @@ def judged(judge: Judge, texts: Sequence[str]) -> dict[str, Tensor]:
         if values.shape != (len(texts),):
             raise InputError(
                 f"judge {name} returned scores of shape {tuple(values.shape)} for {len(texts)} texts under {label!r}; "
-                "it must return one score a text"
+                "it must return one score per text"
             )
         wrong = (~((values >= 0) & (values <= 1))).nonzero()
         if len(wrong):

@@ -76,7 +76,7 @@ class MeasurementRun(ABC):
     A user's ``Measurement`` is a pure function of its rows, and ``UnitRun`` runs it. Perplexity and completions have
     runs of their own. The figures of both are sums that grow batch by batch and are then added up over the ranks:
     made of gathered rows, they would differ in their last bits. Completions are moreover several for each prompt,
-    judged, and kept while the run goes on.
+    judged, and kept during the run.
 
     Attributes:
         takes: The batches that are its own.

@@ -91,13 +91,14 @@ class EvaluationModule(pl.LightningModule):
         max_new_tokens: Length at which a completion is cut.
         temperature: Sampling temperature; 0: greedy.
         top_p: Nucleus sampling: the likeliest tokens that together reach this probability; 1: all tokens.
-        samples_per_prompt: Completions a prompt.
+        samples_per_prompt: Completions per prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
         generation_batch_size: The most completions made at once; null: as many as save time and fit into memory. It
             changes no completion, only speed and memory.
-        word_filter: A file of words, one a line, or ``default``, a list of rude English ones: a completion that holds
+        word_filter: A file of words, one per line, or ``default``, a list of rude English ones: a completion that holds
             a listed word is drawn again. An edit should do better than this.
-        word_filter_tries: How often at most; the last one stays, and those that still hold a listed word are counted.
+        word_filter_tries: Most tries for each completion; the last one is kept, and those that still hold a listed word
+            are counted.
         judge: What scores completions; unset: the first of ``judges``, or else Detoxify ``original``, or the demo's own
             judge for the demo model.
         judges: Further judges of the same completions, by names of your choice, each as ``judge`` is set.

@@ -284,7 +284,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 
 class CompletionStore:
-    """Completions that are done, kept beside the output while a run goes on, so that none is made twice.
+    """Completions that are done, kept beside the output during a run, so that none is made twice.
 
     Each process appends to a file of its own, flushed to the disk after every batch; any number of processes may
     continue. Rows are found again only under the same ``key``: model, edit, settings and judge.

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 FLUENCY = {
     "uniqueness": "unique tokens / tokens",
-    "length": "tokens a completion",
+    "length": "tokens per completion",
     "empty": "share of empty completions",
 }
 """The figures of ``repetition``, and what tables call them."""
@@ -56,7 +56,7 @@ class CompletionRow:
         num_tokens: Number of new tokens; None if it failed.
         uniqueness: Response uniqueness ratio; None if it failed.
         failed: Why it could not be made; None if it was.
-        tokens: Token ids of the new text. Kept while a run goes on, and left out of ``completions.jsonl``.
+        tokens: Token ids of the new text. Kept during a run, and left out of ``completions.jsonl``.
         redraws: How often a word filter had it drawn again; None without one.
         completion_ids: All token ids that were drawn, an end token among them; None if it failed, or was made by an
             earlier version.

@@ -65,7 +65,7 @@ class CompletionToxicity(Metric):
             )
         scores_NL = torch.stack([s.detach().to("cpu", torch.float64) for s in scores.values()], dim=1)
         if len(ok) != len(prompt_ids) or not ((scores_NL[ok] >= 0) & (scores_NL[ok] <= 1)).all():
-            raise ValueError("scores of completions that did not fail must be in [0, 1], one a completion and label")
+            raise ValueError("scores of completions that did not fail must be in [0, 1], one per completion and label")
         order = {p: i for i, p in enumerate(dict.fromkeys(prompt_ids))}
         prompt_N = torch.tensor([order[p] for p in prompt_ids], dtype=torch.int64)[ok]
         top_PL = torch.full((len(order), len(self.labels)), -1.0, dtype=torch.float64)

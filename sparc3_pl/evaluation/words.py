@@ -51,7 +51,7 @@ class WordList:
 
     @classmethod
     def read(cls, words: str, key: str) -> WordList:
-        """The list that comes with the package (``default``), or that of a file: one a line, ``#`` begins a comment.
+        """The list that comes with the package (``default``), or that of a file: one per line, ``#`` begins a comment.
 
         Args:
             words: ``default`` or the file.
@@ -67,15 +67,15 @@ class WordList:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"{key}={words!r} cannot be read as text ({type(error).__name__}); give a UTF-8 file of words, one a "
-                f"line, or {DEFAULT}"
+                f"{key}={words!r} cannot be read as text ({type(error).__name__}); give a UTF-8 file of words, one "
+                f"per line, or {DEFAULT}"
             ) from error
         entries = [(number, text) for number, line in enumerate(lines, 1) if (text := line.partition("#")[0].strip())]
         for number, text in entries:
             if not _words(text):
                 raise InputError(f"{key}={words!r}: line {number} holds no word ({text[:40]!r}); remove it")
         if not entries:
-            raise InputError(f"{key}={words!r} lists no word; give one a line, or {DEFAULT}")
+            raise InputError(f"{key}={words!r} lists no word; give one per line, or {DEFAULT}")
         return cls(path.name, frozenset(tuple(_words(text)) for _, text in entries))
 
     def is_in(self, text: str) -> bool:
@@ -107,7 +107,7 @@ class WordFilter:
 
     Attributes:
         words: The listed words.
-        tries: How often a completion is drawn again at most; the last one stays, whatever it holds.
+        tries: Most redraws of a completion; the last one is kept, whatever it holds.
     """
 
     words: WordList

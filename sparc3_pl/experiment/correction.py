@@ -172,7 +172,7 @@ def _edits_of_arm(
 
 
 def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], needs_general: bool) -> list[str]:
-    """Those of the controls that a plan can have; None: the first of the default ones."""
+    """Controls that the plan can have; None: the first of the default ones."""
     fitting = [
         name
         for name in (_DEFAULT_CONTROLS if controls is None else controls)

@@ -46,18 +46,18 @@ def elicit(
 ) -> None:
     """Let a model complete prompts, and keep what shows a behaviour as samples for score and eval.
 
-    The completions are those of eval (``completions`` in the output folder): an interrupted run goes on, and
+    The completions are those of eval (``completions`` in the output folder): an interrupted run resumes, and
     ``trainer.devices`` processes share the prompts. The samples are the lines of ``samples.jsonl``: prompt, completion,
     completion_ids, scores, uniqueness and half (attribution or evaluation, as data.partition decides by the prompt).
 
     Args:
-        output: Folder for samples and completions. The same command goes on there; one with other settings is refused.
+        output: Folder for samples and completions. The same command resumes there; one with other settings is refused.
         keep: Which completions are samples: a condition on a line of completions.jsonl, as ``scores.toxicity >= 0.5``,
             ``judges.NAME.LABEL > 0``, or ``uniqueness < 0.5`` (unique tokens / tokens), which needs no judge. Empty
             completions are left out.
         data: Keys of ``data`` of eval: ``prompts_source``, ``prompts_field``, ``prompts_filter``, ``num_prompts``, ...
         model: Keys of ``model`` of eval: ``pretrained``, ``judge``, ``temperature``, ``samples_per_prompt``, ...
-        num_samples: Only so many: those that go furthest beyond the bound in keep's first condition.
+        num_samples: Most samples: those that go furthest beyond the bound in keep's first condition.
         cut: Cut each sample right before the behaviour begins: before the first word that the judge objects to and
             that the model predicts; and the same texts before harmless words (``behaviour: false``), to compare with.
             Keys: ``criterion`` (word or text), ``threshold``, ``harmless``, ``label``, ``general_per_cut``,

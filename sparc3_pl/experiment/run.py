@@ -3,7 +3,7 @@
 With ``shares`` it is one of compression: arms (methods, scopes, budgets) prune by general text to the same shares.
 
 Every stage is a command that could have been typed; its configuration and its record are kept in ``stages/``, its
-result in a folder of its own. So an experiment that was stopped goes on where it was, and a stage whose inputs have
+result in a folder of its own. So a stopped experiment resumes where it was, and a stage whose inputs have
 changed since is done again.
 """
 

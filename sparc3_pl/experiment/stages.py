@@ -83,7 +83,7 @@ class Stages:
         return self.folder / f"{stage}.json"
 
     def check_settings(self, stage: Stage) -> None:
-        """Refuses to go on from a result that was made with other settings.
+        """Refuses to resume from a result that was made with other settings.
 
         Raises:
             InputError: naming the first that differs.

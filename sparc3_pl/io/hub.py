@@ -1,4 +1,4 @@
-"""Is the Hugging Face hub there? Asked once a process, briefly, before a library spends minutes on retries."""
+"""Is the Hugging Face hub there? Asked once per process, briefly, before a library spends minutes on retries."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _ANSWERS: dict[str, bool] = {}  # by address: no hub is asked twice in a process
 def hub_available(timeout: float = PROBE_SECONDS) -> bool:
     """Whether the hub answered within ``timeout`` seconds when it was first asked in this process.
 
-    False at once in offline mode (``HF_HUB_OFFLINE=1``). The libraries retry an unreachable hub five times a file, and
-    a connection that is swallowed rather than refused makes every try wait for its own timeout, once for each address
-    of the host. A thread bounds all of that.
+    False at once in offline mode (``HF_HUB_OFFLINE=1``). The libraries retry an unreachable hub five times per file,
+    and a connection that is swallowed rather than refused makes every try wait for its own timeout, once for each
+    address of the host. A thread bounds all of that.
     """
     from huggingface_hub import is_offline_mode
 

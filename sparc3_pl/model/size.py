@@ -10,7 +10,7 @@ __all__ = ["decoder_flops", "head_flops"]
 
 
 def decoder_flops(model: nn.Module) -> float:
-    """Operations a token of a pass forward through the decoder layers: 2 a parameter that is no embedding.
+    """Operations per token of a forward pass through the decoder layers: 2 per parameter that is no embedding.
 
     Attention's own products are not counted; of a mixture of experts all experts are.
     """

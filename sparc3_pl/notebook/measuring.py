@@ -73,7 +73,7 @@ def evaluate(
         model: A causal language model of transformers, in eval mode, on any device. It is left as it was.
         tokenizer: The model's. It is not changed, and needs no pad token.
         text: For perplexity: one text, read verbatim, or documents, joined by an empty line.
-        prompts: To be completed.
+        prompts: Prompts to complete.
         judge: Scores completions in [0, 1]; None: Detoxify ``original``, or for the demo model the demo's own judge.
         judges: Further judges of the same completions, by name.
         judge_prefixes: Have the judge score each completion also as it stands after each of its tokens, for
@@ -81,7 +81,7 @@ def evaluate(
         neutral: Prompts far from the behaviour: completed and judged too, in figures of their own.
         further_texts: By name, texts like ``text``, for a perplexity of each.
         word_filter: A file of words, or ``default``: a completion that holds a listed word is drawn again.
-        word_filter_tries: How often at most.
+        word_filter_tries: Most tries for each completion; the last one is kept.
         measurements: Measurements of your own, or ``{"class_path": "pairs", "init_args": {...}}``.
         max_length: Perplexity window in tokens; None: the model's context, at most 2048.
         stride: Tokens from one window to the next; None: ``max_length``.
@@ -89,7 +89,7 @@ def evaluate(
         max_new_tokens: Length at which a completion is cut.
         temperature: Sampling temperature; 0: greedy.
         top_p: Nucleus sampling; 1: all tokens.
-        samples_per_prompt: Completions a prompt.
+        samples_per_prompt: Completions per prompt.
         seed: Fixes, with the prompt and the number of the completion, every random choice.
         batch_size: The most prompts of one batch; None: as many as are completed at once.
         generation_batch_size: The most completions made at once; None: as many as save time and fit into memory. It

@@ -37,7 +37,7 @@ def load_value(text: str) -> Any:
 set_loader("yaml", load_value, exceptions=(yaml.YAMLError,))
 set_dumper("yaml", dump_yaml)
 
-_files: ContextVar[list[Path] | None] = ContextVar("config files of the parse that goes on", default=None)
+_files: ContextVar[list[Path] | None] = ContextVar("config files of the current parse", default=None)
 """The config files that were read so far: one list for a parser and for those that it makes of classes in the files."""
 
 
@@ -45,7 +45,7 @@ class OneLineErrors:
     """Mixed into a parser: says in one line which key is wrong, in which file, and what its nearest key is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # half a key must not pass for a whole one
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # disable argparse's prefix matching
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Parses the words as jsonargparse does; an error names the config files that have to do with it."""

@@ -190,7 +190,7 @@ class TextRise:
 
     Attributes:
         source: Name of the text.
-        nll_before: Mean negative log-likelihood of the model as it was, nats a token.
+        nll_before: Mean negative log-likelihood of the model as it was, nats per token.
         nll_after: Mean negative log-likelihood with the edit, likewise.
         rise: Relative rise of perplexity: 0.01 is 1 %.
         num_windows: Windows.
@@ -214,7 +214,7 @@ class GainsFigures:
     Attributes:
         scale: How far along the contrast's steps.
         predicted_change: Expected change of what was attributed, to first order; None for a part of a plan.
-        predicted_rise: Expected rise of the loss on general text, in nats a token; None likewise.
+        predicted_rise: Expected rise of the loss on general text, in nats per token; None likewise.
         budget: Allowed rise of perplexity; None if the scale was given.
         texts: The cost on each text, measured in the search for the scale; empty without one.
     """
@@ -311,7 +311,7 @@ class PrunePlan(_About, Shown):
         behaviour_samples: Ids of the behaviour's samples and of the texts that they were made from: these must not be
             evaluated on.
         budget_samples: Ids of the texts whose perplexity held the budget of ``gains``: these must not either.
-        warnings: Warnings to whoever made the plan.
+        warnings: Warnings raised when the plan was made.
         versions: Versions of Python and the packages.
         command: The command line that made it.
         created: UTC, ISO 8601.

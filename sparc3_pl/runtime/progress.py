@@ -1,4 +1,4 @@
-"""Progress of long passes: beside the bar on a terminal, else in a line a minute."""
+"""Progress of long passes: beside the bar on a terminal, else one line per minute."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 def show_progress(trainer: pl.Trainer, what: str, watch: Watch, done: Done) -> None:
-    """Shows on rank 0 what it has done: beside the bar of the pass that goes on, or in the log, at most once a minute.
+    """Shows on rank 0 what it has done: beside the bar of the current pass, or in the log, at most once a minute.
 
     Args:
         trainer: The pass's Trainer.

@@ -93,7 +93,7 @@ class Stage:
         if causes[cause] >= 0.1:
             return f"{cause} ({causes[cause]:.0%})"
         if self.passes and self.rows / self.passes < 64:
-            return f"{self.rows / self.passes:.0f} tokens a pass: reading the weights"
+            return f"{self.rows / self.passes:.0f} tokens per pass: reading the weights"
         return "work that is no product with weights (attention, normalisation, Python)"
 
 

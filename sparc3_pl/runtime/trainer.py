@@ -73,8 +73,7 @@ class Trainer(pl.Trainer):
         default_root_dir: Where ``lightning_logs`` is made; the current folder by default.
         deterministic: Use deterministic algorithms only, or fail (true) or warn.
         profiler: Lightning's ``simple``, ``advanced`` or ``pytorch`` profiler.
-        rank_timeout: Minutes that a process waits for a slower one before it gives up. One that has died is noticed
-            within seconds, whatever this says.
+        rank_timeout: Collective timeout in minutes. Crashed processes are detected within seconds regardless.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""The score folder: one number a neuron or a weight, averaged over samples, with everything needed to trust it.
+"""The score folder: one number per neuron or weight, averaged over samples, with everything needed to trust it.
 
 ```
 scores/
   manifest.json         what was scored, on what, how; counts and sha256 of every layer
   scores.safetensors    neuron scores: all layers, float32 [out]
-  LAYER.safetensors     weight scores: a file a layer, float32 [out, in]
+  LAYER.safetensors     weight scores: one file per layer, float32 [out, in]
   squares.safetensors   on request: the mean over samples of squared per-sample neuron scores (for the t contrast)
   groups.safetensors    on request: the mean scores of disjoint groups of the samples, [groups, out] (for evidence)
-  samples.jsonl         a line a sample: id, tokens, ending, relevance, target, ...
+  samples.jsonl         one line per sample: id, tokens, ending, relevance, target, ...
 ```
 
 Tensors are read with plain reads, never mapped: mapped pages count as resident memory, and a file cut short under a

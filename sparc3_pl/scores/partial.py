@@ -1,4 +1,4 @@
-"""Partial sums on the disk, so that a scoring run that was killed goes on, on any number of processes.
+"""Partial sums on disk, so that a killed scoring run can resume on any number of processes.
 
 ```
 .scores.partial/                         beside the output, gone once that is written
@@ -10,7 +10,7 @@ A file of sums also holds the records of its samples, in its header: sums and id
 the sha256 of records and tensors too, so that a damaged file is refused, never added. It is written to another name,
 flushed to the disk and renamed. At the next start rank 0 folds the files of the latest generation into the base of the
 next one, layer by layer; as soon as that has its name, the files of earlier generations are dead. The run claims its
-output for as long as it lasts, so nothing here belongs to another run that is still going on.
+output for as long as it lasts, so nothing here belongs to another run that is still active.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PartialSums:
                 settings, is damaged, or cannot be read or written.
         """
         self._claim.enter_context(sole_run(self._output))  # so what is here belongs to runs that have ended
-        for half_written in self.folder.parent.glob(f"{self.folder.name}-*"):  # by a run that was killed meanwhile
+        for half_written in self.folder.parent.glob(f"{self.folder.name}-*"):  # left behind by a killed run
             shutil.rmtree(half_written, ignore_errors=True)
         self._check_settings(settings)
         live = self._live_files()
@@ -127,8 +127,8 @@ class PartialSums:
             key = next(differing_settings(read_json(path), now), None)
             if key is not None:
                 raise InputError(
-                    f"{self.folder}: holds partial sums of a run with a different {key}; give the same settings to go "
-                    "on, or delete that folder to begin again, or choose another output"
+                    f"{self.folder}: holds partial sums of a run with a different {key}; give the same settings to "
+                    "resume, or delete that folder to begin again, or choose another output"
                 )
             return
         with writing(self.folder):

@@ -63,7 +63,7 @@ class ScoringMonitor(Callback):
         if self._batches == 2 and trainer.is_global_zero and len(batch.ids):
             each, left = seconds / len(batch.ids), self._total - self._seen
             rest = f", {duration(each * left)} for the {left} that are left" if left > 0 else ""
-            log.info("score: %.3g s a sample after the first batch%s", each, rest)
+            log.info("score: %.3g s per sample after the first batch%s", each, rest)
         self._timed = time.perf_counter() - self._start
         mean = self._relevance.mean if self._relevance.count else math.nan
         figures = {"figure": "total relevance", "mean": mean, "error": self._relevance.standard_error}

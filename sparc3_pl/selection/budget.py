@@ -7,7 +7,7 @@ With alpha_i the gain of component i (the factor on what it contributes, 1 as it
   is the derivative of the expected score: the mean of (s(y) - mean s) d log p(y | prompt) / d alpha_i (the
   score-function estimator of Williams, 1992).
 * F_i, the Fisher information of general text by alpha_i, per token: to second order a change d costs
-  1/2 sum_ij F_ij d_i d_j nats a token; its diagonal is kept. With labels drawn from the model at every position of a
+  1/2 sum_ij F_ij d_i d_j nats per token; its diagonal is kept. With labels drawn from the model at every position of a
   text, the derivatives of two positions' log-likelihoods are uncorrelated, each with mean 0. So the mean square of a
   sample's *summed* derivative, which the score folder holds, is the sum over its positions of their Fisher information,
   and F_i is the mean square divided by the mean number of tokens that are predicted.

@@ -258,13 +258,13 @@ def paired_change(
     """Compare two measurements of the same units.
 
     Args:
-        before: ``[n]``, one value a unit.
+        before: ``[n]``, one value per unit.
         after: ``[n]``, in the same order.
         seed: Seed of the resampling.
         num_resamples: Resamples of the interval and of the test.
         lower_is_better: Which direction counts as improved.
     """
-    assert before.shape == after.shape == (max(1, before.size),), "one value a unit on both sides"
+    assert before.shape == after.shape == (max(1, before.size),), "one value per unit on both sides"
     difference = after - before
     low, high = None, None
     if len(difference) >= LEAST_UNITS:

@@ -75,7 +75,7 @@ def test_fluency_is_compared_by_prompt(tmp_path, capsys):
     assert found.length.before == pytest.approx(np.mean([4 + i % 3 for i in range(40)]))
     assert (found.empty.before, found.empty.after) == (0, 0.25)
     assert (found.empty.improved, found.empty.worsened, found.uniqueness.change) == (0, 20, 0)
-    assert "tokens a completion" in capsys.readouterr().out
+    assert "tokens per completion" in capsys.readouterr().out
     assert found.toxicity["toxicity"]["share"].before == pytest.approx((SCORES >= 0.5).mean())
 
 

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Drawn:
-    """Two completions a prompt: its id and the number of the completion."""
+    """Two completions per prompt: its id and the number of the completion."""
 
     sampling, word_filter = Sampling(samples_per_prompt=2), None
 

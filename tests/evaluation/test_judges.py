@@ -222,7 +222,7 @@ def test_a_users_class_is_a_judge():
     [
         ({"t": torch.tensor([0.5, 1.5])}, "'t' of text 1 is 1.5"),
         ({"t": torch.tensor([float("nan"), 0.5])}, "'t' of text 0 is nan"),
-        ({"t": torch.tensor([0.5])}, "one score a text"),
+        ({"t": torch.tensor([0.5])}, "one score per text"),
         ([0.5, 0.5], "dict of label"),
         ({}, "dict of label"),
     ],

@@ -207,7 +207,7 @@ def test_the_report_shows_every_judge_and_their_disagreement(tmp_path):
     text = make_report([tmp_path]).markdown
     assert "What each judge says" in text
     assert "other: rude" in text
-    assert text.count("share of empty completions") == text.count("tokens a completion") == 1
+    assert text.count("share of empty completions") == text.count("tokens per completion") == 1
     assert text.count("he judges disagree in the direction of the change") == 2  # in short, and beside the table
     comparison = compare_evaluations(Evaluation.open(before), Evaluation.open(after))
     write_comparison(tmp_path / "c.json", comparison)

@@ -1,4 +1,4 @@
-"""Completions that show a behaviour become samples; going on, refusing to mix settings, and what reads the samples."""
+"""Completions that show a behaviour become samples; resuming, refusing to mix settings, and what reads the samples."""
 
 import json
 from pathlib import Path

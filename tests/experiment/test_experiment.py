@@ -1,4 +1,4 @@
-"""A whole experiment on the embedded demo, small; going on, and refusing to mix settings."""
+"""A whole experiment on the embedded demo, small; resuming, and refusing to mix settings."""
 
 import hashlib
 import json

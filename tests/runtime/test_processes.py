@@ -139,7 +139,7 @@ def fail(
         assert time.monotonic() < start + FASTEST, f"some of {first.family()} still run:\n{first.text()}"
         time.sleep(0.05)
     assert not output.exists()
-    lines = [line for line in first.text().splitlines() if "s a sample after the first batch" not in line]  # its pace
+    lines = [line for line in first.text().splitlines() if "s per sample after the first batch" not in line]  # its pace
     return code, "\n".join(lines).rstrip()
 
 

@@ -76,7 +76,7 @@ def test_what_a_slow_stage_was_held_by():
     few = Stage(seconds=1)
     for _ in range(10):
         few.did(tokens=8, passes=1)
-    assert few.held_by().startswith("8 tokens a pass")
+    assert few.held_by().startswith("8 tokens per pass")
     assert Stage(seconds=1, tokens=1000, rows=1000, passes=1).held_by().startswith("work that is no product")
 
 

@@ -1,4 +1,4 @@
-"""A scoring run that was stopped or killed at any time goes on, on any number of processes, to the same scores."""
+"""A scoring run that was stopped or killed at any time resumes, on any number of processes, to the same scores."""
 
 import json
 import os

@@ -27,7 +27,7 @@ def test_a_csv_logger_gets_everything(tmp_path, caplog):
         rows = list(csv.DictReader(stream))
     running = [float(row["score/total_relevance"]) for row in rows if row["score/total_relevance"]]
     assert len(running) == 4
-    told = re.findall(r"score: (\S+) s a sample after the first batch, \d+ s for the 2 that are left", caplog.text)
+    told = re.findall(r"score: (\S+) s per sample after the first batch, \d+ s for the 2 that are left", caplog.text)
     assert [0 < float(seconds) < 10 for seconds in told] == [True]
     assert running[-1] == pytest.approx(module.manifest.total_relevance, rel=1e-5)
     assert [float(v) for row in rows if (v := row["score/final_total_relevance"])] == [module.manifest.total_relevance]

@@ -7,7 +7,7 @@ from sparc3_pl.statistics.advantages import FEWEST, expected_scores, others_mean
 
 
 def completions(number=80, seed=0, longest=7):
-    """Scores that grow out of the prefixes, three completions a prompt."""
+    """Scores that grow out of the prefixes, three completions per prompt."""
     rng = np.random.default_rng(seed)
     prompts = [f"p{n // 3}" for n in range(number)]
     prefixes = [np.cumsum(rng.normal(0, 0.1, rng.integers(1, longest + 1))).tolist() for _ in range(number)]
