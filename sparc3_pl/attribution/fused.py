@@ -1,6 +1,6 @@
 r"""Sums of |W * G| on a GPU without writing G: one kernel from the factors to the sums.
 
-Written out, the gradient of a ``[14336, 4096]`` weight is 235 MB of float32 a sample, which the plain path
+Written out, the gradient of a ``[14336, 4096]`` weight is 235 MB of float32 per sample, which the plain path
 (``accumulators.weight_relevance``) moves through memory several times. Here a tile of it lives in registers.
 
 Nothing is atomic and the tiles are fixed, not tuned at run time: the same card gives the same bits again.

@@ -121,7 +121,7 @@ class IntegratedGradients(AttributionPatching):
         counterfactual = _counterfactual(batch)
         other = _values(model, counterfactual, target, modules)
         with torch.no_grad():
-            start_BTH = as_forward(_words, model, counterfactual.input_ids)
+            start_BTH = as_forward(lambda m, ids_BT: m.get_input_embeddings()(ids_BT), model, counterfactual.input_ids)
         mean: dict[str, Tensor] = {}
 
         def add(layer: LayerPass) -> None:
@@ -152,10 +152,6 @@ def _counterfactual(batch: ReferenceBatch) -> ReferenceBatch:
     ids_BT = batch.fields[COUNTERFACTUAL]
     assert ids_BT.shape == batch.input_ids.shape, "counterfactuals are padded as the samples are"
     return replace(batch, input_ids=ids_BT)
-
-
-def _words(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    return model.get_input_embeddings()(input_ids_BT)
 
 
 @torch.no_grad()

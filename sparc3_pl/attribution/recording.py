@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -225,7 +224,8 @@ def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], Non
             has_bias, offloaded = getattr(module, "bias", None) is not None, is_offloaded(module)
             bias = values_of(module, "bias").to(y.device) if has_bias and offloaded else getattr(module, "bias", None)
             z = y if bias is None else y - bias
-            by_sample = partial(_by_sample, batch_size=batch_size) if places is None else places.by_sample
+            # of one place for each token, [B, T, D] from [B, T, D] or from [B*T, D]
+            by_sample = places.by_sample if places is not None else lambda t: t.reshape(batch_size, -1, t.shape[-1])
             weight_OI = matrix_of(module) if offloaded else weight_matrix(module)
             sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_OI, places))
 
@@ -234,8 +234,3 @@ def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], Non
         return _Tap.apply(y, args[0].detach(), show)
 
     return hook
-
-
-def _by_sample(tensor: Tensor, batch_size: int) -> Tensor:
-    """``[B, T, D]`` from ``[B, T, D]`` or from ``[B*T, D]``."""
-    return tensor.reshape(batch_size, -1, tensor.shape[-1])

@@ -179,7 +179,12 @@ def measure_arm(
     """
     start = time.perf_counter()
     scores = [score_arm(request, bench.model, sets, progress) for request in arm.requests]
-    values = [_values_of_sets(one, bench.candidates, len(sets)) for one in scores]
+    values = [
+        torch.stack([one.values(bench.candidates, group=number) for number in range(len(sets))]).mean(0)
+        if one.units and len(sets) > 1  # as prune averages seeds
+        else one.values(bench.candidates)
+        for one in scores
+    ]
     orders = [order_of(one) for one in values]
     middle = time.perf_counter()
     is_signed = any(bool((one < 0).any()) for one in values)
@@ -230,13 +235,6 @@ def measure_arm(
         arm.name, middle - start, len(cutoffs), time.perf_counter() - middle,
     )  # fmt: skip
     return Measured(result, scores, orders[0], values[0])
-
-
-def _values_of_sets(scores: ArmScores, candidates: Candidates, num_sets: int) -> Tensor:
-    """The mean of the sets' values, as ``prune`` averages seeds."""
-    if not scores.units or num_sets == 1:
-        return scores.values(candidates)
-    return torch.stack([scores.values(candidates, group=number) for number in range(num_sets)]).mean(0)
 
 
 def _stability(scores: ArmScores, bench: Bench, num_sets: int, resamples: int) -> list[Stability]:

@@ -479,7 +479,8 @@ def record_sample(
     if "answer" in answers:
         own.setdefault("foil", -1)
         counts["num_long_answers"] += any(len(tokens) > 1 for tokens in answers.values())
-        counts["num_without_space"] += _within_word(text, values.answer)
+        are_text = isinstance(text, str) and isinstance(values.answer, str)
+        counts["num_without_space"] += are_text and text[-1:].isalpha() and values.answer[:1].isalpha()
     return replace(
         sample,
         id=values.identity(text),
@@ -506,10 +507,6 @@ def _fault(
     if other is not None and len(other) != len(sample.input_ids):
         return "num_unequal_lengths", f"it has {len(sample.input_ids)} tokens, its counterfactual {len(other)}"
     return None
-
-
-def _within_word(text: Text, answer: str | int | None) -> bool:
-    return isinstance(text, str) and isinstance(answer, str) and text[-1:].isalpha() and answer[:1].isalpha()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

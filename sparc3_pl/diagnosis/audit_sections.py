@@ -29,19 +29,20 @@ def verdicts(audit: Audit) -> tuple[Block, ...]:
 
 
 def _scored(folders: Sequence[FolderAudit]) -> Table:
-    rows = [
-        (
+    rows = []
+    for folder in folders:
+        seed = folder.about.seed
+        row = (
             folder.name,
             f"{'signed ' if folder.about.signed else ''}{folder.about.method}",
             str(folder.about.source),
-            _seed(folder.about.seed),
+            Number(seed, form="d") if seed is None or isinstance(seed, int) else str(seed),
             count(folder.num_layers),
             count(folder.num_scores),
             folder.about.granularity,
             number(folder.total_relevance, 6),
         )
-        for folder in folders
-    ]
+        rows.append(row)
     columns = ("scores", "method", "data", "seed", "layers", "scored", "unit", "total relevance")
     return Table.of(columns, rows, "What was scored")
 
@@ -108,7 +109,3 @@ def _spread(summary: Summary | None) -> Cell:
     if summary is None or summary.low == summary.high:
         return number(summary and summary.low)
     return Numbers("{} .. {}", (number(summary.low), number(summary.high)))
-
-
-def _seed(seed: object) -> Cell:
-    return Number(seed, form="d") if seed is None or isinstance(seed, int) else str(seed)

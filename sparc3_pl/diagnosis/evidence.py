@@ -225,10 +225,11 @@ def weigh(general: SideScores, behaviour: SideScores, settings: SelectionSetting
     totals = (float(g.sum()), float(b.sum()))
     t = _t_of(general, behaviour, selection)
     stability = _stability(general, behaviour, selection, settings, seed)
+    format_checks = [Check("format", "warn", text) for text in format_warnings(general.folders, behaviour.folders)]
     checks = (
         _strong_check(strongest),
         _total_check(totals, settings),
-        *_format_checks(general.folders, behaviour.folders),
+        *(format_checks or [Check("format", "pass", "samples of both sides have similar lengths and endings")]),
         _t_check(t),
         *_stability_checks(stability),
     )
@@ -306,13 +307,6 @@ def _total_check(totals: tuple[float, float], settings: SelectionSettings) -> Ch
     if settings.kind == "difference" and not abs(change) <= TOTAL_WARN:
         return Check("totals", "warn", f"{text}: a raw difference measures this too; try contrast=normalized")
     return Check("totals", "pass", text)
-
-
-def _format_checks(general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]) -> list[Check]:
-    result = format_warnings(general, behaviour)
-    return [Check("format", "warn", text) for text in result] or [
-        Check("format", "pass", "samples of both sides have similar lengths and endings")
-    ]
 
 
 def _t_check(t: Significance | None) -> Check:

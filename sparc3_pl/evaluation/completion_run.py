@@ -159,14 +159,20 @@ class CompletionRun(MeasurementRun):
             if todo:
                 with timed("completions"):
                     completions = self.generator(*zip(*todo, strict=True))
-            cut = self._cut(completions) if self.prefixes else None  # in this thread: two must not share a tokenizer
+            prefixes = None
+            if self.prefixes:  # in this thread: two must not share a tokenizer
+                text_of = self.generator.text
+                prefixes = [
+                    [] if c.text is None else [text_of(c.drawn[: end + 1]) for end in range(len(c.drawn))]
+                    for c in completions
+                ]
         finally:  # also when the run is interrupted: what was completed before is kept
             self._settle()
         if self._is_judged_beside:
-            self._pending = rows, _judging.submit(self._judged, completions, cut)
+            self._pending = rows, _judging.submit(self._judged, completions, prefixes)
             return
         with timed("judge") as now:
-            fresh = self._judged(completions, cut)
+            fresh = self._judged(completions, prefixes)
             now.did(samples=fresh.num_texts)
         self._take(rows, fresh)
 
@@ -193,35 +199,30 @@ class CompletionRun(MeasurementRun):
         count = self.generator.sampling.samples_per_prompt
         return [rows[k] for k in range(count)] if rows.keys() >= set(range(count)) else None
 
-    def _cut(self, completions: Sequence[Completion]) -> list[list[str]]:
-        """The text of each completion as it stands after each of its tokens; none of one that failed."""
-        return [
-            [self.generator.text(c.drawn[: place + 1]) for place in range(len(c.drawn))] if c.text is not None else []
-            for c in completions
-        ]
-
-    def _judged(self, completions: Sequence[Completion], cut: list[list[str]] | None) -> _Judged:
-        """The completions with the scores of all judges, and of the texts that they are cut to."""
+    def _judged(self, completions: Sequence[Completion], prefixes: list[list[str]] | None) -> _Judged:
+        """The completions with the scores of all judges, and of their ``prefixes``: each one's text after each of its
+        tokens, none of one that failed.
+        """
         before = self._num_judged
         texts = [c.text for c in completions if c.text is not None]
         scores = iter(self._scores(None, texts))
         further = {name: iter(self._scores(name, texts)) for name in self.further}
-        prefixes = [None] * len(completions) if cut is None else self._judged_prefixes(cut)
+        of_prefixes = [None] * len(completions) if prefixes is None else self._judged_prefixes(prefixes)
         rows = [
             _row(c, {}, {})
             if c.text is None
             else _row(c, dict(next(scores)), {name: dict(next(others)) for name, others in further.items()}, so_far)
-            for c, so_far in zip(completions, prefixes, strict=True)
+            for c, so_far in zip(completions, of_prefixes, strict=True)
         ]
         if self.generator.word_filter is not None:
             rows = [replace(row, redraws=c.redraws) for row, c in zip(rows, completions, strict=True)]
         return _Judged(rows, self._num_judged - before)
 
-    def _judged_prefixes(self, cut: list[list[str]]) -> list[dict[str, list[float]]]:
+    def _judged_prefixes(self, prefixes: list[list[str]]) -> list[dict[str, list[float]]]:
         """The scores of each completion's texts by label; a text that recurs is judged once."""
-        distinct = sorted({text for own in cut for text in own}, key=lambda text: (len(text), text))
+        distinct = sorted({text for own in prefixes for text in own}, key=lambda text: (len(text), text))
         scores = dict(zip(distinct, self._scores(None, distinct, remember=False), strict=True))
-        return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in cut]
+        return [{label: [scores[text][label] for text in own] for label in self.toxicity.labels} for own in prefixes]
 
     def _scores(self, name: str | None, texts: Sequence[str], remember: bool = True) -> list[Mapping[str, float]]:
         """Each text's scores by label, to 6 decimals: what a batch's padding adds in the last bits is dropped.

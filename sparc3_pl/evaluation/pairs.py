@@ -131,7 +131,9 @@ class SentencePairs(Measurement):
                 ]
                 if passes is None or None in sentences:
                     counts["null"] += 1
-                elif passes and self._is_of_half(sentences[0]):
+                    continue
+                half = partition(text_id(str(sentences[0])), self.partition_seed, self.partition_share)
+                if passes and self.partition in ("all", half):
                     pair = self._pair(sentences, encoder, before)
                     if min(map(len, pair.ids)) == pair.num_before:  # an empty sentence would be the likeliest of all
                         counts["with a sentence that gives no token"] += 1
@@ -148,10 +150,6 @@ class SentencePairs(Measurement):
                 "the filter or give more"
             )
         return list(pairs.values())
-
-    def _is_of_half(self, first: object) -> bool:
-        half = partition(text_id(str(first)), self.partition_seed, self.partition_share)
-        return self.partition in ("all", half)
 
     def _pair(self, sentences: Sequence[object], encoder: Encoder, before: list[int]) -> SentencePair:
         for name, sentence in zip((self.first_field, self.second_field), sentences, strict=True):

@@ -27,7 +27,8 @@ _SLOT = "_sparc3_attention"  # on a module's copy of its config
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``model`` that call the attention registry, by name."""
-    return {n: m for n, m in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _names(m)}
+    codes = ((name, module, getattr(_forward(module), "__code__", None)) for name, module in model.named_modules())
+    return {name: module for name, module, code in codes if code and "ALL_ATTENTION_FUNCTIONS" in code.co_names}
 
 
 def has_soft_cap(module: nn.Module) -> bool:
@@ -57,12 +58,6 @@ def wrapped_attention(module: nn.Module, wrap: Callable[[AttentionFunction], Att
     config._attn_implementation_internal = _NAME  # the public setter would also write to shared sub-configs
     with swapped(module, "config", config):
         yield
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The global names that the forward of ``module`` uses."""
-    code = getattr(_forward(module), "__code__", None)
-    return () if code is None else code.co_names
 
 
 def _forward(module: nn.Module) -> Callable[..., Any]:

@@ -60,15 +60,11 @@ class Pass:
 DRY_RUN = "Say what would be loaded and how much memory it takes, and refuse what cannot fit; load and run nothing."
 
 
-def _needs_of_scoring(module: ScoringModule, data: ReferenceData, free: Mapping[str, int | None]) -> list[Need]:
-    return needs_of_scoring(module.request, module.source, data.batch_size, data.longest)
-
-
 PASSES = {
     "score": Pass(
         ScoringModule,
         ReferenceData,
-        _needs_of_scoring,
+        lambda module, data, free: needs_of_scoring(module.request, module.source, data.batch_size, data.longest),
         (ScoringMonitor,),
         ("output", "overwrite", "checkpoint_every", "part", "shard"),
     ),

@@ -537,7 +537,8 @@ class PrunePlan(_About, Shown):
             InputError: if the file exists (and ``overwrite`` is off) or cannot be written.
         """
         path = Path(path)
-        before = _named_before(path)
+        old = read_json(path).get("files") if path.is_file() and KIND.is_one(path) else None
+        before = {entry.get("file") for entry in (old or {}).values()}  # the files that the plan that is there names
         earlier_file = FileKind(f"a part of {path}", lambda file: file.name in before)
         with ExitStack() as files:  # entered first, renamed last: a plan never names a file that is not there yet
             plan_file = files.enter_context(new_file(path, overwrite, KIND))
@@ -682,12 +683,6 @@ def _readable(data: Record) -> str:
             text = "[\n  " + ",\n  ".join(strict_json(neuron) for neuron in value) + "\n ]"
         lines.append(f' "{key}": {text}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _named_before(plan: Path) -> set[str]:
-    """The files that the plan at this path names, if there is one."""
-    before = read_json(plan).get("files") if plan.is_file() and KIND.is_one(plan) else None
-    return {entry.get("file") for entry in (before or {}).values()}
 
 
 def _companion(path: Path, entry: _Companion) -> dict[str, Tensor]:

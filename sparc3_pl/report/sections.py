@@ -63,7 +63,7 @@ MOST_BINNED = 5_000_000
 MOST_READ = 100_000_000
 """Bytes of scores in a folder up to which a report reads them again, to verify them and to draw the contrast. Neuron
 scores take some megabytes and are read in a second; weight scores of a model of 8 billion weights take 30 GB per
-folder, which a report at the end of every experiment would read for minutes, though they were verified when they were used."""
+folder, which a report at the end of every experiment would read for minutes, though they were verified when used."""
 
 WORDS = (
     ("relevance", "how much a weight or neuron contributed to the token that the model predicted, by AttnLRP"),
