@@ -106,13 +106,14 @@ def correction_arms(
     shared: dict[str, Any] = {"counts": counts, "budgets": budgets, "controls": controls}
     for name, arm in (arms or {}).items():
         arm_keys = check_arm(name, arm, _SECTIONS, _LISTS)
-        merged = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
-        contrast = CONTRASTS.make(merged["plan"].get("contrast", "difference"))
+        arm_sections = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
+        contrast = CONTRASTS.make(arm_sections["plan"].get("contrast", "difference"))
         try:
-            edits = _edits_of_arm(merged, arm_keys, shared, contrast.needs_general)
+            edits = _edits_of_arm(arm_sections, arm_keys, shared, contrast.needs_general)
         except InputError as error:
             raise InputError(f"arms.{name}: {error}") from None
         its_seeds = list_of_seeds(name, arm_keys, seeds) if contrast.needs_general else ()
+        its_scores = tuple(arm_sections["score"] | arm_sections[f"{side}_score"] for side in ("behaviour", "general"))
         its_edits = {}
         for edit, one in edits.items():
             scale_of = None if one.scale_of is None else f"{name}-{one.scale_of}"
@@ -120,10 +121,10 @@ def correction_arms(
         result.append(
             CorrectionArm(
                 name,
-                merged["behaviour"],
-                merged["general"],
+                arm_sections["behaviour"],
+                arm_sections["general"],
                 texts if arm_keys.get("texts") is None else arm_keys["texts"],
-                (merged["score"] | merged["behaviour_score"], merged["score"] | merged["general_score"]),
+                its_scores,
                 its_seeds,
                 its_edits,
             )
@@ -133,42 +134,42 @@ def correction_arms(
 
 def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[str, Settings]:
     """An arm's sections, with what is taken over from the experiment's."""
-    merged = {key: base[key] | own[key] for key in _SECTIONS}
+    sections = {key: base[key] | own[key] for key in _SECTIONS}
     if "source" in own["behaviour"]:
-        merged["behaviour"] = own["behaviour"]
+        sections["behaviour"] = own["behaviour"]
     if {"method", "granularity"} & own["score"].keys():
-        method = METHODS.make(merged["score"].get("method", "lrp"))
-        kinds = merged["score"].get("granularity", "neuron")
+        method = METHODS.make(sections["score"].get("method", "lrp"))
+        kinds = sections["score"].get("granularity", "neuron")
         specs: list[Spec] = kinds if isinstance(kinds, list) else [kinds]  # type: ignore[assignment]
         heeded = frozenset.intersection(*(method.heeds(COMPONENTS.make(spec)) for spec in specs))
         useless = {option.name for option in fields(Options)} - heeded - own["score"].keys()
-        merged["score"] = {key: value for key, value in merged["score"].items() if key not in useless}
+        sections["score"] = {key: value for key, value in sections["score"].items() if key not in useless}
         if not method.needs_target:
-            merged |= {key: own[key] for key in ("behaviour_score", "general_score")}
+            sections |= {key: own[key] for key in ("behaviour_score", "general_score")}
     plan, useless = own["plan"], set()
-    if not _is_gains(merged["plan"]):
+    if not _is_gains(sections["plan"]):
         useless |= set(_OF_GAINS)
     useless |= {"budget"} if "scale" in plan else set()
     useless |= {"scale"} if "budget" in plan else set()
     useless |= {"gains_range"} if "contrast" in plan and plan["contrast"] != "budget" else set()
-    merged["plan"] = {key: value for key, value in merged["plan"].items() if key in plan or key not in useless}
+    sections["plan"] = {key: value for key, value in sections["plan"].items() if key in plan or key not in useless}
     for key in ("score", "behaviour_score", "general_score", "plan"):
-        merged[key] = {name: value for name, value in merged[key].items() if value is not None}
-    return merged
+        sections[key] = {name: value for name, value in sections[key].items() if value is not None}
+    return sections
 
 
 def _edits_of_arm(
-    merged: Mapping[str, Settings], arm: Settings, shared: Mapping[str, Any], needs_general: bool
+    sections: Mapping[str, Settings], arm: Settings, shared: Mapping[str, Any], needs_general: bool
 ) -> dict[str, PlannedEdit]:
     """The edits of an arm, of its own counts, budgets and controls, or of the experiment's that it can have."""
-    plan = merged["plan"]
+    plan = sections["plan"]
     kind = "budgets" if _is_gains(plan) else "counts"
     lists = {key: arm.get(key) for key in ("counts", "budgets", "controls")}
     if lists[kind] is None and "scale" not in plan:
         lists[kind] = shared[kind]
     if lists["controls"] is None:
-        lists["controls"] = _fitting(shared["controls"], merged, needs_general)
-    return _edits(plan, merged["score"], lists["counts"], lists["budgets"], lists["controls"])
+        lists["controls"] = _fitting(shared["controls"], sections, needs_general)
+    return _edits(plan, sections["score"], lists["counts"], lists["budgets"], lists["controls"])
 
 
 def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], needs_general: bool) -> list[str]:

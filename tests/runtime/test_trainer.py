@@ -99,6 +99,7 @@ PRIVATE = [
     "jsonargparse:ArgumentParser._apply_actions",
     "jsonargparse:ArgumentParser._load_config_parser_mode",
     "jsonargparse._actions:_ActionConfigLoad",
+    "jsonargparse._link_arguments:ActionLink",
     "lightning.pytorch.cli:LightningCLI._set_seed",
     "lightning.pytorch.loops:_EvaluationLoop",
     "lightning.pytorch.loops:_PredictionLoop",
@@ -126,6 +127,12 @@ def test_private_attributes_of_a_trainer_are_there(trainer, name):
     for part in outer:
         owner = getattr(owner, part)
     assert last in vars(owner)
+
+
+def test_private_attributes_of_a_module_are_there():
+    from lightning.pytorch import LightningModule
+
+    assert "_trainer" in vars(LightningModule())
 
 
 def test_private_attributes_of_model_parallel_are_there():
