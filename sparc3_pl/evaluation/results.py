@@ -109,7 +109,7 @@ def write_evaluation(
     """Write an evaluation folder, whole or not at all.
 
     Args:
-        folder: Where.
+        folder: Folder to write.
         results: ``perplexity``, ``toxicity``, ``model``, ``data`` and whatever else is to be told.
         completions: The completions of all prompts; empty without prompts.
         windows: The windows of the text; empty without text.
@@ -220,7 +220,7 @@ class Evaluation(Shown):
         """Writes the folder, whole or not at all, of sealed results.
 
         Args:
-            folder: Where.
+            folder: Folder to write.
             overwrite: Replace an earlier evaluation there.
             config: The configuration that ``sealed`` was given; of a folder that was read, its own.
 

@@ -45,7 +45,7 @@ class Scores(Shown):
         """Writes the folder that ``sparc3 score`` would have written, for every command to read.
 
         Args:
-            folder: Where.
+            folder: Folder to write.
             overwrite: Replace an earlier score folder there.
 
         Raises:

@@ -61,7 +61,7 @@ def write_part(
     """Writes a part, whole or not at all.
 
     Args:
-        folder: Where.
+        folder: Folder to write.
         overwrite: Whether an earlier part there may be replaced.
         part: Which part of how many.
         settings: What every part of the run has in common.
