@@ -172,7 +172,7 @@ class EvaluationRun:
         Args:
             evaluated: What the results say of the model.
             subject: What is measured.
-            output: The evaluation folder to be, beside which completions are kept while the run goes on; None: nowhere.
+            output: The evaluation folder to be, beside which completions are kept during the run; None: nowhere.
             rank: Rank of this process.
 
         Raises:
