@@ -224,7 +224,7 @@ def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], Non
             has_bias, offloaded = getattr(module, "bias", None) is not None, is_offloaded(module)
             bias = values_of(module, "bias").to(y.device) if has_bias and offloaded else getattr(module, "bias", None)
             z = y if bias is None else y - bias
-            # of one place for each token, [B, T, D] from [B, T, D] or from [B*T, D]
+            # outside of experts: [B, T, D] from [B, T, D] or from [B*T, D]
             by_sample = places.by_sample if places is not None else lambda t: t.reshape(batch_size, -1, t.shape[-1])
             weight_OI = matrix_of(module) if offloaded else weight_matrix(module)
             sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_OI, places))
