@@ -167,7 +167,7 @@ class Decoder:
                 buffer.keys[first:last, :, : layer.keys.shape[2]] = layer.keys[there]
                 buffer.values[first:last, :, : layer.keys.shape[2]] = layer.values[there]
         for buffer in layers:
-            buffer.filled = longest
+            buffer.length = longest
         assert logits is not None
         place_T = torch.arange(longest + steps, device=device)
         lengths_R1 = torch.tensor([[len(prompt)] for prompt in prompts], device=device)

@@ -343,7 +343,7 @@ def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
     from sparc3_pl.pruning.edit import pruned
 
     with pruned(model, plan) as applied:
-        return replace(plan, kept=applied.kept, model=plan.model | {"pruned_fingerprint": fingerprint(model)})
+        return replace(plan, kept=applied.old_values, model=plan.model | {"pruned_fingerprint": fingerprint(model)})
 
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None", pushed_to: str | None) -> None:
