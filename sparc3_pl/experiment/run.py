@@ -371,16 +371,18 @@ class _Experiment:
         scores[f"behaviour-{name}"] = scoring.output
         return [planning, completing, scoring]
 
-    def scores_of(self, scoring: dict[str, Stage], way: CorrectionArm, evaluation_file: Path | None) -> dict[str, Path]:
+    def scores_of(
+        self, scoring: dict[str, Stage], way: CorrectionArm, completions_result: Path | None
+    ) -> dict[str, Path]:
         """The score folders of an arm, by side. Their stages join ``scoring``, unless another arm has the same scores.
 
         The behaviour comes first: general samples may be matched to it, and it may be scored on the completions
-        of an evaluation, whose result is ``evaluation_file``.
+        of an evaluation, whose result is ``completions_result``.
         """
         behaviour, reads = way.behaviour, None
-        if evaluation_file is not None and behaviour.get("source") is None:
-            behaviour = behaviour | {"source": str(evaluation_file.with_name("completions.jsonl"))}
-            reads = {"completions": evaluation_file}
+        if completions_result is not None and behaviour.get("source") is None:
+            behaviour = behaviour | {"source": str(completions_result.with_name("completions.jsonl"))}
+            reads = {"completions": completions_result}
         stage = self._shared(scoring, self._scoring_stage(way.named("behaviour"), way.scores[0], behaviour, reads))
         sides, general = {"behaviour": stage.output}, way.general
         if general.get("match") == "behaviour":
