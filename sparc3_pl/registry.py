@@ -73,6 +73,14 @@ class Registry(Generic[T]):
         except TypeError as error:
             raise InputError(f"{self.kind}={path}: its arguments do not fit ({error}); see its documentation") from None
 
+    def class_of(self, spec: Spec | T) -> type[T]:
+        """The class that ``spec`` names; its arguments are not looked at.
+
+        Raises:
+            InputError: if there is no such class, or it is of another kind.
+        """
+        return type(spec) if isinstance(spec, self.base) else self._class(_split(self.kind, spec)[0])
+
     def choose(self, spec: Spec | T) -> Choice[T]:
         """The implementation that ``spec`` names, with the name and arguments that files give it.
 

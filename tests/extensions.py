@@ -1,4 +1,4 @@
-"""An edit, a contrast, a scope and a kind of component as a user would write them, in a module of their own."""
+"""An edit, a contrast, a scope, methods and a component as a user would write them, in a module of their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.attribution.accumulators import Counts
+from sparc3_pl.attribution.methods import Gradient, Lrp, Options
+from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.model.components import Component, Group, Part
 from sparc3_pl.model.structure import features, linear_layers
 from sparc3_pl.pruning.edits import Change, Chosen, Edit, contributing
@@ -29,6 +32,24 @@ class InputChannel(Component):
 
     def parts(self, model: nn.Module, layer: str, index: Tensor) -> list[Part]:
         return [Part(layer, "columns", index, torch.arange(len(index)), "reads")]
+
+
+class Smoothed(Gradient):
+    """A gradient as the mean of ``draws``."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+
+
+class Squared(Gradient):
+    """A gradient's square, which is no derivative."""
+
+    def sample_scores(self, layer: LayerPass, group: Group, options: Options, counts: Counts | None) -> Tensor:
+        return super().sample_scores(layer, group, options, counts).square()
+
+
+class Composite(Lrp):
+    """AttnLRP with other rules."""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ class Method(ABC):
     """The fields of a batch that the method cannot do without."""
     reads_experts: ClassVar[bool] = False
     """Whether layers that only some tokens reach (``Group.routed``) can be scored."""
+    gives_derivatives: ClassVar[bool] = False
+    """Whether signed scores, read where the components' values are read, are derivatives by the components' gains."""
+    lists_families: ClassVar[bool] = False
+    """Whether it scores only model families that it lists, but for one that its argument ``unlisted`` lets it try."""
 
     def heeds(self, component: Component) -> frozenset[str]:
         """The options that change what the method does for this kind of component; any other is refused."""
@@ -227,11 +231,18 @@ class Gradient(Method):
     """Mean over samples of |W * G|, summed over each component; G is the gradient of one sample's target.
 
     A subclass that takes more than one backward pass overrides ``passes``; one that sums other things overrides
-    ``sums``, ``add`` and ``scores``.
+    ``sums``, ``add`` and ``scores``. If its scores are derivatives even so, it says so (``gives_derivatives``).
     """
 
     needs_target = True
     reads_experts = True
+    gives_derivatives = True
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        others = {"passes", "sums", "take_in", "add", "sample_scores", "scores"}
+        if "gives_derivatives" not in vars(cls) and not others.isdisjoint(vars(cls)):
+            cls.gives_derivatives = False  # what it scores instead may be anything
 
     def heeds(self, component: Component) -> frozenset[str]:
         kinds = ("sums_on_host",) if component.dims == 2 else ("signed", "squares", "groups")
@@ -347,6 +358,8 @@ class Lrp(Gradient):
         softmax_temperature: Temperature at which attention's softmax passes relevance on to query and key; 1: its own.
             GIM (arXiv 2505.17630) uses 2. Only with ``attn``.
     """
+
+    lists_families = True
 
     def __init__(self, rules: RuleSet = "attn", unlisted: bool = False, softmax_temperature: float = 1.0) -> None:
         if rules not in get_args(RuleSet):

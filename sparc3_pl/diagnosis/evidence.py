@@ -205,7 +205,13 @@ def evidence(
 
 def usual_size(scores: SideScores) -> int:
     """Size of the selection if none is given. A model has thousands of neurons but few heads: not all may be chosen."""
-    return 100 if scores.granularity == "neuron" else min(100, max(1, scores.count // 10))
+    manifest = scores.folders[0].manifest
+    names = scores.granularity.split("+")
+    kinds = [
+        kind for name, kind in zip(manifest.granularity.split("+"), manifest.components(), strict=True) if name in names
+    ]
+    usual = kinds[0].usual_selection if len(kinds) == 1 else None
+    return usual or min(100, max(1, scores.count // 10))
 
 
 def weigh(general: SideScores, behaviour: SideScores, settings: SelectionSettings, *, seed: int = 0) -> Evidence:

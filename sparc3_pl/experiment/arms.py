@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparc3_pl.attribution.methods import METHODS
 from sparc3_pl.attribution.sequential import Sparsity
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison
 from sparc3_pl.experiment.stages import Settings
+from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.report.curves import Curve, CurvePoint
 from sparc3_pl.selection.scope import PatternScope
 
-__all__ = ["Arm", "Cut", "arms_of", "check_arm", "curves_of", "list_of_seeds"]
+__all__ = ["Arm", "Cut", "arms_of", "check_arm", "components_of", "curves_of", "list_of_seeds"]
 
 _SECTIONS = ("general", "plan", "score")
 
@@ -63,8 +65,9 @@ class Arm:
 
     def scoring(self, seed: int) -> tuple[Settings, Settings]:
         """Keys of ``model`` and of ``data`` of the scoring pass with that seed."""
-        own = {"seed": seed} if self.score.get("method") == "random" else {}
-        return self.score | own, self.general | {"seed": seed}
+        method = METHODS.make(self.score.get("method") or "lrp")
+        is_seeded = any("seed" in method.heeds(component) for component in components_of(self.score))
+        return self.score | ({"seed": seed} if is_seeded else {}), self.general | {"seed": seed}
 
     def cuts(self) -> list[Cut]:
         """Its plans; an n:m pattern has one share, its own."""
@@ -150,6 +153,16 @@ def list_of_seeds(name: str, own: Mapping[str, Any], seeds: Sequence[int]) -> Se
     if not isinstance(own_seeds, Sequence) or not own_seeds or not all(type(seed) is int for seed in own_seeds):
         raise InputError(f"arms.{name}.seeds={own_seeds!r}: give a list of whole numbers, e.g. [0, 1]")
     return own_seeds
+
+
+def components_of(score: Settings) -> list[Component]:
+    """The kinds of component that these keys of ``model`` score.
+
+    Raises:
+        InputError: if there is no such kind.
+    """
+    kinds = score.get("granularity") or "neuron"
+    return [COMPONENTS.make(spec) for spec in (kinds if isinstance(kinds, list) else [kinds])]
 
 
 def _check_sequential(arm: Arm) -> None:

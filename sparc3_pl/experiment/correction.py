@@ -8,10 +8,10 @@ from typing import Any
 
 from sparc3_pl.attribution.methods import METHODS, Options
 from sparc3_pl.errors import InputError
-from sparc3_pl.experiment.arms import check_arm, list_of_seeds
+from sparc3_pl.experiment.arms import check_arm, components_of, list_of_seeds
 from sparc3_pl.experiment.stages import Settings
-from sparc3_pl.model.components import COMPONENTS
-from sparc3_pl.registry import Spec
+from sparc3_pl.pruning.edits import EDITS
+from sparc3_pl.pruning.gains import Gains
 from sparc3_pl.selection.contrast import CONTRASTS
 from sparc3_pl.selection.controls import CONTROLS
 
@@ -19,7 +19,6 @@ __all__ = ["CorrectionArm", "PlannedEdit", "correction_arms"]
 
 _SECTIONS = ("general", "behaviour", "score", "behaviour_score", "general_score", "plan")
 _LISTS = ("texts", "seeds", "counts", "budgets", "controls")
-_GAINS = ("gains", "sparc3_pl.pruning.gains.Gains")
 _OF_GAINS = (
     *("budget", "budget_text", "budget_field", "budget_filter", "budget_windows", "budget_length"),
     *("gains_range", "scale"),
@@ -106,9 +105,9 @@ def correction_arms(
     shared: dict[str, Any] = {"counts": counts, "budgets": budgets, "controls": controls}
     for name, arm in (arms or {}).items():
         arm_keys = check_arm(name, arm, _SECTIONS, _LISTS)
-        arm_sections = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
-        contrast = CONTRASTS.make(arm_sections["plan"].get("contrast", "difference"))
         try:
+            arm_sections = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
+            contrast = CONTRASTS.make(arm_sections["plan"].get("contrast", "difference"))
             edits = _edits_of_arm(arm_sections, arm_keys, shared, contrast.needs_general)
         except InputError as error:
             raise InputError(f"arms.{name}: {error}") from None
@@ -139,9 +138,7 @@ def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[s
         sections["behaviour"] = own["behaviour"]
     if {"method", "granularity"} & own["score"].keys():
         method = METHODS.make(sections["score"].get("method", "lrp"))
-        kinds = sections["score"].get("granularity", "neuron")
-        specs: list[Spec] = kinds if isinstance(kinds, list) else [kinds]  # type: ignore[assignment]
-        heeded = frozenset.intersection(*(method.heeds(COMPONENTS.make(spec)) for spec in specs))
+        heeded = frozenset.intersection(*map(method.heeds, components_of(sections["score"])))
         useless = {option.name for option in fields(Options)} - heeded - own["score"].keys()
         sections["score"] = {key: value for key, value in sections["score"].items() if key not in useless}
         if not method.needs_target:
@@ -184,8 +181,7 @@ def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], n
 
 
 def _is_gains(plan: Settings) -> bool:
-    edit = plan.get("edit", "zero")
-    return (edit.get("class_path") if isinstance(edit, Mapping) else edit) in _GAINS
+    return issubclass(EDITS.class_of(plan.get("edit") or "zero"), Gains)
 
 
 def _objection(plan: Settings, score: Settings, control: str) -> str | None:
@@ -205,7 +201,7 @@ def _objection(plan: Settings, score: Settings, control: str) -> str | None:
 
 
 def _holds_weights(score: Settings) -> bool:
-    return score.get("granularity") == "weight"
+    return any(component.dims == 2 for component in components_of(score))
 
 
 def _edits(

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
 from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
+from sparc3_pl.evaluation.results import HEADLINE, Evaluation
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
-from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
 from sparc3_pl.experiment.correction import CorrectionArm, correction_arms
 from sparc3_pl.experiment.pass_stage import pass_stage, typed
@@ -556,7 +556,7 @@ def outcome_table(outcomes: Sequence[EditOutcome]) -> Table:
                 ]
             name = outcome.name if len(by_label) < 2 else f"{outcome.name}: {label}"
             rows.append((name, Number(outcome.count, form="d"), *cells, *perplexity))
-    figure = next(iter(labels)) if len(labels) == 1 else "toxicity" if "toxicity" in labels else "figure"
+    figure = next(iter(labels)) if len(labels) == 1 else HEADLINE if HEADLINE in labels else "figure"
     columns = ("edit", "number", figure, "change", "95 % interval", "p")
     columns += tuple(f"perplexity of {text}" if text else "perplexity" for text in texts)
     return Table.of(columns, rows, title="Against the model as it was")

@@ -10,7 +10,7 @@ import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,8 @@ class Component(ABC):
     """The word for several of them in tables and messages: ``neurons``."""
     dims: int = 1
     """Dimensions of a layer's scores: 1, or 2 where every weight has a score of its own."""
+    usual_selection: ClassVar[int | None] = None
+    """How many an edit usually takes, where a model has thousands; None: a tenth of them, as a model may have few."""
 
     @abstractmethod
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
@@ -247,6 +249,7 @@ class Neuron(Component):
     """
 
     unit = "neurons"
+    usual_selection = 100
 
     def groups(self, model: nn.Module, patterns: Sequence[str] | None = None) -> list[Group]:
         blocks, result = mlp_by_up(model), []

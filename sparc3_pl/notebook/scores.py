@@ -98,7 +98,7 @@ class Scores(Shown):
         Raises:
             InputError: for single weights, which are too many, or without pandas.
         """
-        if any(len(self.folder.shape(layer)) > 1 for layer in self.layers):
+        if self.folder.holds_weights:
             raise InputError("single weights are too many for a table; see scores.tensors")
         return data_frame(
             {"layer": layer, "index": index, "score": value}

@@ -103,6 +103,11 @@ class ScoreFolder:
         """The shape of a layer's scores, ``[out]`` or ``[out, in]``."""
         return tuple(self._stats(name).shape)
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the scores are of single weights."""
+        return any(len(layer.shape) > 1 for layer in self.manifest.layers.values())
+
     def component(self, name: str) -> str:
         """Name of the kind of component that a layer's scores are of.
 

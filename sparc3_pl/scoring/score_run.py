@@ -140,7 +140,7 @@ def as_unlisted(method: Spec) -> Spec:
         InputError: if it is a method of any model.
     """
     choice = METHODS.choose(method)
-    if choice.name not in ("lrp", "relevance_patching"):
+    if not choice.object.lists_families:
         raise InputError(
             f"model.unlisted_family=true: method {choice.name} scores any family; leave it out, or use method lrp"
         )

@@ -34,6 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparc3_pl.attribution.methods import METHODS
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import BLOCK, ScoreFolder, require_comparable
 from sparc3_pl.selection.cone import lowest_anywhere, lowest_in_cone
@@ -296,9 +297,9 @@ def _check(general: SideScores, behaviour: SideScores, fisher: bool) -> None:
     sides = [("general", folder) for folder in general.folders] + [("behaviour", f) for f in behaviour.folders]
     for side, folder in sides:
         about, where = folder.manifest, f"{folder.path}: contrast=budget"
-        if folder.manifest.granularity == "weight":
+        if folder.holds_weights:
             raise InputError(f"{where} is not for weight scores; score neurons, heads or channels")
-        if about.method not in ("gradient", "lrp"):
+        if not METHODS.from_file(about.method, about.method_args).gives_derivatives:
             raise InputError(f"{where} needs scores by gradient or lrp, not by {about.method}; score again")
         if not about.signed:
             raise InputError(f"{where} needs signed scores; score again with --model.signed true")

@@ -169,7 +169,8 @@ def prune(
     held_texts = [BudgetSource.of(text, budget_field, budget_filter) for text in budget_text or ()]
     folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
-    if shrink and edit == "zero" and all(folder.manifest.granularity == "expert" for folder in sides[0] or sides[1]):
+    kinds = {folder.manifest.granularity for folder in sides[0] or sides[1]}
+    if shrink and edit == "zero" and kinds <= {Remove.only_for}:
         change = Remove()  # a zeroed expert would still be chosen by its router, which a smaller model cannot do
     scope = _scope(scope, pattern, shrink)
     contrast = _with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour})

@@ -167,7 +167,7 @@ class SideScores(Side):
 
     @property
     def holds_weights(self) -> bool:
-        return len(self.folders[0].shape(self.layers[0])) > 1
+        return self.folders[0].holds_weights
 
     def row_length(self, layer: str) -> int:
         shape = self.folders[0].shape(layer)

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from score_folders import write
 
 from sparc3_pl.cli import main
-from sparc3_pl.diagnosis.evidence import evidence, weigh
+from sparc3_pl.diagnosis.evidence import evidence, usual_size, weigh
 from sparc3_pl.errors import InputError
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.scores.manifest import ScoredSample
@@ -171,6 +171,21 @@ def gains_sides(folder, strength):
     text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 400, "model": {"fingerprint": "f"}}
     write(folder / "g", {layer: torch.zeros(300)}, cost, **about, **text)
     return values_SN, cost[layer].double() * samples / (400 - samples)
+
+
+@pytest.mark.parametrize(
+    ("about", "wanted"),
+    [
+        ({"granularity": "neuron"}, 100),
+        ({"granularity": "sparc3_pl.model.components.Neuron"}, 100),
+        ({"granularity": "channel"}, 30),
+        ({"granularity": "neuron+channel", "components": {"one": "neuron", "two": "channel"}}, 60),
+    ],
+)
+def test_size_of_a_selection_that_is_not_given(tmp_path, about, wanted):
+    layers = about.get("components", {"one": None})
+    scores = SideScores.of([write(tmp_path / "s", {name: torch.rand(300) for name in layers}, signed=False, **about)])
+    assert usual_size(scores) == wanted
 
 
 def test_derivatives_are_held_against_chance_and_halves_against_each_other(tmp_path, capsys):

@@ -130,6 +130,9 @@ def test_random_scores_follow_the_seed():
         {"random": {"score": {"method": "random"}}}, {"granularity": "weight"}, {"source": "x"}, {}, [3], [0.5]
     )
     assert arm.scoring(3) == ({"granularity": "weight", "method": "random", "seed": 3}, {"source": "x", "seed": 3})
+    again = {"random": {"score": {"method": {"class_path": "random"}}}}
+    (arm,) = arms_of(again, {}, {}, {}, [3], [0.5])
+    assert arm.scoring(3)[0] == {"method": {"class_path": "random"}, "seed": 3}
     (lrp,) = arms_of(None, {"method": "lrp"}, {}, {}, [0], [0.5])
     assert (lrp.name, lrp.scoring(0)) == ("lrp", ({"method": "lrp"}, {"seed": 0}))
 

@@ -469,7 +469,12 @@ def test_rounds_that_are_refused(with_budget, passes, change, match):
     [
         ({}, {"num_neurons": 4}, "control-random_matched"),
         ({"granularity": "weight"}, {"num_weights": 4}, "control-random"),
+        ({"granularity": ["weight"]}, {"num_weights": 4}, "control-random"),
+        ({"granularity": {"class_path": "weight"}}, {"num_weights": 4}, "control-random"),
+        ({"granularity": "sparc3_pl.model.components.Weight"}, {"num_weights": 4}, "control-random"),
         ({}, {"edit": "gains", "budget": 0.01}, "control-permuted-0.01"),
+        ({}, {"edit": {"class_path": "gains"}, "budget": 0.01}, "control-permuted-0.01"),
+        ({}, {"edit": "sparc3_pl.pruning.gains.Gains", "budget": 0.01}, "control-permuted-0.01"),
         ({}, {"edit": "gains", "budget": 0.01, "num_neurons": 4}, "control-random_matched-0.01"),
         ({"method": "expertise"}, {"contrast": "expertise", "num_neurons": 4}, "control-random"),
     ],
@@ -485,16 +490,17 @@ def test_controls_that_are_not_given_are_one_that_the_plan_can_have(score, plan,
 # --- arms -------------------------------------------------------------------------------------------------------------
 
 
-def test_controls_that_single_weights_cannot_have(small, passes, tmp_path):
+@pytest.mark.parametrize("granularity", ["weight", ["weight"], {"class_path": "weight"}])
+def test_controls_that_single_weights_cannot_have(small, passes, tmp_path, granularity):
     """Those of the experiment are left out for an arm of weights; its own, and those of weights alone, are refused."""
-    weights = {"score": {"granularity": "weight"}, "plan": {"num_neurons": None, "num_weights": 5}}
+    weights = {"score": {"granularity": granularity}, "plan": {"num_neurons": None, "num_weights": 5}}
     sections = {"plan": {"num_neurons": 4}, "behaviour": {"source": "b"}, "general": {"source": "g"}}
     lists = {"texts": [], "seeds": [0], "counts": None, "budgets": None, "controls": ["random_matched", "random"]}
     _, arm = correction_arms({"weights": weights}, sections, **lists)
     assert list(arm.edits) == ["weights-prune-5", "weights-control-random"]
     with pytest.raises(InputError, match=r"arms.weights: controls: random_matched is not for weight scores; use rand"):
         correction_arms({"weights": weights | {"controls": ["random_matched"]}}, sections, **lists)
-    own = small | {"score": {"granularity": "weight"}, "plan": {"num_weights": 5}, "output": str(tmp_path / "other")}
+    own = small | {"score": {"granularity": granularity}, "plan": {"num_weights": 5}, "output": str(tmp_path / "other")}
     with pytest.raises(InputError, match="controls: random_matched is not for weight scores; use random"):
         run_experiment(**own)
     assert passes.done == []

@@ -374,6 +374,8 @@ def test_an_unlisted_family_is_tried_on_request():
     from sparc3_pl.scoring.score_run import as_unlisted
 
     assert as_unlisted("lrp") == {"class_path": "lrp", "init_args": {"unlisted": True}}
+    own = {"class_path": "extensions.Composite", "init_args": {"unlisted": True}}
+    assert as_unlisted("extensions.Composite") == own
     spec = {"class_path": "relevance_patching", "init_args": {"rules": "attn"}}
     assert as_unlisted(spec)["init_args"] == {"rules": "attn", "unlisted": True}
     assert ScoringModule(unlisted_family=True).request.method.arguments == {"unlisted": True}

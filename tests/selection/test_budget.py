@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict
 
+import extensions
 import pytest
 import torch
 from plans import same_bits, state
@@ -421,6 +422,8 @@ def test_matched_components_get_the_factors(sides):
         ("general", {"target_args": {"labels": "data"}}, "labels drawn from the model"),
         ("behaviour", {"target": "predicted"}, "needs the derivative of the behaviour itself, not of target predicted"),
         ("behaviour", {"at_values": False}, "needs derivatives by gains, read where the components' values are read"),
+        ("general", {"method": "attribution_patching"}, "gradient or lrp, not by attribution_patching"),
+        ("general", {"method": f"{extensions.__name__}.Squared"}, "gradient or lrp, not by extensions.Squared"),
         ("behaviour", {"method": "lrp"}, "method=gradient in .* but lrp in"),
         ("general", {"num_samples": 36}, "no sample has a second token"),
         ("general", {"plan": "ab12"}, "these are scores of an edited one; score general text again without --plan"),
@@ -433,6 +436,15 @@ def test_scores_that_are_not_what_it_needs(tmp_path, about, side, fields, match)
     with pytest.raises(InputError, match=match) as caught:
         make_dose([general], [behaviour])
     assert "\n" not in str(caught.value)
+
+
+def test_scores_by_a_gradient_of_the_users_own_are_taken(tmp_path, about):
+    own = {"method": f"{extensions.__name__}.Smoothed", "method_args": {"draws": 3}}
+    general, behaviour = (
+        make(tmp_path / side, 0, about, **own)
+        for side, make in (("general", general_folder), ("behaviour", behaviour_folder))
+    )
+    assert make_dose([general], [behaviour]).plan.neurons
 
 
 def test_squares_are_needed_for_the_fisher_information_only(tmp_path, about, sides):
