@@ -76,9 +76,14 @@ def measure(
         with timed("ablated passes") as now:
             parts[key].append(predictions_of_batch(model, batch))
             tokens, size = int(batch.attention_mask.sum()), len(batch.input_ids)
-            now.like = model.get_input_embeddings().weight
-            flops = body * tokens + head * size
-            now.did(samples=size, tokens=tokens, padded=batch.attention_mask.numel() - tokens, flops=flops, passes=1)
+            now.did(
+                samples=size,
+                tokens=tokens,
+                padded=batch.attention_mask.numel() - tokens,
+                flops=body * tokens + head * size,
+                passes=1,
+                like=model.get_input_embeddings().weight,
+            )
         progress(len(batch.input_ids))
 
     def in_force(kept_N: Tensor) -> AbstractContextManager[None]:

@@ -224,6 +224,21 @@ def read_tokens(text: str, encoder: Encoder, source: str, key: str = "data.text_
     return ids
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What is held in memory, in place of what a source gives; None: nothing of that kind.
+
+    Attributes:
+        text: One text, or documents.
+        prompts: Prompts.
+        neutral: Neutral prompts.
+    """
+
+    text: str | Sequence[str] | None = None
+    prompts: Sequence[str] | None = None
+    neutral: Sequence[str] | None = None
+
+
 class EvaluationData(LightningDataModule):
     """Text for perplexity and prompts to complete; either may be null, and both beside a measurement of your own.
 
@@ -303,24 +318,30 @@ class EvaluationData(LightningDataModule):
         partition_share: float = 0.5,
         batch_size: int | None = None,
         window_batch_size: int = 1,
+        _listed: Listed | None = None,  # no key of the configuration: ``of_lists`` gives it
     ) -> None:
         super().__init__()
         # A rank may have nothing to do: three windows on four ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         counts = {"text_max_bytes": text_max_bytes, "num_prompts": num_prompts, "num_neutral": num_neutral}
         check_positive(window_batch_size=window_batch_size, batch_size=batch_size, **counts)
+        listed = _listed or Listed()
         self.text_source = "demo:text" if text_source == "demo" else text_source
         self.text = None
         """The text that perplexity is measured of."""
         if self.text_source is not None:
-            self.text = RunningText(self.text_source, text_field, text_split, text_subset, text_max_bytes)
+            self.text = RunningText(
+                self.text_source, text_field, text_split, text_subset, text_max_bytes, listed=listed.text
+            )
         self.further_texts = _checked_texts(further_texts or {})
         """The arguments of ``RunningText`` for each further text, by its name."""
         self.num_prompts, self.seed = num_prompts, seed
         self.batch_size, self.window_batch_size = batch_size, window_batch_size
         self.num_neutral = num_neutral
 
-        def query(source: str, field: str, condition: str | None, prefix: str) -> TextQuery:
+        def query(
+            source: str, field: str, condition: str | None, prefix: str, texts: Sequence[str] | None
+        ) -> TextQuery:
             return TextQuery(
                 source="demo:prompts_heldout" if source == "demo" else source,
                 text_field=field,
@@ -333,16 +354,21 @@ class EvaluationData(LightningDataModule):
                 partition_share=partition_share,
                 prefix=prefix,
                 token_ids=False,  # prompts are completed, and judged, as text
+                listed=None if texts is None else [{field: text} for text in texts],
             )
 
         self.query = None
         if prompts_source is not None:
-            self.query = query(prompts_source, prompts_field, prompts_filter, "data.prompts_")
+            self.query = query(prompts_source, prompts_field, prompts_filter, "data.prompts_", listed.prompts)
         self.neutral_query = None
         neutral = {"neutral_source": neutral_source, "neutral_filter": neutral_filter}
         if any(neutral.values()) and prompts_source is not None:
             self.neutral_query = query(
-                neutral_source or prompts_source, neutral_field or prompts_field, neutral_filter, "data.neutral_"
+                neutral_source or prompts_source,
+                neutral_field or prompts_field,
+                neutral_filter,
+                "data.neutral_",
+                listed.neutral,
             )
         else:
             needed = "data.prompts_source" if any(neutral.values()) else "data.neutral_filter or data.neutral_source"
@@ -402,13 +428,7 @@ class EvaluationData(LightningDataModule):
             raise InputError("neutral prompts are measured beside prompts that show the behaviour; give prompts, too")
         lists = {"text_source": text, "prompts_source": prompts, "neutral_source": neutral}
         sources = {key: None if value is None else name for key, value in lists.items()}
-        data = cls(**sources, prompts_field="text", **options)
-        if data.text is not None:
-            data.text.listed = text
-        for query, listed in ((data.query, prompts), (data.neutral_query, neutral)):
-            if query is not None and listed is not None:
-                query.listed = [{"text": prompt} for prompt in listed]
-        return data
+        return cls(**sources, prompts_field="text", _listed=Listed(text, prompts, neutral), **options)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 

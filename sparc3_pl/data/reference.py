@@ -241,6 +241,7 @@ class ReferenceData(LightningDataModule):
         counterfactual: str | None = None,
         unequal: Unequal = "drop",
         windows: Windows = "packed",
+        _listed: Sequence[Record] | None = None,  # no key of the configuration: ``of_records`` gives it
     ) -> None:
         super().__init__()
         # A rank may have no sample at all: seven samples on eight ranks.
@@ -279,7 +280,7 @@ class ReferenceData(LightningDataModule):
             raise InputError(f"data.windows=random: with data.{other} no windows are cut; leave out one of the two")
         self.query = TextQuery(
             source, text_field, filter, split, subset, seed, partition, partition_seed, partition_share,
-            partition_field, fields=fields,
+            partition_field, fields=fields, listed=_listed,
         )  # fmt: skip
         self.pair_query = (
             PairQuery(source, num_samples, partition, seed, counterfactual, partition_seed, partition_share, unequal)
@@ -307,9 +308,7 @@ class ReferenceData(LightningDataModule):
             name: Their name in messages and manifests.
             options: Arguments of this class, but for those that say where and what to read.
         """
-        data = cls(source=name, **options)
-        data.query.listed = records
-        return data
+        return cls(source=name, _listed=records, **options)
 
     @property
     def longest(self) -> int | None:

@@ -109,8 +109,7 @@ class Decoder:
             ends: Token ids after which a row ends.
         """
         now = current()
-        now.like = self.model.get_input_embeddings().weight
-        now.did(samples=len(prompts))
+        now.did(samples=len(prompts), like=self.model.get_input_embeddings().weight)
         logits, cache, mask = self._prefill(prompts, steps)
         device = logits.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)

@@ -446,11 +446,15 @@ class Generator:
             next((n + 1 for n, token in enumerate(row) if token in self.end_tokens), len(row)) for row in new
         )
         tokens = num_read + num_drawn
-        weight, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        now = current()
-        now.like = weight
-        flops = decoder_flops(self.model) * tokens + 2.0 * head.numel() * num_drawn
-        now.did(samples=len(rows), tokens=tokens, padded=out.numel() - tokens, flops=flops, passes=1 + len(new[0]))
+        head = self.model.get_output_embeddings().weight
+        current().did(
+            samples=len(rows),
+            tokens=tokens,
+            padded=out.numel() - tokens,
+            flops=decoder_flops(self.model) * tokens + 2.0 * head.numel() * num_drawn,
+            passes=1 + len(new[0]),
+            like=self.model.get_input_embeddings().weight,
+        )
         return new, picker.broken_at.tolist()
 
     def _config(self, pad: int) -> Any:

@@ -64,9 +64,13 @@ class PerplexityRun(MeasurementRun):
             rows = list(map(WindowRow, batch.index, nll.tolist(), num_tokens.tolist()))
             tokens, num_scored = int(batch.attention_mask.sum()), sum(row.num_tokens for row in rows)
             flops = self._flops[0] * tokens + self._flops[1] * num_scored
-            now.like = self._weight
             now.did(
-                samples=len(rows), tokens=tokens, padded=batch.attention_mask.numel() - tokens, flops=flops, passes=1
+                samples=len(rows),
+                tokens=tokens,
+                padded=batch.attention_mask.numel() - tokens,
+                flops=flops,
+                passes=1,
+                like=self._weight,
             )
         self.rows += rows
         for row in rows:

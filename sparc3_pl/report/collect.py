@@ -148,8 +148,8 @@ def collect(paths: Sequence[str | Path], leave_out: Path | None = None) -> Input
         for kind, content in _opened(place):
             contents.setdefault(kind, {})[place] = content
     by_name = {kind: {distinct_names(list(items))[p]: c for p, c in items.items()} for kind, items in contents.items()}
-    inputs = Inputs(**{kind: items for kind, items in by_name.items() if kind not in _DIAGNOSES})
-    inputs.diagnoses = {kind: by_name[kind] for kind in _DIAGNOSES if kind in by_name}
+    diagnoses = {kind: by_name.pop(kind) for kind in _DIAGNOSES if kind in by_name}
+    inputs = Inputs(**by_name, diagnoses=diagnoses)
     if inputs.is_empty:
         raise InputError(f"{', '.join(map(str, paths))}: no scores, plans, evaluations, circuits or comparisons there")
     _join_plans(inputs)

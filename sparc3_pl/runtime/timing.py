@@ -70,8 +70,18 @@ class Stage:
     peak_bytes: int = 0
     like: Tensor | None = field(default=None, repr=False)
 
-    def did(self, *, samples: int = 0, tokens: int = 0, padded: int = 0, flops: float = 0.0, passes: int = 0) -> None:
-        """Adds work."""
+    def did(
+        self,
+        *,
+        samples: int = 0,
+        tokens: int = 0,
+        padded: int = 0,
+        flops: float = 0.0,
+        passes: int = 0,
+        like: Tensor | None = None,
+    ) -> None:
+        """Adds work; ``like`` says on which device and in which number format, unless that was said before."""
+        self.like = self.like if like is None else like
         self.samples, self.tokens, self.padded = self.samples + samples, self.tokens + tokens, self.padded + padded
         self.flops, self.passes = self.flops + flops, self.passes + passes
         self.rows += tokens + padded

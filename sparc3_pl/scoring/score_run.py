@@ -257,13 +257,14 @@ class ScoreRun:
             figures = self.scorer.update(batch)
             # Forward, and backward to what the layers read: gradients of weights are not counted.
             passes = (2 if self.scorer.method.needs_target else 1) * getattr(self.scorer.method, "steps", 1)
-            tokens, now.like = sum(num_tokens), self.scorer.model.get_input_embeddings().weight
+            tokens = sum(num_tokens)
             now.did(
                 samples=len(batch.ids),
                 tokens=tokens,
                 padded=batch.attention_mask.numel() - tokens,
                 flops=passes * tokens * decoder_flops(self.scorer.model),
                 passes=1,
+                like=self.scorer.model.get_input_embeddings().weight,
             )
         rows = figures.rows() if figures else [{} for _ in batch.ids]
         text_ids = batch.text_ids or [()] * len(batch.ids)

@@ -46,9 +46,9 @@ def test_without_a_clock_nothing_is_kept():
 def test_what_was_done_is_told_beside_the_measured_rate(monkeypatch):
     monkeypatch.setattr(clocks, "_matrix_rate", lambda device, dtype: 1e6)
     with measuring() as clock:
-        with timed("fast") as now:
-            now.like = torch.zeros(2)
-            current().did(samples=2, tokens=10, padded=5, flops=5e4, passes=1)
+        with timed("fast"):
+            current().did(samples=2, like=torch.zeros(2))
+            current().did(tokens=10, padded=5, flops=5e4, passes=1)
             time.sleep(0.06)
         with timed("slow") as now:
             now.did(tokens=900, padded=100, flops=1e4, passes=1)
