@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparc3_pl import passes
 from sparc3_pl.experiment.stages import Settings, Stage, Stages
 from sparc3_pl.io.provenance import redacted
 from sparc3_pl.io.yaml_format import dump_yaml
@@ -60,7 +61,7 @@ def pass_stage(
                     run_pass(command, arguments)
                 return
             # Lightning starts further processes by repeating this process's command line: it needs one of its own
-            if code := run_child([sys.executable, "-m", "sparc3_pl.cli", command, *arguments]):
+            if code := run_child([sys.executable, "-m", passes.__name__, command, *arguments]):
                 raise SystemExit(code)  # it has said why
 
     def check() -> None:

@@ -1,1 +1,1 @@
-"""The passes of a Trainer over a model, and the parsers that read the settings of commands."""
+"""The passes of a Trainer over a model, the parsers that read settings, and the program around a command."""
