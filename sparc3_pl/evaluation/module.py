@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-import lightning.pytorch as pl
-
-from sparc3_pl.data.encoding import Encoder, load_encoder
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize
+from sparc3_pl.data.pass_module import PassModule
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from sparc3_pl.evaluation.further_text import further_texts
@@ -25,7 +22,6 @@ from sparc3_pl.evaluation.settings import EvaluationSettings
 from sparc3_pl.evaluation.show import print_results, write_to_loggers
 from sparc3_pl.evaluation.tasks import task_specs
 from sparc3_pl.evaluation.words import WordFilter, WordsJudge
-from sparc3_pl.io.files import check_output
 from sparc3_pl.model.fsdp import InStep
 from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe, fingerprint
@@ -36,13 +32,10 @@ from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import from_rank_zero
 from sparc3_pl.runtime.progress import Watch, show_progress
 from sparc3_pl.runtime.run_config import resolved_config, shown_settings
-from sparc3_pl.runtime.run_log import RunLog, run_folder
+from sparc3_pl.runtime.run_log import RunLog
 from sparc3_pl.runtime.timing import timed
-from sparc3_pl.runtime.trainer import check_placement, check_precision, is_sharded_run
 
 if TYPE_CHECKING:
-    import transformers  # its classes are not loaded where a parser reads the types of this file
-
     from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, WindowBatch
 
 __all__ = ["EvaluationModule", "check_sizes"]
@@ -69,7 +62,7 @@ class _Test:
     in_step: InStep | None
 
 
-class EvaluationModule(pl.LightningModule):
+class EvaluationModule(PassModule):
     """Measures the perplexity of a causal language model on text, and what it makes of prompts.
 
     ``test_step`` takes windows of text, batches of prompts, and batches of units of your own measurements. At the end
@@ -148,9 +141,9 @@ class EvaluationModule(pl.LightningModule):
         output: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        super().__init__()
+        source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
+        super().__init__(source, output, overwrite)
         check_sizes(max_length, stride, windows, generation_batch_size)
-        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
         sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
@@ -162,8 +155,7 @@ class EvaluationModule(pl.LightningModule):
         self.settings = EvaluationSettings(
             sampling, main, further, judge_prefixes, words, generation_batch_size, max_length, stride, windows
         )
-        self.output, self.overwrite, self.allow_overlap = output, overwrite, allow_overlap
-        self.model: transformers.PreTrainedModel | None = None
+        self.allow_overlap = allow_overlap
         self._loaded_fingerprint: str | None = None
         """Fingerprint of the model before any edit; None if the plan's own check tells it."""
         self._measurements: tuple[Choice[Measurement], ...] = ()
@@ -195,19 +187,13 @@ class EvaluationModule(pl.LightningModule):
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """What turns texts into the model's token ids, loaded before the weights."""
-        return load_encoder(self.source)
-
     def setup(self, stage: str) -> None:
         """Checks what would otherwise fail after the model was loaded, and has text and prompts read.
 
         Raises:
             InputError: if the Trainer would convert the model, there is nothing to evaluate, or it cannot be read.
         """
-        check_precision(self.trainer)
-        check_placement(self.trainer, self.source.device_map)
+        super().setup(stage)
         specs = [*self.specs, *([] if self.data.pairs is None else [self.data.pairs])]
         if self.data.further_texts:
             window = self.settings.window(self.encoder.context)
@@ -232,12 +218,9 @@ class EvaluationModule(pl.LightningModule):
         """
         if self.model is None:
             model = load_model(self.source)
-            if self._trainer is not None and is_sharded_run(self._trainer):
+            if self.is_sharded:
                 share_out(model, self.device_mesh["data_parallel"])
-            if self.source.device_map is None:
-                self.model = model
-            else:  # outside the module tree: nothing may move a model that is spread over devices
-                self.__dict__["model"] = model
+            self.hold(model)
         pruning = None if self._trainer is None else pruning_of(self._trainer)
         if self._loaded_fingerprint is None and (pruning is None or not pruning.check_fingerprint):
             self._loaded_fingerprint = self._fingerprint()
@@ -245,7 +228,7 @@ class EvaluationModule(pl.LightningModule):
             self._plan_batches()
 
     def _fingerprint(self) -> str:
-        if self._trainer is not None and is_sharded_run(self._trainer):
+        if self.is_sharded:
             return fingerprint(self.model)  # which gathers the ranks' parts
         return from_rank_zero(lambda: fingerprint(self.model))
 
@@ -277,12 +260,7 @@ class EvaluationModule(pl.LightningModule):
                 trial sentence.
         """
         self.model.eval()
-        folder = run_folder(self.trainer)  # on every rank
-        output = self.output
-        if output is None and folder is not None:
-            output = str(folder / "evaluation")
-        if output is not None and self.trainer.is_global_zero:
-            check_output(output, self.overwrite, KIND)
+        output = self.place("evaluation", KIND)
         run_log = RunLog(self.trainer)
         subject = Subject(
             self.model, self.encoder, self.settings, self.data, self._window(), self._measurements, self.device
@@ -291,7 +269,7 @@ class EvaluationModule(pl.LightningModule):
         if not self.allow_overlap:
             evaluated.require_held_out([*self.data.prompt_ids, *self.data.neutral_ids])  # of all ranks, on every rank
         run = EvaluationRun.of(evaluated, subject, output, self.global_rank)
-        in_step = InStep(self.model) if is_sharded_run(self.trainer) else None
+        in_step = InStep(self.model) if self.is_sharded else None
         self._test = _Test(run, output, run_log, Watch(self.data.shares()), in_step)
 
     def _identify(self, subject: Subject) -> EvaluatedModel:

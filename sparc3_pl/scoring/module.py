@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 
-from sparc3_pl.data.encoding import Encoder, load_encoder
+from sparc3_pl.data.pass_module import PassModule
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import check_output
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.fsdp import shard as share_out
 from sparc3_pl.model.identity import describe
@@ -25,9 +22,7 @@ from sparc3_pl.registry import Spec
 from sparc3_pl.runtime.collectives import from_rank_zero, gather_lists, sum_over_ranks
 from sparc3_pl.runtime.processes import deferring_stop, kept, stop_requested
 from sparc3_pl.runtime.run_config import resolved_config
-from sparc3_pl.runtime.run_log import run_folder
 from sparc3_pl.runtime.timing import timed
-from sparc3_pl.runtime.trainer import check_placement, check_precision, is_sharded_run
 from sparc3_pl.scores.manifest import KIND as SCORES
 from sparc3_pl.scores.manifest import About, Manifest, ScoredSample
 from sparc3_pl.scores.partial import PartialSums
@@ -53,7 +48,7 @@ __all__ = ["ScoringModule"]
 log = logging.getLogger(__name__)
 
 
-class ScoringModule(pl.LightningModule):
+class ScoringModule(PassModule):
     """Scores the components of a causal language model on reference samples.
 
     ``predict_step`` accumulates and returns nothing. At the end the ranks' sums are added up, and rank 0 writes the
@@ -136,15 +131,14 @@ class ScoringModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         sequential: str | float | None = None,
     ) -> None:
-        super().__init__()
+        source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
+        super().__init__(source, output, overwrite)
         method = as_unlisted(method) if unlisted_family else method
         self.request = ScoreRequest.of(
             method, granularity, target, targets, labels, signed=signed, squares=squares, groups=groups,
             nonfinite=nonfinite, seed=seed, sums_on_host=sums_on_host, gradient_checkpointing=gradient_checkpointing,
             sequential=None if sequential is None else str(sequential),
         )  # fmt: skip
-        self.source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
-        self.output, self.overwrite = output, overwrite
         self.part = _checked_part(part, shard, self.request)
         self.checkpoint_every = _checked_interval(checkpoint_every, output)
         if sequential is not None and (self.part is not None or checkpoint_every is not None):
@@ -159,7 +153,6 @@ class ScoringModule(pl.LightningModule):
                 f"model.method={self.request.method.name} compares all samples with each other, so that neither sums "
                 f"in between nor those of a part can be kept; leave out {other}"
             )
-        self.model: transformers.PreTrainedModel | None = None
         self.run: ScoreRun | None = None
         """The run; from the first batch on."""
         self._description: dict[str, Any] = {}
@@ -169,11 +162,6 @@ class ScoringModule(pl.LightningModule):
         self._is_checked = False
         self._partial: PartialSums | None = None
         self._loop = ExitStack()
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """What turns texts into the model's token ids, loaded before the weights."""
-        return load_encoder(self.source)
 
     @property
     def data(self) -> ReferenceData:
@@ -190,11 +178,6 @@ class ScoringModule(pl.LightningModule):
         """The manifest of the scores; on rank 0, once they are written."""
         return None if self.run is None else self.run.manifest
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank holds only its part of every weight, so that all must take part in every pass."""
-        return is_sharded_run(self.trainer)
-
     def setup(self, stage: str) -> None:
         """Checks what would otherwise fail after the model was loaded, or hours later, and has the samples drawn.
 
@@ -202,15 +185,10 @@ class ScoringModule(pl.LightningModule):
             InputError: if the output cannot be written, an argument does not go with a sharded model, or the samples
                 cannot be read.
         """
-        check_precision(self.trainer)
-        check_placement(self.trainer, self.source.device_map)
+        super().setup(stage)
         if self.is_sharded:
             self._check_sharded()
-        folder = run_folder(self.trainer)  # on every rank
-        if self.output is None and folder is not None:
-            self.output = str(folder / "scores")
-        if self.output is not None and self.trainer.is_global_zero:
-            check_output(self.output, self.overwrite, SCORES if self.part is None else PART)
+        self.output = self.place("scores", SCORES if self.part is None else PART)
         if self.checkpoint_every is not None and self.trainer.limit_predict_batches != 1.0:
             raise InputError(
                 f"trainer.limit_predict_batches={self.trainer.limit_predict_batches} would count from where a run "
@@ -265,10 +243,7 @@ class ScoringModule(pl.LightningModule):
             self._check_method(model)  # now, while the weights are whole
             self.request.method.object.prepare(model)
             share_out(model, self.device_mesh["data_parallel"])
-        if self.source.device_map is None:
-            self.model = model
-        else:  # outside the module tree: nothing may move a model that is spread over devices
-            self.__dict__["model"] = model
+        self.hold(model)
 
     def _take_up_partial_sums(self, model: transformers.PreTrainedModel) -> None:
         """Leaves out the samples whose sums an interrupted run has saved."""

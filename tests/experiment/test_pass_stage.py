@@ -15,9 +15,10 @@ def here(command):
     """What a new process does with the command, done in this one; gives its exit code."""
     python, option, module, *words = command
     assert (python, option) == (sys.executable, "-m")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.replace('.', '/')}/__main__.py", *words])
-        runpy.run_module(module, run_name="__main__")
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module(module, run_name="__main__")
     return exit_.value.code
 
 
