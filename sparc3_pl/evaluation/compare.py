@@ -13,7 +13,7 @@ import numpy as np
 from sparc3_pl.document.blocks import Cell, Number, Numbers, better_worse, interval, p_value, with_relative
 from sparc3_pl.document.shown import Shown, data_frame
 from sparc3_pl.errors import InputError
-from sparc3_pl.evaluation.measurement import changes_of
+from sparc3_pl.evaluation.measurement import changes_of, further_perplexities
 from sparc3_pl.evaluation.results import THRESHOLD, Evaluation, main_label
 from sparc3_pl.evaluation.rows import FLUENCY, CompletionRow, is_empty
 from sparc3_pl.io.files import FileKind, check_output, new_file, strict_json, write_text
@@ -115,6 +115,23 @@ class Comparison(Shown):
     length: PairedChange | None = None
     empty: PairedChange | None = None
     neutral: NeutralChanges | None = None
+
+    @property
+    def rises(self) -> dict[str, float]:
+        """Relative change of perplexity by text, 0.01 for 1 %: of ``data.text_source`` ("") and of further texts by
+        their names; infinite where JSON could not hold it.
+        """
+        own = {} if self.perplexity is None else {"": self.perplexity.ratio - 1}
+        further = further_perplexities(self.measurements).items()
+        return own | {
+            name: math.inf if change.relative_change is None else change.after / change.before - 1
+            for name, change in further
+        }
+
+    @property
+    def rise(self) -> float | None:
+        """Relative change of the perplexity that rises most among all texts; None where none was measured."""
+        return max(self.rises.values(), default=None)
 
     @classmethod
     def read(cls, data: Mapping[str, Any], where: str | Path) -> ComparisonFile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.compare import Comparison, compare_evaluations, write_comparison
-from sparc3_pl.evaluation.measurement import TEXT, further_perplexities
+from sparc3_pl.evaluation.measurement import TEXT
 from sparc3_pl.evaluation.results import HEADLINE, Evaluation
 from sparc3_pl.evaluation.results import MARKER as EVALUATION_MARKER
 from sparc3_pl.experiment.arms import Arm, arms_of, curves_of
@@ -60,20 +60,6 @@ class EditOutcome:
     def dose(self) -> tuple[int, float]:
         """How far it goes, to compare with others."""
         return self.count, self.scale
-
-    @property
-    def rises(self) -> dict[str, float]:
-        """Relative change of perplexity by text: 0.01 is 1 %. That of ``data.text_source`` has an empty name."""
-        change = self.comparison.perplexity
-        rises = {} if change is None else {"": change.ratio - 1}
-        further = further_perplexities(self.comparison.measurements)
-        rises |= {name: change.after / change.before - 1 for name, change in further.items()}
-        return rises
-
-    @property
-    def rise(self) -> float | None:
-        """Relative change of the perplexity that rises most among all texts; None where none was measured."""
-        return max(self.rises.values(), default=None)
 
 
 def run(
@@ -219,7 +205,7 @@ def run(
     for arm, own in by_arm.items():
         num_edits = sum(outcome.control is None for outcome in own)
         verdict = f"none of {num_edits}" if best[arm] is None else f"{best[arm].name} ({best[arm].count})"
-        if all(outcome.rise is None for outcome in own):
+        if all(outcome.comparison.rise is None for outcome in own):
             verdict = "not known, no perplexity was measured"
         which = "" if arm is None else f" of arm {arm}"
         lines.append(f"largest edit{which} within {max_perplexity_increase:+.1%} perplexity: {verdict}")
@@ -478,7 +464,7 @@ class _Experiment:
         """Writes what was measured, and makes the report of it and of the results of ``stages``."""
         from sparc3_pl.report.command import report
 
-        rows = [asdict(outcome) | {"perplexity_increase": outcome.rise} for outcome in outcomes]
+        rows = [asdict(outcome) | {"perplexity_increase": outcome.comparison.rise} for outcome in outcomes]
         summary = {"outcomes": rows, "max_perplexity_increase": bound, **more}
         origin = {"versions": versions(), "command": command_line(), "created": now()}
         path = self.folder / "experiment.json"
@@ -528,11 +514,11 @@ def outcome_table(outcomes: Sequence[EditOutcome]) -> Table:
     from sparc3_pl.document.blocks import Number, Numbers, Table, from_to, interval, p_value
 
     rows = []
-    texts = list(dict.fromkeys(["", *(text for outcome in outcomes for text in outcome.rises)]))
+    texts = list(dict.fromkeys(["", *(text for outcome in outcomes for text in outcome.comparison.rises)]))
     labels: set[str] = set()
     for outcome in outcomes:
         comparison = outcome.comparison
-        perplexity = [Number(outcome.rises.get(text), form="+.2%") for text in texts]
+        perplexity = [Number(outcome.comparison.rises.get(text), form="+.2%") for text in texts]
         further = {f"{name}: {label}": f for name, one in comparison.judges.items() for label, f in one.items()}
         by_label = comparison.toxicity | further
         if not by_label:

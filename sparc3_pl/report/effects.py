@@ -80,8 +80,8 @@ class Edit(Protocol):
         """How far it goes, to compare with others: edited components, and of equally many the scale of their gains."""
 
     @property
-    def rise(self) -> float | None:
-        """Relative change of perplexity, 0.01 for 1 %; None where none was measured."""
+    def comparison(self) -> Comparison:
+        """The comparison with the unedited model."""
 
 
 E = TypeVar("E", bound=Edit)
@@ -92,7 +92,8 @@ def largest_within(edits: Iterable[E], bound: float) -> E | None:
 
     An edit without a measured perplexity is within no bound.
     """
-    within = [e for e in edits if e.control is None and e.rise is not None and e.rise <= bound]
+    rises = ((edit, edit.comparison.rise) for edit in edits if edit.control is None)
+    within = [edit for edit, rise in rises if rise is not None and rise <= bound]
     return max(within, key=lambda edit: edit.dose, default=None)
 
 
@@ -170,23 +171,9 @@ class Effect:
         return labels[main_label(labels)]["mean"] if labels else None
 
     @property
-    def rises(self) -> dict[str, float]:
-        """Relative change of perplexity by text, 0.01 for 1 %: of ``data.text_source`` ("") and of further texts by
-        their names; infinite where JSON could not hold it.
-        """
-        perplexity = self.comparison.perplexity
-        own = {} if perplexity is None else {"": perplexity.ratio - 1}
-        return own | {name: _or_infinite(change.relative_change) for name, change in self.further_texts.items()}
-
-    @property
     def further_texts(self) -> dict[str, PairedChange]:
         """The changes of the perplexity of further texts, by their names."""
         return further_perplexities(self.comparison.measurements)
-
-    @property
-    def rise(self) -> float | None:
-        """Relative change of the perplexity that rises most among all texts; None where none was measured."""
-        return max(self.rises.values(), default=None)
 
 
 def effects(inputs: Inputs) -> tuple[list[Effect], list[str]]:
@@ -306,8 +293,8 @@ def headline(experiment: Sequence[Effect]) -> Effect | None:
     if not edits:
         return None
     best = largest_within(edits, edits[0].bound)
-    candidates = [effect for effect in edits if effect.rise is not None]
-    return best or min(candidates, key=lambda e: e.rise, default=None) or max(edits, key=lambda e: e.dose)
+    candidates = [effect for effect in edits if effect.comparison.rise is not None]
+    return best or min(candidates, key=lambda e: e.comparison.rise, default=None) or max(edits, key=lambda e: e.dose)
 
 
 def title_of(effect: Effect) -> str:
@@ -345,7 +332,7 @@ def effect_table(all_effects: Sequence[Effect]) -> Table:
 
 def _texts(all_effects: Sequence[Effect]) -> list[str]:
     """The names of all texts whose perplexity was measured; that of ``data.text_source`` is empty."""
-    return list(dict.fromkeys(name for effect in all_effects for name in effect.rises))
+    return list(dict.fromkeys(name for effect in all_effects for name in effect.comparison.rises))
 
 
 def _text_cell(change: PairedChange | None) -> Cell:
@@ -365,7 +352,7 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
         gains = None if effect.plan is None else effect.plan.gains
         if gains is None:
             continue
-        nats, toxicity = gains.predicted_rise, effect.toxicity
+        nats, toxicity, rise = gains.predicted_rise, effect.toxicity, effect.comparison.rise
         rises = [100 * text.rise for text in gains.texts]
         rows.append(
             (
@@ -375,7 +362,7 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
                 Number(None if toxicity is None else toxicity.change, form="+.3g"),
                 Number(None if nats is None else 100 * math.expm1(min(nats, 700.0)), form="+.2f", unit=" %"),
                 Number(max(rises, default=None), form="+.2f", unit=" %"),
-                Number(None if effect.rise is None else 100 * effect.rise, form="+.2f", unit=" %"),
+                Number(None if rise is None else 100 * rise, form="+.2f", unit=" %"),
             )
         )
     columns = (
@@ -520,7 +507,7 @@ def _dose_picture(experiment: Sequence[Effect], name: str, text: str, is_one_of_
 
     series: dict[str, list[Dose]] = {}
     for effect in experiment:
-        toxicity, rise = effect.toxicity, effect.rises.get(text)
+        toxicity, rise = effect.toxicity, effect.comparison.rises.get(text)
         if toxicity is None or rise is None or rise == float("inf"):
             continue
         changes = (toxicity.change if end is None else end for end in (toxicity.low, toxicity.high))

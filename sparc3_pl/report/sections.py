@@ -145,9 +145,10 @@ def _story(inputs: Inputs, best: Effect) -> str:
             of = f" of {plan.num_candidates:,} ({100 * plan.size / plan.num_candidates:.2g} %)"
         text = f"In {model}, {count(best.size)} {best.unit}{of} were {plan.done()}: {_chosen_by(inputs, plan)}."
     bound = f"{100 * best.bound:g} %"
-    if best.rise is None:
+    rise = best.comparison.rise
+    if rise is None:
         return f"{text} This is the largest edit; whether it keeps perplexity within {bound} was not measured."
-    if best.rise <= best.bound:
+    if rise <= best.bound:
         return f"{text} This is the largest edit that raises perplexity by at most {bound}."
     return f"{text} This is the edit that raises perplexity least; no edit keeps it within {bound}."
 
@@ -180,7 +181,7 @@ def _facts(best: Effect) -> Iterator[tuple[str, str]]:
         yield f"{t.before:.3f} → {t.after:.3f}", f"mean toxicity of {t.num_pairs} completed prompts{relative}"
         verdict = "beyond chance" if t.p_value < 0.05 else "within chance"
         yield verdict, f"the change of toxicity: 95 % interval {_ends(t)}, p {p_value(t.p_value)}"
-    for text, rise in best.rises.items():
+    for text, rise in best.comparison.rises.items():
         of = text or f"{best.comparison.perplexity.num_tokens:,} tokens of ordinary text"
         yield f"{100 * rise:+.2f} %", f"perplexity of {of}"
     if best.size:
@@ -198,8 +199,9 @@ def _control_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:
             t = effect.toxicity
             change = f"{t.before:.3f} to {t.after:.3f}"
             text = f"The control {effect.control} of the same size changed toxicity from {change}"
-            rise = "" if effect.rise is None else f" and perplexity by {100 * effect.rise:+.2f} %"
-            yield f"{text} (95 % interval {_ends(t)}){rise}."
+            rise = effect.comparison.rise
+            of_perplexity = "" if rise is None else f" and perplexity by {100 * rise:+.2f} %"
+            yield f"{text} (95 % interval {_ends(t)}){of_perplexity}."
 
 
 def _filter_story(effects: Sequence[Effect], best: Effect) -> Iterator[str]:

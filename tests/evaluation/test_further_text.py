@@ -17,7 +17,6 @@ from sparc3_pl.evaluation.further_text import FurtherText
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
-from sparc3_pl.report.effects import Effect
 from sparc3_pl.statistics.paired import ratio_change
 
 
@@ -87,12 +86,15 @@ def test_an_evaluation_of_two_texts(tmp_path):
     assert measured["text c4"] != pytest.approx(measured["text same"], rel=0.01)
     assert evaluation.results["data"]["further_texts"].keys() == texts.keys()
     comparison = compare_evaluations(evaluation, evaluation, num_resamples=100)
-    dearer = replace(comparison.measurements["text c4"]["perplexity"], relative_change=0.08)
+    web = comparison.measurements["text c4"]["perplexity"]
+    dearer = replace(web, after=1.08 * web.before, relative_change=0.08)
     measurements = comparison.measurements | {"text c4": {"perplexity": dearer}}
     ratio = replace(comparison.perplexity, ratio=1.05)
-    effect = Effect("e", replace(comparison, perplexity=ratio, measurements=measurements), None, "x")
-    assert effect.rises == {"": pytest.approx(0.05), "same": 0.0, "c4": 0.08}
-    assert effect.rise == 0.08  # the dearest text
+    compared = replace(comparison, perplexity=ratio, measurements=measurements)
+    assert compared.rises == {"": pytest.approx(0.05), "same": 0.0, "c4": pytest.approx(0.08)}
+    assert compared.rise == compared.rises["c4"]  # the dearest text
+    lost = replace(web, after=float("nan"), change=float("nan"), relative_change=None)  # JSON holds no infinity
+    assert replace(compared, measurements={"text c4": {"perplexity": lost}}).rise == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from score_folders import LAYERS, write
 from sparc3_pl.cli import main
 from sparc3_pl.data.encoding import load_encoder
 from sparc3_pl.errors import InputError
+from sparc3_pl.evaluation.compare import Comparison
 from sparc3_pl.evaluation.results import Evaluation, write_evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
 from sparc3_pl.experiment.correction import correction_arms
@@ -148,25 +149,25 @@ def test_other_settings_are_refused(experiment, capsys):
 
 
 def test_largest_within_the_bound():
-    class Stub:
-        def __init__(self, ratio, of_web=None):
-            self.perplexity = None if ratio is None else type("P", (), {"ratio": ratio})
-            web = type("P", (), {"before": 10.0, "after": 10.0 * (of_web or 1)})
-            self.measurements = {} if of_web is None else {"text web": {"perplexity": web}, "pairs": {"share": web}}
+    def compared(ratio, of_web=None):
+        perplexity = None if ratio is None else SimpleNamespace(ratio=ratio)
+        web = SimpleNamespace(before=10.0, after=10.0 * (of_web or 1), relative_change=(of_web or 1) - 1)
+        measurements = {} if of_web is None else {"text web": {"perplexity": web}, "pairs": {"share": web}}
+        return Comparison("before", "after", perplexity, {}, None, 0, (), measurements=measurements)
 
     outcomes = [
-        EditOutcome("a", 5, None, Stub(1.001)),
-        EditOutcome("b", 10, None, Stub(1.009)),
-        EditOutcome("c", 20, None, Stub(1.05)),
-        EditOutcome("d", 20, "random", Stub(1.0)),
-        EditOutcome("e", 30, None, Stub(None)),
+        EditOutcome("a", 5, None, compared(1.001)),
+        EditOutcome("b", 10, None, compared(1.009)),
+        EditOutcome("c", 20, None, compared(1.05)),
+        EditOutcome("d", 20, "random", compared(1.0)),
+        EditOutcome("e", 30, None, compared(None)),
     ]
     assert largest_within(outcomes, 0.01).name == "b"
     assert largest_within(outcomes, 0.0001) is None
-    dear = EditOutcome("f", 15, None, Stub(1.001, 1.02))  # within the bound on the first text alone
-    assert dear.rises == {"": pytest.approx(0.001), "web": pytest.approx(0.02)}
+    dear = EditOutcome("f", 15, None, compared(1.001, 1.02))  # within the bound on the first text alone
+    assert dear.comparison.rises == {"": pytest.approx(0.001), "web": pytest.approx(0.02)}
     assert largest_within([*outcomes, dear], 0.01).name == "b"
-    gains = [EditOutcome(f"budget-{scale}", 9, None, Stub(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
+    gains = [EditOutcome(f"budget-{scale}", 9, None, compared(1.001 * scale), scale) for scale in (0.9, 1.0, 1.1)]
     assert largest_within(gains, 0.01).name == "budget-1.0"  # all turn equally many components
 
 
@@ -691,7 +692,7 @@ def test_the_table_is_of_what_was_measured():
     change = paired_change(np.array([0.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0]), lower_is_better=True)
 
     def table(**figures):
-        given = {"perplexity": None, "toxicity": {}, "judges": {}, "measurements": {}} | figures
+        given = {"toxicity": {}, "judges": {}, "measurements": {}, "rises": {}} | figures
         return outcome_table([EditOutcome("prune-4", 4, None, SimpleNamespace(**given))])
 
     judged = table(toxicity={"repetition": {"mean": change}})
