@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc3_pl.attribution.fused import fused_relevance, fusible
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.components import Group
@@ -56,7 +57,7 @@ def weight_relevance(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
         yield from _one_position(layer)
         return
     weight_OI = layer.weight_OI
-    dtype = _exact(weight_OI.dtype)
+    dtype = exact(weight_OI.dtype)
     x_BTI, delta_BTO = (  # CUDA multiplies half precision into float32 by itself; a CPU gets float32 factors
         t if t.is_cuda and t.dtype in (torch.bfloat16, torch.float16) else t.to(dtype)
         for t in (layer.x_BTI, layer.delta_BTO)
@@ -80,7 +81,7 @@ def _products(x_BTI: Tensor, delta_BTR: Tensor, weight_RI: Tensor, buffer_RI: Te
 
 def _one_position(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
     """W * G of a layer with one position (the output head): a logit gives one row a gradient, a likelihood all."""
-    dtype, size = _exact(layer.weight_OI.dtype), _block_rows(layer.weight_OI)
+    dtype, size = exact(layer.weight_OI.dtype), _block_rows(layer.weight_OI)
     for b, (x_I, delta_O) in enumerate(zip(layer.x_BTI[:, 0], layer.delta_BTO[:, 0], strict=True)):
         for rows in delta_O.nonzero()[:, 0].split(size):
             yield rows, [(b, delta_O[rows, None].to(dtype) * x_I.to(dtype) * layer.weight_OI[rows])]
@@ -88,10 +89,6 @@ def _one_position(layer: LayerPass) -> Iterator[tuple[Rows, Products]]:
 
 def _block_rows(weight_OI: Tensor) -> int:
     return max(1, BLOCK_ELEMENTS.get(weight_OI.device.type, 1 << 26) // weight_OI.shape[1])
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def no_counts(device: torch.device) -> Counts:
@@ -186,7 +183,7 @@ def token_relevance(layer: LayerPass, group: Group) -> Tensor:
 def _unit_products(layer: LayerPass) -> Tensor:
     """Pre-activation times gradient, z * dz, ``[B, T, O]``."""
     units_BTO = layer.units_BTO
-    return units_BTO * layer.delta_BTO.to(_exact(units_BTO.dtype))
+    return units_BTO * layer.delta_BTO.to(exact(units_BTO.dtype))
 
 
 def no_sample_scores(group: Group, device: torch.device, squares: bool, groups: int) -> dict[str, Tensor]:

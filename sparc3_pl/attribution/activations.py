@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.model.structure import is_activation
 
 __all__ = ["RATIOS", "activation_kind", "identity_rule"]
@@ -57,8 +58,7 @@ class _IdentityRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        exact = torch.promote_types(x.dtype, torch.float32)  # half precision cannot hold the closed forms
-        return (gradients[0] * ctx.ratio(x.to(exact))).to(x.dtype), None, None
+        return (gradients[0] * ctx.ratio(x.to(exact(x.dtype)))).to(x.dtype), None, None
 
 
 def identity_rule(x: Tensor, function: Callable[[Tensor], Tensor], kind: str) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.attention import AttentionFunction
 
@@ -67,7 +68,7 @@ class _SoftCap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (scores,) = ctx.saved_tensors
-        u = scores.to(torch.promote_types(scores.dtype, torch.float32)) / ctx.cap
+        u = scores.to(exact(scores.dtype)) / ctx.cap
         ratio = (torch.tanh(u) / u).masked_fill(u == 0, 1.0)
         return (gradients[0] * ratio).to(scores.dtype), None
 
@@ -101,7 +102,7 @@ def softened(base: AttentionFunction, temperature: float) -> AttentionFunction:
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | None) -> tuple[Tensor, Tensor]:
     """The softmax's input, ``[B, H, T, T]``, and whether a position sees any of it, broadcastable to ``[B, H, T]``."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = exact(q.dtype)
     q, k = q.to(dtype), k.repeat_interleave(q.shape[1] // k.shape[1], 1).to(dtype)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.accumulators import (
@@ -18,6 +17,7 @@ from sparc3_pl.attribution.accumulators import (
     sum_of_layers,
 )
 from sparc3_pl.attribution.methods import BatchFigures, Layer, Method, Options, Sums, group_of
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.attribution.recording import inputs_shown
 from sparc3_pl.attribution.targets import Target
 from sparc3_pl.data.batches import ReferenceBatch
@@ -58,7 +58,7 @@ class Activation(Method):
             require_once(name, relevance)
             sums, site = layers[name].sums, site_of(layers[name].group)
             x_BTI = x.reshape(*batch.attention_mask.shape, -1)[:num_samples]
-            sizes_BTI = x_BTI.to(torch.promote_types(x.dtype, torch.float32)).abs().where(mask_BT1.to(x.device), 0)
+            sizes_BTI = x_BTI.to(exact(x.dtype)).abs().where(mask_BT1.to(x.device), 0)
             if options.nonfinite == "zero":
                 drop_nonfinite(sizes_BTI, sums)
             relevance[name] = add_sample_scores(sums, site.gathered(sizes_BTI.sum(1).double()), site, groups_B)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparc3_pl.attribution.accumulators import Counts, component_scores
 from sparc3_pl.attribution.methods import Gradient, Lrp, Options, Sums
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.attribution.recording import LayerPass
 from sparc3_pl.attribution.rules import RuleSet
 from sparc3_pl.attribution.targets import Attributed, Predicted, Target, attribute
@@ -125,7 +126,7 @@ class IntegratedGradients(AttributionPatching):
         mean: dict[str, Tensor] = {}
 
         def add(layer: LayerPass) -> None:
-            delta_BTO = layer.delta_BTO.to(torch.promote_types(layer.delta_BTO.dtype, torch.float32)) / self.steps
+            delta_BTO = layer.delta_BTO.to(exact(layer.delta_BTO.dtype)) / self.steps
             mean[layer.name] = mean[layer.name] + delta_BTO if layer.name in mean else delta_BTO
 
         def finish(layer: LayerPass) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparc3_pl.attribution.precision import exact
 from sparc3_pl.model.patching import swapped
 
 __all__ = ["NormKind", "forward_slot", "norm_kind", "normalised", "std_constant_rule"]
@@ -74,7 +75,7 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Norm
         bias: ``[D]`` or None.
         kind: The normalisation to compute.
     """
-    x = x.to(_exact(x.dtype))
+    x = x.to(exact(x.dtype))
     x = x - x.mean(-1, keepdim=True) if kind.centred else x
     y = x * _inverse_std(x, kind.eps)
     y = y if weight is None else y * (weight.to(y.dtype) + kind.offset)
@@ -94,7 +95,7 @@ class _StdConstantRule(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         kind: NormKind = ctx.kind
-        h, rows = gradients[0].to(_exact(x.dtype)), x.to(_exact(x.dtype))
+        h, rows = gradients[0].to(exact(x.dtype)), x.to(exact(x.dtype))
         h = h if weight is None else h * (weight.to(h.dtype) + kind.offset)
         if kind.centred:
             h, rows = h - h.mean(-1, keepdim=True), rows - rows.mean(-1, keepdim=True)
@@ -112,10 +113,6 @@ def std_constant_rule(x: Tensor, module: nn.Module, function: Callable[[Tensor],
     """
     weight = getattr(module, "weight", None)
     return _StdConstantRule.apply(x, None if weight is None else weight.detach(), function, kind)
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _inverse_std(centred: Tensor, eps: float) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparc3_pl.circuit.settings import CircuitData
-from sparc3_pl.data.batches import ReferenceBatch
+from sparc3_pl.data.batches import ReferenceBatch, chunks
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
@@ -117,7 +116,7 @@ def _made(
     )  # fmt: skip
     own = make_pairs(query, encoder)
     pairs = sorted(own.pairs, key=lambda pair: -len(pair.clean_ids))
-    batches = [pad_pairs(part, encoder.pad_id) for part in _batches(pairs, size)]
+    batches = [pad_pairs(part, encoder.pad_id) for part in chunks(pairs, size)]
     return batches, dict(own.counts), {"counterfactual": settings.counterfactual}
 
 
@@ -141,10 +140,6 @@ def _read(
         half, settings.partition_seed, settings.partition_share, fields=fields,
     )  # fmt: skip
     samples = sorted(build_samples(query, encoder, num_samples=number), key=lambda s: -len(s.input_ids))
-    batches = [pad_samples(part, encoder.pad_id) for part in _batches(samples, size)]
+    batches = [pad_samples(part, encoder.pad_id) for part in chunks(samples, size)]
     more = {"text_field": settings.text_field, "filter": settings.filter, **fields.given, **query.origin}
     return batches, dict(query.counts), more
-
-
-def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,12 +1,20 @@
 """A batch of reference samples, as the data module makes it and methods and targets take it in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["ReferenceBatch"]
+__all__ = ["ReferenceBatch", "chunks"]
+
+T = TypeVar("T")
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in their order, ``size`` at a time; the last may be fewer."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @dataclass

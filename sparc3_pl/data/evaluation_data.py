@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sparc3_pl.data.batches import chunks
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.reference import check_positive, rank_of
 from sparc3_pl.data.running_text import RunningText
@@ -569,7 +570,7 @@ class EvaluationData(LightningDataModule):
         windows = self.windows()[rank::world_size]
         # Prompts of similar length share a batch and need little padding; the longest come first.
         prompts, neutral = (
-            _chunks(sorted(texts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size], self.prompts_per_batch)
+            chunks(sorted(texts, key=lambda prompt: (-len(prompt), prompt))[rank::world_size], self.prompts_per_batch)
             for texts in (self.prompts, self.neutral)
         )
         batches = [PromptBatch([text_id(prompt) for prompt in chunk], chunk) for chunk in prompts]
@@ -577,7 +578,7 @@ class EvaluationData(LightningDataModule):
         units = [
             UnitBatch(one.measurement, chunk)
             for one in self._units
-            for chunk in _chunks(one.items[rank::world_size], one.batch_size)
+            for chunk in chunks(one.items[rank::world_size], one.batch_size)
         ]
         return DataLoader(_Batches(self, windows, [*batches, *units]), batch_size=None, collate_fn=_unchanged)
 
@@ -678,7 +679,7 @@ class _Batches(Dataset):
 
     def __init__(self, data: EvaluationData, windows: list[Window], others: list[Batch]) -> None:
         self.data, self.others = data, others
-        self.windows = _chunks(windows, data.window_batch_size)
+        self.windows = chunks(windows, data.window_batch_size)
 
     def __len__(self) -> int:
         return len(self.windows) + len(self.others)
@@ -687,10 +688,6 @@ class _Batches(Dataset):
         if index < len(self.windows):
             return self.data.window_batch(self.windows[index])
         return self.others[index - len(self.windows)]
-
-
-def _chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -35,6 +35,7 @@ __all__ = [
     "save_tensors",
     "sha256_of_file",
     "strict_json",
+    "tensor_digest",
     "write_text",
     "writing",
 ]
@@ -62,6 +63,15 @@ def json_digest(data: Mapping[str, Any]) -> str:
     """The sha256 of a JSON object's content, whatever its layout on the disk, in hex."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """The sha256 of a tensor's values, in hex: of their bytes as a file holds them, whatever its shape.
+
+    Args:
+        tensor: In the host's memory, of a type that NumPy has.
+    """
+    return hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparc3_pl.attribution.scorers import LayerScores
 from sparc3_pl.io import provenance
-from sparc3_pl.io.files import strict_json
+from sparc3_pl.io.files import strict_json, tensor_digest
 from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.timing import Timing
 from sparc3_pl.scores.folder import BLOCK
@@ -105,8 +105,8 @@ class Gathering:
             versions=versions or provenance.versions(),
             command=command or provenance.command_line(),
             created=created or provenance.now(),
-            squares={name: _sha256(squares) for name, squares in self.squares.items()},
-            groups={name: _sha256(means) for name, means in self.groups.items()},
+            squares={name: tensor_digest(squares) for name, squares in self.squares.items()},
+            groups={name: tensor_digest(means) for name, means in self.groups.items()},
             group_sizes=self.group_sizes,
             samples_sha256=hashlib.sha256(samples_text(samples).encode()).hexdigest(),
             neuron_rows={name: layer.rows for name, layer in self.layers.items() if layer.rows is not None},
@@ -152,10 +152,6 @@ def samples_text(samples: Iterable[ScoredSample]) -> str:
     return "".join(strict_json(sample.to_json()) + "\n" for sample in samples)
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.numpy()).cast("B")).hexdigest()
-
-
 def _statistics(scores: Tensor, file: str, nan: int, inf: int, rows: slice | None) -> LayerStats:
     """Counts and the float64 sum of a layer, block by block: no second copy of a large one."""
     sums, negative, zero = [], 0, 0
@@ -167,4 +163,4 @@ def _statistics(scores: Tensor, file: str, nan: int, inf: int, rows: slice | Non
         zero += int((block == 0).sum())
         sums.append(float(torch.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0).double().sum()))
     own = None if rows is None or rows == slice(0, len(scores)) else [rows.start, rows.stop]
-    return LayerStats(list(scores.shape), file, math.fsum(sums), nan, inf, negative, zero, _sha256(scores), own)
+    return LayerStats(list(scores.shape), file, math.fsum(sums), nan, inf, negative, zero, tensor_digest(scores), own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sparc3_pl.attribution.methods import Options
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import FolderKind, new_folder, strict_json, write_text
+from sparc3_pl.io.files import FolderKind, new_folder, strict_json, tensor_digest, write_text
 from sparc3_pl.io.formats import Format, Record
 from sparc3_pl.io.provenance import command_line, now, redacted, versions
 from sparc3_pl.model.components import Group
@@ -177,8 +176,7 @@ class ScorePart:
             InputError: if its bytes do not match their sha256.
         """
         tensor = self.sums.load(name)
-        digest = hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
-        if digest != self.content.tensors[name]:
+        if tensor_digest(tensor) != self.content.tensors[name]:
             raise InputError(f"{self.sums.path}: {name} does not match its sha256; a byte was changed, score it again")
         return tensor
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.io.files import open_tensors, writing
+from sparc3_pl.io.files import open_tensors, tensor_digest, writing
 from sparc3_pl.io.formats import Record
 from sparc3_pl.runtime.collectives import whole
 from sparc3_pl.scores.manifest import ScoredSample, samples_from
@@ -80,7 +80,7 @@ class SumsFile:
         """
         with self._open() as file:
             tensor = file.get_tensor(name).clone()
-        if self._digests is not None and _sha256(tensor) != self._digests[name]:
+        if self._digests is not None and tensor_digest(tensor) != self._digests[name]:
             raise self._damaged(name)
         return tensor
 
@@ -173,10 +173,6 @@ def samples_digest(records: list[Record]) -> str:
 
 def _header_digest(records: str, digests: str) -> str:
     return hashlib.sha256(f"{records}\n{digests}".encode()).hexdigest()
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.reshape(-1).numpy()).cast("B")).hexdigest()
 
 
 def sums_of(tensors: LayerTensors) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Callable[[str], Tensor]]:
