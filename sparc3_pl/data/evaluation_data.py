@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -36,6 +36,7 @@ __all__ = [
     "WindowBatch",
     "WindowSize",
     "Windows",
+    "check_window",
     "published_windows",
     "read_tokens",
     "sliding_windows",
@@ -135,23 +136,48 @@ def window_size(
         windows: Which windows there are; published ones never overlap.
 
     Raises:
-        InputError: if the window is longer than the context, the stride longer than the window, or published windows
-            are to overlap.
+        InputError: as ``check_window``.
     """
     if max_length is None:
         max_length = min(context or LONGEST_WINDOW, LONGEST_WINDOW)
-    elif context is not None and max_length > context:
-        raise InputError(f"model.max_length={max_length} is longer than the model's context; give at most {context}")
-    stride = stride or max_length
-    if stride > max_length:
+    stride = max_length if stride is None else stride
+    check_window(max_length, stride, windows, context)
+    return WindowSize(max_length, stride, windows)
+
+
+def check_window(
+    max_length: int | None, stride: int | None, windows: Windows = "sliding", context: int | None = None
+) -> None:
+    """Refuses windows that no text can be read in.
+
+    Args:
+        max_length: Length of a window; None: not known yet.
+        stride: Distance from one to the next; None: windows that do not overlap.
+        windows: Which windows there are.
+        context: Tokens that the model can read; None: nothing says so.
+
+    Raises:
+        InputError: for the first setting that is wrong.
+    """
+    if max_length is not None and max_length < 2:
+        raise InputError(f"model.max_length={max_length}; give at least 2 tokens (the first of a window is not scored)")
+    if max_length is not None and context is not None and max_length > context:
+        raise InputError(
+            f"model.max_length={max_length} is longer than the model's context of {context} tokens; give at most "
+            f"{context}"
+        )
+    if stride is not None and stride < 1:
+        raise InputError(f"model.stride={stride}; give at least 1")
+    if stride is not None and max_length is not None and stride > max_length:
         raise InputError(
             f"model.stride={stride} is longer than model.max_length={max_length}; give at most {max_length}"
         )
-    if windows == "published" and stride < max_length:
+    if windows not in get_args(Windows):
+        raise InputError(f"model.windows={windows!r} is unknown; give {' or '.join(get_args(Windows))}")
+    if windows == "published" and stride is not None and stride != max_length:
         raise InputError(
             f"model.stride={stride}: published windows do not overlap; leave it out, or set model.windows: sliding"
         )
-    return WindowSize(max_length, stride, windows)
 
 
 @dataclass(frozen=True)
@@ -173,12 +199,7 @@ def sliding_windows(num_tokens: int, max_length: int, stride: int) -> list[Windo
     Raises:
         InputError: If ``max_length`` is below 2, or ``stride`` not between 1 and ``max_length``.
     """
-    if max_length < 2:
-        raise InputError(f"model.max_length={max_length}: a window needs 2 tokens or more; raise it")
-    if not 1 <= stride <= max_length:
-        raise InputError(
-            f"model.stride={stride} is not between 1 and model.max_length={max_length}: tokens would be left out"
-        )
+    check_window(max_length, stride)
     windows: list[Window] = []
     last_end = 0
     for start in range(0, num_tokens, stride):
@@ -200,8 +221,7 @@ def published_windows(num_tokens: int, max_length: int) -> list[Window]:
     Raises:
         InputError: If ``max_length`` is below 2, or the text does not fill a window.
     """
-    if max_length < 2:
-        raise InputError(f"model.max_length={max_length}: a window needs 2 tokens or more; raise it")
+    check_window(max_length, None, "published")
     if num_tokens < max_length:
         raise InputError(
             f"model.windows=published: the text's {num_tokens} tokens fill no window of model.max_length={max_length}; "
@@ -539,11 +559,8 @@ class EvaluationData(LightningDataModule):
         Raises:
             InputError: If the tokenizer says that the model cannot read a whole window.
         """
-        context = self.encoder.context if window is not None and self.token_ids else None
-        if context is not None and window is not None and window.max_length > context:
-            raise InputError(
-                f"model.max_length={window.max_length} is longer than the model's context of {context} tokens; lower it"
-            )
+        if window is not None and self.token_ids:
+            check_window(**vars(window), context=self.encoder.context)
         self._window, self._units = window, units
         self._prompts_at_once = prompts_at_once or max(1, len(self.prompts))
 

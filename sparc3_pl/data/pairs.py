@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast, get_args
+from typing import cast
 
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.data.encoding import Encoder
@@ -19,7 +19,7 @@ from sparc3_pl.data.pair_tasks.greater_than import GreaterThan
 from sparc3_pl.data.pair_tasks.indirect_objects import IndirectObjects
 from sparc3_pl.data.pair_tasks.task import PairTask, PairText, Partition
 from sparc3_pl.data.samples import Sample, pad_samples, record_sample
-from sparc3_pl.data.texts import PartitionChoice
+from sparc3_pl.data.texts import PartitionChoice, check_partition
 from sparc3_pl.errors import InputError
 
 __all__ = ["PAIR_TASKS", "Pair", "PairQuery", "PairSet", "encode_pair", "make_pairs", "pad_pairs"]
@@ -102,10 +102,7 @@ class PairQuery:
     def __post_init__(self) -> None:
         if self.source not in PAIR_TASKS:
             raise InputError(f"data.source={self.source!r} makes no pairs; give {', '.join(PAIR_TASKS)}")
-        if self.half not in get_args(PartitionChoice):
-            raise InputError(f"data.partition={self.half!r} is not known; use all, attribution or evaluation")
-        if not 0 <= self.partition_share <= 1:
-            raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
+        check_partition(self.half, self.partition_share)
         if self.num_pairs is not None and self.num_pairs < 1:
             raise InputError(f"data.num_samples={self.num_pairs} is too small; give 1 or more")
         check_unequal(self.unequal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from sparc3_pl.data.fields import RecordFields, TextRecord, checked_text
 from sparc3_pl.data.sources import (
@@ -22,9 +22,26 @@ from sparc3_pl.data.sources import (
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 
-__all__ = ["PartitionChoice", "TextQuery"]
+__all__ = ["PartitionChoice", "TextQuery", "check_partition"]
 
 PartitionChoice = Literal["all", "attribution", "evaluation"]
+
+
+def check_partition(half: str, share: float, key: str = "data.partition") -> None:
+    """Refuses a half that there is not, or a share that is none.
+
+    Args:
+        half: The half.
+        share: Share of the attribution half.
+        key: The configuration key of the half; that of the share is ``key`` + ``_share``.
+
+    Raises:
+        InputError: naming the key that is wrong.
+    """
+    if half not in get_args(PartitionChoice):
+        raise InputError(f"{key}={half!r} is not known; use all, attribution or evaluation")
+    if not 0 <= share <= 1:
+        raise InputError(f"{key}_share={share} is not between 0 and 1")
 
 
 @dataclass
@@ -74,10 +91,7 @@ class TextQuery:
     listed: Sequence[Record] | None = None
 
     def __post_init__(self) -> None:
-        if self.half not in ("all", "attribution", "evaluation"):
-            raise InputError(f"data.partition={self.half!r} is not known; use all, attribution or evaluation")
-        if not 0 <= self.partition_share <= 1:
-            raise InputError(f"data.partition_share={self.partition_share} is not between 0 and 1")
+        check_partition(self.half, self.partition_share)
         if self.seed is not None and self.seed < 0:
             raise InputError(f"data.seed={self.seed} is negative; give 0 or more")
         self._records: Records | None = None

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from sparc3_pl.data.evaluation_data import Units, Windows, WindowSize
 from sparc3_pl.data.pass_module import PassModule
@@ -38,7 +38,7 @@ from sparc3_pl.runtime.timing import timed
 if TYPE_CHECKING:
     from sparc3_pl.data.evaluation_data import EvaluationData, NeutralBatch, PromptBatch, UnitBatch, WindowBatch
 
-__all__ = ["EvaluationModule", "check_sizes"]
+__all__ = ["EvaluationModule"]
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,6 @@ class EvaluationModule(PassModule):
     ) -> None:
         source = ModelSource(pretrained, dtype, revision, device_map, trust_remote_code, dequantize)
         super().__init__(source, output, overwrite)
-        check_sizes(max_length, stride, windows, generation_batch_size)
         sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
         words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
         if not tasks and (tasks_folder is not None or tasks_limit is not None):
@@ -319,27 +318,3 @@ class EvaluationModule(PassModule):
         """Prints the figures on rank 0, once the progress bar is closed."""
         if self.evaluation is not None:
             print_results(self.evaluation.figures, self.written_to)
-
-
-def check_sizes(
-    max_length: int | None, stride: int | None, windows: Windows, generation_batch_size: int | None
-) -> None:
-    """Refuses windows and batches that no model can be measured with.
-
-    Raises:
-        InputError: for the first setting that is wrong.
-    """
-    if max_length is not None and max_length < 2:
-        raise InputError(f"model.max_length={max_length}; give at least 2 tokens (the first of a window is not scored)")
-    if stride is not None and stride < 1:
-        raise InputError(f"model.stride={stride}; give at least 1")
-    if stride is not None and max_length is not None and stride > max_length:
-        raise InputError(f"model.stride={stride} is longer than model.max_length={max_length}: text would be skipped")
-    if windows not in get_args(Windows):
-        raise InputError(f"model.windows={windows!r} is unknown; give {' or '.join(get_args(Windows))}")
-    if windows == "published" and stride is not None and stride != max_length:
-        raise InputError(
-            f"model.stride={stride}: published windows do not overlap; leave it out, or set model.windows: sliding"
-        )
-    if generation_batch_size is not None and generation_batch_size < 1:
-        raise InputError(f"model.generation_batch_size={generation_batch_size}; give at least 1")

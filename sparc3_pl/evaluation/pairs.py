@@ -6,12 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.data.samples import pad_right
 from sparc3_pl.data.sources import get_field, local_source, parse_filter, partition, read_records, text_id
-from sparc3_pl.data.texts import PartitionChoice
+from sparc3_pl.data.texts import PartitionChoice, check_partition
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.measurement import Measurement, Row
 from sparc3_pl.io.formats import Record
@@ -100,8 +100,7 @@ class SentencePairs(Measurement):
             parse_filter(self.filter, f"{_KEY}.filter")
         if self.num_pairs is not None and self.num_pairs < 1:
             raise InputError(f"{_KEY}.num_pairs={self.num_pairs} is too small; give 1 or more")
-        if self.partition not in get_args(PartitionChoice):
-            raise InputError(f"{_KEY}.partition={self.partition!r} is not known; use all, attribution or evaluation")
+        check_partition(self.partition, self.partition_share, f"{_KEY}.partition")
 
     def describe(self) -> Record:
         """Its settings, those of halves only where there are halves, so that earlier evaluations compare."""

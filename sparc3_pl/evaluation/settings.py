@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sparc3_pl.data.evaluation_data import Windows, WindowSize, window_size
+from sparc3_pl.data.evaluation_data import Windows, WindowSize, check_window, window_size
+from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.generation import MOST_ROWS, Sampling
 from sparc3_pl.evaluation.judges import Judge
 from sparc3_pl.evaluation.words import WordFilter
@@ -27,6 +28,9 @@ class EvaluationSettings:
         max_length: The length of a window that was asked for, in tokens; None: the model's context, at most 2048.
         stride: The distance that was asked for from one window to the next; None: no overlap.
         windows: Which windows there are.
+
+    Raises:
+        InputError: for windows or batches that no model can be measured with.
     """
 
     sampling: Sampling
@@ -38,6 +42,11 @@ class EvaluationSettings:
     max_length: int | None = None
     stride: int | None = None
     windows: Windows = "sliding"
+
+    def __post_init__(self) -> None:
+        check_window(self.max_length, self.stride, self.windows)
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            raise InputError(f"model.generation_batch_size={self.generation_batch_size}; give at least 1")
 
     def window(self, context: int | None) -> WindowSize:
         """The windows of a model.

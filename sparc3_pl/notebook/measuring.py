@@ -19,7 +19,6 @@ from sparc3_pl.evaluation.generation import Sampling
 from sparc3_pl.evaluation.judges import Judge, chosen_judges
 from sparc3_pl.evaluation.measurement import chosen_measurements
 from sparc3_pl.evaluation.measurement_run import Subject, units_of
-from sparc3_pl.evaluation.module import check_sizes
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.settings import EvaluationSettings
 from sparc3_pl.evaluation.words import WordFilter
@@ -108,7 +107,6 @@ def evaluate(
             raise InputError(f"{name} is one text; give a list, such as [prompt]")
     if text is None and prompts is None and not measurements and not further_texts:
         raise InputError("there is nothing to evaluate; give text, prompts or measurements")
-    check_sizes(max_length, stride, windows, generation_batch_size)
     sampling = Sampling(max_new_tokens, temperature, top_p, samples_per_prompt, seed)
     words = None if word_filter is None else WordFilter.of(word_filter, word_filter_tries, temperature)
     with borrowed(model) as source:

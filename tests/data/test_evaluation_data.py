@@ -299,7 +299,13 @@ def test_the_size_of_a_window(asked, size):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [((64, 65, None), "max_length=65 .* at most 64"), ((64, None, 65), "stride=65 .*max_length=64; give at most 64")],
+    [
+        ((64, 65, None), "max_length=65 .* at most 64"),
+        ((64, None, 65), "stride=65 .*max_length=64; give at most 64"),
+        ((64, None, 0), "stride=0; give at least 1"),
+        ((64, 1, None), "max_length=1; give at least 2 tokens"),
+        ((64, 32, None, "whole"), "windows='whole' is unknown; give sliding or published"),
+    ],
 )
 def test_a_window_that_does_not_fit(asked, message):
     with pytest.raises(InputError, match=message):

@@ -98,6 +98,10 @@ def test_what_is_wrong_is_said_before_the_model_is_there(source):
         SentencePairs(source, filter="kind")
     with pytest.raises(InputError, match=r"pairs.num_pairs=0 is too small"):
         SentencePairs(source, num_pairs=0)
+    with pytest.raises(InputError, match=r"pairs.partition='half' is not known"):
+        SentencePairs(source, partition="half")
+    with pytest.raises(InputError, match=r"pairs.partition_share=1.5 is not between 0 and 1"):
+        SentencePairs(source, partition="attribution", partition_share=1.5)
 
 
 def test_too_long_a_sentence_has_failed_and_is_no_number(source):
