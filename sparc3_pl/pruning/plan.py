@@ -259,7 +259,7 @@ class PlanSummary:
         """How far an edit of gains goes; None for any other edit."""
         return _gains_of(self.settings)
 
-    def done(self) -> str:
+    def participle(self) -> str:
         """What was done to the components, to follow their name: ``set to zero``."""
         try:
             return _edit_of(self.edit, self.alpha, self.settings).participle()

@@ -143,7 +143,7 @@ def _story(inputs: Inputs, best: Effect) -> str:
         of = ""
         if plan.size and plan.num_candidates:
             of = f" of {plan.num_candidates:,} ({100 * plan.size / plan.num_candidates:.2g} %)"
-        text = f"In {model}, {count(best.size)} {best.unit}{of} were {plan.done()}: {_chosen_by(inputs, plan)}."
+        text = f"In {model}, {count(best.size)} {best.unit}{of} were {plan.participle()}: {_chosen_by(inputs, plan)}."
     bound = f"{100 * best.bound:g} %"
     rise = best.comparison.rise
     if rise is None:

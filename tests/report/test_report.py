@@ -327,7 +327,7 @@ def test_compression_is_told_without_a_behaviour(tmp_path):
     ],
 )
 def test_every_edit_says_what_it_did(edit, told):
-    assert typed(PlanSummary, PLAN | edit, "plan", "again").done() == told
+    assert typed(PlanSummary, PLAN | edit, "plan", "again").participle() == told
 
 
 def test_gains_are_told_by_how_far_they_go_beside_what_was_predicted(tmp_path):
