@@ -491,16 +491,16 @@ def test_controls_that_are_not_given_are_one_that_the_plan_can_have(score, plan,
 # --- arms -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["weight", ["weight"], {"class_path": "weight"}])
-def test_controls_that_single_weights_cannot_have(small, passes, tmp_path, granularity):
+def test_controls_that_single_weights_cannot_have(small, passes, tmp_path):
     """Those of the experiment are left out for an arm of weights; its own, and those of weights alone, are refused."""
-    weights = {"score": {"granularity": granularity}, "plan": {"num_neurons": None, "num_weights": 5}}
     sections = {"plan": {"num_neurons": 4}, "behaviour": {"source": "b"}, "general": {"source": "g"}}
     lists = {"texts": [], "seeds": [0], "counts": None, "budgets": None, "controls": ["random_matched", "random"]}
-    _, arm = correction_arms({"weights": weights}, sections, **lists)
-    assert list(arm.edits) == ["weights-prune-5", "weights-control-random"]
-    with pytest.raises(InputError, match=r"arms.weights: controls: random_matched is not for weight scores; use rand"):
-        correction_arms({"weights": weights | {"controls": ["random_matched"]}}, sections, **lists)
+    for granularity in ("weight", {"class_path": "weight"}, ["weight"]):
+        weights = {"score": {"granularity": granularity}, "plan": {"num_neurons": None, "num_weights": 5}}
+        _, arm = correction_arms({"weights": weights}, sections, **lists)
+        assert list(arm.edits) == ["weights-prune-5", "weights-control-random"]
+        with pytest.raises(InputError, match=r"arms.weights: controls: random_matched is not for weight scores; use "):
+            correction_arms({"weights": weights | {"controls": ["random_matched"]}}, sections, **lists)
     own = small | {"score": {"granularity": granularity}, "plan": {"num_weights": 5}, "output": str(tmp_path / "other")}
     with pytest.raises(InputError, match="controls: random_matched is not for weight scores; use random"):
         run_experiment(**own)
