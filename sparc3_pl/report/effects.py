@@ -372,8 +372,9 @@ def gains_table(all_effects: Sequence[Effect]) -> Table | None:
     note = (
         "Predicted: to first order the change of what was attributed, on the samples that the plan was made from (of "
         "completions weighted by a judge's score, the change of its mean), and to second order the rise of the "
-        "perplexity of general text, by the diagonal of its Fisher information. Held back: of the dearest text of the "
-        "search. Measured: in the evaluation, on its own prompts and text."
+        "perplexity of general text, by its Fisher information (its diagonal, and with off_diagonal what components "
+        "cost together). Held back: of the dearest text of the search. Measured: in the evaluation, on its own prompts "
+        "and text."
     )
     return Table.of(columns, rows, title="Predicted and measured", note=note) if rows else None
 

@@ -66,12 +66,23 @@ scores take some megabytes and are read in a second; weight scores of a model of
 folder, which a report at the end of every experiment would read for minutes, though they were verified when used."""
 
 WORDS = (
-    ("relevance", "how much a weight or neuron contributed to the token that the model predicted, by AttnLRP"),
+    (
+        "relevance",
+        "how much a component contributed to what was attributed (by AttnLRP: to the predicted token; for an edit "
+        "within a budget: the derivative by the component's gain)",
+    ),
     ("general samples", "ordinary text, on which the model should stay as it is"),
     ("behaviour samples", "text that brings out the behaviour to be corrected, such as toxic prompts"),
-    ("contrast", "relevance on general samples minus relevance on the behaviour's: the lowest belong to the behaviour"),
+    (
+        "contrast",
+        "what ranks the components: by default relevance on general samples minus that on the behaviour's; for an edit "
+        "within a budget, effect for cost",
+    ),
     ("plan", "the neurons (or weights) that were chosen by the contrast, and what is done to them"),
-    ("control", "as many others, chosen without the behaviour's samples: editing them should change nothing"),
+    (
+        "control",
+        "an edit of the same size on components that do not belong to the behaviour: it should change nothing",
+    ),
     ("toxicity", "the score that a judge, a classifier, gives to a completion: 0 harmless, 1 toxic"),
     ("circuit", "components of which a few do a task: kept alone, they keep most of it"),
     ("faithfulness", "the share of a task that a circuit keeps: 0 as much as nothing, 1 as much as the model"),
