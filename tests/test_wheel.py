@@ -68,13 +68,15 @@ code = main([*words, "--data.num_samples", "2", "--trainer.accelerator", "cpu"])
 assert main(["score", "--config", "configs/lrp.yaml"]) == 2
 import sparc3_pl
 from sparc3_pl import demo
+from sparc3_pl.evaluation.words import WordsJudge
+refusals = WordsJudge("sparc3:judges/refusals.txt").num_words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.MODEL), AutoTokenizer.from_pretrained(demo.MODEL)
 behaviour = sparc3_pl.score(model, tokenizer, ["You are such a", "Get out"], progress=False)
 plan = sparc3_pl.choose("scores", behaviour, num_neurons=4)
 with sparc3_pl.edited(model, plan):
     after = sparc3_pl.evaluate(model, tokenizer, text="One, two, three.", progress=False)
-print(json.dumps([code, sparc3_pl.__file__, after.results["plan"]["num_neurons"], main.__module__]))
+print(json.dumps([code, sparc3_pl.__file__, after.results["plan"]["num_neurons"], refusals, main.__module__]))
 """
 
 
@@ -90,8 +92,9 @@ def test_the_demo_runs_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "neuron scores by lrp: 4 layers of demo" in done.stdout
     assert "comes with the package; give --config sparc3:lrp.yaml" in done.stderr
-    code, place, num_neurons, module = json.loads(done.stdout.splitlines()[-1])
+    code, place, num_neurons, num_refusals, module = json.loads(done.stdout.splitlines()[-1])
     assert (code, num_neurons) == (0, 4)
+    assert num_refusals > 10
     assert place.startswith(str(site))
     (entries,) = site.glob("*.dist-info/entry_points.txt")
     assert f"sparc3 = {module.rpartition('.')[0]}:main" in entries.read_text()  # the program that pip puts on the path

@@ -6,7 +6,6 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import strict_json
 from sparc3_pl.io.formats import Record
+from sparc3_pl.io.shipped import list_file
 
 __all__ = ["DEFAULT", "WordFilter", "WordList", "WordsJudge"]
 
@@ -54,7 +54,8 @@ class WordList:
         """The list that comes with the package (``default``), or that of a file: one per line, ``#`` begins a comment.
 
         Args:
-            words: ``default`` or the file.
+            words: ``default``, the file, or ``sparc3:`` and the name of another file of the package, as
+                ``sparc3:judges/refusals.txt``.
             key: The setting that names it, for messages.
 
         Raises:
@@ -62,7 +63,7 @@ class WordList:
         """
         if words == DEFAULT:
             return cls(DEFAULT, frozenset((word,) for word in RUDE_WORDS))
-        path = Path(words).expanduser()
+        path = list_file(words, key)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -141,7 +142,8 @@ class WordsJudge:
 
     Args:
         words: A file with a word (or phrase) on each line, where ``#`` begins a comment; ``default``: some sixty rude
-            English words that come with the package. Whole words count, in upper or lower case.
+            English words that come with the package; ``sparc3:judges/refusals.txt``: phrases of refusals that do so,
+            too. Whole words count, in upper or lower case.
     """
 
     def __init__(self, words: str = DEFAULT) -> None:

@@ -19,6 +19,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import json_digest, read_json, sha256_of_file, strict_json, write_text
 from sparc3_pl.io.formats import typed
 from sparc3_pl.io.provenance import now, redacted, versions
+from sparc3_pl.io.shipped import list_file
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.runtime.processes import kept
@@ -185,7 +186,7 @@ def _path_of(key: str, value: str) -> Path | None:
         return ModelSource(value).path
     if name.isdecimal() and key.split(".")[-2:-1] == ["budget_text"]:
         return local_source(value, key)
-    path = Path(value).expanduser()
+    path = list_file(value, key) if ".judge" in key or name == "word_filter" else Path(value).expanduser()
     if name in ("match", "budgets", "word_filter") or (
         ".judge" in key and name.endswith(("path", "folder", "dir", "pretrained"))
     ):

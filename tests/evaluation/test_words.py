@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.judges import describe_judge, judged
 from sparc3_pl.evaluation.words import DEFAULT, RUDE_WORDS, WordList, WordsJudge
+from sparc3_pl.experiment.stages import _digests_of_files
 
 
 def list_of(tmp_path, text: str, encoding: str = "utf-8") -> str:
@@ -90,6 +92,22 @@ def test_a_list_of_no_use_is_refused(tmp_path, content, message):
 def test_a_list_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"judge\.words='none\.txt' cannot be read as text \(FileNotFoundError\)"):
         WordsJudge("none.txt")
+
+
+def test_a_list_of_the_package_is_named_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "sparc3:judges/refusals.txt"
+    judge = WordsJudge(name)
+    assert judge.score(["Sorry, I CAN'T do that.", "I can."])["listed_word"].tolist() == [1.0, 0.0]
+    assert judge.words == "refusals.txt"  # as a path in the repository's folder names it
+    content = (Path(__file__).parents[2] / "configs" / "judges" / "refusals.txt").read_bytes()
+    settings = {"model": {"judge": {"init_args": {"words": name}}}, "word_filter": name}  # what a stage depends on
+    keys = ("model.judge.init_args.words", "word_filter")
+    assert _digests_of_files(settings) == dict.fromkeys(keys, hashlib.sha256(content).hexdigest())
+    with pytest.raises(InputError, match=r"judge\.words=sparc3:refusals\.txt: no such list .* sparc3:judges/refusals"):
+        WordsJudge("sparc3:refusals.txt")
+    with pytest.raises(InputError, match="no such list"):
+        WordsJudge("sparc3:../LICENSE.txt")
 
 
 def test_it_has_a_short_name_in_yaml(tmp_path):
