@@ -82,9 +82,16 @@ class Block:
         return [need.strip() for need in self.marks["needs"].split(",")] if "needs" in self.marks else []
 
     def commands(self) -> Iterator[list[str]]:
-        """Words of each command; lines may go on after a backslash, and commands be joined by ``&&``."""
+        """Words of each command; lines may go on after a backslash, and commands be joined by ``&&``.
+
+        A variable is set on a line of its own (``NAME='value'``) and used as a whole word (``"$NAME"``).
+        """
+        values: dict[str, str] = {}
         for line in self.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = [values.get(word, word) for word in shlex.split(line, comments=True)]
+            if len(words) == 1 and (variable := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
+                values[f"${variable[1]}"] = variable[2]
+                continue
             while "&&" in words:
                 yield words[: words.index("&&")]
                 words = words[words.index("&&") + 1 :]
