@@ -69,12 +69,16 @@ class View:
 
 
 def views_of(folder: Path, scheme: str) -> list[View]:
-    """Every page of a site in a window of each width.
+    """Every page of a site in a window of each width, but those that lead elsewhere and the one for a missing page.
+
+    The latter names its style by a path from the server's root, where a site with versions has none.
 
     Raises:
         RuntimeError: if the browser does not say what it saw.
     """
-    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    paths = (path for path in folder.rglob("*.html") if path.name != "404.html")
+    paths = (path for path in paths if 'http-equiv="refresh"' not in path.read_text(encoding="utf-8"))
+    pages = sorted(path.relative_to(folder).as_posix() for path in paths)
     frames = FRAMES.replace("PAGES", json.dumps([f"/{page}" for page in pages])).replace("WIDTHS", str(list(WIDTHS)))
     answers: list[bytes] = []
     is_answered = threading.Event()

@@ -38,6 +38,7 @@ def test_a_page_that_scrolls_sideways_is_seen(tmp_path):
     (tmp_path / "howto" / "wide.html").write_text(PAGE.format(width=800, style="border: 1px solid"))
     box = PAGE.replace("<div", "<section style='overflow: auto'><div").replace("</div>", "</div></section>")
     (tmp_path / "box.html").write_text(box.format(width=2000, style=""))
+    (tmp_path / "index.html").write_text('<meta http-equiv="refresh" content="0; url=fits.html">')  # leads elsewhere
     views = views_of(tmp_path, "dark")
     assert [(view.page, view.window) for view in views] == [
         (page, width) for page in ("box.html", "fits.html", "howto/wide.html") for width in WIDTHS
