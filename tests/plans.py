@@ -2,7 +2,7 @@
 
 import torch
 
-from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.identity import ModelRecord, fingerprint
 from sparc3_pl.model.structure import features, mlps
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 
@@ -18,7 +18,7 @@ def plan_for(model, neurons: list[tuple[str, int]] | None = None, per_layer: int
         ]
     return PrunePlan(
         entries=entries_of([PlannedNeuron(layer, index, -1.0) for layer, index in neurons]),
-        model={"pretrained": "demo", "revision": None, "fingerprint": fingerprint(model), "dtype": "float32"},
+        model=ModelRecord(pretrained="demo", revision=None, fingerprint=fingerprint(model), dtype="float32"),
         shapes={layer: [features(model.get_submodule(layer))[0]] for layer, _ in neurons},
         **fields,
     )
@@ -28,7 +28,7 @@ def weight_plan_for(model, layer: str, indices: list[int], **fields) -> PrunePla
     return PrunePlan(
         entries={layer: Entries(torch.tensor(indices, dtype=torch.int32))},
         granularity="weight",
-        model={"pretrained": "demo", "fingerprint": fingerprint(model)},
+        model=ModelRecord(pretrained="demo", fingerprint=fingerprint(model)),
         shapes={layer: list(features(model.get_submodule(layer)))},
         **fields,
     )

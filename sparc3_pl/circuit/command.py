@@ -33,7 +33,7 @@ from sparc3_pl.io.files import check_output, new_folder, sha256_of_file, strict_
 from sparc3_pl.io.provenance import command_line, hardware, now, redacted, versions
 from sparc3_pl.io.yaml_format import dump_yaml
 from sparc3_pl.model.checks import check_vocabulary
-from sparc3_pl.model.identity import ModelRecord, describe
+from sparc3_pl.model.identity import describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.placement import input_device
 from sparc3_pl.model.source import SHARDED, ModelSource
@@ -232,7 +232,7 @@ class _Run:
                 self.arms[0].request.target.name,
             ),
             pairs=PairRecords(self.pairs.about, self.pairs.about_tests),
-            model=ModelRecord(**self.description),
+            model=self.description,
             overlaps=overlaps,
             seconds=self.seconds,
             timing=timing() or Timing(),

@@ -17,6 +17,7 @@ from sparc3_pl.circuit.results import CircuitResults, rows_of
 from sparc3_pl.io.files import strict_json, write_text
 from sparc3_pl.io.formats import Record
 from sparc3_pl.model.heads import attentions
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.model.structure import mlps
 from sparc3_pl.pruning.plan import Entries, PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.writer import write_scores
@@ -25,7 +26,7 @@ __all__ = ["circuit_plan", "curve_table", "node_importances", "write_arm_scores"
 
 
 def write_arm_scores(
-    folder: Path, arm: Arm, scores: ArmScores, model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]
+    folder: Path, arm: Arm, scores: ArmScores, model: ModelRecord, data: Sequence[Mapping[str, Any]]
 ) -> None:
     """Writes the scores of an arm below ``folder``: a score folder, or one for each of several sets of pairs.
 
@@ -49,7 +50,7 @@ def circuit_plan(
     arm: str,
     chosen_N: Tensor,
     values_N: Tensor,
-    model: Mapping[str, Any],
+    model: ModelRecord,
     settings: Mapping[str, Any],
     samples: Sequence[str],
 ) -> PrunePlan:
@@ -78,7 +79,7 @@ def circuit_plan(
     kinds = dict.fromkeys(span.kind for span in parts)
     return PrunePlan(
         entries=entries,
-        model=dict(model),
+        model=model,
         granularity="+".join(kinds),
         components={span.group.layer: span.kind for span in parts} if len(kinds) > 1 else {},
         num_candidates=candidates.count,

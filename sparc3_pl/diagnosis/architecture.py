@@ -49,7 +49,7 @@ def expected_scores(manifest: Manifest) -> Architecture:
         InputError: if the config cannot be found, or the model has no such components.
     """
     skeleton = _skeleton(
-        str(manifest.model.get("pretrained")), manifest.model.get("revision"), "dequantized" in manifest.model
+        str(manifest.model.pretrained), manifest.model.revision, manifest.model.dequantized is not None
     )
     if isinstance(skeleton, str):
         raise InputError(skeleton)
@@ -86,7 +86,7 @@ def check_architecture(manifest: Manifest) -> Check:
 def _problems(manifest: Manifest, expected: Architecture) -> list[str]:
     problems = []
     shapes = {name: tuple(layer.shape) for name, layer in manifest.layers.items()}
-    if (class_name := manifest.model.get("architecture")) not in (None, expected.class_name):
+    if (class_name := manifest.model.architecture) not in (None, expected.class_name):
         problems.append(f"scored as {class_name}, but the config says {expected.class_name}")
     missing, unexpected = expected.shapes.keys() - shapes, shapes.keys() - expected.shapes
     for text, names in (("lacks", missing), ("has the unexpected", unexpected)):

@@ -227,7 +227,7 @@ def _check_plans(plans: Mapping[str, PrunePlan], general: SideScores | None) -> 
     manifest = general.folders[0].manifest
     kinds = {layer: plan.component(layer) for plan in plans.values() for layer in plan.entries}
     other = next((kind for layer, kind in kinds.items() if general.components.get(layer, kind) != kind), None)
-    if other or manifest.model["fingerprint"] != one.fingerprint:
+    if other or manifest.model.fingerprint != one.fingerprint:
         raise InputError(
             f"{general.folders[0].path}: not {one.granularity} scores of the plans' model; give the right --general"
         )

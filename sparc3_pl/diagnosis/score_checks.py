@@ -106,7 +106,7 @@ class AuditedScores:
         """The scores of a manifest."""
         data = {key: manifest.data.get(key) for key in ("source", "seed", "seq_len", "filter", "match")}
         own = {key: getattr(manifest, key) for key in ("method", "granularity", "signed", "num_samples", "num_tokens")}
-        return cls(model=manifest.model.get("pretrained"), dtype=manifest.model.get("dtype"), **own, **data)
+        return cls(model=manifest.model.pretrained, dtype=manifest.model.dtype, **own, **data)
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,7 @@ def _groups(folders: dict[str, ScoreFolder]) -> list[dict[str, ScoreFolder]]:
         manifest = folder.manifest
         if manifest.num_samples:
             data = {key: manifest.data.get(key) for key in data_keys}
-            scoring = [manifest.model["fingerprint"], manifest.method, manifest.granularity, manifest.signed]
+            scoring = [manifest.model.fingerprint, manifest.method, manifest.granularity, manifest.signed]
             scoring.append(manifest.target)
             key = strict_json([data, scoring, {layer: stats.shape for layer, stats in manifest.layers.items()}])
             groups.setdefault(key, {})[name] = folder

@@ -88,7 +88,7 @@ def summary(manifest: Manifest, most: int = 5) -> tuple[str, Table]:
     ]
     note = f"the {most} layers with most of it; the manifest has all {len(manifest.layers)}"
     return (
-        f"{kind}: {len(manifest.layers)} layers of {manifest.model['pretrained']}, {manifest.num_samples} samples, "
+        f"{kind}: {len(manifest.layers)} layers of {manifest.model.pretrained}, {manifest.num_samples} samples, "
         f"{manifest.num_tokens} tokens, total relevance {total:.6g}",
         Table.of(("layer", "shape", "sum of scores", "share"), rows, note=note if len(manifest.layers) > most else ""),
     )

@@ -51,7 +51,7 @@ class EvaluatedModel:
         known_pairs: How many pairs of sentences hold one from which the plan was made.
     """
 
-    loaded: Record
+    loaded: ModelRecord
     fingerprint: str
     plan: PrunePlan | None = None
     known_prompts: frozenset[str] = frozenset()
@@ -62,7 +62,7 @@ class EvaluatedModel:
     @classmethod
     def of(
         cls,
-        loaded: Record,
+        loaded: ModelRecord,
         fingerprint: str,
         plan: PrunePlan | None,
         subject: Subject,
@@ -95,7 +95,7 @@ class EvaluatedModel:
     @property
     def is_edited_unknown(self) -> bool:
         """Whether the weights are not those that were loaded, and no plan says why."""
-        return self.plan is None and self.fingerprint != self.loaded["fingerprint"]
+        return self.plan is None and self.fingerprint != self.loaded.fingerprint
 
     def prompts_of_plan(self, prompt_ids: Iterable[str]) -> set[str]:
         """The ids among ``prompt_ids`` of prompts from which the plan was made."""

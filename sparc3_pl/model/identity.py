@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from sparc3_pl.io.formats import Record, omitted
+from sparc3_pl.io.formats import Record
 from sparc3_pl.model.placement import values_of
 from sparc3_pl.runtime.collectives import is_sharded
 
@@ -23,9 +22,11 @@ from sparc3_pl.model.source import ModelSource
 __all__ = ["ModelRecord", "describe", "differing_config", "fingerprint", "model_config"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRecord:
-    """A file's record of the model that it belongs to.
+class ModelRecord(dict[str, Any]):
+    """A file's record of the model that it belongs to. Its keys can be read as attributes, None where there is no key.
+
+    It is exactly what the file says: keys that only another version knows are kept, and none is added, because digests
+    are of the whole.
 
     Attributes:
         pretrained: Hub id, folder or file.
@@ -33,19 +34,43 @@ class ModelRecord:
         fingerprint: Fingerprint of the weights as they were loaded.
         architecture: Name of the class.
         dtype: Number format in which it was loaded, such as ``float32``.
-        config: What its config says of how it computes; empty in files of earlier versions.
+        config: What its config says of how it computes; files of earlier versions do not.
         dequantized: The method that had packed the weights, if they were packed.
         evaluated_fingerprint: In an evaluation, the fingerprint of the weights that were evaluated.
+        pruned_fingerprint: In a plan that keeps values, the fingerprint of the pruned model.
     """
 
-    pretrained: str | None = None
-    revision: str | None = None
-    fingerprint: str | None = None
-    architecture: str | None = None
-    dtype: str | None = None
-    config: Record = omitted(dict)
-    dequantized: str | None = omitted()
-    evaluated_fingerprint: str | None = omitted()
+    pretrained: str | None
+    revision: str | None
+    fingerprint: str | None
+    architecture: str | None
+    dtype: str | None
+    config: Record | None
+    dequantized: str | None
+    evaluated_fingerprint: str | None
+    pruned_fingerprint: str | None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ModelRecord.__annotations__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return self.get(name)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        fields = {
+            name: core_schema.typed_dict_field(handler.generate_schema(kind), required=False)
+            for name, kind in get_type_hints(cls).items()
+        }
+
+        def kept(record: Any, check: Any) -> ModelRecord:
+            check(record)
+            return cls(record)
+
+        return core_schema.no_info_wrap_validator_function(
+            kept, core_schema.typed_dict_schema(fields, extra_behavior="allow")
+        )
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -102,12 +127,14 @@ def _state(model: nn.Module) -> tuple[Any, ...] | None:
     return tuple(state)
 
 
-def differing_config(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> str | None:
+def differing_config(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None, path: str = "") -> str | None:
     """The first key in which two models' ``config`` entries differ, with both values; None if they are alike.
 
     A key that only one of them has is passed over: another version of the library may have added it, and entries made
     before this program kept the config have none.
     """
+    if one is None or other is None:
+        return None
     for key in sorted(one.keys() & other.keys()):
         mine, yours, name = one[key], other[key], f"{path}{key}"
         if isinstance(mine, Mapping) and isinstance(yours, Mapping):
@@ -158,7 +185,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, values_of(model.get_submodule(owner), leaf)
 
 
-def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> Record:
+def describe(model: PreTrainedModel, source: ModelSource, known: str | None = None) -> ModelRecord:
     """The manifest's ``model`` entry: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``, and
     ``config``: what the model's config says of how it computes, which the fingerprint of its weights does not tell.
     If the weights were packed, ``dequantized`` says by what (``8-bit bitsandbytes``).
@@ -168,11 +195,13 @@ def describe(model: PreTrainedModel, source: ModelSource, known: str | None = No
     kind = type(model)
     if any(map(is_sharded, model.parameters())):  # FSDP2 gives the model a class of its own, derived from its first one
         kind = kind.__bases__[1]
-    return {
-        "pretrained": source.pretrained,
-        "revision": getattr(model.config, "_commit_hash", None) or source.revision,
-        "fingerprint": known or fingerprint(model),
-        "architecture": kind.__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": model_config(model),
-    } | ({"dequantized": quantised} if (quantised := getattr(model, "dequantized", None)) else {})
+    quantised = getattr(model, "dequantized", None)
+    return ModelRecord(
+        pretrained=source.pretrained,
+        revision=getattr(model.config, "_commit_hash", None) or source.revision,
+        fingerprint=known or fingerprint(model),
+        architecture=kind.__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        config=model_config(model),
+        **({"dequantized": quantised} if quantised else {}),
+    )

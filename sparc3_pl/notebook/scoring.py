@@ -13,7 +13,7 @@ from sparc3_pl.data.reference import ReferenceData
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
-from sparc3_pl.model.identity import describe
+from sparc3_pl.model.identity import ModelRecord, describe
 from sparc3_pl.notebook.models import IN_MEMORY, as_call, borrowed, encoder_of
 from sparc3_pl.notebook.scores import Scores
 from sparc3_pl.runtime.progress import RunningMean
@@ -166,7 +166,7 @@ def _run(
     model: PreTrainedModel,
     encoder: Encoder,
     request: ScoreRequest,
-    about_model: Mapping[str, Any],
+    about_model: ModelRecord,
     data: ReferenceData | None,
     progress: bool,
 ) -> ScoreRun:

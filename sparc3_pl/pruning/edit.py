@@ -150,7 +150,7 @@ def revert(model: "PreTrainedModel", plan: PrunePlan) -> None:
     """
     if not plan.kept:
         raise InputError("the plan holds no removed values to put back; make it with --keep_values")
-    if fingerprint(model) != plan.model.get("pruned_fingerprint"):
+    if fingerprint(model) != plan.model.pruned_fingerprint:
         raise InputError("this model is not the one that this plan pruned; give the pruned model, unchanged")
     changes = planned_changes(model, plan, check_fingerprint=False)
     shapes = {c.part.key: c.part.read(model.get_submodule(c.part.layer)).shape for c in changes}
@@ -221,13 +221,13 @@ def planned_changes(model: nn.Module, plan: PrunePlan, check_fingerprint: bool =
 def _check_fingerprint(model: nn.Module, plan: PrunePlan) -> None:
     own = fingerprint(model)
     if own == plan.fingerprint:
-        if (key := differing_config(plan.model.get("config") or {}, model_config(model))) is not None:
+        if (key := differing_config(plan.model.config, model_config(model))) is not None:
             raise InputError(f"the plan was made for these weights with another {key} in the config; make it again")
         return
-    if own == plan.model.get("pruned_fingerprint"):
+    if own == plan.model.pruned_fingerprint:
         raise InputError("the model is already pruned by this plan; give the original model, or leave out the plan")
     raise InputError(
-        f"the plan was made for {plan.model.get('pretrained')} ({plan.fingerprint[:19]}...), but this model's weights "
+        f"the plan was made for {plan.model.pretrained} ({plan.fingerprint[:19]}...), but this model's weights "
         f"are {own[:19]}...; give that model, or make a plan for this one"
     )
 

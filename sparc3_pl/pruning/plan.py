@@ -35,6 +35,7 @@ from sparc3_pl.io.files import (
 from sparc3_pl.io.formats import Count, Format, Record, Unbounded, typed
 from sparc3_pl.model.bitmask import BitMask
 from sparc3_pl.model.components import COMPONENTS, Component
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.pruning.edits import EDITS, Edit
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def entries_of(neurons: Sequence[PlannedNeuron]) -> dict[str, Entries]:
 class _About:
     """What a plan says besides its components; its attributes are those of ``PrunePlan``."""
 
-    model: Record
+    model: ModelRecord
     granularity: str = "neuron"
     components: dict[str, str] = field(default_factory=dict)
     num_candidates: int | None = None
@@ -328,7 +329,7 @@ class PrunePlan(_About, Shown):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the model the plan was made for."""
-        return self.model["fingerprint"]
+        return self.model.fingerprint
 
     @property
     def neurons(self) -> list[PlannedNeuron]:
@@ -425,7 +426,7 @@ class PrunePlan(_About, Shown):
             {layer: of_layer[layer] for layer in of_layer if layer in entries}
             for of_layer in (self.shapes, self.components)
         )
-        model = {key: value for key, value in self.model.items() if key != "pruned_fingerprint"}
+        model = ModelRecord({key: value for key, value in self.model.items() if key != "pruned_fingerprint"})
         settings = self.settings
         if self.gains is not None:  # what was predicted and measured is of the whole plan
             settings = settings | {"gains": {"scale": self.gains.scale}}
@@ -624,7 +625,7 @@ class PrunePlan(_About, Shown):
             raise InputError(f"{where}: {error}") from None
 
     def _problems(self) -> Iterator[str]:
-        if not isinstance(self.model.get("fingerprint"), str):
+        if not isinstance(self.model.fingerprint, str):
             yield "the model's fingerprint is missing"
         if not isinstance(self.settings.get("edit", {}), dict):
             yield f"the edit's arguments are {self.settings['edit']!r}"

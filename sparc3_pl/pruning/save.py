@@ -394,7 +394,7 @@ def _in_eval_mode(model: nn.Module) -> ExitStack:
 
 def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -> str:
     """README.md: what was removed from what, on what evidence, and how to check it."""
-    base = str(plan.model.get("pretrained"))
+    base = str(plan.model.pretrained)
     name = base if not Path(base).exists() else Path(base).name  # a path says nothing to anyone else
     size = result.effect[:1].upper() + result.effect[1:]
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
@@ -409,7 +409,7 @@ def _model_card(model: "PreTrainedModel", plan: PrunePlan, result: SavedModel) -
         architecture=type(model).__name__,
         size=size,
         parameters=f"{result.parameters[1]:,}",
-        revision=plan.model.get("revision"),
+        revision=plan.model.revision,
         fingerprint=plan.fingerprint,
         contrast=plan.contrast,
         control=plan.control,

@@ -67,7 +67,7 @@ def make_report(folders: Sequence[str | Path], leave_out: Path | None = None) ->
     scores = inputs.scores
     audit = audit_folders(list(scores.values()), list(scores), most_bytes=MOST_READ) if scores else None
     sections = report_sections(inputs, audit, *effects(inputs))
-    models = [folder.manifest.model.get("pretrained") for folder in scores.values()]
+    models = [folder.manifest.model.pretrained for folder in scores.values()]
     models += [ev.figures.model.pretrained for ev in inputs.evaluations.values()]
     models += [results.model.pretrained for results in inputs.circuits.values()]
     names = dict.fromkeys(Path(str(model)).name for model in models if model)

@@ -32,6 +32,7 @@ from sparc3_pl.document.blocks import (
 from sparc3_pl.document.verdicts import Check
 from sparc3_pl.io.formats import to_json
 from sparc3_pl.io.provenance import redacted
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.pruning.plan import PlanSummary, PrunePlan
 from sparc3_pl.report.collect import Inputs, PlanWithScores
 from sparc3_pl.report.curves import curve_sections
@@ -417,18 +418,18 @@ def _provenance(inputs: Inputs) -> Iterator[Block]:
 
 
 def _models(inputs: Inputs) -> Table:
-    models: dict[str, Mapping[str, Any]] = {}
+    models: dict[str, ModelRecord] = {}
     for source in (
         *(folder.manifest.model for folder in inputs.scores.values()),
-        *(to_json(ev.figures.model) for ev in inputs.evaluations.values()),
+        *(ev.figures.model for ev in inputs.evaluations.values()),
         *(entry.plan.model for entry in inputs.plans.values()),
-        *(to_json(results.model) for results in inputs.circuits.values()),
+        *(results.model for results in inputs.circuits.values()),
     ):
-        models.setdefault(f"{source.get('fingerprint')} {source.get('dtype')}", source)
+        models.setdefault(f"{source.fingerprint} {source.dtype}", source)
     rows = [
         (
-            *(str(model.get(key) or NOTHING) for key in ("pretrained", "architecture", "dtype", "revision")),
-            str(model.get("fingerprint"))[:23],
+            *(str(one or NOTHING) for one in (model.pretrained, model.architecture, model.dtype, model.revision)),
+            str(model.fingerprint)[:23],
         )
         for model in models.values()
     ]

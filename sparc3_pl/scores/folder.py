@@ -301,9 +301,9 @@ def _differences(first: ScoreFolder, other: ScoreFolder, but: Sequence[str]) -> 
 
     one, two = first.manifest, other.manifest
     differences = []
-    if one.model["fingerprint"] != two.model["fingerprint"]:
-        differences.append(told("model.fingerprint", one.model["fingerprint"], two.model["fingerprint"]))
-    if (key := differing_config(one.model.get("config") or {}, two.model.get("config") or {})) is not None:
+    if one.model.fingerprint != two.model.fingerprint:
+        differences.append(told("model.fingerprint", one.model.fingerprint, two.model.fingerprint))
+    if (key := differing_config(one.model.config, two.model.config)) is not None:
         differences.append(f"model.config.{key} in {other.path}")
     for key in ("method", "method_args", "granularity", "granularity_args", "target", "target_args", "signed", "plan"):
         if key not in but and getattr(one, key) != getattr(two, key):

@@ -15,6 +15,7 @@ from sparc3_pl.attribution.scorers import LayerScores
 from sparc3_pl.io import provenance
 from sparc3_pl.io.files import strict_json, tensor_digest
 from sparc3_pl.io.formats import Record
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.runtime.timing import Timing
 from sparc3_pl.scores.folder import BLOCK
 from sparc3_pl.scores.manifest import SCORES, About, LayerStats, Manifest, ScoredSample
@@ -96,8 +97,9 @@ class Gathering:
         about_scores = About(granularity=granularity or {2: "weight"}.get(self.dims, "neuron"), signed=signed, **about)
         assert not self.squares or self.squares.keys() == self.layers.keys(), "squares for some layers only"
         total = math.fsum(layer.sum for layer in self.layers.values())
+        own = provenance.redacted(vars(about_scores))
         manifest = Manifest(
-            **provenance.redacted(vars(about_scores)),
+            **own | {"model": ModelRecord(own["model"])},
             num_samples=num_samples,
             num_tokens=num_tokens,
             layers=self.layers,

@@ -12,6 +12,7 @@ from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import FolderKind
 from sparc3_pl.io.formats import Count, Format, Number, Record, omitted, typed
 from sparc3_pl.model.components import COMPONENTS, Component
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.runtime.timing import Timing
 
 __all__ = [
@@ -102,7 +103,7 @@ class About:
     method: str
     granularity: str
     signed: bool
-    model: Record
+    model: ModelRecord
     data: Record
     method_args: Record = omitted(dict)
     granularity_args: Record = omitted(dict)
@@ -175,7 +176,7 @@ class Manifest(About):
         signed: Whether neuron scores keep their sign.
         num_samples: Samples in the mean.
         num_tokens: Real tokens of those samples.
-        model: ``pretrained``, ``revision``, ``fingerprint``, ``architecture``, ``dtype``.
+        model: The model that was scored.
         data: ``source``, ``seed``, ``seq_len``, ``filter``, ``sample_ids``, ...
         layers: The scored layers by module name, in the model's order.
         total_relevance: Sum of all scores.
@@ -260,7 +261,7 @@ class Manifest(About):
                     )
         if not self.layers:
             raise InputError(f"{where}: no layer is scored; score again with other model.targets")
-        if not isinstance(self.model.get("fingerprint"), str):
+        if not isinstance(self.model.fingerprint, str):
             raise InputError(f"{where}: the model's fingerprint is missing; score again")
         dims = {len(layer.shape) for layer in self.layers.values()}
         if self.granularity in COMPONENTS:  # the shapes tell what a user's own class scores

@@ -108,9 +108,9 @@ def _write(
     if method.needs_weights:
         name, revision = pretrained, None
         if pretrained is None:
-            name, revision = about.model["pretrained"], about.model["revision"]
-        unpack = "dequantized" in about.model
-        model = _model_of(about, ModelSource(name, about.model["dtype"], revision, None, trust_remote_code, unpack))
+            name, revision = about.model.pretrained, about.model.revision
+        unpack = about.model.dequantized is not None
+        model = _model_of(about, ModelSource(name, about.model.dtype, revision, None, trust_remote_code, unpack))
         groups = {group.layer: group for group in groups_of(model, about.components(), about.targets)}
     samples = [sample for part in parts for sample in part.sums.samples]
     config = first.path / "config.yaml"
@@ -143,12 +143,12 @@ def _model_of(about: About, source: ModelSource) -> nn.Module:
         InputError: if ``source`` is another one.
     """
     model = load_model(source)
-    actual, expected = fingerprint(model), about.model["fingerprint"]
+    actual, expected = fingerprint(model), about.model.fingerprint
     if actual != expected:
         raise InputError(
             f"pretrained={source.pretrained!r}: is not the model that the parts scored ({actual[:19]}..., not "
             f"{expected[:19]}...); give the model of the parts"
         )
-    if (key := differing_config(about.model.get("config") or {}, model_config(model))) is not None:
+    if (key := differing_config(about.model.config, model_config(model))) is not None:
         raise InputError(f"pretrained={source.pretrained!r}: its {key} differs from that of the scored model; check it")
     return model

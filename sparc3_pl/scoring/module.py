@@ -14,7 +14,7 @@ from sparc3_pl.data.pass_module import PassModule
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.checks import check_vocabulary
 from sparc3_pl.model.fsdp import shard as share_out
-from sparc3_pl.model.identity import describe
+from sparc3_pl.model.identity import ModelRecord, describe
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import pruning_of
@@ -155,7 +155,7 @@ class ScoringModule(PassModule):
             )
         self.run: ScoreRun | None = None
         """The run; from the first batch on."""
-        self._description: dict[str, Any] = {}
+        self._description = ModelRecord()
         """The model's entry in the manifest; on rank 0."""
         self._account: dict[str, Any] | None = None
         """What the method's check of itself on one sample said."""

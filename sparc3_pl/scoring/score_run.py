@@ -20,6 +20,7 @@ from sparc3_pl.data.samples import Sample
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.formats import Record
 from sparc3_pl.model.components import COMPONENTS, Component, Group
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.model.size import decoder_flops
 from sparc3_pl.registry import Choice, Spec
 from sparc3_pl.runtime.collectives import after_rank_zero, gather_lists, is_rank_zero, sum_over_ranks
@@ -98,7 +99,7 @@ class ScoreRequest:
         """
         return groups_of(model, [component.object for component in self.components], self.layers)
 
-    def about(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> About:
+    def about(self, model: ModelRecord, data: Mapping[str, Any]) -> About:
         """What the manifest says of the scores.
 
         Args:
@@ -118,7 +119,7 @@ class ScoreRequest:
             nonfinite=self.options.nonfinite,
             seed=self.options.seed if "seed" in self.method.object.heeds(self.components[0].object) else None,
             sequential=self.options.sequential,
-            model=dict(model),
+            model=ModelRecord(model),
             data=dict(data),
             at_values=self.method.object.at_values(self.target.object, self.options),
         )

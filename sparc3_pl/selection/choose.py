@@ -220,7 +220,7 @@ def _plan(
     """What a plan says of the choice and where it comes from, without what is done to the chosen."""
     return PrunePlan(
         entries=entries,
-        model=dict(candidates.folders[0].manifest.model),
+        model=candidates.folders[0].manifest.model,
         granularity=candidates.granularity,
         components={layer: candidates.components[layer] for layer in entries} if "+" in candidates.granularity else {},
         num_candidates=candidates.count,

@@ -286,12 +286,12 @@ def _load(
     from sparc3_pl.model.loading import load_model
     from sparc3_pl.model.source import ModelSource
 
-    scored_model, revision = plan.model.get("pretrained"), plan.model.get("revision")
+    scored_model, revision = plan.model.pretrained, plan.model.revision
     if pretrained is None and not isinstance(scored_model, str):
         raise InputError("the scores do not name their model; give --pretrained")
     name = pretrained or str(scored_model)
     spread = "auto" if device == "auto" else None
-    revision, unpack = revision if name == scored_model else None, "dequantized" in plan.model
+    revision, unpack = revision if name == scored_model else None, plan.model.dequantized is not None
     source = ModelSource(name, dtype, revision, spread, trust_remote_code, unpack)
     return _placed(load_model(source), device), load_encoder(source)
 
@@ -340,11 +340,12 @@ def _with_means(plan: PrunePlan, model: "PreTrainedModel", batches: Iterator) ->
 
 def _with_kept_values(plan: PrunePlan, model: "PreTrainedModel") -> PrunePlan:
     """The plan with the values that it replaces, and the fingerprint of the pruned model to which they belong."""
-    from sparc3_pl.model.identity import fingerprint
+    from sparc3_pl.model.identity import ModelRecord, fingerprint
     from sparc3_pl.pruning.edit import pruned
 
     with pruned(model, plan) as applied:
-        return replace(plan, kept=applied.old_values, model=plan.model | {"pruned_fingerprint": fingerprint(model)})
+        about = ModelRecord(plan.model | {"pruned_fingerprint": fingerprint(model)})
+        return replace(plan, kept=applied.old_values, model=about)
 
 
 def _print(plan: PrunePlan, path: Path, saved: "SavedModel | None", pushed_to: str | None) -> None:

@@ -10,6 +10,7 @@ from score_folders import write
 
 from sparc3_pl.diagnosis.overlap import overlap
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
 from sparc3_pl.selection.choose import make_plan
@@ -84,7 +85,8 @@ def test_gains_that_turn_every_component_are_told_apart_by_their_cosine(tmp_path
     for name, own in factors.items():
         entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, factor) for place, factor in enumerate(own)])
         shapes = {LAYERS[0]: [WIDTH]}
-        PrunePlan(entries=entries, model={"fingerprint": "f"}, edit="gains", shapes=shapes).save(tmp_path / name)
+        plan = PrunePlan(entries=entries, model=ModelRecord(fingerprint="f"), edit="gains", shapes=shapes)
+        plan.save(tmp_path / name)
     result = overlap([str(tmp_path / name) for name in "abc"])
     cosines = {group.names: group.cosine for group in result.groups}
     lengths = {"a": (0.25 + 1) ** 0.5, "b": (1 + 0.25 + 0.64) ** 0.5}

@@ -25,6 +25,7 @@ from sparc3_pl.evaluation.measurement_run import UnitRun
 from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.results import Evaluation
 from sparc3_pl.evaluation.show import print_results
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.edit import pruned
@@ -134,7 +135,7 @@ def evaluated(model, folder, values, better="lower") -> Evaluation:
     """An evaluation with one measurement, made by the run alone."""
     measurement = values if isinstance(values, Fixed) else Fixed(values)
     measurement.better = better
-    loaded = {"fingerprint": "f", "pretrained": "m", "dtype": "float32"}
+    loaded = ModelRecord(fingerprint="f", pretrained="m", dtype="float32")
     choices = chosen_measurements([measurement])
     run = EvaluationRun(EvaluatedModel(loaded, str(folder)), [UnitRun(model, Encoder(word_tokenizer()), choices)])
     run.add(UnitBatch(measurement.name, range(len(measurement.values))))

@@ -26,7 +26,7 @@ from sparc3_pl.evaluation.module import EvaluationModule
 from sparc3_pl.evaluation.perplexity_run import PerplexityRun
 from sparc3_pl.evaluation.results import CompletionStore, Evaluation
 from sparc3_pl.evaluation.rows import CompletionRow
-from sparc3_pl.model.identity import describe, fingerprint
+from sparc3_pl.model.identity import ModelRecord, describe, fingerprint
 from sparc3_pl.model.loading import load_model
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.pruning.callback import PruningCallback
@@ -372,7 +372,7 @@ def test_a_pruned_module_that_is_used_again_is_not_called_plain(files, plan):
 
 
 def test_a_refused_plan_says_nothing_of_the_model(files, plan):
-    module, other = module_of(files), replace(plan, model=plan.model | {"fingerprint": "sha256:other"})
+    module, other = module_of(files), replace(plan, model=ModelRecord(fingerprint="sha256:other"))
     with pytest.raises(InputError, match="was made for"):
         run_on_text(files, module, callbacks=[PruningCallback(other)])
     results = run_on_text(files, module).results

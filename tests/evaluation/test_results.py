@@ -47,7 +47,7 @@ def test_an_evaluation_of_the_first_version_has_all_that_later_ones_ask_for(tmp_
     path = write_evaluation(tmp_path / "old", first, completions=ROWS, windows=WINDOWS)
     figures = Evaluation.open(path).figures
     assert (figures.perplexity.windows, figures.perplexity.num_windows) == ("sliding", None)
-    assert (figures.toxicity.share, figures.repetition.length, figures.model.config) == (None, None, {})
+    assert (figures.toxicity.share, figures.repetition.length, figures.model.config) == (None, None, None)
     assert (figures.judges, figures.word_filter, figures.neutral, figures.measurements) == ({}, None, None, {})
     assert (figures.overlapping_text, figures.num_overlapping_pairs, figures.timing) == (0.0, 0, None)
     text = str(Evaluation.open(path))

@@ -25,6 +25,7 @@ from sparc3_pl.experiment.run import EditOutcome, largest_within, outcome_table
 from sparc3_pl.experiment.run import run as run_experiment
 from sparc3_pl.io.formats import to_json
 from sparc3_pl.model import loading
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.model.source import ModelSource
 from sparc3_pl.passes import run as passes_module
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
@@ -371,7 +372,7 @@ def with_budget(small, tmp_path, monkeypatch):
         settings = {"gains": {"scale": 100 * arguments.get("budget", 0) or arguments["scale"]}}
         settings["held_back"] = text.read_text()  # another text gives another plan, as in life
         entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, 0.5) for place in range(3)])
-        plan = PrunePlan(entries=entries, model={"fingerprint": "sha256:00"}, edit="gains", settings=settings)
+        plan = PrunePlan(entries=entries, model=ModelRecord(fingerprint="sha256:00"), edit="gains", settings=settings)
         plan.save(arguments["output"], arguments["overwrite"])
 
     monkeypatch.setattr("sparc3_pl.selection.command.prune", prune)

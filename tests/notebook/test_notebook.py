@@ -24,6 +24,7 @@ from sparc3_pl import demo
 from sparc3_pl.cli import execute
 from sparc3_pl.data.texts import TextQuery
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.identity import ModelRecord
 from sparc3_pl.scores.folder import ScoreFolder
 
 ONE_PROCESS = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
@@ -543,7 +544,7 @@ def test_results_show_themselves(loaded, scored):
         assert "var(--muted)" in svg
     assert "perplexity" in str(comparison)
     assert f"{before.results['perplexity']['value']:.4f}" in str(before)
-    assert "&lt;b&gt;" in sparc3_pl.Plan(model={"fingerprint": "x"}, entries={}, warnings=["<b>"])._repr_html_()
+    assert "&lt;b&gt;" in sparc3_pl.Plan(model=ModelRecord(fingerprint="x"), entries={}, warnings=["<b>"])._repr_html_()
 
 
 def test_loaded_scores_are_not_saved_again(scored, tmp_path):

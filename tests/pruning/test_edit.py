@@ -9,7 +9,7 @@ from plans import plan_for, same_bits, state, weight_plan_for
 from tiny_models import tiny, tokens
 
 from sparc3_pl.errors import InputError
-from sparc3_pl.model.identity import fingerprint
+from sparc3_pl.model.identity import ModelRecord, fingerprint
 from sparc3_pl.model.structure import mlps, weight_matrix
 from sparc3_pl.pruning.edit import apply_plan, pruned, revert
 from sparc3_pl.pruning.edits import mean_activations
@@ -247,7 +247,7 @@ def test_plan_of_another_model(tiny_llama):
 def test_plan_that_is_applied_already(tiny_llama):
     plan = plan_for(tiny_llama)
     applied = apply_plan(tiny_llama, plan)
-    plan = dataclasses.replace(plan, model=plan.model | {"pruned_fingerprint": fingerprint(tiny_llama)})
+    plan = dataclasses.replace(plan, model=ModelRecord(plan.model | {"pruned_fingerprint": fingerprint(tiny_llama)}))
     refused(tiny_llama, plan, "already pruned by this plan")
     applied.revert()
     apply_plan(tiny_llama, plan)

@@ -1,5 +1,6 @@
 """The plan file: what is saved is loaded; what was changed, damaged or escapes is refused."""
 
+import hashlib
 import json
 
 import pytest
@@ -88,6 +89,7 @@ def refused(path, match):
         ({"neurons": [{"layer": LAYER, "index": 2}] * 2, "num_neurons": 2}, "listed twice"),
         ({"num_neurons": 7}, "num_neurons=7, but 6 neurons are listed or lie beside it"),
         ({"model": {}}, "fingerprint is missing"),
+        ({"model": {"fingerprint": 3}}, r"model.fingerprint=3 \(.*valid string\)"),
         ({"model": "demo"}, r"model=\"demo\" \(.*valid dictionary\)"),
         ({"edit": "burn"}, "edit='burn' is unknown"),
         ({"edit": "scale"}, "needs a finite alpha"),
@@ -106,6 +108,27 @@ def test_hand_written_plan_is_read(tmp_path):
     neurons = [{"layer": LAYER, "index": 1}]
     path.write_text(json.dumps({"format_version": 1, "neurons": neurons, "model": {"fingerprint": "sha256:0"}}))
     assert PrunePlan.load(path).neurons == [PlannedNeuron(LAYER, 1)]
+
+
+OF_OTHER_VERSIONS = [
+    {"fingerprint": "sha256:0"},
+    {"bits": {"kept": [4, None]}, "dtype": None, "fingerprint": "sha256:0", "revision": "main", "config": {}},
+]
+
+
+@pytest.mark.parametrize("model", OF_OTHER_VERSIONS)
+def test_what_a_plan_says_of_its_model_is_kept_as_it_is(saved, tmp_path, model):
+    unsealed(saved, model=model)
+    plan = PrunePlan.load(saved)
+    assert (plan.model.fingerprint, plan.model.dtype, plan.model.pretrained) == ("sha256:0", None, None)
+    assert plan.model.revision == model.get("revision")
+    content = json.loads(saved.read_text())
+    del content["files"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert plan.digest == plan.first(6).digest == hashlib.sha256(canonical.encode()).hexdigest()
+    again = json.loads(plan.save(tmp_path / "again.json").read_text())["model"]
+    assert list(again.items()) == list(model.items())
+    assert PrunePlan.load(tmp_path / "again.json").digest == plan.digest
 
 
 def test_changed_damaged_missing(saved, tmp_path):

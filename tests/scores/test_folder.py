@@ -219,6 +219,22 @@ def test_manifest_that_is_wrong(tmp_path, changes, match):
     refused(folder.path, match)
 
 
+@pytest.mark.parametrize(
+    "model", [{"fingerprint": "sha256:0"}, {"bits": 4, "revision": None, "fingerprint": "sha256:0"}]
+)
+def test_what_a_manifest_says_of_the_model_is_kept_as_it_is(tmp_path, model):
+    path = write(tmp_path / "s", random_scores(1)).path
+    rewrite(path, model=model)
+    manifest = ScoreFolder.open(path).manifest
+    assert (manifest.model.fingerprint, manifest.model.revision, manifest.model.config) == ("sha256:0", None, None)
+    written = json.loads(manifest.text())
+    assert list(written["model"].items()) == list(model.items())
+    before = json.loads((path / "manifest.json").read_text())
+    assert {k: v for k, v in written.items() if k != "sha256"} == {k: v for k, v in before.items() if k != "sha256"}
+    with pytest.raises(AttributeError, match="no attribute 'bits'"):
+        manifest.model.bits  # noqa: B018
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "link.safetensors", ""])
 def test_paths_that_escape(tmp_path, name):
     folder = write(tmp_path / "s", {"a": torch.ones(2)})
