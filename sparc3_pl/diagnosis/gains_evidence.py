@@ -13,7 +13,7 @@ from sparc3_pl.document.blocks import Checks, Section, Table, count, number, per
 from sparc3_pl.document.verdicts import Check, Status, grade, worst
 from sparc3_pl.io.formats import Record
 from sparc3_pl.selection.budget import Budget
-from sparc3_pl.selection.contrast import Scores
+from sparc3_pl.selection.contrast import SideScores
 from sparc3_pl.selection.lowest import collect
 from sparc3_pl.selection.stability import Unit, mean_scores_of, parts_of, units_of
 
@@ -74,13 +74,15 @@ class GainsEvidence:
         return {"verdict": self.verdict, "contrast": "budget"} | asdict(self)
 
 
-def weigh_gains(general: Scores, behaviour: Scores, contrast: Budget | None = None, *, seed: int = 0) -> GainsEvidence:
+def weigh_gains(
+    general: SideScores, behaviour: SideScores, contrast: Budget | None = None, *, seed: int = 0
+) -> GainsEvidence:
     """The measurements and verdicts, without opening, writing and printing.
 
     The steps of halves are taken before ``gains_range`` cuts them: so their cosine is 0 by chance.
 
     Args:
-        general: Scores of general text.
+        general: SideScores of general text.
         behaviour: The derivative by the gains.
         contrast: Its ridge, weights and ``off_diagonal`` count; None: the default.
         seed: Seed for the split halves.
@@ -104,7 +106,7 @@ def weigh_gains(general: Scores, behaviour: Scores, contrast: Budget | None = No
     )
 
 
-def _kinds(behaviour: Scores) -> dict[str, KindEvidence]:
+def _kinds(behaviour: SideScores) -> dict[str, KindEvidence]:
     has_squares = all(folder.manifest.squares and folder.manifest.num_samples > 1 for folder in behaviour.folders)
     blocks = collect(behaviour)
     result: dict[str, KindEvidence] = {}
@@ -121,7 +123,7 @@ def _kinds(behaviour: Scores) -> dict[str, KindEvidence]:
     return result
 
 
-def _halves(contrast: Budget, general: Scores, behaviour: Scores, seed: int) -> list[float]:
+def _halves(contrast: Budget, general: SideScores, behaviour: SideScores, seed: int) -> list[float]:
     """Cosines of the steps from two halves of the behaviour's samples, for several ways to halve them."""
     units = units_of(behaviour)
     pairs = parts_of(units, 2, len(units) // 2, 20, seed)

@@ -109,11 +109,11 @@ def measured_once(model: PreTrainedModel, key: Hashable, measure: Callable[[], M
 
     For what depends on nothing but the key and the model as ``load_model`` has returned it, with no edit in force.
     """
-    if _kept is None or _kept.loaded is not model:
+    if _kept is None or _kept.current is not model:
         return measure()
-    if key not in _kept.measured:
-        _kept.measured[key] = measure()
-    return _kept.measured[key]
+    if key not in _kept.values:
+        _kept.values[key] = measure()
+    return _kept.values[key]
 
 
 class _KeptModel:
@@ -127,19 +127,19 @@ class _KeptModel:
         self._files: tuple[Any, ...] = ()
         self._digest = ""
         self._vocabulary: tuple[tuple[ModelSource, tuple[Any, ...]], Vocabulary] | None = None
-        self.loaded: PreTrainedModel | None = None
-        self.measured: dict[Hashable, Any] = {}
+        self.current: PreTrainedModel | None = None
+        self.values: dict[Hashable, Any] = {}
 
     def model(self, source: ModelSource) -> PreTrainedModel:
         files = _files_of(source)
-        if self.loaded is not None and (source, files) == (self._source, self._files):
-            if _digest_of(self.loaded) == self._digest:
-                return self.loaded
+        if self.current is not None and (source, files) == (self._source, self._files):
+            if _digest_of(self.current) == self._digest:
+                return self.current
             log.info("%s has changed since it was loaded: it is loaded again", source.pretrained)
-        self.loaded, self.measured = None, {}  # so that there is room for the next one
+        self.current, self.values = None, {}  # so that there is room for the next one
         model = _load(source)
         if source.device_map is None:
-            self._source, self._files, self.loaded, self._digest = source, files, model, _digest_of(model)
+            self._source, self._files, self.current, self._digest = source, files, model, _digest_of(model)
         return model
 
     def vocabulary(self, source: ModelSource) -> Vocabulary:

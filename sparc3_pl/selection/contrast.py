@@ -220,9 +220,6 @@ class SideScores(Side):
         super().require_comparable(other)
 
 
-Scores = SideScores  # the former name, which diagnosis/gains_evidence.py still imports
-
-
 def _squared_error(folder: ScoreFolder, layer: str) -> Tensor:
     n = folder.manifest.num_samples
     if n < 2:

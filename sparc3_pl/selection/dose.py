@@ -94,7 +94,7 @@ class Dose:
         return max(scales[1:], default=math.inf)
 
     def predicted_scale(self, rise: float) -> float:
-        """The scale at which the loss is predicted to rise by ``rise`` nats a token, for a search to begin with."""
+        """The scale at which the loss is predicted to rise by ``rise`` nats per token, for a search to begin with."""
         if self.fisher is None:
             step = torch.cat(list(self.steps.values()))
             return 1 / float(step.abs().max())
@@ -111,7 +111,7 @@ class Dose:
         return high
 
     def _predicted_rise(self, factors: Mapping[str, Tensor]) -> float:
-        """Half of d' H d, nats a token, d the factors less 1."""
+        """Half of d' H d, nats per token, d the factors less 1."""
         assert self.fisher is not None
         alone = self._sum(self.fisher, factors, 2)
         if self.rows is None:
@@ -134,7 +134,7 @@ class Search:
 
     Attributes:
         scale: The largest scale tried at which the dearest text's loss rises by no more than the budget; 0: none.
-        rises: The rise of each text there, nats a token.
+        rises: The rise of each text there, nats per token.
         reached: Whether the budget is used up there.
         trials: Every (scale, rises), in the order in which they were tried.
     """
@@ -160,8 +160,8 @@ def search_scale(
     the largest there is), and between the nearest two once one was too large.
 
     Args:
-        rises_at: Scale to the rise of each text's loss, nats a token.
-        budget: Largest rise, nats a token.
+        rises_at: Scale to the rise of each text's loss, nats per token.
+        budget: Largest rise, nats per token.
         start: First scale to try.
         largest: From this scale on nothing changes any more.
         tolerance: A rise within this share below the budget ends the search.
@@ -190,14 +190,14 @@ def search_scale(
 
 def _by_parabola(trials: Sequence[tuple[float, Sequence[float]]], aim: float) -> float:
     """The scale at which the dearest text's loss rises by ``aim``, as the nearest trials forecast; inf if never."""
-    known = [(scale, max(rises)) for scale, rises in trials if math.isfinite(max(rises))]
-    known.sort(key=lambda one: abs(one[1] - aim))
-    if not known:
+    finite = [(scale, max(rises)) for scale, rises in trials if math.isfinite(max(rises))]
+    finite.sort(key=lambda one: abs(one[1] - aim))
+    if not finite:
         return math.inf
-    (scale, rise), linear = known[0], 0.0
+    (scale, rise), linear = finite[0], 0.0
     square = rise / scale**2
-    if len(known) > 1:
-        other, its_rise = known[1]
+    if len(finite) > 1:
+        other, its_rise = finite[1]
         square = (rise / scale - its_rise / other) / (scale - other)
         linear = rise / scale - square * scale
     if square <= 0:
@@ -392,10 +392,10 @@ def held_back(
 
 
 class _Rises:
-    """How much more the model loses on each text at a scale of the edit, nats a token.
+    """How much more the model loses on each text at a scale of the edit, nats per token.
 
     Attributes:
-        before: The mean negative log-likelihood of each text without the edit, nats a token.
+        before: The mean negative log-likelihood of each text without the edit, nats per token.
         num_tokens: Tokens of each text that are predicted.
     """
 
