@@ -229,7 +229,7 @@ class _Making:
 
         texts = [CutText(sample["prompt"], sample["completion"]) for sample in samples]
         half = {sample["prompt"]: sample["half"] for sample in samples}
-        cuts = cut_samples(texts, module.judge, rule, module.encoder, load)
+        cuts = cut_samples(texts, module.settings.judge, rule, module.encoder, load)
         return [{**one, "half": half[one["prompt"]]} for one in cuts]
 
 

@@ -163,6 +163,9 @@ class _About:
     created: str = field(default_factory=provenance.now)
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", ModelRecord(self.model))  # whoever makes a plan in Python may give a dict
+
 
 @dataclass(frozen=True)
 class _Companion:
