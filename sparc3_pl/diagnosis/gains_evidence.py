@@ -82,7 +82,7 @@ def weigh_gains(
     The steps of halves are taken before ``gains_range`` cuts them: so their cosine is 0 by chance.
 
     Args:
-        general: SideScores of general text.
+        general: Scores of general text.
         behaviour: The derivative by the gains.
         contrast: Its ridge, weights and ``off_diagonal`` count; None: the default.
         seed: Seed for the split halves.

@@ -289,7 +289,6 @@ def _enough_samples(inputs: Inputs, names: Sequence[str]) -> Iterator[Section]:
     from sparc3_pl.diagnosis.evidence import evidence_sections, weigh
     from sparc3_pl.diagnosis.gains_evidence import gains_sections, weigh_gains
     from sparc3_pl.selection.budget import Budget
-    from sparc3_pl.selection.contrast import named_in_plan
 
     blocks: list[Block] = []
     for name in names:

@@ -244,15 +244,12 @@ class Budget(Contrast):
 
     def steps(self, general: Side, behaviour: Side) -> dict[str, Tensor]:
         general, behaviour = self.sides(general, behaviour)
-        costs, derivatives = general.in_memory, behaviour.in_memory
-        fisher = torch.cat([block.values for block in costs.values()])
-        if not fisher.any():
-            raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")
+        fisher, derivatives = _fisher_of(general), behaviour.in_memory
         if self.off_diagonal and isinstance(general, Fisher):
             low, high = self._range()
             step = _steps_together(general, behaviour, self.ridge, self.off_diagonal, low < 1, high > 1)
         else:
-            step = budget_steps(torch.cat([block.values for block in derivatives.values()]), fisher, self.ridge)
+            step = budget_steps(_values_of(behaviour), fisher, self.ridge)
         return dict(zip(derivatives, step.split([len(b.values) for b in derivatives.values()]), strict=True))
 
     def free_steps(self, general: Side, behaviour: Side) -> Callable[[Tensor], Tensor]:
@@ -263,10 +260,10 @@ class Budget(Contrast):
             behaviour: Scores that are comparable with them, for what is checked.
 
         Raises:
-            InputError: if the scores are not what this contrast is made of.
+            InputError: if the scores are not what this contrast is made of, or the Fisher information is 0 everywhere.
         """
         general, behaviour = self.sides(general, behaviour)
-        fisher = torch.cat([block.values for block in general.in_memory.values()])
+        fisher = _fisher_of(general)
         if self.off_diagonal and isinstance(general, Fisher):
             return lowest_anywhere(*_cost_together(general, self.ridge, self.off_diagonal))
         return lambda derivative: budget_steps(derivative, fisher, self.ridge)
@@ -276,18 +273,32 @@ class Budget(Contrast):
         return (1 + scale * step).clamp(*self._range())
 
 
+def _values_of(side: Side) -> Tensor:
+    """The values of all components, ``[N]`` float32."""
+    return torch.cat([block.values for block in side.in_memory.values()])
+
+
+def _fisher_of(general: Side) -> Tensor:
+    """The Fisher information of all components, ``[N]`` float32, which is not 0 everywhere."""
+    fisher = _values_of(general)
+    if not fisher.any():
+        raise InputError("contrast=budget: the Fisher information of general text is 0 everywhere; score again")
+    return fisher
+
+
 @lru_cache(maxsize=1)  # a plan asks several times, and it takes a minute for tens of thousands of components
 def _steps_together(
     general: Fisher, behaviour: Side, ridge: float, off_diagonal: float, down: bool, up: bool
 ) -> Tensor:
     """The change of every gain at scale 1, by what components cost together."""
-    derivative = torch.cat([block.values for block in behaviour.in_memory.values()]).double()
-    return lowest_in_cone(derivative, *_cost_together(general, ridge, off_diagonal), down=down, up=up)
+    return lowest_in_cone(
+        _values_of(behaviour).double(), *_cost_together(general, ridge, off_diagonal), down=down, up=up
+    )
 
 
 def _cost_together(general: Fisher, ridge: float, off_diagonal: float) -> tuple[Tensor, Tensor]:
     """H of the module's docstring: its diagonal without what the rows add to it ``[N]``, and the rows ``[R, N]``."""
-    fisher = torch.cat([block.values for block in general.in_memory.values()]).double()
+    fisher = _fisher_of(general).double()
     rows = torch.cat(list(general.rows().values()), 1).mul_(math.sqrt(off_diagonal))
     return (1 - off_diagonal) * fisher + ridge * fisher.mean(), rows
 

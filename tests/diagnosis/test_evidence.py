@@ -239,6 +239,16 @@ def test_halves_of_a_budget_that_counts_what_components_cost_together(tmp_path, 
     assert "arguments are for budget only" in capsys.readouterr().err
 
 
+def test_costs_that_are_0_everywhere_are_refused(tmp_path):
+    gains_sides(tmp_path, 1.0)
+    layer = "model.layers.0.mlp.up_proj"
+    about = {"signed": True, "at_values": True, "method": "gradient", "num_samples": 40, "model": {"fingerprint": "f"}}
+    text = {"target": "text", "target_args": {"labels": "model"}, "num_tokens": 400}
+    write(tmp_path / "nothing", {layer: torch.zeros(300)}, {layer: torch.zeros(300)}, **about, **text)
+    with pytest.raises(InputError, match="Fisher information of general text is 0 everywhere"):
+        evidence(general=[str(tmp_path / "nothing")], behaviour=[str(tmp_path / "b")], contrast="budget")
+
+
 def test_settings_that_a_budget_does_not_read_are_refused(tmp_path):
     sides = {"general": [str(tmp_path / "g")], "behaviour": [str(tmp_path / "b")]}
     for name, value in (("num_neurons", 3), ("protect", 0.1)):
