@@ -128,7 +128,21 @@ def correction_arms(
                 its_edits,
             )
         )
+    for arm in result:
+        _check_general(arm)
     return result
+
+
+def _check_general(arm: CorrectionArm) -> None:
+    """Refuses a control that takes more sets of general scores than the arm has."""
+    num_general = len(arm.seeds) * (1 + len(arm.texts))
+    for edit in arm.edits.values():
+        if edit.control is not None and num_general < (fewest := CONTROLS.make(edit.control).fewest_general):
+            key = "" if arm.name is None else f"arms.{arm.name}."
+            raise InputError(
+                f"{key}controls: {edit.control} takes {fewest} sets of general scores, and with "
+                f"seeds={list(arm.seeds)} there is {num_general}; give {fewest} seeds, or leave {edit.control} out"
+            )
 
 
 def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[str, Settings]:

@@ -165,6 +165,8 @@ class Control:
     uses_behaviour: ClassVar[bool] = True
     uses_general: ClassVar[bool] = False
     """Whether it is drawn by general scores, and not only from the components that these list."""
+    fewest_general: ClassVar[int] = 0
+    """How many sets of general scores it cannot do without."""
     for_weights: ClassVar[bool] = True
     """Whether it can be drawn among single weights."""
     draws_unchosen: ClassVar[bool] = False
@@ -217,6 +219,7 @@ class Null(Control):
     """General text against general text."""
 
     uses_general = True
+    fewest_general = 2
     for_steps = False
 
     def sides(self, general: Sequence[T], behaviour: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

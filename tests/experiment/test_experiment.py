@@ -654,6 +654,11 @@ def test_settings_of_every_pass_are_read_before_the_first_is_done(
         ({"plan": {"edit": "gains", "budget": 0.01}, "counts": [3], "controls": []}, "budgets in place of counts"),
         ({"plan": {"edit": "gains", "budget": 0.01}, "controls": ["null"]}, "null is no control of plan.edit=gains"),
         ({"controls": ["permuted"]}, "permuted is no control of plan.edit=zero; use random_matched"),
+        ({"seeds": [0], "controls": ["null"]}, r"null takes 2 sets of general scores, and with seeds=\[0\] there is 1"),
+        (
+            {"arms": {"a": {"seeds": [3], "controls": ["null"]}}},
+            r"arms\.a\.controls: null takes 2 .* seeds=\[3\] there is 1",
+        ),
         (
             {"plan": {"edit": "gains", "budget": 0.01, "num_neurons": None}, "controls": ["random_matched"]},
             "about half of all are chosen; use permuted, or give plan.num_neurons",
