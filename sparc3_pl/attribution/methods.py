@@ -288,10 +288,9 @@ class Gradient(Method):
                 by_token[name] = layer.places.at_tokens(by_token[name])
                 layers[name].sums["tokens"] += layer.places.count(samples[1])
 
-        modules = {name: model.get_submodule(group.layer) for name, group in sites.items()}
         checkpointing = checkpointed(model) if options.gradient_checkpointing else nullcontext()
         with torch.enable_grad(), self.rules(model), checkpointing:
-            attributed = self.passes(model, batch, target, modules, take)
+            attributed = self.passes(model, batch, target, sites, take)
         for name in _unreached(layers, relevance):
             relevance[name] = torch.zeros(num_samples, dtype=torch.float64, device=batch.input_ids.device)
         require_all(layers, relevance)
@@ -307,7 +306,7 @@ class Gradient(Method):
         model: nn.Module,
         batch: ReferenceBatch,
         target: Target,
-        modules: Mapping[str, nn.Module],
+        sites: Mapping[str, Group],
         take: Callable[[LayerPass], None],
     ) -> Attributed:
         """Runs the batch forward and backward, and shows every layer's pass to ``take``, each layer once.
@@ -316,11 +315,13 @@ class Gradient(Method):
             model: A causal language model in eval mode.
             batch: The samples.
             target: The target to differentiate.
-            modules: Where components are read, by the key of their scores: the scored layer itself, or the layer that
-                reads the components' values.
+            sites: Where components are read, by the key of their scores: rows or columns of the scored layer itself, or
+                of the layer that reads the components' values.
             take: Receives the passes, each named by its key.
         """
-        with recording(modules, tuple(batch.input_ids.shape), take):
+        modules = {name: model.get_submodule(group.layer) for name, group in sites.items()}
+        columns = [name for name, group in sites.items() if group.axis == "in"]
+        with recording(modules, tuple(batch.input_ids.shape), take, with_dx=columns):
             attributed = attribute(model, target, batch)
             if attributed.value_B.requires_grad:  # else no token reaches the experts that are scored
                 attributed.value_B.sum().backward()

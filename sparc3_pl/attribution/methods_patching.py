@@ -58,15 +58,15 @@ class AttributionPatching(Gradient):
         model: nn.Module,
         batch: ReferenceBatch,
         target: Target,
-        modules: Mapping[str, nn.Module],
+        sites: Mapping[str, Group],
         take: Callable[[LayerPass], None],
     ) -> Attributed:
-        other = _values(model, _counterfactual(batch), target, modules)
+        other = _values(model, _counterfactual(batch), target, sites)
 
         def take_difference(layer: LayerPass) -> None:
             take(replace(layer, x_BTI=layer.x_BTI - other[layer.name], z_BTO=None))
 
-        return super().passes(model, batch, target, modules, take_difference)
+        return super().passes(model, batch, target, sites, take_difference)
 
     def sample_scores(self, layer: LayerPass, group: Group, options: Options, counts: Counts | None) -> Tensor:
         scores_BN = component_scores(layer, group, signed=True, counts=counts)
@@ -116,11 +116,11 @@ class IntegratedGradients(AttributionPatching):
         model: nn.Module,
         batch: ReferenceBatch,
         target: Target,
-        modules: Mapping[str, nn.Module],
+        sites: Mapping[str, Group],
         take: Callable[[LayerPass], None],
     ) -> Attributed:
         counterfactual = _counterfactual(batch)
-        other = _values(model, counterfactual, target, modules)
+        other = _values(model, counterfactual, target, sites)
         with torch.no_grad():
             start_BTH = as_forward(lambda m, ids_BT: m.get_input_embeddings()(ids_BT), model, counterfactual.input_ids)
         mean: dict[str, Tensor] = {}
@@ -139,7 +139,7 @@ class IntegratedGradients(AttributionPatching):
         for step in range(1, self.steps + 1):
             with _on_the_way(model, start_BTH, step / self.steps):
                 see = finish if step == self.steps else add
-                attributed = Gradient.passes(self, model, batch, target, modules, see)
+                attributed = Gradient.passes(self, model, batch, target, sites, see)
         return attributed
 
 
@@ -156,14 +156,14 @@ def _counterfactual(batch: ReferenceBatch) -> ReferenceBatch:
 
 
 @torch.no_grad()
-def _values(
-    model: nn.Module, batch: ReferenceBatch, target: Target, modules: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """The inputs of ``modules``, ``[B, T, I]`` by name, in one forward pass to the target."""
+def _values(model: nn.Module, batch: ReferenceBatch, target: Target, sites: Mapping[str, Group]) -> dict[str, Tensor]:
+    """The inputs of the layers at ``sites``, ``[B, T, I]`` by name, in one forward pass to the target."""
     values: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: values.__setitem__(name, args[0]))
-        for name, module in modules.items()
+        model.get_submodule(group.layer).register_forward_pre_hook(
+            lambda _, args, name=name: values.__setitem__(name, args[0])
+        )
+        for name, group in sites.items()
     ]
     try:
         attribute(model, target, batch)

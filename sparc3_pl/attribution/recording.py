@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,9 @@ class LayerPass:
     weight_OI: Tensor
     places: Places | None = None
     """Which tokens these T are, for an expert; the rest of a sample's T is 0. None: they are the sample's own."""
+    dx_BTI: Tensor | None = field(default=None, init=False)
+    """The gradient at the layer's input, if the backward pass has shown it; ``replace`` drops it, since it belongs to
+    this input, gradient and weight."""
 
     @property
     def units_BTO(self) -> Tensor:
@@ -96,9 +99,16 @@ class LayerPass:
 
     def first(self, num_samples: int) -> LayerPass:
         """The pass of the first ``num_samples`` samples of the batch, as views."""
-        x, z, delta = (None if t is None else t[:num_samples] for t in (self.x_BTI, self.z_BTO, self.delta_BTO))
+        tensors = self.x_BTI, self.z_BTO, self.delta_BTO, self.dx_BTI
+        x, z, delta, dx = (None if t is None else t[:num_samples] for t in tensors)
         places = None if self.places is None else self.places.first(num_samples)
-        return LayerPass(self.name, x, z, delta, self.weight_OI, places)
+        return LayerPass(self.name, x, z, delta, self.weight_OI, places).shown(dx)
+
+    def shown(self, dx_BTI: Tensor | None) -> LayerPass:
+        """The pass with the gradient at the layer's input, which need not be made again."""
+        layer = replace(self)
+        object.__setattr__(layer, "dx_BTI", dx_BTI)
+        return layer
 
     def transposed(self) -> LayerPass:
         """The pass with inputs and outputs exchanged: what holds of rows of W here, holds of its columns there.
@@ -106,31 +116,34 @@ class LayerPass:
         W^T reads delta, and x stands where the gradient did. The gradient of W^T is x^T delta = G^T, so row sums of
         W^T * G^T are column sums of W * G; and its units are delta W, the gradient at the layer's input.
         """
-        return LayerPass(self.name, self.delta_BTO, None, self.x_BTI, self.weight_OI.mT, self.places)
+        return LayerPass(self.name, self.delta_BTO, self.dx_BTI, self.x_BTI, self.weight_OI.mT, self.places)
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on ``y``, which shows ``x``, ``y`` and the gradient at ``y`` to ``sink`` in the backward pass.
+    """The identity on ``value``, which shows the gradient there, and what was ``kept``, in the backward pass.
 
     What is kept goes through ``save_for_backward``, so that activation checkpointing drops and recomputes it.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.sink = sink
-        return y.view_as(y)
+    def forward(ctx: Any, value: Tensor, show: Callable[..., None], *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.show = show
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, y = ctx.saved_tensors
-        ctx.sink(x.detach(), y.detach(), gradients[0])
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors  # asked for once only: a checkpoint gives them once
+        ctx.show(gradients[0], *(tensor.detach() for tensor in kept))
+        return gradients[0], None, *(None for _ in kept)
 
 
 @contextmanager
 def recording(
-    layers: Mapping[str, nn.Module], batch: tuple[int, int], sink: Callable[[LayerPass], None]
+    layers: Mapping[str, nn.Module],
+    batch: tuple[int, int],
+    sink: Callable[[LayerPass], None],
+    with_dx: Collection[str] = (),
 ) -> Iterator[None]:
     """Backward passes inside the block call ``sink`` once for every layer, in the order of the backward pass.
 
@@ -141,14 +154,19 @@ def recording(
         layers: The linear layers to watch, by name.
         batch: B and T. Some models flatten ``[B, T]`` to ``[B*T]`` before their MLP; it is undone here.
         sink: Receives a ``LayerPass``; whatever it keeps of it keeps the memory too.
+        with_dx: Those that are shown once the backward pass has made the gradient at their input too, and with it;
+            but without it where nothing below is differentiated. It is one product with the weight less for whoever
+            needs it, and the layer's tensors are held for as long as that takes.
 
     Raises:
         InputError: in the backward pass, if nothing tells which tokens of several samples a layer reads.
     """
     with ExitStack() as hooks:
         for name, module in layers.items():
-            handle = module.register_forward_hook(_tap_hook(name, batch, sink))
-            hooks.callback(handle.remove)
+            tap = _LayerTap(name, batch, sink)
+            if name in with_dx:
+                hooks.callback(module.register_forward_pre_hook(tap.at_input).remove)
+            hooks.callback(module.register_forward_hook(tap.at_output).remove)
         yield
 
 
@@ -212,25 +230,42 @@ def check_tokens(name: str, x: Tensor, num_samples: int, length: int, single: bo
         )
 
 
-def _tap_hook(name: str, batch: tuple[int, int], sink: Callable[[LayerPass], None]) -> Callable[..., Tensor]:
-    batch_size = batch[0]
+class _LayerTap:
+    """Shows one layer's passes to ``sink``; if its input is tapped too, with the gradient there."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        places = Places.of(module.routed, batch_size) if is_routed(module) else None
+    def __init__(self, name: str, batch: tuple[int, int], sink: Callable[[LayerPass], None]) -> None:
+        self._name, self._batch, self._sink = name, batch, sink
+        self._awaited: Callable[[LayerPass], None] | None = None
 
-        def show(x: Tensor, y: Tensor, delta: Tensor) -> None:
+    def at_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args[0].requires_grad:
+            return None
+        halves: list[LayerPass] = []  # of this forward pass: the layer's pass without the gradient at its input
+        self._awaited = halves.append
+
+        def show(dx: Tensor) -> None:
+            layer = halves.pop()
+            self._sink(layer.shown(self._by_sample(dx, layer.places)))
+
+        return _Tap.apply(args[0], show), *args[1:]
+
+    def at_output(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        places = Places.of(module.routed, self._batch[0]) if is_routed(module) else None
+        sink, self._awaited = self._awaited or self._sink, None
+
+        def show(delta: Tensor, x: Tensor, y: Tensor) -> None:
             if places is None:
-                check_tokens(name, x, *batch)
+                check_tokens(self._name, x, *self._batch)
             has_bias, offloaded = getattr(module, "bias", None) is not None, is_offloaded(module)
             bias = values_of(module, "bias").to(y.device) if has_bias and offloaded else getattr(module, "bias", None)
             z = y if bias is None else y - bias
-            # outside of experts: [B, T, D] from [B, T, D] or from [B*T, D]
-            by_sample = places.by_sample if places is not None else lambda t: t.reshape(batch_size, -1, t.shape[-1])
             weight_OI = matrix_of(module) if offloaded else weight_matrix(module)
-            sink(LayerPass(name, *(by_sample(t) for t in (x, z, delta)), weight_OI, places))
+            sink(LayerPass(self._name, *(self._by_sample(t, places) for t in (x, z, delta)), weight_OI, places))
 
         if not y.requires_grad:  # nothing below carries a gradient: the graph begins here
             y.requires_grad_()
-        return _Tap.apply(y, args[0].detach(), show)
+        return _Tap.apply(y, show, args[0].detach(), y.detach())
 
-    return hook
+    def _by_sample(self, values: Tensor, places: Places | None) -> Tensor:
+        """Outside of experts ``[B, T, D]`` from ``[B, T, D]`` or from ``[B*T, D]``."""
+        return values.reshape(self._batch[0], -1, values.shape[-1]) if places is None else places.by_sample(values)

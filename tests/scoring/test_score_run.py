@@ -38,14 +38,14 @@ class IntegratedGradients(Gradient):
     def __init__(self, steps: int = 4) -> None:
         self.steps = steps
 
-    def passes(self, model, batch, target, modules, take):
-        kept = {name: [] for name in modules}
+    def passes(self, model, batch, target, sites, take):
+        kept = {name: [] for name in sites}
         words = model.get_input_embeddings()
         forward = words.forward
         for step in range(1, self.steps + 1):
             weaker = swapped(words, "forward", lambda ids, step=step: forward(ids) * (step / self.steps))
             with weaker:
-                attributed = super().passes(model, batch, target, modules, lambda layer: kept[layer.name].append(layer))
+                attributed = super().passes(model, batch, target, sites, lambda layer: kept[layer.name].append(layer))
         for name, parts in kept.items():
             x, z, delta = (
                 torch.cat([getattr(part, key) for part in parts], 1) for key in ("x_BTI", "z_BTO", "delta_BTO")
