@@ -35,6 +35,7 @@ __all__ = [
     "SourceSpec",
     "check_budget",
     "check_windows",
+    "forecast_scale",
     "held_back",
     "search_scale",
     "spend",
@@ -128,6 +129,10 @@ class Dose:
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
+Trial = tuple[float, tuple[float, ...]]
+"""A scale and the rise of each text's loss there, nats per token."""
+
+
 @dataclass
 class Search:
     """A line search's result.
@@ -136,13 +141,13 @@ class Search:
         scale: The largest scale tried at which the dearest text's loss rises by no more than the budget; 0: none.
         rises: The rise of each text there, nats per token.
         reached: Whether the budget is used up there.
-        trials: Every (scale, rises), in the order in which they were tried.
+        trials: All, in the order in which they were made.
     """
 
     scale: float = 0.0
     rises: tuple[float, ...] = ()
     reached: bool = False
-    trials: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
 
 
 def search_scale(
@@ -152,12 +157,13 @@ def search_scale(
     largest: float = math.inf,
     tolerance: float = _TOLERANCE,
     most: int = _MOST,
+    alike: Sequence[Trial] = (),
 ) -> Search:
     """The scale at which the dearest text's loss rises by ``budget``, from below.
 
-    The loss of a text is about a parabola in the scale. So the next scale is where the parabola through the two trials
-    nearest to the budget meets it; at most 4 times the last while every one was too small (and after three of those,
-    the largest there is), and between the nearest two once one was too large.
+    The loss of a text is about a parabola in the scale. So the next scale is the smallest at which the parabola of a
+    text, through its two trials nearest to the budget, meets it; at most 4 times the last while every one was too small
+    (and after three of those, the largest there is), and between the nearest two once one was too large.
 
     Args:
         rises_at: Scale to the rise of each text's loss, nats per token.
@@ -166,6 +172,8 @@ def search_scale(
         largest: From this scale on nothing changes any more.
         tolerance: A rise within this share below the budget ends the search.
         most: Trials.
+        alike: Trials of the same edit on other text of the same kinds. How a parabola is curved differs less between
+            texts than how it begins, so after the first trial these say how.
     """
     search, too_large, scale = Search(), math.inf, min(start, largest)
     for trial in range(most):
@@ -178,7 +186,7 @@ def search_scale(
                 break
         else:
             too_large = scale
-        scale = _by_parabola(search.trials, budget * (1 - tolerance / 2))
+        scale = forecast_scale(search.trials, budget * (1 - tolerance / 2), alike)
         if math.isinf(too_large):
             scale = min(max(scale, 1.01 * search.scale), 4 * search.scale, largest)
             if trial >= 3 and math.isfinite(largest):
@@ -188,21 +196,47 @@ def search_scale(
     return search
 
 
-def _by_parabola(trials: Sequence[tuple[float, Sequence[float]]], aim: float) -> float:
-    """The scale at which the dearest text's loss rises by ``aim``, as the nearest trials forecast; inf if never."""
-    finite = [(scale, max(rises)) for scale, rises in trials if math.isfinite(max(rises))]
-    finite.sort(key=lambda one: abs(one[1] - aim))
-    if not finite:
+def forecast_scale(trials: Sequence[Trial], aim: float, alike: Sequence[Trial] = ()) -> float:
+    """The smallest scale at which the loss of a text is forecast to rise by ``aim``; inf if that of none ever does.
+
+    Args:
+        trials: At least one scale, with the rise of each text.
+        aim: Nats per token.
+        alike: As in ``search_scale``.
+    """
+    texts = range(len(trials[0][1]))
+    return min(_forecast(_of_text(trials, text), aim, _of_text(alike, text)) for text in texts)
+
+
+def _of_text(trials: Sequence[Trial], text: int) -> list[tuple[float, float]]:
+    return [(scale, rises[text]) for scale, rises in trials if math.isfinite(rises[text])]
+
+
+def _forecast(trials: Sequence[tuple[float, float]], aim: float, alike: Sequence[tuple[float, float]]) -> float:
+    """The scale at which a parabola through 0 meets ``aim``; inf if it never does."""
+    if not trials:
         return math.inf
-    (scale, rise), linear = finite[0], 0.0
-    square = rise / scale**2
-    if len(finite) > 1:
-        other, its_rise = finite[1]
-        square = (rise / scale - its_rise / other) / (scale - other)
-        linear = rise / scale - square * scale
+    (scale, rise), *others = _nearest(trials, aim)
+    if others:
+        square = _curvature((scale, rise), others[0])
+    elif len(alike) > 1:
+        square = _curvature(*_nearest(alike, aim))
+    else:
+        square = rise / scale**2
+    linear = rise / scale - square * scale
     if square <= 0:
         return aim / linear if linear > 0 else math.inf
     return (math.sqrt(linear**2 + 4 * square * aim) - linear) / (2 * square)
+
+
+def _nearest(trials: Sequence[tuple[float, float]], aim: float) -> list[tuple[float, float]]:
+    """The two trials, or the one, whose rise is nearest to ``aim``."""
+    return sorted(trials, key=lambda one: abs(one[1] - aim))[:2]
+
+
+def _curvature(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """The coefficient of the square of the parabola through 0 and two trials."""
+    return (one[1] / one[0] - other[1] / other[0]) / (one[0] - other[0])
 
 
 # --- held-back text ---------------------------------------------------------------------------------------------------
@@ -391,6 +425,10 @@ def held_back(
     return texts
 
 
+WindowLoss = tuple[float, int]
+"""The negative log-likelihood of a window's predicted tokens, nats, and their number."""
+
+
 class _Rises:
     """How much more the model loses on each text at a scale of the edit, nats per token.
 
@@ -409,7 +447,9 @@ class _Rises:
         self._dose, self._model, self._texts, self._tell = dose, model, texts, tell
         self._scorer, self._device = WindowScorer(model), input_device(model)
         windows = tuple(tuple(window.id for window in text.windows) for text in texts)
-        self.before, self.num_tokens = measured_once(model, ("losses", str(self._device), windows), self._losses)
+        self._before = measured_once(model, ("losses", str(self._device), windows), self._losses)
+        self.before = [_mean(losses) for losses in self._before]
+        self.num_tokens = [_count(losses) for losses in self._before]
         for text, nll in zip(texts, self.before, strict=True):
             if not math.isfinite(nll):
                 raise InputError(
@@ -417,30 +457,38 @@ class _Rises:
                     "in another number format (dtype), or give other text"
                 )
 
-    def __call__(self, scale: float) -> list[float]:
+    def __call__(self, scale: float, most: int | None = None) -> list[float]:
+        """The rises at ``scale``, on the first ``most`` windows of each text; None: on all."""
         from sparc3_pl.pruning.edit import pruned
 
         with pruned(self._model, self._dose.at(scale), check_fingerprint=False):
-            after, _ = self._losses()
+            after = self._losses(most)
         self._tell(scale)
-        rises = [a - b for a, b in zip(after, self.before, strict=True)]
+        rises = [_mean(a) - _mean(b[:most]) for a, b in zip(after, self._before, strict=True)]
         if not all(map(math.isfinite, rises)):
             return [math.inf] * len(rises)
         changes = (f"{one.source} {math.expm1(rise):+.3%}" for one, rise in zip(self._texts, rises, strict=True))
-        log.info("scale %.4g: perplexity of %s (%d tokens)", scale, ", ".join(changes), sum(self.num_tokens))
+        log.info("scale %.4g: perplexity of %s (%d tokens)", scale, ", ".join(changes), sum(map(_count, after)))
         return rises
 
-    def _losses(self) -> tuple[list[float], list[int]]:
-        losses, num_tokens = [], []
+    def _losses(self, most: int | None = None) -> list[list[WindowLoss]]:
+        """The losses of the first ``most`` windows of each text."""
+        losses: list[list[WindowLoss]] = []
         for text in self._texts:
-            total, count = 0.0, 0
-            for window in text.windows:
+            losses.append([])
+            for window in text.windows[:most]:
                 ids = torch.tensor([window.input_ids], device=self._device)
                 nll, num_scored = self._scorer(ids, torch.ones_like(ids), ids)
-                total, count = total + float(nll.sum()), count + int(num_scored.sum())
-            losses.append(total / count)
-            num_tokens.append(count)
-        return losses, num_tokens
+                losses[-1].append((float(nll.sum()), int(num_scored.sum())))
+        return losses
+
+
+def _mean(losses: Sequence[WindowLoss]) -> float:
+    return sum(nll for nll, _ in losses) / _count(losses)
+
+
+def _count(losses: Sequence[WindowLoss]) -> int:
+    return sum(count for _, count in losses)
 
 
 def spend(
@@ -477,13 +525,13 @@ def spend(
     else:
         assert budget is not None
         rise, largest = math.log1p(budget), dose.largest_scale()
-        start = dose.predicted_scale(rise)
+        start, look = dose.predicted_scale(rise), Search()
         if few := min(len(text.windows) for text in texts) // _FIRST_LOOK:
-            # The forecast is too low by far where components that cost much together are weakened.
-            some = [replace(text, windows=text.windows[:few]) for text in texts]
-            look = search_scale(_Rises(dose, model, some, tell), rise, start, largest, _FIRST_TOLERANCE)
-            start = look.scale or start
-        search = search_scale(rises_at, rise, start, largest)
+            # What is predicted is too low by far where components that cost much together are weakened.
+            look = search_scale(lambda scale: rises_at(scale, few), rise, start, largest, _FIRST_TOLERANCE)
+            if look.scale:
+                start = min(forecast_scale(look.trials, rise * (1 - _TOLERANCE / 2)), 4 * look.scale)
+        search = search_scale(rises_at, rise, start, largest, alike=look.trials)
     if not search.scale:
         scale, rises = min(search.trials)
         raise InputError(

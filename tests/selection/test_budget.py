@@ -26,7 +26,7 @@ from sparc3_pl.selection.budget import fisher_per_token
 from sparc3_pl.selection.choose import make_dose, make_plan
 from sparc3_pl.selection.command import _with_kept_values, prune
 from sparc3_pl.selection.contrast import CONTRASTS, SideScores
-from sparc3_pl.selection.dose import BudgetSource, _Rises, held_back, search_scale, spend
+from sparc3_pl.selection.dose import BudgetSource, _Rises, forecast_scale, held_back, search_scale, spend
 
 KINDS = {
     "model.layers.0.mlp.up_proj": "neuron",
@@ -343,6 +343,30 @@ def test_a_search_that_begins_within_a_factor_of_two_needs_three_trials(power):
         search = search_scale(lambda c: (0.01 * c**power,), 0.01, start)
         assert search.reached
         assert len(search.trials) <= 3
+
+
+@pytest.mark.parametrize("start", [0.7, 0.9, 1.2, 1.4])
+def test_a_search_that_knows_how_other_text_is_curved_needs_two_trials(start):
+    """Texts of a kind differ in how their loss begins; here one falls at first, so that its square alone misleads."""
+
+    def other(c):
+        return 0.012 * c**2 + 0.001 * c, 0.006 * c**2
+
+    def these(c):
+        return 0.012 * c**2 - 0.003 * c, 0.006 * c**2 + 0.001 * c
+
+    alike = [(c, other(c)) for c in (0.5, 2.0)]
+    assert len(search_scale(these, 0.01, start).trials) > 2
+    search = search_scale(these, 0.01, start, alike=alike)
+    assert search.reached
+    assert len(search.trials) == 2
+
+
+def test_the_forecast_is_that_of_the_text_which_meets_the_budget_first():
+    trials = [(c, (0.01 * c**2 + 0.01 * c, 0.04 * c**2)) for c in (0.1, 0.2)]
+    assert forecast_scale(trials, 1e-4) == pytest.approx((math.sqrt(1e-4 + 4e-6) - 0.01) / 0.02)  # the first
+    assert forecast_scale(trials, 1.0) == pytest.approx(5.0)  # the second
+    assert forecast_scale([(1.0, (-0.1, math.inf))], 0.01) == math.inf
 
 
 def test_a_budget_that_the_range_cannot_use_up():
@@ -738,7 +762,7 @@ def test_a_search_looks_first_at_one_window_in_eight(demo_folders, monkeypatch):
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
     texts = held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=16, length=32)
     real, passes = _Rises._losses, []
-    monkeypatch.setattr(_Rises, "_losses", lambda self: passes.append(len(self._texts[0].windows)) or real(self))
+    monkeypatch.setattr(_Rises, "_losses", lambda self, most=None: passes.append(most or 16) or real(self, most))
     plan = spend(make_dose(*sides), model, texts, 0.02)
     (cost,) = plan.settings["gains"]["texts"]
     assert 0.97 * 0.02 <= cost["rise"] <= 0.02 + 1e-12  # the budget is that of all windows
@@ -768,7 +792,7 @@ def test_what_the_model_loses_without_an_edit_is_measured_once(demo_folders, mon
     dose, source = make_dose(*sides), [BudgetSource.of("demo:text")]
     texts = [held_back(source, encoder, sides[0], num_windows=1, length=length) for length in (64, 32)]
     real, passes = _Rises._losses, []
-    monkeypatch.setattr(_Rises, "_losses", lambda self: passes.append(1) or real(self))
+    monkeypatch.setattr(_Rises, "_losses", lambda self, most=None: passes.append(1) or real(self, most))
 
     def plans() -> list[dict]:
         passes.clear()
@@ -790,8 +814,8 @@ def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
     folder, model, encoder = demo_folders
     sides = [[ScoreFolder.open(folder / name)] for name in ("general", "behaviour")]
     texts = held_back([BudgetSource.of("demo:text")], encoder, sides[0], num_windows=1, length=64)
-    losses = [([math.nan], [63]), ([1.0], [63]), ([math.inf], [63])]
-    monkeypatch.setattr(_Rises, "_losses", lambda self: losses.pop(0))
+    losses = [[[(nll, 63)]] for nll in (math.nan, 63.0, math.inf)]
+    monkeypatch.setattr(_Rises, "_losses", lambda self, most=None: losses.pop(0))
     with pytest.raises(InputError, match=r"the model's own loss on .* is nan, so no rise can be measured"):
         spend(make_dose(*sides), model, texts, 0.5)
     plan = spend(make_dose(*sides), model, texts, None, scale=2.0)
