@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sparc3_pl.attribution.targets import last_hidden_state
 from sparc3_pl.data.batches import ReferenceBatch
 from sparc3_pl.errors import InputError
+from sparc3_pl.model.drawing import inverse_cdf
 from sparc3_pl.model.logits import OutputHead
 from sparc3_pl.model.patching import as_forward
 from sparc3_pl.model.placement import input_device
@@ -21,6 +23,7 @@ from sparc3_pl.model.structure import features
 
 __all__ = [
     "BLOCK_ELEMENTS",
+    "Drawn",
     "drawn_tokens",
     "log_likelihood",
     "next_tokens",
@@ -52,10 +55,21 @@ def next_tokens(batch: ReferenceBatch, tokens_BT: Tensor) -> tuple[Tensor, Tenso
     return labels_BT, counted_BT
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Labels that are drawn from the model itself, see ``drawn_tokens``.
+
+    Attributes:
+        uniforms_BT: A number in [0, 1) for each position, float64.
+    """
+
+    uniforms_BT: Tensor
+
+
 def log_likelihood(
     hidden_BTH: Tensor,
     head: OutputHead,
-    labels_BT: Tensor,
+    labels_BT: Tensor | Drawn,
     counted_BT: Tensor,
     temperature: float = 1.0,
     weight_BT: Tensor | None = None,
@@ -69,7 +83,8 @@ def log_likelihood(
     Args:
         hidden_BTH: The decoder's output.
         head: What makes logits of it.
-        labels_BT: The token that is judged at each position, int64: the next one of a text.
+        labels_BT: The token that is judged at each position, int64: the next one of a text; or how it is drawn, of the
+            logits that judge it.
         counted_BT: The positions whose log-likelihood counts, bool.
         temperature: Divides the logits.
         weight_BT: Multiplies each counted position's log-likelihood; None: 1.
@@ -77,14 +92,18 @@ def log_likelihood(
     Returns:
         Nats, float32 (float64 for a float64 model).
     """
-    labels_BT, counted_BT = (tensor.to(hidden_BTH.device) for tensor in (labels_BT, counted_BT))
+    counted_BT = counted_BT.to(hidden_BTH.device)
+    drawn = isinstance(labels_BT, Drawn)
+    if drawn and head.is_watched:
+        labels_BT, drawn = drawn_tokens(hidden_BTH, head, counted_BT, labels_BT.uniforms_BT, temperature), False
+    by_BT = (labels_BT.uniforms_BT if drawn else labels_BT).to(hidden_BTH.device)
     if head.is_watched:
-        return _all_at_once(hidden_BTH, head, labels_BT, counted_BT, temperature, weight_BT)
-    hidden_NH, labels_N = hidden_BTH[counted_BT], labels_BT[counted_BT]
+        return _all_at_once(hidden_BTH, head, by_BT, counted_BT, temperature, weight_BT)
+    hidden_NH, by_N = hidden_BTH[counted_BT], by_BT[counted_BT]
     owner_N = counted_BT.nonzero()[:, 0]
     parts = [
-        _block(hidden, head, labels, temperature)
-        for hidden, labels in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, labels_N)), strict=True)
+        _block(hidden, head, by, drawn, temperature)
+        for hidden, by in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, by_N)), strict=True)
     ]
     values_N = torch.cat(parts)
     if weight_BT is not None:
@@ -97,26 +116,34 @@ def _blocks(tensor_N: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
     return tensor_N.split(max(1, elements // features(head.linear)[0]))
 
 
-def _block(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, temperature: float) -> Tensor:
+def _block(hidden_NH: Tensor, head: OutputHead, by_N: Tensor, drawn: bool, temperature: float) -> Tensor:
+    """Log-likelihoods of the labels ``by_N``, or of those that are drawn by these numbers, ``[N]``."""
     if not (torch.is_grad_enabled() and hidden_NH.requires_grad):
-        return _of_labels(head.logits(hidden_NH), labels_N, temperature)
+        logits_NV = head.logits(hidden_NH)
+        labels_N = inverse_cdf((logits_NV / temperature).softmax(1), by_N) if drawn else by_N
+        return _of_labels(logits_NV, labels_N, temperature)
     with torch.enable_grad():
         leaf_NH = hidden_NH.detach().requires_grad_()
         logits_NV = head.logits(leaf_NH)
     # The gradient of log p(label) at the logits is onehot - softmax. Made in the logits' own memory, which no backward
     # pass needs, it is autograd's to the bit and takes less memory and time.
-    scratch_NV = logits_NV.detach()
+    scratch_NV, by_N = logits_NV.detach(), by_N.to(logits_NV.device)
     if temperature != 1.0:
         scratch_NV /= temperature
-    labels_N1 = labels_N[:, None].to(scratch_NV.device)
     sums_N = scratch_NV.logsumexp(1)
-    values_N = scratch_NV.gather(1, labels_N1)[:, 0] - sums_N
-    scratch_NV.sub_(sums_N[:, None]).exp_().neg_()
-    scratch_NV.scatter_add_(1, labels_N1, torch.ones_like(labels_N1, dtype=scratch_NV.dtype))
+    if drawn:
+        probs_NV = scratch_NV.sub_(sums_N[:, None]).exp_()
+        labels_N1 = inverse_cdf(probs_NV, by_N)[:, None]
+        values_N = probs_NV.gather(1, labels_N1)[:, 0].log()  # what is drawn has a probability above 0
+    else:
+        labels_N1 = by_N[:, None]
+        values_N = scratch_NV.gather(1, labels_N1)[:, 0] - sums_N
+        probs_NV = scratch_NV.sub_(sums_N[:, None]).exp_()
+    probs_NV.neg_().scatter_add_(1, labels_N1, torch.ones_like(labels_N1, dtype=probs_NV.dtype))
     if temperature != 1.0:
-        scratch_NV /= temperature
+        probs_NV /= temperature
     # Positions are independent: the gradient of the sum holds that of each position's value.
-    (gradient_NH,) = torch.autograd.grad(logits_NV, leaf_NH, scratch_NV)
+    (gradient_NH,) = torch.autograd.grad(logits_NV, leaf_NH, probs_NV)
     return _WithGradient.apply(hidden_NH, values_N, gradient_NH)
 
 
@@ -165,7 +192,9 @@ def _all_at_once(
 
 
 @torch.no_grad()
-def drawn_tokens(hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, uniforms_BT: Tensor) -> Tensor:
+def drawn_tokens(
+    hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, uniforms_BT: Tensor, temperature: float = 1.0
+) -> Tensor:
     """A token drawn from the model's own distribution at each counted position, ``[B, T]`` int64; 0 elsewhere.
 
     By inverse CDF: a position's number in [0, 1) alone picks its token, whatever else is in the batch.
@@ -175,22 +204,17 @@ def drawn_tokens(hidden_BTH: Tensor, head: OutputHead, counted_BT: Tensor, unifo
         head: What makes logits of it.
         counted_BT: Where to draw.
         uniforms_BT: A number in [0, 1) for each position, float64.
+        temperature: Divides the logits.
     """
     counted_BT, uniforms_BT = (tensor.to(hidden_BTH.device) for tensor in (counted_BT, uniforms_BT))
     hidden_NH, uniforms_N = hidden_BTH.detach()[counted_BT], uniforms_BT[counted_BT]
     drawn_BT = torch.zeros(counted_BT.shape, dtype=torch.int64, device=hidden_BTH.device)
     parts = [
-        _inverse_cdf(head.logits(hidden), uniforms)
+        inverse_cdf((head.logits(hidden) / temperature).softmax(1), uniforms)
         for hidden, uniforms in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, uniforms_N)), strict=True)
     ]
     drawn_BT[counted_BT] = torch.cat(parts).to(drawn_BT.device)
     return drawn_BT
-
-
-def _inverse_cdf(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    cdf_NV = logits_NV.softmax(1).cumsum(1, dtype=torch.float64)
-    want_N1 = uniforms_N[:, None].to(cdf_NV.device) * cdf_NV[:, -1:]
-    return torch.searchsorted(cdf_NV, want_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
 
 
 def sample_uniforms(input_ids_BT: Tensor, attention_mask_BT: Tensor, seed: int) -> Tensor:

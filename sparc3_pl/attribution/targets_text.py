@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparc3_pl.attribution.likelihood import (
-    drawn_tokens,
+    Drawn,
     log_likelihood,
     next_tokens,
     require_known_logits,
@@ -43,9 +43,9 @@ class TextLikelihood(Target):
         require_known_logits(model, sample)
 
     def __call__(self, hidden_BTH: Tensor, head: OutputHead, batch: ReferenceBatch) -> Attributed:
+        labels_BT: Tensor | Drawn
         labels_BT, counted_BT = next_tokens(batch, batch.attention_mask.bool())
         if self.labels == "model":
-            uniforms_BT = sample_uniforms(batch.input_ids, batch.attention_mask, self.seed)
-            labels_BT = drawn_tokens(hidden_BTH, head, counted_BT, uniforms_BT)
+            labels_BT = Drawn(sample_uniforms(batch.input_ids, batch.attention_mask, self.seed))
         nats_B = log_likelihood(hidden_BTH, head, labels_BT, counted_BT)
         return Attributed(nats_B, {"log_likelihood": nats_B.detach().double(), "num_target_tokens": counted_BT.sum(1)})

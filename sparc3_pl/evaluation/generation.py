@@ -23,6 +23,7 @@ from torch import Tensor
 from sparc3_pl.data.encoding import Encoder
 from sparc3_pl.errors import InputError
 from sparc3_pl.evaluation.words import WordFilter
+from sparc3_pl.model.drawing import inverse_cdf
 from sparc3_pl.model.kernels import onednn_linears, repacked_linears
 from sparc3_pl.model.patching import swapped
 from sparc3_pl.model.placement import input_device
@@ -133,20 +134,11 @@ def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top
         parts = zip(logits_RV.split(_ROWS_IN_CACHE), uniforms_R.split(_ROWS_IN_CACHE), strict=True)
         return torch.cat([choose_tokens(*part, temperature, top_p) for part in parts])
     probs_RV = (logits_RV.float() / temperature).softmax(-1)
-    return _inverse_cdf(probs_RV, uniforms_R) if top_p >= 1 else _from_nucleus(probs_RV, uniforms_R, top_p)
+    return inverse_cdf(probs_RV, uniforms_R) if top_p >= 1 else _from_nucleus(probs_RV, uniforms_R, top_p)
 
 
 _ROWS_IN_CACHE = 8
 """Rows of a large vocabulary that, with what is made of them, stay in a processor's cache."""
-
-
-def _inverse_cdf(weights_RW: Tensor, uniforms_R: Tensor) -> Tensor:
-    """The first place at which the sum of weights exceeds the uniform number's share of their total, ``[R]``."""
-    cdf_RW = weights_RW.cumsum(-1, dtype=torch.float64)
-    total_R1 = cdf_RW[:, -1:]
-    # A number just below 1 may round to the whole sum, which no place exceeds.
-    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
-    return torch.searchsorted(cdf_RW, torch.minimum(uniforms_R[:, None] * total_R1, below_R1), right=True)[:, 0]
 
 
 def _from_nucleus(probs_RV: Tensor, uniforms_R: Tensor, top_p: float, width: int = 64) -> Tensor:
@@ -162,7 +154,7 @@ def _from_nucleus(probs_RV: Tensor, uniforms_R: Tensor, top_p: float, width: int
     border_R1 = top_RW.gather(-1, last_R1)
     tokens_RW, order_RW = tokens_RW.sort(-1)  # the inverse CDF goes through them in the order of the vocabulary
     kept_RW = top_RW.where(top_RW >= border_R1, 0).gather(-1, order_RW)
-    token_R = tokens_RW.gather(1, _inverse_cdf(kept_RW, uniforms_R)[:, None])[:, 0]
+    token_R = tokens_RW.gather(1, inverse_cdf(kept_RW, uniforms_R)[:, None])[:, 0]
     if width < vocabulary:
         beyond_R = (mass_RW[:, -1] < top_p) | (top_RW[:, -1] == border_R1[:, 0])
         if bool(beyond_R.any()):
