@@ -93,7 +93,7 @@ def test_arms_of_a_correction_are_whole(paths, capsys, tmp_path):
     sections = {
         key: config[key] for key in ("general", "behaviour", "score", "behaviour_score", "general_score", "plan")
     }
-    lists = {key: config[key] for key in ("texts", "seeds", "counts", "budgets", "controls")}
+    lists = {key: config[key] for key in ("seeds", "counts", "budgets", "controls")} | {"texts": config["texts"] or []}
     arms = correction_arms(config["arms"], sections, **lists)
     assert [arm.name for arm in arms[1:]] == list(config["arms"])
     for arm in arms:

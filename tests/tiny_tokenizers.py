@@ -99,3 +99,11 @@ def whole_word_tokenizer(
         backend.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
     return with_template(made, "<s> $A") if bos else made
+
+
+def of_letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of three words."""
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "c"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")

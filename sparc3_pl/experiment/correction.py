@@ -12,6 +12,7 @@ from sparc3_pl.experiment.arms import check_arm, components_of, list_of_seeds
 from sparc3_pl.experiment.stages import Settings
 from sparc3_pl.pruning.edits import EDITS
 from sparc3_pl.pruning.gains import Gains
+from sparc3_pl.selection.budget import Budget
 from sparc3_pl.selection.contrast import CONTRASTS
 from sparc3_pl.selection.controls import CONTROLS
 
@@ -162,7 +163,8 @@ def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[s
         useless |= set(_OF_GAINS)
     useless |= {"budget"} if "scale" in plan else set()
     useless |= {"scale"} if "budget" in plan else set()
-    useless |= {"gains_range"} if "contrast" in plan and plan["contrast"] != "budget" else set()
+    if not issubclass(CONTRASTS.class_of(sections["plan"].get("contrast", "difference")), Budget):
+        useless |= {"gains_range"}
     sections["plan"] = {key: value for key, value in sections["plan"].items() if key in plan or key not in useless}
     for key in ("score", "behaviour_score", "general_score", "plan"):
         sections[key] = {name: value for name, value in sections[key].items() if value is not None}

@@ -309,7 +309,10 @@ class _Experiment:
         from sparc3_pl.model.loading import models_kept  # torch
 
         with models_kept():
-            each = {kind: one.forecast() for kind, one in self._distinct(stages).items() if one.forecast is not None}
+            distinct = self._distinct(stages)
+            for stage in distinct.values():
+                stage.check()
+            each = {kind: one.forecast() for kind, one in distinct.items() if one.forecast is not None}
         forecasts = {stage.name: each[_kind(stage)] for stage in stages if stage.forecast is not None}
         free = next(iter(forecasts.values())).free
         print_result(table_of_stages({name: one.needs for name, one in forecasts.items()}, free))
@@ -413,7 +416,7 @@ class _Experiment:
 
         With ``scale_of``, a control of gains, it goes as far as the plan of that name.
         """
-        from sparc3_pl.selection.command import prune
+        from sparc3_pl.selection.command import Asked, prune
 
         path = self._plan_path(name)
         of_behaviour = [str(folder) for side, folder in scores.items() if side.startswith("behaviour")]
@@ -421,19 +424,32 @@ class _Experiment:
         behaviour = {"behaviour": of_behaviour} if of_behaviour else {}
         arguments = {"general": general, **behaviour, "output": str(path)}
         arguments |= settings | {"control": settings.get("control") or "none"}
-        try:  # hours of scoring come before it
+        try:
             inspect.signature(prune).bind(**arguments, overwrite=True)
         except TypeError as error:  # a key that prune does not have
             raise InputError(f"plan: {error}; see sparc3 prune --help for the keys") from error
 
+        def parsed(scale: Settings) -> dict[str, Any]:
+            from sparc3_pl.passes.parser import function_parser
+
+            of_plan = vars(function_parser(prune, "sparc3 prune").parse_object(arguments | scale))
+            of_plan.pop("config")
+            return of_plan
+
+        def check() -> None:
+            try:
+                Asked.of(parsed({} if scale_of is None else {"scale": 1.0}))
+            except InputError as error:
+                raise InputError(f"plan-{name}: {error}") from None
+
         def make(overwrite: bool) -> None:
             scale = {} if scale_of is None else {"scale": self._plan(scale_of).gains.scale}
             with typed("prune", *_options(arguments | scale)):
-                prune(**arguments, **scale, overwrite=overwrite)
+                prune(**parsed(scale) | {"overwrite": overwrite})
 
         reads = {f"scores of {side}": folder / SCORES_MARKER for side, folder in scores.items()}
         reads |= {} if scale_of is None else {"plan": self._plan_path(scale_of)}
-        return Stage(f"plan-{name}", settings, path, path, reads, make)
+        return Stage(f"plan-{name}", settings, path, path, reads, make, check)
 
     def _pass(
         self,

@@ -205,6 +205,20 @@ class FunctionParser(OneLineErrors, ArgumentParser):
             settings[path[-1]] = value
         return result
 
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Applies actions as ``OneLineErrors`` does; one text for a list of them is that list, as it is among words.
+
+        Raises:
+            TypeError: if something else is given for a list.
+        """
+        for action in self._actions if isinstance(cfg, dict) and not parent_key else ():
+            value = cfg.get(action.dest)
+            if action.nargs == "+" and value is not None and not isinstance(value, list):
+                if not isinstance(value, str | dict):
+                    raise TypeError(f'Parser key "{action.dest}": Expected a list. Got value: {value}')
+                cfg = {**cfg, action.dest: [value]}
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
+
     def _without_inner_keys(self, args: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
         """The words without options two or more levels below a section, and the keys and values of those options."""
         kinds = {action.dest: getattr(action, "_typehint", None) for action in self._actions}

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from sparc3_pl.selection.lowest import Block, Selection
 from sparc3_pl.selection.scope import SCOPES, Amount, Scope
 from sparc3_pl.selection.sequential import check_sequential
 
-__all__ = ["make_dose", "make_plan"]
+__all__ = ["check_choice", "control_of", "make_dose", "make_plan"]
 
 _STRONG = 0.05  # a choice is checked for how much of it lies in this share of the general set's strongest
 _MANY = 0.3
@@ -74,13 +73,19 @@ def make_plan(
         InputError: naming the argument that is wrong.
     """
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
+    steps = control_of(control, seed)
+    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+    check_choice(kind, change, steps, **amounts, protect=protect, budgets=budgets, scale=scale)
     if isinstance(change, Gains):
-        amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-        return _gains_plan(general, behaviour, amounts, kind, among, layers, protect, control, seed, budgets, scale)
-    if scale is not None or kind.for_gains_only:
-        name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(kind)}"
-        raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(change)}; give both or neither")
-    steps = Control(seed) if control is None else _seeded(control, seed)
+        if scale is None:
+            raise InputError(
+                "edit=gains needs a scale, or a budget to find it by (make_dose and spend, or prune --budget)"
+            )
+        dose = make_dose(
+            general, behaviour, num_neurons=num_neurons, share=share, contrast=kind, layers=layers, protect=protect,
+            control=control, seed=seed, scope=among,
+        )  # fmt: skip
+        return dose.at(scale)
     own_general, general = general, _general_side(kind, steps, protect, general, behaviour)
     general, behaviour = steps.sides(general, behaviour)
     if change.only_for is not None and (kinds := SideScores.of(general, layers).granularity) != change.only_for:
@@ -156,15 +161,8 @@ def make_dose(
         InputError: as ``make_plan``.
     """
     kind, among = CONTRASTS.make(contrast), SCOPES.make(scope)
-    if not kind.gives_steps:
-        raise InputError(
-            f"contrast={CONTRASTS.name_of(kind)} does not say how far to turn a component, as edit=gains needs it; use "
-            "contrast=budget (or expertise), or another edit"
-        )
-    steps = Control(seed) if control is None else _seeded(control, seed)
-    if not steps.for_steps:
-        name = CONTROLS.name_of(steps)
-        raise InputError(f"control={name} gives no factors for edit=gains; use permuted or random_matched")
+    steps = control_of(control, seed)
+    check_choice(kind, Gains(), steps, num_neurons=num_neurons, share=share, protect=protect)
     if not behaviour:
         raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
     scores = SideScores.of(_general_side(kind, steps, protect, general, behaviour), layers)
@@ -184,29 +182,46 @@ def make_dose(
     return _dose(plan, kind, question, chosen)
 
 
-def _gains_plan(
-    general: Sequence[ScoreFolder],
-    behaviour: Sequence[ScoreFolder],
-    amounts: Mapping[str, Any],
-    kind: Contrast,
-    among: Scope,
-    layers: Sequence[str] | None,
-    protect: float,
-    control: Spec | Control | None,
-    seed: int,
-    budgets: Spec | Budgets | None,
-    scale: float | None,
-) -> PrunePlan:
-    """The plan of gains at a scale."""
-    if amounts["num_weights"] is not None or budgets is not None:
+def check_choice(
+    contrast: Contrast,
+    edit: Edit,
+    control: Control,
+    *,
+    num_neurons: int | None = None,
+    num_weights: int | None = None,
+    share: float | None = None,
+    protect: float = 0.0,
+    budgets: Spec | Budgets | None = None,
+    scale: float | None = None,
+) -> None:
+    """Refuses what is wrong whatever the scores are; the arguments are those of ``make_plan``.
+
+    Raises:
+        InputError: naming the argument that is wrong.
+    """
+    Amount("num_neurons", num_neurons, share)
+    Amount("num_weights", num_weights)
+    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+    given = ", ".join(f"{name}={value}" for name, value in amounts.items() if value is not None)
+    if "," in given and budgets is None:
+        raise InputError(f"{given}: say in one way how many to choose; leave out the others")
+    if not 0 <= protect < 1:
+        raise InputError(f"protect={protect} is not a share from 0 to below 1; e.g. 0.05 is 5 %")
+    if not isinstance(edit, Gains):
+        if scale is not None or contrast.for_gains_only:
+            name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(contrast)}"
+            raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(edit)}; give both or neither")
+        return
+    if num_weights is not None or budgets is not None:
         raise InputError("edit=gains is for neurons, heads and channels: leave out num_weights and budgets")
-    if scale is None:
-        raise InputError("edit=gains needs a scale, or a budget to find it by (make_dose and spend, or prune --budget)")
-    dose = make_dose(
-        general, behaviour, num_neurons=amounts["num_neurons"], share=amounts["share"], contrast=kind, layers=layers,
-        protect=protect, control=control, seed=seed, scope=among,
-    )  # fmt: skip
-    return dose.at(scale)
+    if not contrast.gives_steps:
+        raise InputError(
+            f"contrast={CONTRASTS.name_of(contrast)} does not say how far to turn a component, as edit=gains needs it; "
+            "use contrast=budget (or expertise), or another edit"
+        )
+    if not control.for_steps:
+        name = CONTROLS.name_of(control)
+        raise InputError(f"control={name} gives no factors for edit=gains; use permuted or random_matched")
 
 
 def _plan(
@@ -295,8 +310,10 @@ def _dose(plan: PrunePlan, kind: Contrast, question: Question, chosen: Sequence[
     )
 
 
-def _seeded(control: Spec | Control, seed: int) -> Control:
-    """The control; a name alone is given the seed."""
+def control_of(control: Spec | Control | None, seed: int) -> Control:
+    """The control, or none; a name alone is given the seed."""
+    if control is None:
+        return Control(seed)
     return CONTROLS.make({"class_path": control, "init_args": {"seed": seed}} if isinstance(control, str) else control)
 
 

@@ -1,12 +1,13 @@
 """The ``prune`` command."""
 
+import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.io.files import check_output
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparc3_pl.data.encoding import Encoder
+    from sparc3_pl.pruning.edits import Edit
     from sparc3_pl.pruning.push import HubPlace
     from sparc3_pl.pruning.save import SavedModel
+    from sparc3_pl.selection.contrast import Contrast
+    from sparc3_pl.selection.controls import Control
+    from sparc3_pl.selection.scope import Scope
 
-__all__ = ["PruneResult", "prune"]
+__all__ = ["Asked", "PruneResult", "prune"]
 
 log = logging.getLogger(__name__)
 
@@ -153,33 +158,20 @@ def prune(
         InputError: If an argument is wrong, scores cannot be compared, the plan does not fit the model, or the output
             is taken. Nothing is written then.
     """
+    asked = Asked.of(locals())
     from sparc3_pl.pruning.edits import EDITS, Remove
     from sparc3_pl.selection.choose import make_dose, make_plan
 
-    if (edit == "scale") != (alpha is not None):
-        raise InputError(f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5")
-    change = EDITS.make(_with(edit, "scale", {"alpha": alpha}))
-    edit = EDITS.name_of(change)  # however it was given
+    change, edit = asked.edit, EDITS.name_of(asked.edit)  # however it was given
     _check_places(output, save_model, shrink, edit, mean_source, overwrite)
-    check_budget(edit, budget, budget_text, scale)
     place = _hub_place(push_to_hub, save_model, overwrite)
-    if shrink and budget_text:
-        raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
-    check_windows(budget_windows, budget_length)
-    held_texts = [BudgetSource.of(text, budget_field, budget_filter) for text in budget_text or ()]
     folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     kinds = {folder.manifest.granularity for folder in sides[0] or sides[1]}
     if shrink and edit == "zero" and kinds <= {Remove.only_for}:
         change = Remove()  # a zeroed expert would still be chosen by its router, which a smaller model cannot do
-    scope = _scope(scope, pattern, shrink)
-    contrast = _with(contrast, "set_difference", {"top_general": top_general, "top_behaviour": top_behaviour})
-    contrast = _with(contrast, "budget", {"gains_range": gains_range})
-    if list(gains_range) != [0.0, 1.0] and not (isinstance(contrast, dict) and "gains_range" in contrast["init_args"]):
-        raise InputError(f"gains_range={gains_range} is for contrast=budget; leave it out, or give it in init_args")
     choice: dict[str, Any] = {"num_neurons": num_neurons, "share": share, "layers": layers, "protect": protect}
-    choice |= {"contrast": contrast, "scope": scope, "seed": seed}
-    choice["control"] = None if control == "none" else control  # not None: on a command line "null" would mean that
+    choice |= {"contrast": asked.contrast, "scope": asked.scope, "seed": seed, "control": asked.control}
     model, encoder, saved = None, None, None
     if edit == "gains" and budget_text and num_weights is None and budgets is None:
         from sparc3_pl.runtime.collectives import is_rank_zero, joined_ranks
@@ -187,7 +179,9 @@ def prune(
         dose = make_dose(*sides, **choice)
         with joined_ranks("device=sharded") if device == SHARDED else nullcontext():
             model, encoder = _load(dose.plan, pretrained, dtype, trust_remote_code, device)
-            texts = held_back(held_texts, encoder, folders, num_windows=budget_windows, length=budget_length, seed=seed)
+            texts = held_back(
+                asked.held_texts, encoder, folders, num_windows=budget_windows, length=budget_length, seed=seed
+            )
             plan = spend(dose, model, texts, budget, scale)
             if not is_rank_zero():
                 return PruneResult(plan, Path(output))
@@ -229,9 +223,87 @@ def prune(
     return PruneResult(plan, path, saved, pushed_to)
 
 
-def _with(spec: Spec, name: str, arguments: dict[str, Any]) -> Spec:
-    """``spec`` with the arguments that have options of their own, if it is the implementation ``name``."""
-    return {"class_path": name, "init_args": arguments} if spec == name else spec
+@dataclass(frozen=True)
+class Asked:
+    """What ``prune`` is asked for, as far as no scores are needed to see that it is right.
+
+    Attributes:
+        edit: What is done to what is chosen.
+        contrast: How the sides are compared.
+        scope: Among whom components compete.
+        control: The control; None: none.
+        held_texts: The sources of held-back text.
+    """
+
+    edit: "Edit"
+    contrast: "Contrast"
+    scope: "Scope"
+    control: "Control | None"
+    held_texts: list[BudgetSource]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """The objects that all arguments of ``prune`` stand for.
+
+        Raises:
+            InputError: if one of them is wrong.
+        """
+        from sparc3_pl.pruning.edits import EDITS
+        from sparc3_pl.selection.choose import check_choice, control_of
+        from sparc3_pl.selection.contrast import CONTRASTS
+        from sparc3_pl.selection.scope import SCOPES
+
+        edit, alpha = arguments["edit"], arguments["alpha"]
+        if (edit == "scale") != (alpha is not None):
+            raise InputError(
+                f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5"
+            )
+        change = EDITS.make({"class_path": "scale", "init_args": {"alpha": alpha}} if edit == "scale" else edit)
+        budget_text, shrink = arguments["budget_text"], arguments["shrink"]
+        check_budget(EDITS.name_of(change), arguments["budget"], budget_text, arguments["scale"])
+        if shrink and budget_text:
+            raise InputError(
+                "shrink removes whole neurons, and a budget weakens them in part; leave out one of the two"
+            )
+        check_windows(arguments["budget_windows"], arguments["budget_length"])
+        of_text = arguments["budget_field"], arguments["budget_filter"]
+        held_texts = [BudgetSource.of(text, *of_text) for text in budget_text or ()]
+        contrast = CONTRASTS.make(_with_options(arguments["contrast"], arguments))
+        scope = SCOPES.make(_scope(arguments["scope"], arguments["pattern"], shrink))
+        name, seed = arguments["control"], arguments["seed"]
+        control = None if name == "none" else control_of(name, seed)  # not None: in words "null" would mean that
+        numbers = ("num_neurons", "num_weights", "share", "protect", "budgets")
+        scale = None if arguments["budget"] else arguments["scale"]
+        amounts = {key: arguments[key] for key in numbers}
+        check_choice(contrast, change, control or control_of(None, seed), **amounts, scale=scale)
+        return cls(change, contrast, scope, control, held_texts)
+
+
+_OPTIONS = {"set_difference": ("top_general", "top_behaviour"), "budget": ("gains_range",)}
+"""Arguments of a contrast for which ``prune`` has options, by the contrast's name."""
+
+
+def _with_options(spec: Spec, arguments: Mapping[str, Any]) -> Spec:
+    """The contrast with those of its arguments that were given by options.
+
+    Raises:
+        InputError: if an option is given that it does not take, or that it has been given already.
+    """
+    from sparc3_pl.selection.contrast import CONTRASTS
+
+    parameters = inspect.signature(prune).parameters
+    for name, options in _OPTIONS.items():
+        given = {key: arguments[key] for key in options if arguments[key] != parameters[key].default}
+        if not given:
+            continue
+        option, value = next(iter(given.items()))
+        if not issubclass(CONTRASTS.class_of(spec), CONTRASTS.class_of(name)):
+            raise InputError(f"{option}={value} is for contrast={name}; leave it out")
+        own = spec.get("init_args") or {} if isinstance(spec, dict) else {}
+        if twice := sorted(given.keys() & own):
+            raise InputError(f"{twice[0]}={arguments[twice[0]]}, but contrast has it too in init_args; give it once")
+        spec = {"class_path": spec["class_path"] if isinstance(spec, dict) else spec, "init_args": {**own, **given}}
+    return spec
 
 
 def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:

@@ -1,7 +1,10 @@
 """A whole experiment on the embedded demo, small; resuming, and refusing to mix settings."""
 
+import functools
 import hashlib
+import inspect
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +33,7 @@ from sparc3_pl.model.source import ModelSource
 from sparc3_pl.passes import run as passes_module
 from sparc3_pl.pruning.plan import PlannedNeuron, PrunePlan, entries_of
 from sparc3_pl.scores.folder import ScoreFolder
+from sparc3_pl.selection.command import prune as real_prune
 from sparc3_pl.statistics.paired import paired_change
 
 DEMO = Path(__file__).parents[2] / "configs" / "experiments" / "demo.yaml"
@@ -366,10 +370,12 @@ def with_budget(small, tmp_path, monkeypatch):
     """The settings of an experiment with gains on completions, and the arguments that ``prune`` was asked with."""
     asked, text = [], tmp_path / "held.txt"
     text.write_text("held back")
+    defaults = {name: one.default for name, one in inspect.signature(real_prune).parameters.items()}
 
+    @functools.wraps(real_prune)
     def prune(**arguments):
-        asked.append(arguments)
-        settings = {"gains": {"scale": 100 * arguments.get("budget", 0) or arguments["scale"]}}
+        asked.append({key: value for key, value in arguments.items() if value != defaults.get(key)})
+        settings = {"gains": {"scale": 100 * (arguments["budget"] or 0) or arguments["scale"]}}
         settings["held_back"] = text.read_text()  # another text gives another plan, as in life
         entries = entries_of([PlannedNeuron(LAYERS[0], place, -1.0, 0.5) for place in range(3)])
         plan = PrunePlan(entries=entries, model=ModelRecord(fingerprint="sha256:00"), edit="gains", settings=settings)
@@ -390,6 +396,38 @@ def with_budget(small, tmp_path, monkeypatch):
     return settings, asked
 
 
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ({"protect": 1.5}, r"plan-prune-4: protect=1.5 is not a share from 0 to below 1"),
+        ({"share": 0.1}, r"num_neurons=4, share=0.1: say in one way how many to choose"),
+        ({"scope": "rows"}, "scope='rows' is unknown"),
+        ({"edit": "scale"}, "edit=scale with alpha=None"),
+        ({"gains_range": [0, 2]}, r"gains_range=\[0.0, 2.0\] is for contrast=budget"),
+        ({"top_general": 0.1}, "top_general=0.1 is for contrast=set_difference"),
+        ({"contrast": "budget"}, "contrast=budget is for edit=gains, and this is edit=zero"),
+        ({"protect": "much"}, 'Parser key "protect": Expected a .*float'),
+        ({"layers": 3}, 'Parser key "layers": Expected a list. Got value: 3'),
+        ({"seed": True}, 'Parser key "seed": Expected a .*int'),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_plan_that_cannot_be_is_refused_before_any_score(small, passes, tmp_path, capsys, plan, match, dry_run):
+    settings = small | {"output": str(tmp_path / "new"), "plan": small["plan"] | plan, "dry_run": dry_run}
+    with pytest.raises((InputError, SystemExit)) as stop:
+        run_experiment(**settings)
+    message = f"{stop.value} {capsys.readouterr().err}"
+    assert re.search(match, message), message
+    assert passes.done == []
+
+
+def test_one_text_for_a_list_of_a_plan_is_that_list(with_budget):
+    """Not the list of its letters, of which ``*`` alone would choose every layer."""
+    settings, asked = with_budget
+    run_experiment(**settings | {"plan": settings["plan"] | {"layers": "*up*"}})
+    assert {tuple(one["layers"]) for one in asked} == {("*up*",)}
+
+
 def test_budgets_from_completions_to_controls_at_the_same_scale(with_budget, passes, tmp_path):
     """The order of the stages, what each is asked, and that a changed plan makes its control anew."""
     settings, asked = with_budget
@@ -401,7 +439,7 @@ def test_budgets_from_completions_to_controls_at_the_same_scale(with_budget, pas
     models = [config["model"] for config in passes.configs[-9:-5]]
     assert [model.get("target") for model in models] == [None, "completion", "text", "text"]
     assert passes.configs[-8]["data"]["source"] == str(tmp_path / "gains" / "completions" / "completions.jsonl")
-    given = [(a.get("budget"), a.get("scale"), a["control"]) for a in asked]
+    given = [(a.get("budget"), a.get("scale"), a.get("control", "none")) for a in asked]
     assert given == [(0.01, None, "none"), (None, 1.0, "permuted"), (0.02, None, "none"), (None, 2.0, "permuted")]
     assert len(asked[0]["general"]) == 2
     outcomes = json.loads((tmp_path / "gains" / "experiment.json").read_text())["outcomes"]
@@ -560,7 +598,7 @@ ARMS = {
         {"plan": {"contrast": {"class_path": "budget", "init_args": {"fisher": False}}}},
         ["budget-0.01", "control-permuted-0.01", "budget-0.02", "control-permuted-0.02"],
         SECTIONS["score"] | {"target": "completion"},
-        None,
+        SECTIONS["plan"] | {"contrast": {"class_path": "budget", "init_args": {"fisher": False}}, "control": None},
     ),
     "neurons": (
         {"plan": {"layers": ["*up*"]}, "budgets": [], "controls": []},
@@ -579,6 +617,12 @@ ARMS = {
         ["budget-0.01", "control-permuted-0.01"],
         {"method": "expertise", "granularity": ["neuron", "channel"]},
         HELD | {"budget": 0.01, "control": None},
+    ),
+    "aura_by_class": (
+        {"plan": {"contrast": {"class_path": "expertise"}}},
+        ["budget-0.01", "control-permuted-0.01", "budget-0.02", "control-permuted-0.02"],
+        SECTIONS["score"] | {"target": "completion"},
+        HELD | {"contrast": {"class_path": "expertise"}, "budget": 0.01, "control": None},
     ),
     "published": (
         {

@@ -6,7 +6,8 @@ import pytest
 import torch
 from plans import plan_for, same_bits, state
 from tiny_models import tiny, tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tiny_tokenizers import of_letters
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_pl.errors import InputError
 from sparc3_pl.model.identity import fingerprint
@@ -22,12 +23,7 @@ IDS = tokens(3, 11, seed=7)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "c"])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    return of_letters()
 
 
 @torch.no_grad()

@@ -856,6 +856,14 @@ def test_a_model_that_breaks_is_told(demo_folders, tmp_path, monkeypatch):
         ({"scale": -1.0, "budget_text": ["demo"], "pretrained": "never"}, "scale=-1.0 of edit=gains"),
         ({"budget": 0.01, "budget_text": ["demo"], "alpha": 0.5}, "edit=gains with alpha=0.5"),
         ({"scale": 1.0, "contrast": "t", "gains_range": [0.0, 2.0]}, "is for contrast=budget"),
+        (
+            {
+                "scale": 1.0,
+                "contrast": {"class_path": "budget", "init_args": {"gains_range": [0.0, 3.0]}},
+                "gains_range": [0.0, 2.0],
+            },
+            "contrast has it too in init_args",
+        ),
         ({"edit": {"class_path": "gains"}}, "give one of the two"),
         ({"edit": {"class_path": "sparc3_pl.pruning.gains.Gains"}, "budget": 0.01}, "budget needs held-back text"),
         ({"budget": 0.01, "edit": {"class_path": "zero"}}, "budget=0.01 is for edit=gains, and this is edit=zero"),

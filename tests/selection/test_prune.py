@@ -7,8 +7,8 @@ import pytest
 import torch
 from plans import same_bits, state
 from score_folders import write
-from test_save import tokenizer  # noqa: F401
 from tiny_models import tiny, tokens
+from tiny_tokenizers import of_letters
 from transformers import AutoModelForCausalLM
 
 from sparc3_pl.errors import InputError
@@ -35,11 +35,11 @@ def score(folder, model, seed, *, pretrained, layers=None, weights=False, **fiel
 
 
 @pytest.fixture
-def scored(tmp_path, tokenizer):  # noqa: F811
+def scored(tmp_path):
     """A model on the disk and its scores: two general seeds and a behaviour."""
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    of_letters().save_pretrained(tmp_path / "model")
     folders = [score(tmp_path / f"s{seed}", model, seed, pretrained=tmp_path / "model") for seed in range(3)]
     return {"general": folders[:2], "behaviour": folders[2:], "output": str(tmp_path / "out/plan.json")}
 
@@ -199,13 +199,13 @@ def test_control_is_what_was_typed(scored, capsys, control):
 @pytest.mark.parametrize(
     ("words", "stay", "of"), [(["--scope", "row", "--share", "0.5"], 8, 16), (["--pattern", "2:4"], 2, 4)]
 )
-def test_compresses_rows_and_patterns(tmp_path, tokenizer, capsys, words, stay, of):  # noqa: F811
+def test_compresses_rows_and_patterns(tmp_path, capsys, words, stay, of):
     """The saved model, by plain transformers: the lowest of each group are zero, everything else is as it was."""
     from sparc3_pl.cli import main
 
     model = tiny("llama", bias=False)
     model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    of_letters().save_pretrained(tmp_path / "model")
     layers = [name for name in linear_layers(model) if ".0." in name]
     folder = score(tmp_path / "s", model, 0, pretrained=tmp_path / "model", layers=layers, weights=True)
     places = ["--output", str(tmp_path / "plan.json"), "--save_model", str(tmp_path / "m")]

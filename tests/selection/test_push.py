@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 from test_prune import score
-from test_save import tokenizer  # noqa: F401
 from tiny_models import tiny, tokens
+from tiny_tokenizers import of_letters
 from transformers import AutoModelForCausalLM
 
 from sparc3_pl.errors import InputError
@@ -61,10 +61,10 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 
 @pytest.fixture
-def scored(tmp_path, tokenizer):  # noqa: F811
+def scored(tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    of_letters().save_pretrained(tmp_path / "model")
     folders = [score(tmp_path / f"s{seed}", model, seed, pretrained=tmp_path / "model") for seed in range(2)]
     settings = {"general": folders[:1], "behaviour": folders[1:], "output": str(tmp_path / "plan.json")}
     return settings | {"num_neurons": 8, "save_model": str(tmp_path / "pruned")}
