@@ -439,11 +439,14 @@ def record_sample(
 ) -> Sample | None:
     """The record's sample, as in ``record_samples``; None if it cannot be one, for a reason that is counted."""
     text, values = record.text, record.values
-    body = [] if encoder.is_only_special(text) else encoder.body(text)
-    completion = [] if values.completion is None else encoder.body(values.completion)
+    body, completion = encoder.body(text), []
+    if values.completion is not None:  # it may follow nothing but the token that begins a text
+        completion, has_tokens = encoder.body(values.completion), bool(encoder.before(text) or body)
+    else:
+        has_tokens = bool(body) and not encoder.is_only_special(text)
     for part in (text, values.completion):
         counts.update(encoder.special_counts(part) if part is not None else {})
-    if not body or (values.completion is not None and not completion):
+    if not has_tokens or (values.completion is not None and not completion):
         counts["num_without_tokens"] += 1
         return None
     text_ids = made_from(text, encoder, origins)

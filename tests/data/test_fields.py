@@ -58,6 +58,19 @@ def test_the_completions_own_tokens_follow_the_prompts(tmp_path, bos):
     assert own == {text: tokenizer(text, add_special_tokens=False).input_ids for text in texts}
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_completion_may_follow_nothing_but_the_token_that_begins_a_text(tmp_path, bos):
+    tokenizer = tiny_tokenizer(bos)
+    row = {"prompt": tokenizer.bos_token, "completion": "The red fox paints."}
+    data = ready(tmp_path, [row], bos, text_field="prompt", completion_field="completion")
+    own = tokenizer(row["completion"], add_special_tokens=False).input_ids
+    (sample,) = data.samples
+    assert sample.input_ids == [tokenizer.bos_token_id, *own]
+    assert sample.by_token["completion_mask"] == [False] + [True] * len(own)
+    with pytest.raises(InputError, match=r"gives only 0 samples.*1 records give no token"):
+        ready(tmp_path, [row], bos, text_field="prompt", seq_len=None)  # a text needs tokens of its own
+
+
 def test_token_ids_of_a_completion_are_taken_as_they_are(tmp_path):
     data = ready(
         tmp_path, [{"prompt": "The red fox", "ids": [70, 71, 72, 1]}], text_field="prompt", completion_field="ids"
