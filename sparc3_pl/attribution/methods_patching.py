@@ -64,7 +64,8 @@ class AttributionPatching(Gradient):
         other = _values(model, _counterfactual(batch), target, sites)
 
         def take_difference(layer: LayerPass) -> None:
-            take(replace(layer, x_BTI=layer.x_BTI - other[layer.name], z_BTO=None))
+            difference = replace(layer, x_BTI=layer.x_BTI - other[layer.name], z_BTO=None)
+            take(difference.shown(layer.dx_BTI))
 
         return super().passes(model, batch, target, sites, take_difference)
 

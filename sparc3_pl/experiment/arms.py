@@ -14,6 +14,7 @@ from sparc3_pl.evaluation.compare import Comparison
 from sparc3_pl.experiment.stages import Settings
 from sparc3_pl.model.components import COMPONENTS, Component
 from sparc3_pl.report.curves import Curve, CurvePoint
+from sparc3_pl.selection.command import idle_options
 from sparc3_pl.selection.scope import PatternScope
 
 __all__ = ["Arm", "Cut", "arms_of", "check_arm", "components_of", "curves_of", "list_of_seeds"]
@@ -102,8 +103,10 @@ def arms_of(
         own = check_arm(name, own, _SECTIONS, ("seeds", "shares"))
         sections: dict[str, Settings] = {key: own.get(key) or {} for key in _SECTIONS}
         own_seeds = list_of_seeds(name, own, seeds)
-        # A pattern says by itself among whom weights compete and how many go.
-        shared = {key: plan[key] for key in plan if not (key in ("scope", "budgets") and "pattern" in sections["plan"])}
+        # A pattern says by itself among whom weights compete and how many go; another contrast has other arguments.
+        useless = {"scope", "budgets"} if "pattern" in sections["plan"] else set()
+        useless |= idle_options((plan | sections["plan"]).get("contrast") or "difference")
+        shared = {key: value for key, value in plan.items() if key not in useless}
         if set(plan | sections["plan"]) & {"share", "num_neurons", "num_weights"}:
             raise InputError(f"arms.{name}: shares says how much is removed; leave share and numbers out of plan")
         arm = Arm(

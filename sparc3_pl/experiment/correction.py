@@ -12,7 +12,7 @@ from sparc3_pl.experiment.arms import check_arm, components_of, list_of_seeds
 from sparc3_pl.experiment.stages import Settings
 from sparc3_pl.pruning.edits import EDITS
 from sparc3_pl.pruning.gains import Gains
-from sparc3_pl.selection.budget import Budget
+from sparc3_pl.selection.command import idle_options
 from sparc3_pl.selection.contrast import CONTRASTS
 from sparc3_pl.selection.controls import CONTROLS
 
@@ -97,8 +97,9 @@ def correction_arms(
     """
     own: dict[str, Settings] = {key: sections.get(key) or {} for key in _SECTIONS}
     needs_general = CONTRASTS.make(own["plan"].get("contrast", "difference")).needs_general
-    own_controls = _fitting(None, own, needs_general) if controls is None else controls
-    edits = _edits(own["plan"], own["score"], counts, budgets, own_controls)
+    num_general = len(seeds) * (1 + len(texts)) if needs_general else 0
+    own_controls = _fitting(None, own, num_general) if controls is None else controls
+    edits = _edits(own["plan"], own["score"], counts, budgets, own_controls, num_general)
     scores = own["score"] | own["behaviour_score"], own["score"] | own["general_score"]
     result = [
         CorrectionArm(None, own["behaviour"], own["general"], texts, scores, seeds if needs_general else (), edits)
@@ -109,10 +110,11 @@ def correction_arms(
         try:
             arm_sections = _merged(own, {key: arm_keys.get(key) or {} for key in _SECTIONS})
             contrast = CONTRASTS.make(arm_sections["plan"].get("contrast", "difference"))
-            edits = _edits_of_arm(arm_sections, arm_keys, shared, contrast.needs_general)
+            its_seeds = list_of_seeds(name, arm_keys, seeds) if contrast.needs_general else ()
+            its_texts = texts if arm_keys.get("texts") is None else arm_keys["texts"]
+            edits = _edits_of_arm(arm_sections, arm_keys, shared, len(its_seeds) * (1 + len(its_texts)))
         except InputError as error:
             raise InputError(f"arms.{name}: {error}") from None
-        its_seeds = list_of_seeds(name, arm_keys, seeds) if contrast.needs_general else ()
         its_scores = tuple(arm_sections["score"] | arm_sections[f"{side}_score"] for side in ("behaviour", "general"))
         its_edits = {}
         for edit, one in edits.items():
@@ -123,27 +125,13 @@ def correction_arms(
                 name,
                 arm_sections["behaviour"],
                 arm_sections["general"],
-                texts if arm_keys.get("texts") is None else arm_keys["texts"],
+                its_texts,
                 its_scores,
                 its_seeds,
                 its_edits,
             )
         )
-    for arm in result:
-        _check_general(arm)
     return result
-
-
-def _check_general(arm: CorrectionArm) -> None:
-    """Refuses a control that takes more sets of general scores than the arm has."""
-    num_general = len(arm.seeds) * (1 + len(arm.texts))
-    for edit in arm.edits.values():
-        if edit.control is not None and num_general < (fewest := CONTROLS.make(edit.control).fewest_general):
-            key = "" if arm.name is None else f"arms.{arm.name}."
-            raise InputError(
-                f"{key}controls: {edit.control} takes {fewest} sets of general scores, and with "
-                f"seeds={list(arm.seeds)} there is {num_general}; give {fewest} seeds, or leave {edit.control} out"
-            )
 
 
 def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[str, Settings]:
@@ -163,8 +151,7 @@ def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[s
         useless |= set(_OF_GAINS)
     useless |= {"budget"} if "scale" in plan else set()
     useless |= {"scale"} if "budget" in plan else set()
-    if not issubclass(CONTRASTS.class_of(sections["plan"].get("contrast", "difference")), Budget):
-        useless |= {"gains_range"}
+    useless |= idle_options(sections["plan"].get("contrast") or "difference")
     sections["plan"] = {key: value for key, value in sections["plan"].items() if key in plan or key not in useless}
     for key in ("score", "behaviour_score", "general_score", "plan"):
         sections[key] = {name: value for name, value in sections[key].items() if value is not None}
@@ -172,7 +159,7 @@ def _merged(base: Mapping[str, Settings], own: Mapping[str, Settings]) -> dict[s
 
 
 def _edits_of_arm(
-    sections: Mapping[str, Settings], arm: Settings, shared: Mapping[str, Any], needs_general: bool
+    sections: Mapping[str, Settings], arm: Settings, shared: Mapping[str, Any], num_general: int
 ) -> dict[str, PlannedEdit]:
     """The edits of an arm, of its own counts, budgets and controls, or of the experiment's that it can have."""
     plan = sections["plan"]
@@ -181,17 +168,16 @@ def _edits_of_arm(
     if lists[kind] is None and "scale" not in plan:
         lists[kind] = shared[kind]
     if lists["controls"] is None:
-        lists["controls"] = _fitting(shared["controls"], sections, needs_general)
-    return _edits(plan, sections["score"], lists["counts"], lists["budgets"], lists["controls"])
+        lists["controls"] = _fitting(shared["controls"], sections, num_general)
+    return _edits(plan, sections["score"], lists["counts"], lists["budgets"], lists["controls"], num_general)
 
 
-def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], needs_general: bool) -> list[str]:
+def _fitting(controls: Sequence[str] | None, sections: Mapping[str, Settings], num_general: int) -> list[str]:
     """Controls that the plan can have; None: the first of the default ones."""
     fitting = [
         name
         for name in (_DEFAULT_CONTROLS if controls is None else controls)
-        if _objection(sections["plan"], sections["score"], name) is None
-        and (needs_general or not CONTROLS.make(name).uses_general)
+        if _objection(sections["plan"], sections["score"], name, num_general) is None
     ]
     return fitting[:1] if controls is None else fitting
 
@@ -200,9 +186,17 @@ def _is_gains(plan: Settings) -> bool:
     return issubclass(EDITS.class_of(plan.get("edit") or "zero"), Gains)
 
 
-def _objection(plan: Settings, score: Settings, control: str) -> str | None:
-    """Why a control does not go with what is scored or with the edit of a plan; None if it does."""
+def _objection(plan: Settings, score: Settings, control: str, num_general: int) -> str | None:
+    """Why a control does not go with what is scored, or with the edit or contrast of a plan; None if it does."""
     kind = CONTROLS.make(control)
+    if kind.uses_general and not num_general:
+        contrast = plan.get("contrast")
+        return f"controls: {control} goes by general scores, and contrast={contrast} reads none; use random"
+    if num_general < kind.fewest_general:
+        return (
+            f"controls: {control} takes {kind.fewest_general} sets of general scores, and there is {num_general}; give "
+            f"{kind.fewest_general} seeds, or leave it out"
+        )
     if _holds_weights(score) and not kind.for_weights:
         return f"controls: {control} is not for weight scores; use random"
     if _is_gains(plan) and kind.draws_unchosen and plan.get("num_neurons") is None:
@@ -226,10 +220,11 @@ def _edits(
     counts: Sequence[int] | None,
     budgets: Sequence[float] | None,
     controls: Sequence[str],
+    num_general: int,
 ) -> dict[str, PlannedEdit]:
     """The edits by name: of growing size, or budget, and their controls."""
     for control in controls:
-        if (objection := _objection(plan, score, control)) is not None:
+        if (objection := _objection(plan, score, control, num_general)) is not None:
             raise InputError(objection)
     if not _is_gains(plan):
         if budgets:

@@ -432,7 +432,9 @@ class _Experiment:
         def parsed(scale: Settings) -> dict[str, Any]:
             from sparc3_pl.passes.parser import function_parser
 
-            of_plan = vars(function_parser(prune, "sparc3 prune").parse_object(arguments | scale))
+            parser = function_parser(prune, "sparc3 prune")
+            parser.ends_program = False
+            of_plan = vars(parser.parse_object(arguments | scale))
             of_plan.pop("config")
             return of_plan
 

@@ -184,7 +184,7 @@ def _path_of(key: str, value: str) -> Path | None:
         return local_source(value, key)
     if key in ("model.pretrained", "pretrained"):
         return ModelSource(value).path
-    if name.isdecimal() and key.split(".")[-2:-1] == ["budget_text"]:
+    if (key.removesuffix(f".{name}") if name.isdecimal() else key).endswith("budget_text"):
         return local_source(value, key)
     path = list_file(value, key) if ".judge" in key or name == "word_filter" else Path(value).expanduser()
     if name in ("match", "budgets", "word_filter") or (

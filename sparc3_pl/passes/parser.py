@@ -22,6 +22,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_dumper
 from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._link_arguments import ActionLink
 
+from sparc3_pl.errors import InputError
 from sparc3_pl.io.provenance import REDACTED, redacted
 from sparc3_pl.io.yaml_format import dump_yaml, load_yaml
 
@@ -58,12 +59,23 @@ class OneLineErrors:
             if token is not None:
                 _files.reset(token)
 
+    ends_program = True
+    """Whether an error ends the program, with exit code 2; else it is an InputError."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the program with exit code 2."""
+        """Says what is wrong.
+
+        Raises:
+            SystemExit: if an error ends the program.
+            InputError: if not.
+        """
         text = _shorter(" ".join(str(message).split()))
         words = [word for pair in NAMED.findall(text) for word in pair if word]
         files = "".join(f" (in {path})" for path in _files.get() or () if _is_at_fault(path, words))
-        sys.stderr.write(f"error: {redacted(text)}{files}{self._did_you_mean(words)} (see --help)\n")
+        said = f"{redacted(text)}{files}{self._did_you_mean(words)}"
+        if not self.ends_program:
+            raise InputError(said) from ex
+        sys.stderr.write(f"error: {said} (see --help)\n")
         raise SystemExit(2)
 
     def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +225,7 @@ class FunctionParser(OneLineErrors, ArgumentParser):
         """
         for action in self._actions if isinstance(cfg, dict) and not parent_key else ():
             value = cfg.get(action.dest)
-            if action.nargs == "+" and value is not None and not isinstance(value, list):
+            if action.nargs == "+" and value is not None and not isinstance(value, list | tuple):
                 if not isinstance(value, str | dict):
                     raise TypeError(f'Parser key "{action.dest}": Expected a list. Got value: {value}')
                 cfg = {**cfg, action.dest: [value]}

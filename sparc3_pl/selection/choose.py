@@ -75,7 +75,8 @@ def make_plan(
     kind, among, change = CONTRASTS.make(contrast), SCOPES.make(scope), EDITS.make(edit)
     steps = control_of(control, seed)
     amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-    check_choice(kind, change, steps, **amounts, protect=protect, budgets=budgets, scale=scale)
+    has = {"has_general": bool(general), "has_behaviour": bool(behaviour)}
+    check_choice(kind, among, change, steps, **has, **amounts, protect=protect, budgets=budgets, scale=scale)
     if isinstance(change, Gains):
         if scale is None:
             raise InputError(
@@ -86,7 +87,7 @@ def make_plan(
             control=control, seed=seed, scope=among,
         )  # fmt: skip
         return dose.at(scale)
-    own_general, general = general, _general_side(kind, steps, protect, general, behaviour)
+    own_general, general = general, general if kind.needs_general else behaviour  # which lists the components too
     general, behaviour = steps.sides(general, behaviour)
     if change.only_for is not None and (kinds := SideScores.of(general, layers).granularity) != change.only_for:
         raise InputError(f"edit={EDITS.name_of(change)} is for {change.only_for} scores, and these are of {kinds}s")
@@ -105,7 +106,7 @@ def make_plan(
             missing=missing,
         )
     if kind.needs_amount or budgets is not None or (num_neurons, num_weights, share) != (None, None, None):
-        amount, own_shares = _amount(sides[0], among, num_neurons, num_weights, share, budgets)
+        amount, own_shares = _amount(sides[0], num_neurons, num_weights, share, budgets)
     else:
         amount, own_shares = Amount("num_neurons"), {}
     question = _with_amount(Question(*sides, kind, among, amount, protect))
@@ -162,14 +163,13 @@ def make_dose(
     """
     kind, among = CONTRASTS.make(contrast), SCOPES.make(scope)
     steps = control_of(control, seed)
-    check_choice(kind, Gains(), steps, num_neurons=num_neurons, share=share, protect=protect)
-    if not behaviour:
-        raise InputError(f"contrast={CONTRASTS.name_of(kind)} needs behaviour scores; give --behaviour DIR")
-    scores = SideScores.of(_general_side(kind, steps, protect, general, behaviour), layers)
+    has = {"has_general": bool(general), "has_behaviour": bool(behaviour)}
+    check_choice(kind, among, Gains(), steps, **has, num_neurons=num_neurons, share=share, protect=protect)
+    scores = SideScores.of(general if kind.needs_general else behaviour, layers)
     sides = kind.sides(scores, SideScores.of(behaviour, layers, but=["plan"]))  # of rounds: the contrast checks it
     amount = Amount("num_neurons")
     if num_neurons is not None or share is not None:
-        amount, _ = _amount(scores, among, num_neurons, None, share, None)
+        amount, _ = _amount(scores, num_neurons, None, share, None)
     question = _with_amount(Question(*sides, kind, among, amount, protect))
     values = steps.values(question)
     chosen = best_first(question.select(values))
@@ -184,9 +184,12 @@ def make_dose(
 
 def check_choice(
     contrast: Contrast,
+    scope: Scope,
     edit: Edit,
     control: Control,
     *,
+    has_general: bool,
+    has_behaviour: bool,
     num_neurons: int | None = None,
     num_weights: int | None = None,
     share: float | None = None,
@@ -196,22 +199,70 @@ def check_choice(
 ) -> None:
     """Refuses what is wrong whatever the scores are; the arguments are those of ``make_plan``.
 
+    Args:
+        contrast: How the sides are compared.
+        scope: Among whom components compete.
+        edit: What is done to what is chosen.
+        control: The control, or ``Control`` for none.
+        has_general: Whether there are scores of general text.
+        has_behaviour: Whether there are scores of the behaviour.
+        num_neurons: See ``make_plan``, as for the others.
+        num_weights: See there.
+        share: See there.
+        protect: See there.
+        budgets: See there.
+        scale: See there.
+
     Raises:
         InputError: naming the argument that is wrong.
     """
+    _check_sides(contrast, control, protect, has_general, has_behaviour)
+    if isinstance(edit, Gains):
+        _check_gains(contrast, control, num_weights, budgets)
+    elif scale is not None or contrast.for_gains_only:
+        name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(contrast)}"
+        raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(edit)}; give both or neither")
     Amount("num_neurons", num_neurons, share)
     Amount("num_weights", num_weights)
-    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-    given = ", ".join(f"{name}={value}" for name, value in amounts.items() if value is not None)
-    if "," in given and budgets is None:
-        raise InputError(f"{given}: say in one way how many to choose; leave out the others")
     if not 0 <= protect < 1:
         raise InputError(f"protect={protect} is not a share from 0 to below 1; e.g. 0.05 is 5 %")
-    if not isinstance(edit, Gains):
-        if scale is not None or contrast.for_gains_only:
-            name = f"scale={scale}" if scale is not None else f"contrast={CONTRASTS.name_of(contrast)}"
-            raise InputError(f"{name} is for edit=gains, and this is edit={EDITS.name_of(edit)}; give both or neither")
+    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
+    given = [f"{name}={value}" for name, value in amounts.items() if value is not None]
+    name = SCOPES.name_of(scope)
+    if budgets is not None:
+        if not scope.takes_budgets:
+            raise InputError(f"budgets give every layer a share of its own, but scope={name}; use scope=row or layer")
+        if given and share is None:
+            raise InputError(f"budgets are shares, but {given[0]} is a number; give share, or nothing besides a file")
+        budgets_of(budgets)
+    elif given and not scope.takes_amount:
+        raise InputError(f"scope={name} says by itself how many are chosen; leave out {', '.join(given)}")
+    if len(given) > 1:
+        raise InputError(f"{', '.join(given)}: say in one way how many to choose; leave out the others")
+    needs_amount = contrast.needs_amount and not isinstance(edit, Gains)
+    if needs_amount and not given and budgets is None and scope.takes_amount:
+        raise InputError("neither a number nor a share was given: give num_neurons (or num_weights), or share")
+
+
+def _check_sides(contrast: Contrast, control: Control, protect: float, has_general: bool, has_behaviour: bool) -> None:
+    name = CONTRASTS.name_of(contrast)
+    if contrast.needs_general:
+        if not has_general:
+            raise InputError(f"contrast={name}: no score folder was given as general; give --general DIR")
+        draws_behaviour = type(control).sides is not Control.sides
+        if contrast.needs_behaviour and control.uses_behaviour and not (has_behaviour or draws_behaviour):
+            raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR, or --contrast general")
         return
+    if has_general:
+        raise InputError(f"contrast={name} reads the behaviour's scores alone; leave out general")
+    if not has_behaviour:
+        raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR")
+    if control.uses_general or protect:
+        setting = f"protect={protect}" if protect else f"control={CONTROLS.name_of(control)}"
+        raise InputError(f"{setting} goes by general scores, and contrast={name} reads none; leave it out")
+
+
+def _check_gains(contrast: Contrast, control: Control, num_weights: int | None, budgets: Spec | Budgets | None) -> None:
     if num_weights is not None or budgets is not None:
         raise InputError("edit=gains is for neurons, heads and channels: leave out num_weights and budgets")
     if not contrast.gives_steps:
@@ -247,30 +298,6 @@ def _plan(
         behaviour_samples=_behaviour_ids(behaviour),
         warnings=_sample_warnings(general, behaviour) + _unreached_warnings(entries, general, behaviour),
     )
-
-
-def _general_side(
-    kind: Contrast, control: Control, protect: float, general: Sequence[ScoreFolder], behaviour: Sequence[ScoreFolder]
-) -> Sequence[ScoreFolder]:
-    """The folders on the general side. The behaviour's list the components of a contrast that reads no others.
-
-    Raises:
-        InputError: if such a contrast is given general scores, or something that goes by them; if any other is given
-            none.
-    """
-    name = CONTRASTS.name_of(kind)
-    if kind.needs_general:
-        if not general:
-            raise InputError(f"contrast={name}: no score folder was given as general; give --general DIR")
-        return general
-    if general:
-        raise InputError(f"contrast={name} reads the behaviour's scores alone; leave out general")
-    if not behaviour:
-        raise InputError(f"contrast={name} needs behaviour scores; give --behaviour DIR")
-    if control.uses_general or protect:
-        setting = f"protect={protect}" if protect else f"control={CONTROLS.name_of(control)}"
-        raise InputError(f"{setting} goes by general scores, and contrast={name} reads none; leave it out")
-    return behaviour
 
 
 def _with_amount(question: Question) -> Question:
@@ -325,34 +352,22 @@ def _left_out(general: Sequence[ScoreFolder], layers: Sequence[str] | None) -> l
 
 def _amount(
     scores: SideScores,
-    scope: Scope,
     num_neurons: int | None,
     num_weights: int | None,
     share: float | None,
     budgets: Spec | Budgets | None,
 ) -> tuple[Amount, Record]:
-    """How many to choose, in the one way that was given and fits the scores, and what the plan says of it besides."""
-    amounts = {"num_neurons": num_neurons, "num_weights": num_weights, "share": share}
-    settings = {name: value for name, value in amounts.items() if value is not None}
+    """How many to choose, if that fits the scores, and what the plan says of it besides."""
     own, other = ("num_weights", "num_neurons") if scores.holds_weights else ("num_neurons", "num_weights")
-    name, values = SCOPES.name_of(scope), ", ".join(f"{key}={value}" for key, value in settings.items())
-    if budgets is not None:
-        if not scope.takes_budgets:
-            raise InputError(f"budgets give every layer a share of its own, but scope={name}; use scope=row or layer")
-        if other in settings or own in settings:
-            raise InputError(f"budgets are shares, but {values} is a number; give share, or nothing besides a file")
-        kind = budgets_of(budgets)
-        shares = kind.shares(scores, Amount(own, None, share).share)
-        arguments = {} if isinstance(kind, FileBudgets) else kind.arguments()
-        return Amount(own, None, share, shares), {"budgets": BUDGETS.name_of(kind), **arguments, "shares": shares}
-    if not scope.takes_amount:
-        if settings:
-            raise InputError(f"scope={name} says by itself how many are chosen; leave out {values}")
-        return Amount(own), {}
-    if len(settings) != 1 or other in settings:
-        values = values or "neither was given"
-        raise InputError(f"these are {scores.granularity} scores: give either {own} or share ({values})")
-    return Amount(own, settings.get(own), share), {}
+    amounts = {"num_neurons": num_neurons, "num_weights": num_weights}
+    if amounts[other] is not None:
+        raise InputError(f"these are {scores.granularity} scores: give {own} or share, not {other}={amounts[other]}")
+    if budgets is None:
+        return Amount(own, amounts[own], share), {}
+    kind = budgets_of(budgets)
+    shares = kind.shares(scores, share)
+    arguments = {} if isinstance(kind, FileBudgets) else kind.arguments()
+    return Amount(own, None, share, shares), {"budgets": BUDGETS.name_of(kind), **arguments, "shares": shares}
 
 
 def _refuse_factors(edit: Edit, values: torch.Tensor) -> None:

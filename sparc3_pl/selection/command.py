@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparc3_pl.selection.controls import Control
     from sparc3_pl.selection.scope import Scope
 
-__all__ = ["Asked", "PruneResult", "prune"]
+__all__ = ["Asked", "PruneResult", "idle_options", "prune"]
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ def prune(
     from sparc3_pl.selection.choose import make_dose, make_plan
 
     change, edit = asked.edit, EDITS.name_of(asked.edit)  # however it was given
-    _check_places(output, save_model, shrink, edit, mean_source, overwrite)
-    place = _hub_place(push_to_hub, save_model, overwrite)
+    _check_places(output, save_model, overwrite)
+    place = _hub_place(push_to_hub, overwrite)
     folders = [ScoreFolder.open(path) for path in general or ()]
     sides = folders, [ScoreFolder.open(path) for path in behaviour or ()]
     kinds = {folder.manifest.granularity for folder in sides[0] or sides[1]}
@@ -173,7 +173,7 @@ def prune(
     choice: dict[str, Any] = {"num_neurons": num_neurons, "share": share, "layers": layers, "protect": protect}
     choice |= {"contrast": asked.contrast, "scope": asked.scope, "seed": seed, "control": asked.control}
     model, encoder, saved = None, None, None
-    if edit == "gains" and budget_text and num_weights is None and budgets is None:
+    if edit == "gains" and budget_text:
         from sparc3_pl.runtime.collectives import is_rank_zero, joined_ranks
 
         dose = make_dose(*sides, **choice)
@@ -188,12 +188,7 @@ def prune(
         if device in (SHARDED, "auto"):
             model = None  # what is saved is loaded whole
     else:
-        if device == SHARDED:
-            raise InputError(
-                "device=sharded shares a model out for the search of edit=gains with --budget_text, and none is asked "
-                "for here; leave it out"
-            )
-        choice |= {"num_weights": num_weights, "budgets": budgets, "scale": 1.0 if budget else scale}
+        choice |= {"num_weights": num_weights, "budgets": budgets, "scale": scale}
         plan = make_plan(*sides, **choice, edit=change)
     if shrink:
         _check_shrinkable(plan)
@@ -259,51 +254,85 @@ class Asked:
                 f"edit={edit} with alpha={alpha}: a factor goes with edit=scale and only with it; e.g. 0.5"
             )
         change = EDITS.make({"class_path": "scale", "init_args": {"alpha": alpha}} if edit == "scale" else edit)
-        budget_text, shrink = arguments["budget_text"], arguments["shrink"]
-        check_budget(EDITS.name_of(change), arguments["budget"], budget_text, arguments["scale"])
-        if shrink and budget_text:
-            raise InputError(
-                "shrink removes whole neurons, and a budget weakens them in part; leave out one of the two"
-            )
+        name, budget_text = EDITS.name_of(change), arguments["budget_text"]
+        check_budget(name, arguments["budget"], budget_text, arguments["scale"])
         check_windows(arguments["budget_windows"], arguments["budget_length"])
         of_text = arguments["budget_field"], arguments["budget_filter"]
         held_texts = [BudgetSource.of(text, *of_text) for text in budget_text or ()]
+        _check_together(name, arguments)
         contrast = CONTRASTS.make(_with_options(arguments["contrast"], arguments))
-        scope = SCOPES.make(_scope(arguments["scope"], arguments["pattern"], shrink))
-        name, seed = arguments["control"], arguments["seed"]
-        control = None if name == "none" else control_of(name, seed)  # not None: in words "null" would mean that
-        numbers = ("num_neurons", "num_weights", "share", "protect", "budgets")
-        scale = None if arguments["budget"] else arguments["scale"]
-        amounts = {key: arguments[key] for key in numbers}
-        check_choice(contrast, change, control or control_of(None, seed), **amounts, scale=scale)
+        scope = SCOPES.make(_scope(arguments["scope"], arguments["pattern"], arguments["shrink"]))
+        # "none", not None: on a command line "null" is the name of a control
+        control = None if arguments["control"] == "none" else control_of(arguments["control"], arguments["seed"])
+        check_choice(
+            contrast,
+            scope,
+            change,
+            control or control_of(None, arguments["seed"]),
+            has_general=bool(arguments["general"]),
+            has_behaviour=bool(arguments["behaviour"]),
+            **{key: arguments[key] for key in ("num_neurons", "num_weights", "share", "protect", "budgets", "scale")},
+        )
         return cls(change, contrast, scope, control, held_texts)
+
+
+def _check_together(edit: str, arguments: Mapping[str, Any]) -> None:
+    """Refuses options that do not go together."""
+    save_model, shrink, budget_text = (arguments[key] for key in ("save_model", "shrink", "budget_text"))
+    if shrink and budget_text:
+        raise InputError("shrink removes whole neurons, and a budget weakens them in part; leave out one of the two")
+    if shrink and save_model is None:
+        raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
+    if (place := arguments["push_to_hub"]) is not None and save_model is None:
+        raise InputError(f"push_to_hub={place!r} needs the saved model; give --save_model DIR")
+    if edit == "mean" and arguments["mean_source"] is None:
+        raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
+    if edit == "remove" and arguments["keep_values"]:
+        raise InputError("edit=remove replaces no value that could be kept; leave out keep_values")
+    if arguments["device"] == SHARDED and not (edit == "gains" and budget_text):
+        raise InputError(
+            "device=sharded shares a model out for the search of edit=gains with --budget_text, and none is asked for "
+            "here; leave it out"
+        )
 
 
 _OPTIONS = {"set_difference": ("top_general", "top_behaviour"), "budget": ("gains_range",)}
 """Arguments of a contrast for which ``prune`` has options, by the contrast's name."""
 
 
-def _with_options(spec: Spec, arguments: Mapping[str, Any]) -> Spec:
+def idle_options(contrast: Spec) -> set[str]:
+    """Options of ``prune`` for arguments that this contrast does not take, or that its ``init_args`` give already."""
+    from sparc3_pl.selection.contrast import CONTRASTS
+
+    kind, own = CONTRASTS.class_of(contrast), _init_args(contrast)
+    every = ((name, option) for name, options in _OPTIONS.items() for option in options)
+    return {option for name, option in every if option in own or not issubclass(kind, CONTRASTS.class_of(name))}
+
+
+def _init_args(spec: Spec) -> Mapping[str, Any]:
+    return spec.get("init_args") or {} if isinstance(spec, dict) else {}
+
+
+def _with_options(contrast: Spec, arguments: Mapping[str, Any]) -> Spec:
     """The contrast with those of its arguments that were given by options.
 
     Raises:
         InputError: if an option is given that it does not take, or that it has been given already.
     """
-    from sparc3_pl.selection.contrast import CONTRASTS
-
-    parameters = inspect.signature(prune).parameters
-    for name, options in _OPTIONS.items():
-        given = {key: arguments[key] for key in options if arguments[key] != parameters[key].default}
-        if not given:
+    parameters, idle, given = inspect.signature(prune).parameters, idle_options(contrast), {}
+    for name, option in ((name, option) for name, options in _OPTIONS.items() for option in options):
+        value = list(arguments[option]) if isinstance(arguments[option], tuple) else arguments[option]
+        if value == parameters[option].default:
             continue
-        option, value = next(iter(given.items()))
-        if not issubclass(CONTRASTS.class_of(spec), CONTRASTS.class_of(name)):
+        if option in _init_args(contrast):
+            raise InputError(f"{option}={value}, but contrast has it too in init_args; give it once")
+        if option in idle:
             raise InputError(f"{option}={value} is for contrast={name}; leave it out")
-        own = spec.get("init_args") or {} if isinstance(spec, dict) else {}
-        if twice := sorted(given.keys() & own):
-            raise InputError(f"{twice[0]}={arguments[twice[0]]}, but contrast has it too in init_args; give it once")
-        spec = {"class_path": spec["class_path"] if isinstance(spec, dict) else spec, "init_args": {**own, **given}}
-    return spec
+        given[option] = value
+    if not given:
+        return contrast
+    path = contrast["class_path"] if isinstance(contrast, dict) else contrast
+    return {"class_path": path, "init_args": {**_init_args(contrast), **given}}
 
 
 def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
@@ -316,30 +345,22 @@ def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
     return {"class_path": "pattern", "init_args": {"pattern": pattern}}
 
 
-def _check_places(
-    output: str, save_model: str | None, shrink: bool, edit: Spec, mean_source: str | None, overwrite: bool
-) -> None:
-    """Refuses outputs, and options that do not go together, before any score is read."""
+def _check_places(output: str, save_model: str | None, overwrite: bool) -> None:
+    """Refuses outputs that are taken, or that lie in each other."""
     place = check_output(output, overwrite, PLAN)
     if save_model is not None:
         from sparc3_pl.pruning.save import KIND as MODEL
 
         if check_output(save_model, overwrite, MODEL) in (place, *place.parents):
             raise InputError(f"output={output!r} lies in save_model={save_model!r}, which holds a plan of its own")
-    if shrink and save_model is None:
-        raise InputError("shrink=true makes a smaller model, but there is no place for it; give --save_model DIR")
-    if edit == "mean" and mean_source is None:
-        raise InputError("edit=mean needs text to measure mean activations on; give --mean_source FILE (or demo)")
 
 
-def _hub_place(name: str | None, save_model: str | None, overwrite: bool) -> "HubPlace | None":
+def _hub_place(name: str | None, overwrite: bool) -> "HubPlace | None":
     """The place to upload to, once it is sure that this is allowed; None if nobody asked for one."""
     if name is None:
         return None
     from sparc3_pl.pruning.push import HubPlace
 
-    if save_model is None:
-        raise InputError(f"push_to_hub={name!r} needs the saved model; give --save_model DIR")
     return HubPlace.open(name, overwrite)
 
 

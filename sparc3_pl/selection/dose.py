@@ -132,6 +132,9 @@ class Dose:
 Trial = tuple[float, tuple[float, ...]]
 """A scale and the rise of each text's loss there, nats per token."""
 
+WindowLoss = tuple[float, int]
+"""The negative log-likelihood of a window's predicted tokens, nats, and their number."""
+
 
 @dataclass
 class Search:
@@ -423,10 +426,6 @@ def held_back(
     if len({window.id for text in texts for window in text.windows}) < sum(len(text.windows) for text in texts):
         raise InputError("budget_text: two of the texts give the same windows; give each text once")
     return texts
-
-
-WindowLoss = tuple[float, int]
-"""The negative log-likelihood of a window's predicted tokens, nats, and their number."""
 
 
 class _Rises:

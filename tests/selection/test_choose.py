@@ -214,7 +214,7 @@ def test_shared_samples_are_flagged(tmp_path):
         ({"num_neurons": 0}, "at least 1"),
         ({"num_neurons": -3}, "num_neurons=-3"),
         ({"share": 1.5}, "share=1.5 is not a share"),
-        ({}, "give either num_neurons or share"),
+        ({}, r"give num_neurons \(or num_weights\), or share"),
         ({"num_neurons": 3, "share": 0.1}, "num_neurons=3, share=0.1: say in one way how many to choose"),
         ({"num_weights": 3}, "these are neuron scores"),
         ({"num_neurons": 3, "contrast": "best"}, "contrast='best' is unknown"),
