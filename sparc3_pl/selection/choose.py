@@ -197,21 +197,7 @@ def check_choice(
     budgets: Spec | Budgets | None = None,
     scale: float | None = None,
 ) -> None:
-    """Refuses what is wrong whatever the scores are; the arguments are those of ``make_plan``.
-
-    Args:
-        contrast: How the sides are compared.
-        scope: Among whom components compete.
-        edit: What is done to what is chosen.
-        control: The control, or ``Control`` for none.
-        has_general: Whether there are scores of general text.
-        has_behaviour: Whether there are scores of the behaviour.
-        num_neurons: See ``make_plan``, as for the others.
-        num_weights: See there.
-        share: See there.
-        protect: See there.
-        budgets: See there.
-        scale: See there.
+    """Refuses what is wrong whatever the scores are: arguments of ``make_plan``, and whether each side has scores.
 
     Raises:
         InputError: naming the argument that is wrong.
