@@ -98,6 +98,11 @@ def test_arms_of_a_correction_are_whole(paths, capsys, tmp_path):
     assert [arm.name for arm in arms[1:]] == list(config["arms"])
     for arm in arms:
         assert arm.edits
+        of_records = {"completion_field", "label_field", "answer_field"} & arm.behaviour.keys()
+        is_prompt = str(arm.behaviour.get("text_field", "")).startswith("prompt")
+        assert (
+            of_records or not is_prompt or arm.behaviour["seq_len"] is None
+        )  # prompts are samples, not packed into windows
         for edit in arm.edits.values():
             inspect.signature(prune).bind_partial(**edit.settings)
         samples = {"source": "demo", **{key: value for key, value in arm.behaviour.items() if value is not None}}
