@@ -88,8 +88,24 @@ class Registry(Generic[T]):
             InputError: as ``make``.
         """
         implementation = self.make(spec)
-        arguments = {} if isinstance(spec, self.base) else _split(self.kind, spec)[1]
-        return Choice(implementation, self.name_of(implementation), arguments)
+        return Choice(implementation, self.name_of(implementation), self.arguments_of(spec))
+
+    def arguments_of(self, spec: Spec | T) -> dict[str, Any]:
+        """The arguments that ``spec`` gives; none for an instance.
+
+        Raises:
+            InputError: if ``spec`` is neither a name nor a mapping of a class path and arguments.
+        """
+        return {} if isinstance(spec, self.base) else _split(self.kind, spec)[1]
+
+    def with_arguments(self, spec: Spec, more: Mapping[str, Any]) -> Spec:
+        """``spec`` with more arguments, which take the place of its own of the same name.
+
+        Raises:
+            InputError: as ``arguments_of``.
+        """
+        path, arguments = _split(self.kind, spec)
+        return {"class_path": path, "init_args": arguments | dict(more)}
 
     def from_file(self, name: str, arguments: Mapping[str, Any] | None = None) -> T:
         """The implementation that a score folder, plan or result names.

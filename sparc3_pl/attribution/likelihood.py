@@ -93,12 +93,12 @@ def log_likelihood(
         Nats, float32 (float64 for a float64 model).
     """
     counted_BT = counted_BT.to(hidden_BTH.device)
-    drawn = isinstance(labels_BT, Drawn)
-    if drawn and head.is_watched:
-        labels_BT, drawn = drawn_tokens(hidden_BTH, head, counted_BT, labels_BT.uniforms_BT, temperature), False
-    by_BT = (labels_BT.uniforms_BT if drawn else labels_BT).to(hidden_BTH.device)
     if head.is_watched:
-        return _all_at_once(hidden_BTH, head, by_BT, counted_BT, temperature, weight_BT)
+        if isinstance(labels_BT, Drawn):
+            labels_BT = drawn_tokens(hidden_BTH, head, counted_BT, labels_BT.uniforms_BT, temperature)
+        return _all_at_once(hidden_BTH, head, labels_BT.to(hidden_BTH.device), counted_BT, temperature, weight_BT)
+    drawn = isinstance(labels_BT, Drawn)
+    by_BT = (labels_BT.uniforms_BT if drawn else labels_BT).to(hidden_BTH.device)
     hidden_NH, by_N = hidden_BTH[counted_BT], by_BT[counted_BT]
     owner_N = counted_BT.nonzero()[:, 0]
     parts = [
@@ -120,7 +120,7 @@ def _block(hidden_NH: Tensor, head: OutputHead, by_N: Tensor, drawn: bool, tempe
     """Log-likelihoods of the labels ``by_N``, or of those that are drawn by these numbers, ``[N]``."""
     if not (torch.is_grad_enabled() and hidden_NH.requires_grad):
         logits_NV = head.logits(hidden_NH)
-        labels_N = inverse_cdf((logits_NV / temperature).softmax(1), by_N) if drawn else by_N
+        labels_N = _drawn(logits_NV, by_N, temperature) if drawn else by_N
         return _of_labels(logits_NV, labels_N, temperature)
     with torch.enable_grad():
         leaf_NH = hidden_NH.detach().requires_grad_()
@@ -210,11 +210,15 @@ def drawn_tokens(
     hidden_NH, uniforms_N = hidden_BTH.detach()[counted_BT], uniforms_BT[counted_BT]
     drawn_BT = torch.zeros(counted_BT.shape, dtype=torch.int64, device=hidden_BTH.device)
     parts = [
-        inverse_cdf((head.logits(hidden) / temperature).softmax(1), uniforms)
+        _drawn(head.logits(hidden), uniforms, temperature)
         for hidden, uniforms in zip(*(_blocks(tensor, head) for tensor in (hidden_NH, uniforms_N)), strict=True)
     ]
     drawn_BT[counted_BT] = torch.cat(parts).to(drawn_BT.device)
     return drawn_BT
+
+
+def _drawn(logits_NV: Tensor, uniforms_N: Tensor, temperature: float) -> Tensor:
+    return inverse_cdf((logits_NV / temperature).softmax(1), uniforms_N)
 
 
 def sample_uniforms(input_ids_BT: Tensor, attention_mask_BT: Tensor, seed: int) -> Tensor:

@@ -311,7 +311,8 @@ class _Experiment:
         with models_kept():
             distinct = self._distinct(stages)
             for stage in distinct.values():
-                stage.check()
+                if stage.forecast is None:  # a forecast reads the settings itself
+                    stage.check()
             each = {kind: one.forecast() for kind, one in distinct.items() if one.forecast is not None}
         forecasts = {stage.name: each[_kind(stage)] for stage in stages if stage.forecast is not None}
         free = next(iter(forecasts.values())).free

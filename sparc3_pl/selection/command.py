@@ -296,21 +296,18 @@ def _check_together(edit: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-_OPTIONS = {"set_difference": ("top_general", "top_behaviour"), "budget": ("gains_range",)}
-"""Arguments of a contrast for which ``prune`` has options, by the contrast's name."""
+_OPTIONS = {"top_general": "set_difference", "top_behaviour": "set_difference", "gains_range": "budget"}
+"""Options of ``prune`` that are arguments of a contrast, and that contrast's name."""
 
 
 def idle_options(contrast: Spec) -> set[str]:
     """Options of ``prune`` for arguments that this contrast does not take, or that its ``init_args`` give already."""
     from sparc3_pl.selection.contrast import CONTRASTS
 
-    kind, own = CONTRASTS.class_of(contrast), _init_args(contrast)
-    every = ((name, option) for name, options in _OPTIONS.items() for option in options)
-    return {option for name, option in every if option in own or not issubclass(kind, CONTRASTS.class_of(name))}
-
-
-def _init_args(spec: Spec) -> Mapping[str, Any]:
-    return spec.get("init_args") or {} if isinstance(spec, dict) else {}
+    kind, own = CONTRASTS.class_of(contrast), CONTRASTS.arguments_of(contrast)
+    return {
+        option for option, name in _OPTIONS.items() if option in own or not issubclass(kind, CONTRASTS.class_of(name))
+    }
 
 
 def _with_options(contrast: Spec, arguments: Mapping[str, Any]) -> Spec:
@@ -319,20 +316,19 @@ def _with_options(contrast: Spec, arguments: Mapping[str, Any]) -> Spec:
     Raises:
         InputError: if an option is given that it does not take, or that it has been given already.
     """
+    from sparc3_pl.selection.contrast import CONTRASTS
+
     parameters, idle, given = inspect.signature(prune).parameters, idle_options(contrast), {}
-    for name, option in ((name, option) for name, options in _OPTIONS.items() for option in options):
+    for option, name in _OPTIONS.items():
         value = list(arguments[option]) if isinstance(arguments[option], tuple) else arguments[option]
         if value == parameters[option].default:
             continue
-        if option in _init_args(contrast):
+        if option in CONTRASTS.arguments_of(contrast):
             raise InputError(f"{option}={value}, but contrast has it too in init_args; give it once")
         if option in idle:
             raise InputError(f"{option}={value} is for contrast={name}; leave it out")
         given[option] = value
-    if not given:
-        return contrast
-    path = contrast["class_path"] if isinstance(contrast, dict) else contrast
-    return {"class_path": path, "init_args": {**_init_args(contrast), **given}}
+    return CONTRASTS.with_arguments(contrast, given) if given else contrast
 
 
 def _scope(scope: Spec, pattern: str | None, shrink: bool) -> Spec:
