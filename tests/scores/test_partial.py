@@ -58,8 +58,14 @@ def succeed(ranks: list[Rank]) -> None:
 
 
 def scored(output: Path) -> int:
-    """Samples whose sums are on the disk."""
-    return sum(len(SumsFile(path).ids) for path in partial_folder(output).glob("*.safetensors"))
+    """Samples whose sums are on the disk; looked at again where a run has folded a file that was listed into another."""
+    while True:
+        files = list(partial_folder(output).glob("*.safetensors"))
+        try:
+            return sum(len(SumsFile(path).ids) for path in files)
+        except (OSError, RuntimeError):
+            if all(path.exists() for path in files):
+                raise
 
 
 def start(ranks: Ranks, files: Path, output: Path, world: int, seconds: float, every: int = 1) -> list[Rank]:
