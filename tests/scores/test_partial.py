@@ -58,7 +58,7 @@ def succeed(ranks: list[Rank]) -> None:
 
 
 def scored(output: Path) -> int:
-    """Samples whose sums are on the disk; looked at again where a run has folded a listed file into another meanwhile."""
+    """Samples whose sums are on the disk; looked at again where a run has folded a listed file into another."""
     while True:
         files = list(partial_folder(output).glob("*.safetensors"))
         try:
